@@ -96,8 +96,8 @@ class WordTokenizer:
     """One token per word of a training text; every other word becomes UNK.
 
     >>> t = WordTokenizer("to be or not to be")
-    >>> t.decode(t.encode("not to bee"))
-    'not to<UNK>'
+    >>> t.decode(t.encode("to be or bee"))
+    'to be or<UNK>'
     """
 
     UNK = "<UNK>"
@@ -1361,7 +1361,7 @@ class Tokenizer:
             return cls(vocab, merges, special_tokens, pattern or "gpt2")
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not a tokenizer: it is not UTF-8") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
 
     @classmethod
@@ -1644,6 +1644,7 @@ def run(args):
         args.val_input, args.val_fraction = (), 0.01
         run(args)
     elif args.command == "train":
+        os.makedirs(args.out, exist_ok=True)
         if args.pattern == "char":
             tokenizer = train_char(args.input)
         else:
@@ -1652,7 +1653,6 @@ def run(args):
             tokenizer = Tokenizer(vocab, merges, args.special_tokens, args.pattern)
             if len(vocab) < args.vocab_size:
                 print(f"the text has pairs for no more than {len(vocab):,} tokens", file=sys.stderr)
-        os.makedirs(args.out, exist_ok=True)
         tokenizer.save(args.out)
         path = os.path.join(args.out, "tokenizer.json")
         print(f"{path}: {len(tokenizer.vocab):,} tokens, in {time.monotonic() - start:.1f} s")
