@@ -245,6 +245,11 @@ _ODD = [np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F,
                                0x165667B19E3779F9, 0xD6E8FEB86659FD93)]  # fmt: skip
 
 
+def hash_slot(key, bits):
+    """Multiplicative hashing (Knuth, vol. 3, 6.4): int64 or uint64 -> int64 below 2^bits."""
+    return (key.view(np.uint64) * _ODD[0] >> np.uint64(64 - bits)).view(np.int64)
+
+
 class ChunkTable:
     """Numbers the distinct chunks of a text in order of first sight.
 
@@ -258,22 +263,23 @@ class ChunkTable:
     def __init__(self):
         self.number = {}  # chunk, as bytes -> its number
         self.step = 256  # chunks looked up at once: few at first, when each is new
-        self.caches = [(bits, np.zeros((n, 1 << bits), np.uint64), np.zeros(1 << bits, np.int32))
-                       for n, bits in ((1, 18), (2, 17), (4, 16))]  # fmt: skip
+        self.caches = [(np.zeros((n, size), np.uint64), np.zeros(size, np.int64))
+                       for n, size in ((1, 1 << 18), (2, 1 << 17), (4, 1 << 16))]  # fmt: skip
 
     def lookup(self, block):
-        """Numbers of the chunks of a block (bytes, see `find_cuts`), int32, in order."""
-        starts = []
-        for i in range(0, len(block), 1 << 16):  # so that all of it stays in the CPU's own cache
-            cuts = find_cuts(block[max(0, i - 2) : i + (1 << 16) + 1]) + max(0, i - 2)
-            starts.append(cuts[(cuts >= i) & (cuts < i + (1 << 16))])
-        starts = np.concatenate(starts or [np.zeros(0, np.int64)])
+        """Numbers of the chunks of a block (bytes, see `find_cuts`), int64, in order."""
+        starts, size = [np.zeros(0, np.int64)], 1 << 16  # so little stays in the CPU's own cache
+        for i in range(0, len(block), size):
+            before = min(i, 2)
+            cuts = find_cuts(block[i - before : i + size + 1]) + (i - before)
+            starts.append(cuts[(cuts >= i) & (cuts < i + size)])
+        starts = np.concatenate(starts)
         lengths = np.diff(starts, append=len(block))
-        out = np.empty(len(starts), np.int32)
-        if b"\0" in block:  # a key is padded with zeros: text with zeros takes the slow way
-            out[:] = self._number(block, starts, lengths)
-            return out
-        words = np.frombuffer(block + bytes(48 - len(block) % 8), np.uint64)
+        if b"\0" in block:  # keys are padded with zeros: text with zeros takes the slow way
+            return np.array(self._number(block, starts, lengths), np.int64)
+        # the 8 bytes from each offset on, as an integer
+        words = np.ndarray(len(block) + 24, np.uint64, block + bytes(31), strides=1)
+        out = np.empty(len(starts), np.int64)
         i = 0
         while i < len(starts):
             part = slice(i, i + self.step)
@@ -283,39 +289,32 @@ class ChunkTable:
         return out
 
     def _lookup(self, block, words, starts, lengths, out):
-        rest = np.arange(len(starts))
-        for bits, keys, numbers in self.caches:
-            fits = lengths[rest] <= 8 * len(keys)
-            here, rest = rest[fits], rest[~fits]
-            if not len(here):
-                continue
-            # the chunk as integers: each is read as two aligned ones, shifted together
-            at, length = starts[here] >> 3, lengths[here]
-            shift = ((starts[here] & 7) << 3).astype(np.uint64)
-            back = np.uint64(63) - shift
-            key, hashed, low = [], np.uint64(0), words.take(at)
+        rest = slice(None)  # first all chunks, then those longer than the cache just used
+        for keys, numbers in self.caches:
+            start, length = starts[rest], lengths[rest]
+            key, hashed = [], np.uint64(0)
             for j in range(len(keys)):
-                high = words.take(at + (j + 1))
-                word = (low >> shift) | ((high << np.uint64(1)) << back)
-                if 8 * (j + 1) > 4 * len(keys):  # only these can lie beyond the chunk's end
-                    word &= _LOW_BYTES.take(length - 8 * j, mode="clip")
-                hashed = hashed + word * _ODD[j]
-                key.append(word)
-                low = high
-            slot = (hashed >> np.uint64(64 - bits)).view(np.int64)
-            hit = keys[0].take(slot) == key[0]
-            for j in range(1, len(keys)):
-                hit &= keys[j].take(slot) == key[j]
-            out[here] = numbers.take(slot)
-            miss = np.flatnonzero(~hit)
+                key.append(words[start + 8 * j])
+                if j >= len(keys) // 2:  # here the chunk can end: zeros for what lies beyond
+                    key[j] &= _LOW_BYTES.take(length - 8 * j, mode="clip")
+                hashed = hashed + key[j] * _ODD[j]
+            slot = (hashed >> np.uint64(65 - len(numbers).bit_length())).view(np.int64)
+            found = numbers.take(slot)
+            longer = length > 8 * len(keys)
+            miss = longer.copy()
+            for j in range(len(keys)):
+                miss |= keys[j].take(slot) != key[j]
+            miss = np.flatnonzero(miss > longer)
             if len(miss):
-                found = self._number(block, starts[here[miss]], length[miss])
-                out[here[miss]] = found
-                numbers[slot[miss]] = found
+                found[miss] = self._number(block, start[miss], length[miss])
+                numbers[slot[miss]] = found[miss]
                 for j in range(len(keys)):
                     keys[j][slot[miss]] = key[j][miss]
-        if len(rest):
-            out[rest] = self._number(block, starts[rest], lengths[rest])
+            out[rest] = found
+            if not longer.any():
+                return
+            rest = np.arange(len(out))[rest][longer]
+        out[rest] = self._number(block, starts[rest], lengths[rest])
 
     def _number(self, block, starts, lengths):
         number = self.number
@@ -326,11 +325,11 @@ class ChunkTable:
 # -----------------------------------------------------------------------------
 # 5. Reading documents, and worker processes.
 
-BLOCK = 1 << 20  # bytes of text handed to a worker at a time
+BLOCK = 1 << 19  # bytes of text handed to a worker at a time; larger ones cost page faults
 
 
 def read_blocks(paths, separators=(EOT,), whole=False):
-    """Yield (path, line number, bytes) of about a MB each, which together are the files.
+    """Yield (path, line number, bytes) of about BLOCK bytes each, which together are the files.
 
     A block of a .jsonl is whole lines. A block of any other file ends with a document (EOT), or
     else, unless `whole`, at a place where `find_cuts` allows it. EOT is added at a file's end.
@@ -414,8 +413,8 @@ def to_documents(block, separators=(EOT,)):
         documents = []
         for i, row in enumerate(text.split("\n"), line):
             try:
-                if row.strip():
-                    documents.append(utf8(json.loads(row)["text"]))
+                if row.strip() and (document := utf8(json.loads(row)["text"])):
+                    documents.append(document)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 raise ValueError(f'{path}:{i}: not a JSON object with a "text"') from None
         return [*documents, b""], bad
@@ -1014,7 +1013,7 @@ class Tokenizer:
     def _forget(self):
         self._cache = {}  # pre-token -> ids
         self._table = ChunkTable()  # for long texts: number of a chunk, and by that number
-        self._begin, self._length = array.array("q"), array.array("i")  # its ids in _ids
+        self._begin, self._length = array.array("q"), array.array("q")  # its ids in _ids
         self._ids = array.array("i")
 
     # ---- text to ids
@@ -1085,18 +1084,18 @@ class Tokenizer:
         numbers = self._table.lookup(b"\xff".join(documents))
         new = list(itertools.islice(reversed(self._table.number), len(self._table.number) - known))
         new = [None if c == b"\xff" else self._split(c.decode("utf-8")) for c in reversed(new)]
+        cache = self._cache
         self._bpe_many({pretoken for chunk in new for pretoken in chunk or ()})
         for chunk in new:
             ids = [self.eot_id] if chunk is None else []
             for pretoken in chunk or ():
-                ids += self._pretoken_ids(pretoken)
+                ids += cache.get(pretoken) or self._pretoken_ids(pretoken)
             self._begin.append(len(self._ids))
             self._length.append(len(ids))
             self._ids.extend(ids)
         begin = np.frombuffer(self._begin, np.int64).take(numbers)
-        length = np.frombuffer(self._length, np.int32).take(numbers)
-        end = np.cumsum(length)
-        index = np.repeat(begin - (end - length), length)
+        length = np.frombuffer(self._length, np.int64).take(numbers)
+        index = np.repeat(begin - np.cumsum(length) + length, length)
         index += np.arange(len(index))
         return np.frombuffer(self._ids, np.int32).take(index)
 
@@ -1176,14 +1175,16 @@ class Tokenizer:
 
     def _bpe_many(self, pretokens):
         """Put the ids of many pre-tokens into the cache, for less than a call of `_bpe` each."""
-        words = [(w, b) for w in pretokens if w not in self._cache and len(b := w.encode()) <= 24
-                 and not (self.ignore_merges and b in self._id)]  # fmt: skip
-        if len(words) < 100 or None in self._byte_id:
+        words = sorted((w for w in pretokens if w not in self._cache and len(w) <= 24), key=len)
+        if len(words) < 300 or None in self._byte_id:
             return
-        words.sort(key=lambda word: len(word[1]))
-        for i in range(0, len(words), 2048):
-            names, encoded = zip(*words[i : i + 2048])
-            self._cache.update(zip(names, self._lockstep(encoded)))
+        for i in range(0, len(words), 4096):
+            part = words[i : i + 4096]
+            encoded = [word.encode("utf-8") for word in part]
+            self._cache.update(zip(part, self._lockstep(encoded)))
+            if self.ignore_merges:
+                whole = ((w, self._id.get(b)) for w, b in zip(part, encoded))
+                self._cache.update((w, [i]) for w, i in whole if i is not None)
 
     def _lockstep(self, words):
         """`_bpe` for a list of words at once: the rows of a table, one merge in each at a time.
@@ -1191,20 +1192,30 @@ class Tokenizer:
         ids:   [[ t, h, e, n], ...    the token at each place, -1 after the last
         ranks: [[ 3, 9, -, -], ...    the rank of the merge with the token to its right
         """
-        byte_id, pairs, rank_of, merged = self._arrays
-        never = len(self._merged)
+        byte_id, slots, pairs, rank_of, merged = self._arrays
+        never, bits = len(self._merged), len(slots).bit_length() - 1
 
         def rank(left, right):
-            key = left.astype(np.int64) << 32 | right  # negative at a row's end: not in pairs
-            at = np.searchsorted(pairs, key)
-            return np.where(pairs[at] == key, rank_of[at], never)
+            key = left.astype(np.int64) << 32 | right  # -1 at the end of a row
+            slot = hash_slot(key, bits)
+            at = slots[slot]
+            found = np.where(pairs[at] == key, rank_of[at], never)
+            lost = np.flatnonzero((pairs[at] != key) & (at > 0))
+            while len(lost):  # another pair has the slot: look in the next one
+                slot[lost] = slot[lost] + 1 & len(slots) - 1
+                at = slots[slot[lost]]
+                same = pairs[at] == key[lost]
+                found[lost[same]] = rank_of[at[same]]
+                lost = lost[~same & (at > 0)]
+            return found
 
         length = np.fromiter(map(len, words), np.int32, len(words))
-        column = np.arange(length[-1] + 1)
+        column = np.arange(length.max() + 1)
         ids = np.full((len(words), len(column)), -1, np.int32)
         ids[column < length[:, None]] = byte_id[np.frombuffer(b"".join(words), np.uint8)]
         ranks = np.full(ids.shape, never, np.int32)
-        ranks[:, :-1] = rank(ids[:, :-1], ids[:, 1:])
+        inside = column[1:] < length[:, None]
+        ranks[:, :-1][inside] = rank(ids[:, :-1][inside], ids[:, 1:][inside])
         done, todo = np.empty_like(ids), np.arange(len(words))
         while len(todo):
             at = ranks.argmin(1)
@@ -1228,14 +1239,23 @@ class Tokenizer:
 
     @functools.cached_property
     def _arrays(self):
-        """For `_lockstep`: ids of the bytes; the pairs that merge, as left << 32 | right, sorted,
-        with an end that is above all; their ranks; and for each rank the merged token."""
-        pairs = np.array(list(self._rank), np.int64).reshape(-1, 2)
-        key, rank = pairs[:, 0] << 32 | pairs[:, 1], np.array(list(self._rank.values()), np.int32)
-        order = np.argsort(key)
-        key = np.append(key[order], np.iinfo(np.int64).max)
-        rank = np.append(rank[order], np.int32(0))
-        return np.array(self._byte_id, np.int32), key, rank, np.array(self._merged, np.int32)
+        """For `_lockstep`: ids of the bytes; a hash table from pairs, as left << 32 | right, to
+        their place in two arrays that begin at 1: the pairs, and their ranks; and for each rank
+        the merged token."""
+        pairs = np.array([(0, 0), *self._rank], np.int64)
+        pairs = pairs[:, 0] << 32 | pairs[:, 1]
+        pairs[0] = -2  # no key: those of a row's end are -1
+        slots = np.zeros(4 << len(pairs).bit_length(), np.int32)
+        slot = hash_slot(pairs, len(slots).bit_length() - 1)
+        todo = np.arange(1, len(pairs))
+        while len(todo):
+            free = todo[slots[slot[todo]] == 0]
+            slots[slot[free]] = free  # of several pairs with one slot, one remains
+            todo = todo[slots[slot[todo]] != todo]
+            slot[todo] = slot[todo] + 1 & len(slots) - 1
+        ranks = np.array([0, *self._rank.values()], np.int32)
+        merged = np.array(self._merged, np.int32)
+        return np.array(self._byte_id, np.int32), slots, pairs, ranks, merged
 
     # ---- ids to text
 
@@ -1405,9 +1425,8 @@ class BinWriter:
         self.path, self.tokenizer = path, tokenizer
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.tokens = self.text_bytes = 0
-        self.sizes = np.zeros(tokenizer.vocab_size, np.int64)
-        for i, token in tokenizer.vocab.items():
-            self.sizes[i] = len(token)
+        sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
+        self.sizes = np.fromiter(sizes, np.int64, tokenizer.vocab_size)
         self.sizes[tokenizer.eot_id] = 0  # stands for no text
         self.file = open(path + ".tmp", "w+b")
         self.file.write(bytes(1024))
@@ -1470,9 +1489,7 @@ class DocumentEncoder:
         self.tokenizer = tokenizer
 
     def __call__(self, block):
-        """Documents of nothing but white space are left out."""
         documents, bad = to_documents(block)
-        documents = [d for d in documents[:-1] if d.strip()] + documents[-1:]
         ids = self.tokenizer.encode_documents(documents)
         small = self.tokenizer.vocab_size <= 1 << 16
         return ids.astype(np.uint16 if small else np.uint32), sum(map(len, documents)), bad
