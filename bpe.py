@@ -33,6 +33,7 @@ import array
 import base64
 import codecs
 import collections
+import concurrent.futures
 import functools
 import gzip
 import heapq
@@ -40,6 +41,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import sysconfig
@@ -359,7 +361,7 @@ def read_blocks(paths, separators=(EOT,), whole=False):
                     cut = 0 if whole else last_cut(buffer, separators, longest)
                 if cut:
                     yield path, line, buffer[:cut]
-                    line += buffer.count(b"\n", 0, cut)
+                    line += buffer.count(b"\n", 0, cut) if is_json else 0
                     buffer = buffer[cut:]
         if not size:
             raise ValueError(f"{path} is empty")
@@ -429,24 +431,29 @@ def alternatives(strings):
     return "|".join(regex.escape(s) for s in sorted(strings, key=len, reverse=True))
 
 
-def parallel(worker, blocks, num_proc):
-    """Yield worker(block) for each block, in order, computed by num_proc processes.
+def parallel(worker, blocks, num_proc, finish=False):
+    """Yield worker(block) for each block, in order, computed by num_proc processes; then, if
+    `finish`, worker(None) of each process, which has a copy of the worker of its own.
 
-    Block i goes to process i modulo num_proc, each of which has its own copy of the worker.
     A ValueError of a worker is raised here.
     """
     if num_proc == 1:
-        yield from map(worker, blocks)
+        yield from map(worker, itertools.chain(blocks, [None] if finish else []))
         return
     # fork starts in no time and needs no importable __main__; elsewhere than on Linux it is unsafe
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    links, processes = [], []
+    processes, links, idle = [], [], queue.SimpleQueue()
+    threads = concurrent.futures.ThreadPoolExecutor(num_proc)  # to wait for a process each
 
-    def receive(link):
+    def ask(block, link=None):
+        link = link or idle.get()
         try:
+            link.send(block)
             ok, value = link.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             raise ValueError("a worker process was killed (out of memory?)") from None
+        finally:
+            idle.put(link)
         if not ok:
             raise ValueError(value)
         return value
@@ -457,25 +464,22 @@ def parallel(worker, blocks, num_proc):
             process = context.Process(target=_serve, args=(worker, far, os.getpid()), daemon=True)
             process.start()
             far.close()
-            links.append(link)
             processes.append(process)
-        n = 0
+            links.append(link)
+            idle.put(link)
+        waiting = collections.deque()
         for block in blocks:
-            link = links[n % num_proc]
-            if n >= num_proc:  # one block at a time for each, or both ends could wait to send
-                result = receive(link)
-                link.send(block)
-                yield result
-            else:
-                link.send(block)
-            n += 1
-        for i in range(max(0, n - num_proc), n):
-            yield receive(links[i % num_proc])
-    except BrokenPipeError:
-        raise ValueError("a worker process was killed (out of memory?)") from None
+            waiting.append(threads.submit(ask, block))
+            if len(waiting) > 2 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        for link in links if finish else ():
+            yield ask(None, link)
     finally:
         for process in processes:
             process.terminate()
+        threads.shutdown(cancel_futures=True)
 
 
 def _serve(worker, link, parent):
@@ -591,7 +595,7 @@ def count_pretokens(paths, pattern, separators, num_proc):
     blocks = with_progress("counting", blocks, paths)
     worker = PretokenCounter(pattern, separators)
     counts, bad = collections.Counter(), 0
-    for result in parallel(worker, itertools.chain(blocks, [None] * num_proc), num_proc):
+    for result in parallel(worker, blocks, num_proc, finish=True):
         if isinstance(result, dict):
             counts.update(result)
         else:
@@ -1412,6 +1416,14 @@ class Tokenizer:
 # 8. .bin files: a header of 256 int32, then token ids.
 
 
+def token_sizes(tokenizer):
+    """How many bytes of text each id stands for, int64; the end-of-text token for none."""
+    sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
+    sizes = np.fromiter(sizes, np.int64, tokenizer.vocab_size)
+    sizes[tokenizer.eot_id] = 0
+    return sizes
+
+
 class BinWriter:
     """Writes ids to a .bin, under another name until `close`.
 
@@ -1425,17 +1437,14 @@ class BinWriter:
         self.path, self.tokenizer = path, tokenizer
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.tokens = self.text_bytes = 0
-        sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
-        self.sizes = np.fromiter(sizes, np.int64, tokenizer.vocab_size)
-        self.sizes[tokenizer.eot_id] = 0  # stands for no text
         self.file = open(path + ".tmp", "w+b")
         self.file.write(bytes(1024))
 
-    def write(self, ids):
-        """Append an array of ids."""
+    def write(self, ids, text_bytes):
+        """Append an array of ids, which stand for so many bytes of text."""
         self.tokens += len(ids)
-        self.text_bytes += int(self.sizes.take(ids).sum())
-        self.file.write(ids.astype(self.dtype).tobytes())
+        self.text_bytes += text_bytes
+        self.file.write(np.ascontiguousarray(ids, self.dtype))
 
     def move_tail(self, other, n):
         """Take the last n tokens away, and write them to another BinWriter."""
@@ -1444,8 +1453,9 @@ class BinWriter:
         self.file.seek(-n * self.dtype.itemsize, os.SEEK_END)
         self.file.truncate()
         self.tokens -= n
-        self.text_bytes -= int(self.sizes.take(tail).sum())
-        other.write(tail)
+        text_bytes = int(token_sizes(self.tokenizer).take(tail).sum())
+        self.text_bytes -= text_bytes
+        other.write(tail, text_bytes)
 
     def close(self, keep=True):
         """Write the header and give the file its name; or, unless `keep`, remove it."""
@@ -1482,17 +1492,19 @@ def read_bin(path):
 
 
 class DocumentEncoder:
-    """Worker of `encode_files`: a block of `read_blocks` -> (ids as an array, bytes of text,
-    invalid bytes)."""
+    """Worker of `encode_files`."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.sizes = tokenizer, token_sizes(tokenizer)
 
     def __call__(self, block):
+        """A block of `read_blocks` -> (ids as uint16 or uint32; where in them documents end; how
+        many bytes of text the ids stand for, how many there were, and how many were invalid)."""
         documents, bad = to_documents(block)
         ids = self.tokenizer.encode_documents(documents)
-        small = self.tokenizer.vocab_size <= 1 << 16
-        return ids.astype(np.uint16 if small else np.uint32), sum(map(len, documents)), bad
+        small = ids.astype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        ends = np.flatnonzero(ids == self.tokenizer.eot_id) + 1
+        return small, ends, int(self.sizes.take(ids).sum()), sum(map(len, documents)), bad
 
 
 def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_proc=None):
@@ -1506,29 +1518,33 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
         raise ValueError(f"the tokenizer has no {EOT} to end documents with")
     os.makedirs(out, exist_ok=True)
     train, val = (BinWriter(os.path.join(out, name), tokenizer) for name in ("train.bin", "val.bin"))
-    keep, bad, lost, seen = False, 0, 0, 0
+    keep, bad, lost, seen, sizes = False, 0, 0, 0, token_sizes(tokenizer)
     try:
         for writer, files in ((train, paths), (val, val_paths)):
             if not files:
                 continue
             blocks = with_progress("encoding", read_blocks(files, whole=not tokenizer.chunked), files)
-            workers = num_proc or default_processes(files)
-            before = train.text_bytes + val.text_bytes
-            for ids, size, invalid in parallel(DocumentEncoder(tokenizer), blocks, workers):
+            for ids, ends, covered, size, invalid in parallel(
+                DocumentEncoder(tokenizer), blocks, num_proc or default_processes(files)
+            ):
                 bad += invalid
-                lost += size
+                lost += size - covered
                 if writer is val or val_paths or not val_fraction:
-                    writer.write(ids)
+                    writer.write(ids, covered)
                     continue
                 # number the documents; the part after the last end goes on in the next block
-                ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
                 number = seen + np.arange(len(ends) + 1)
-                chosen = np.floor((number + 1) * val_fraction) > np.floor(number * val_fraction)
-                to_val = np.repeat(chosen, np.diff(ends, prepend=0, append=len(ids)))
                 seen += len(ends)
-                train.write(ids[~to_val])
-                val.write(ids[to_val])
-            lost -= train.text_bytes + val.text_bytes - before
+                chosen = np.floor((number + 1) * val_fraction) > np.floor(number * val_fraction)
+                at, bounds = 0, [0, *ends.tolist(), len(ids)]
+                for i in np.flatnonzero(chosen).tolist():
+                    begin, end = bounds[i], bounds[i + 1]
+                    text_bytes = int(sizes.take(ids[begin:end]).sum())
+                    train.write(ids[at:begin], 0)
+                    val.write(ids[begin:end], text_bytes)
+                    covered -= text_bytes
+                    at = end
+                train.write(ids[at:], covered)
         if not train.tokens + val.tokens:
             raise ValueError("there is no text in " + ", ".join(map(str, paths)))
         if val_fraction and not val_paths and not val.tokens:
