@@ -1,0 +1,595 @@
+"""
+Train a Transformer language model.
+
+    python bpe.py && python train.py && python model.py     # the whole of it on a laptop's CPU
+    python train.py --resume                                # go on where a run was stopped
+    python train.py --init_from out/ckpt.pt --data data/mine --out_dir out-mine
+    python train.py --eval_only --init_from out/ckpt.pt
+
+Data is a folder with train.bin, val.bin and tokenizer.json, as bpe.py leaves it; nanoGPT's and
+llm.c's .bin files do as well. A run leaves in --out_dir: ckpt.pt (all that is needed to sample, or
+to go on), log.csv, and loss.png if matplotlib is installed. It can be stopped at any time, by
+Ctrl-C, SIGTERM or the power cord: --resume goes on from the last checkpoint, and gives bit for bit
+(on a CPU) the losses of a run that was never stopped.
+
+TinyStories, on one GPU:
+
+    curl -LO https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt
+    curl -LO https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt
+    python bpe.py train  --input TinyStoriesV2-GPT4-train.txt --vocab_size 10000 --out data/ts
+    python bpe.py encode --tokenizer data/ts --input TinyStoriesV2-GPT4-train.txt \\
+        --val_input TinyStoriesV2-GPT4-valid.txt --out data/ts
+    python train.py --data data/ts --out_dir out-ts --compile --n_layer 4 --n_head 16 --n_embd 512 \\
+        --batch_size 128 --max_iters 10000 --learning_rate 2e-3
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import math
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+
+from bpe import Tokenizer
+from model import Transformer, TransformerConfig, load_checkpoint, pick_device, save_checkpoint
+
+# -----------------------------------------------------------------------------
+# Loss.
+
+
+def cross_entropy(logits, targets, ignore_index=-100):
+    """Mean negative log-likelihood of the targets, in nats.
+
+    logits: (..., V); targets: (...) int64. Targets of ignore_index do not count; with none that
+    counts the loss is 0. Stable: logsumexp takes off the largest logit before it exponentiates.
+    """
+    valid = targets != ignore_index
+    picked = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    losses = torch.logsumexp(logits.float(), -1) - picked.float()
+    return (losses * valid).sum() / valid.sum().clamp(min=1)
+
+
+# -----------------------------------------------------------------------------
+# Optimizer.
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019).
+
+    m <- beta1 m + (1 - beta1) g          a running mean of the gradient
+    v <- beta2 v + (1 - beta2) g^2        and of its square
+    p <- p - lr * decay * p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    The lines of `step` work on all tensors of a group at once (torch._foreach_*), which on a GPU
+    is one kernel instead of hundreds. Equal to torch.optim.AdamW step by step (see the tests).
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError("lr, eps and weight_decay must not be negative, and betas in [0, 1)")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients. closure: recomputes the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            # a parameter that had no gradient at first has taken fewer steps than others
+            for t in sorted({self.state[p]["step"] for p in params}):
+                ps = [p for p in params if self.state[p]["step"] == t]
+                gs = [p.grad for p in ps]
+                ms, vs = ([self.state[p][name] for p in ps] for name in "mv")
+                torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
+                torch._foreach_lerp_(ms, gs, 1 - beta1)
+                torch._foreach_mul_(vs, beta2)
+                torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+                denominators = torch._foreach_sqrt(vs)
+                torch._foreach_div_(denominators, math.sqrt(1 - beta2**t))
+                torch._foreach_add_(denominators, group["eps"])
+                torch._foreach_addcdiv_(ps, ms, denominators, -lr / (1 - beta1**t))
+        return loss
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay for matrices (embeddings among them), none for gains and biases."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def clip_grad_norm(params, max_norm, eps=1e-6):
+    """Scale all gradients by one factor so that together their norm is at most max_norm.
+
+    Returns the norm before, a tensor. max_norm 0 or None: only measure.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    if max_norm:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
+    return norm
+
+
+def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine", decay_fraction=0.2):
+    """Learning rate of step `it`, counted from 0: up in a straight line for warmup_iters, then
+
+    cosine:   down to min_lr at max_iters by half a period of a cosine
+    wsd:      level, then straight down to min_lr over the last decay_fraction of the steps
+              (warm-up, stable, decay: Hu et al. 2024)
+    constant: level
+    """
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= max_iters:
+        return learning_rate if schedule == "constant" else min_lr
+    if schedule == "constant":
+        return learning_rate
+    if schedule == "wsd":
+        decay = max(1, int(decay_fraction * max_iters))
+        return min_lr + (learning_rate - min_lr) * min(1.0, (max_iters - it) / decay)
+    progress = (it - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# -----------------------------------------------------------------------------
+# Data.
+
+
+def open_bin(path):
+    """A .bin -> (memory-mapped ids, header as int32 or None). See bpe.py for the format; without
+    a header it is nanoGPT's plain uint16. Raises ValueError or OSError."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(2)
+    dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get((int(header[0]), int(header[1])))
+    offset = 1024 if dtype else 0
+    dtype = np.dtype(dtype or "<u2")
+    if (size - offset) % dtype.itemsize or size == offset:
+        raise ValueError(f"{path} is no .bin: {size:,} bytes are not a whole number of tokens")
+    # opened anew for each batch, or the pages read would stay in memory to the end
+    return np.memmap(path, dtype, "r", offset), header if offset else None
+
+
+@functools.lru_cache(maxsize=2)
+def _window_order(n, block_size, seed, epoch):
+    rng = np.random.default_rng((seed, epoch))
+    first = int(rng.integers(min(block_size, n - block_size)))
+    return first + block_size * rng.permutation((n - 1 - first) // block_size)
+
+
+def get_batch(data, batch_size, block_size, device="cpu", step=None, seed=1337, rank=0, world_size=1):
+    """Windows of consecutive ids, and the same shifted by one as targets.
+
+    data: (n,) array of ids -> two tensors (batch_size, block_size) of int64.
+    step None: windows drawn at random. Else batch number `step` of a fixed order: each epoch is
+    all windows of the data, shuffled anew and beginning at another offset, so that nothing comes
+    twice before all has come once; a batch depends on (seed, step, rank) alone, so a run can be
+    taken up at any step. Raises ValueError if data is not longer than block_size.
+    """
+    if len(data) <= block_size:
+        raise ValueError(f"block_size {block_size} is too long for data of {len(data):,} tokens")
+    if step is None:
+        starts = torch.randint(len(data) - block_size, (batch_size,)).tolist()
+    else:
+        starts, epoch, at = [], 0, (step * world_size + rank) * batch_size
+        while at >= (n := len(_window_order(len(data), block_size, seed, epoch))):
+            at, epoch = at - n, epoch + 1
+        while len(starts) < batch_size:
+            order = _window_order(len(data), block_size, seed, epoch)
+            starts += order[at : at + batch_size - len(starts)].tolist()
+            at, epoch = 0, epoch + 1
+    rows = np.stack([data[i : i + block_size + 1] for i in starts]).astype(np.int64)
+    rows = torch.from_numpy(rows)
+    if torch.device(device).type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    else:
+        rows = rows.to(device)
+    return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=None):
+    """Mean loss in nats over fixed windows that together are all of data (or, of more than
+    max_batches, that many evenly spaced), each predicted from its own beginning."""
+    was_training = model.training
+    model.eval()
+    starts = np.arange(0, len(data) - 1, block_size)
+    if max_batches and len(starts) > max_batches * batch_size:
+        starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
+    total = count = 0
+    full = [s for s in starts if s + block_size < len(data)]
+    batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
+    batches += [[s] for s in starts if s + block_size >= len(data)]  # the last one is shorter
+    for batch in batches:
+        rows = np.stack([data[s : s + block_size + 1] for s in batch]).astype(np.int64)
+        rows = torch.from_numpy(rows).to(device)
+        with autocast():
+            loss = cross_entropy(model(rows[:, :-1]), rows[:, 1:])
+        n = rows.shape[0] * (rows.shape[1] - 1)
+        total, count = total + loss.item() * n, count + n
+    model.train(was_training)
+    return total / max(1, count)
+
+
+# -----------------------------------------------------------------------------
+# The run.
+
+ARCHITECTURE = [field.name for field in dataclasses.fields(TransformerConfig)]
+LOG = ("step", "tokens", "seconds", "loss", "val_loss", "val_bpb", "learning_rate", "grad_norm")
+
+
+def build_parser():
+    """The command line. Architecture flags have no default here: see `run`."""
+    parser = argparse.ArgumentParser(description="Train a Transformer language model.")
+    g = parser.add_argument_group("data and files")
+    g.add_argument("--data", default="data/stdlib", metavar="DIR", help="folder with train.bin, "
+                   "val.bin and tokenizer.json (default data/stdlib, which python bpe.py makes)")  # fmt: skip
+    g.add_argument("--out_dir", default="out", help="for ckpt.pt and log.csv (default out)")
+    g.add_argument("--init_from", default="scratch", metavar="CKPT", help="scratch, resume, or a "
+                   "checkpoint to begin with")  # fmt: skip
+    g.add_argument("--resume", action="store_true", help="go on with out_dir/ckpt.pt, with the flags "
+                   "of its run where none are given")  # fmt: skip
+    g.add_argument("--eval_only", action="store_true", help="print the validation loss and stop")
+    g = parser.add_argument_group("model (defaults: 4 layers, 4 heads, width 256, block 256)")
+    for field in dataclasses.fields(TransformerConfig):
+        if field.name == "vocab_size":
+            continue
+        if type(field.default) is bool:
+            g.add_argument(f"--{field.name}", action="store_true", default=None)
+        else:
+            g.add_argument(f"--{field.name}", type=type(field.default), default=None, metavar="X",
+                           help=f"default {field.default or 'see model.py'}")  # fmt: skip
+    g.add_argument("--vocab_size", type=int, help="for .bin files without a tokenizer beside them")
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--batch_size", type=int, default=12, help="sequences at a time (default 12)")
+    g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per step")
+    g.add_argument("--max_iters", type=int, default=300, help="steps (default 300)")
+    g.add_argument("--learning_rate", type=float, default=3e-3, help="the highest (default 3e-3)")
+    g.add_argument("--min_lr", type=float, default=None, help="the last (default: a tenth of it)")
+    g.add_argument("--warmup_iters", type=int, default=None, help="steps up to the highest learning "
+                   "rate (default: a twentieth of all)")  # fmt: skip
+    g.add_argument("--schedule", choices=("cosine", "wsd", "constant"), default="cosine")
+    g.add_argument("--weight_decay", type=float, default=0.1, help="of matrices (default 0.1)")
+    g.add_argument("--beta1", type=float, default=0.9)
+    g.add_argument("--beta2", type=float, default=0.95)
+    g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: any")
+    g = parser.add_argument_group("evaluation and logging")
+    g.add_argument("--eval_interval", type=int, default=100, help="steps (default 100); also those "
+                   "between checkpoints")  # fmt: skip
+    g.add_argument("--eval_iters", type=int, default=20, help="batches of val.bin, evenly spaced; "
+                   "0: all of it (default 20; the last evaluation takes all)")  # fmt: skip
+    g.add_argument("--log_interval", type=int, default=10, help="steps (default 10)")
+    g = parser.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of matrix products; auto: bfloat16 on CUDA, else float32")  # fmt: skip
+    g.add_argument("--compile", action="store_true", help="torch.compile: pays on long runs")
+    g.add_argument("--peak_flops", type=float, help="of the device in TFLOP/s, for MFU")
+    g.add_argument("--seed", type=int, default=1337)
+    return parser
+
+
+def check_usage(parser, args):
+    """Exit with code 2 for values that make no run."""
+    for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
+                 "log_interval"):  # fmt: skip
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    for name in ("learning_rate", "weight_decay", "grad_clip", "eval_iters", "min_lr", "warmup_iters"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name} must not be negative")
+    if not (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1):
+        parser.error("--beta1 and --beta2 must be at least 0 and below 1")
+
+
+def open_data(folder, block_size):
+    """A folder of bpe.py -> (train ids, val ids, text of tokenizer.json or None, vocabulary size
+    or None, bytes of text per validation token or None). Raises ValueError."""
+    paths = [os.path.join(folder, name) for name in ("train.bin", "val.bin")]
+    for path in paths:
+        if not os.path.exists(path):
+            make = "python bpe.py" if folder == "data/stdlib" else \
+                f"python bpe.py encode --tokenizer ... --input ... --out {folder}"  # fmt: skip
+            raise ValueError(f"there is no {path}: {make} makes it")
+    (train, header), (val, val_header) = map(open_bin, paths)
+    if len(train) <= block_size:
+        raise ValueError(f"block_size {block_size} is too long for {paths[0]} of {len(train):,} tokens")
+    vocab_size, tokenizer = None, None
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            tokenizer = file.read()
+        try:
+            vocab_size = Tokenizer.from_json(tokenizer).vocab_size
+        except ValueError as error:
+            raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
+    for path, head in zip(paths, (header, val_header)):
+        if head is not None:
+            if vocab_size not in (None, int(head[3])):
+                raise ValueError(f"{path} was made with a vocabulary of {head[3]:,}, but the "
+                                 f"tokenizer.json beside it has {vocab_size:,}")  # fmt: skip
+            vocab_size = int(head[3]) or vocab_size
+    text_bytes = 0 if val_header is None else int(val_header[5:7].copy().view("<i8")[0])
+    return train, val, tokenizer, vocab_size, text_bytes / len(val) or None
+
+
+def make_autocast(device, dtype):
+    """-> (function that returns a context for the forward pass, name of the dtype)."""
+    kind = torch.device(device).type
+    if dtype == "auto":
+        dtype = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return functools.partial(
+        torch.autocast, kind, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=True
+    ), dtype
+
+
+def known_peak(device):
+    """Peak TFLOP/s in bfloat16 without sparsity of cards whose data sheet says so, or None."""
+    if torch.device(device).type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    cards = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
+    return next((peak for card, peak in cards.items() if card in name), None)
+
+
+def get_rng():
+    """The states of torch's generators (data needs none: see `get_batch`)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_rng(states):
+    """Restore what `get_rng` saved, as far as this machine has the devices."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
+
+
+def read_log(path, before):
+    """Rows of a log.csv up to and with step `before`, which a resumed run continues."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("step") and int(row["step"]) <= before]
+
+
+def write_log(path, rows):
+    """Write log.csv beside and rename it."""
+    with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, LOG, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path + ".tmp", path)
+
+
+def plot_log(path, rows):
+    """loss.png, if matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for name in ("loss", "val_loss"):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name) not in ("", None)]
+        if points:
+            pyplot.plot(*zip(*points), label=name)
+    pyplot.xlabel("step")
+    pyplot.ylabel("nats per token")
+    pyplot.legend()
+    pyplot.savefig(path, dpi=120)
+    pyplot.close()
+
+
+def run(args):
+    """Train (or evaluate) as the arguments say."""
+    device = pick_device(args.device)
+    autocast, dtype = make_autocast(device, args.dtype)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    path = os.path.join(args.out_dir, "ckpt.pt")
+
+    # model: from scratch, from a checkpoint, or where the run was stopped
+    given = {name: getattr(args, name) for name in ARCHITECTURE if getattr(args, name) is not None}
+    start = path if args.resume else None if args.init_from == "scratch" else args.init_from
+    if start:
+        model, checkpoint = load_checkpoint(start, device)
+        config = dataclasses.asdict(model.config)
+        for name, value in given.items():
+            if config[name] != value and name != "dropout":
+                raise ValueError(f"{start} has {name} {config[name]}, not {value}")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = given.get("dropout", config["dropout"])
+            elif hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = given.get("dropout", config["dropout"])
+        block_size = config["block_size"]
+    else:
+        block_size = given.get("block_size", TransformerConfig.block_size)
+    train_data, val_data, tokenizer, vocab_size, bytes_per_token = open_data(args.data, block_size)
+    if start:
+        if tokenizer and checkpoint.get("tokenizer") not in (None, tokenizer):
+            raise ValueError(f"{start} was trained with another tokenizer than {args.data} was made with")
+        if vocab_size and vocab_size > model.config.vocab_size:
+            raise ValueError(f"{args.data} has ids up to {vocab_size:,}, {start} only "
+                             f"{model.config.vocab_size:,}")  # fmt: skip
+        tokenizer = tokenizer or checkpoint.get("tokenizer")
+    else:
+        if args.vocab_size and vocab_size and args.vocab_size < vocab_size:
+            raise ValueError(f"--vocab_size {args.vocab_size} is below the data's {vocab_size}")
+        # GPT-2's 50,257 to a multiple of 64, if nothing says what the ids are: as nanoGPT does
+        given["vocab_size"] = args.vocab_size or vocab_size or 50304
+        model = Transformer(TransformerConfig(**given)).to(device)
+    config = model.config
+    raw_model = model
+    if args.compile:
+        model = torch.compile(model)
+
+    bits = lambda loss: loss / math.log(2) / bytes_per_token if bytes_per_token else None  # noqa: E731
+
+    def say_eval(step, loss):
+        extra = f" | {bits(loss):.4f} bits per byte" if bytes_per_token else ""
+        print(f"step {step:6d} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}{extra}",
+              flush=True)  # fmt: skip
+
+    if args.eval_only:
+        say_eval(checkpoint["step"] if start else 0,
+                 evaluate(model, val_data, args.batch_size, block_size, device, autocast))  # fmt: skip
+        return
+
+    # optimizer and schedule
+    optimizer = AdamW(parameter_groups(raw_model, args.weight_decay), lr=args.learning_rate,
+                      betas=(args.beta1, args.beta2))  # fmt: skip
+    min_lr = args.learning_rate / 10 if args.min_lr is None else args.min_lr
+    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
+    step, best_val_loss = 0, math.inf
+    if args.resume:
+        step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            set_rng(checkpoint["rng"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} can not be resumed: {error}") from None
+    os.makedirs(args.out_dir, exist_ok=True)
+    log_path = os.path.join(args.out_dir, "log.csv")
+    rows = read_log(log_path, step) if args.resume else []
+
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    tokens_per_step = args.batch_size * args.gradient_accumulation_steps * block_size
+    print(f"{n_params:,} parameters | {len(train_data):,} training tokens | {tokens_per_step:,} tokens "
+          f"per step | {args.max_iters * tokens_per_step / len(train_data):.2f} epochs | {device}, {dtype}",
+          flush=True)  # fmt: skip
+    from model import count_flops
+
+    peak = args.peak_flops or known_peak(device)
+    flops_per_token = 3 * sum(count_flops(config).values())
+
+    def save():
+        save_checkpoint(path, raw_model, optimizer, step, best_val_loss, get_rng(), vars(args), tokenizer)
+        write_log(log_path, rows)
+
+    # Ctrl-C and SIGTERM: finish the step, save, leave
+    stopped = []
+    previous = {s: signal.signal(s, lambda number, _: stopped.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+    begin = interval = time.perf_counter()
+    before = float(rows[-1]["seconds"] or 0) if rows else 0.0  # seconds of the run so far
+    done = step  # at the last line of the log
+    model.train()
+    try:
+        while step < args.max_iters and not stopped:
+            lr = get_lr(step, args.learning_rate, min_lr, warmup_iters, args.max_iters, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # every token of the step counts the same, whatever batch it is in
+            loss = torch.zeros((), device=device)
+            for i in range(args.gradient_accumulation_steps):
+                x, y = get_batch(train_data, args.batch_size, block_size, device,
+                                 step * args.gradient_accumulation_steps + i, args.seed)  # fmt: skip
+                if device == "cpu" and int(x.max()) >= config.vocab_size:
+                    raise ValueError(f"{args.data}/train.bin holds the id {int(x.max())}, but the "
+                                     f"model's vocabulary has {config.vocab_size}")  # fmt: skip
+                with autocast():
+                    part = cross_entropy(model(x), y) / args.gradient_accumulation_steps
+                part.backward()
+                loss += part.detach()
+            norm = clip_grad_norm(raw_model.parameters(), args.grad_clip)
+            loss, norm = loss.item(), norm.item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                kept = f"; {path} is from before it" if os.path.exists(path) else ""
+                raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm {norm}{kept}: "
+                                 "try a smaller --learning_rate")  # fmt: skip
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            last_step = step == args.max_iters
+            if step % args.log_interval == 0 or last_step or stopped:
+                now = time.perf_counter()
+                rate = (step - done) * tokens_per_step / (now - interval)
+                eta = (args.max_iters - step) * tokens_per_step / rate
+                mfu = f" | mfu {rate * flops_per_token / peak / 1e12:.1%}" if peak else ""
+                print(f"step {step:6d}/{args.max_iters} ({step / args.max_iters:4.0%}) | loss {loss:.4f} | "
+                      f"lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s{mfu} | {eta / 60:.1f} min left",
+                      flush=True)  # fmt: skip
+                interval, done = now, step
+                rows.append({"step": step, "tokens": step * tokens_per_step, "loss": f"{loss:.6f}",
+                             "seconds": f"{before + now - begin:.2f}", "learning_rate": f"{lr:.6g}",
+                             "grad_norm": f"{norm:.4f}"})  # fmt: skip
+            if (step % args.eval_interval == 0 or last_step) and not stopped:
+                some = None if last_step else args.eval_iters
+                val_loss = evaluate(model, val_data, args.batch_size, block_size, device, autocast, some)
+                best_val_loss = min(best_val_loss, val_loss)
+                say_eval(step, val_loss)
+                if not rows or rows[-1]["step"] != step:
+                    rows.append({"step": step, "tokens": step * tokens_per_step,
+                                 "seconds": f"{before + time.perf_counter() - begin:.2f}"})  # fmt: skip
+                rows[-1] |= {"val_loss": f"{val_loss:.6f}"}
+                if bytes_per_token:
+                    rows[-1] |= {"val_bpb": f"{bits(val_loss):.6f}"}
+                save()
+                interval, done = time.perf_counter(), step
+        if stopped:
+            save()
+            print(f"stopped after step {step}; --resume goes on from {path}", flush=True)
+            sys.exit(130)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    plot_log(os.path.join(args.out_dir, "loss.png"), rows)
+    if not rows or not rows[-1].get("val_loss"):
+        print(f"{path} is already at step {step}: nothing to do for --max_iters {args.max_iters}")
+        return
+    print(f"\nval_loss: {float(rows[-1]['val_loss']):.4f}")
+    if rows[-1].get("val_bpb"):
+        print(f"val_bits_per_byte: {float(rows[-1]['val_bpb']):.4f}")
+    print(f"tokens: {step * tokens_per_step}\nseconds: {float(rows[-1]['seconds']):.1f}\nckpt: {path}")
+
+
+def main():
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.init_from == "resume":
+        args.resume = True
+    try:
+        if args.resume:  # the flags of the stopped run hold, where none are given now
+            saved = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"))[1].get("args") or {}
+            skip = {"resume", "init_from", "out_dir", "eval_only", *ARCHITECTURE}
+            names = {action.dest for action in parser._actions} - skip
+            parser.set_defaults(**{k: v for k, v in saved.items() if k in names})
+            args = parser.parse_args()
+            args.resume = True
+        check_usage(parser, args)
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
