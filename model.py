@@ -21,7 +21,6 @@ import dataclasses
 import math
 import os
 import sys
-import warnings
 
 import torch
 import torch.nn as nn
@@ -51,7 +50,7 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """A vector for each of n ids: row i of the table. weight: (n, d)"""
 
-    def __init__(self, n, d, std=0.02, device=None, dtype=None):
+    def __init__(self, n, d, std=1.0, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n, d, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std)
@@ -120,10 +119,13 @@ def apply_rope(x, cos, sin, interleaved=False):
     any error: here it is i and i + D / 2, as in Hugging Face's Llama and in GPT-NeoX. The paper
     and the weights that Meta gave out pair 2 i and 2 i + 1: `interleaved`.
     """
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    a, b = a.float(), b.float()  # float32: bfloat16 can not tell position 1000 from 1001
-    turned = a * cos - b * sin, a * sin + b * cos
-    out = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    h = x.float()  # bfloat16 can not tell position 1000 from 1001
+    if interleaved:
+        a, b = h[..., 0::2], h[..., 1::2]
+        out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    else:  # the same for a, b = h.chunk(2, -1), in few operations on whole heads
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        out = h * cos + h.roll(h.shape[-1] // 2, -1) * sin
     return out.to(x.dtype)
 
 
@@ -223,7 +225,7 @@ class CausalSelfAttention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q, k = apply_rope(q.contiguous(), *rope), apply_rope(k.contiguous(), *rope)
         if self.n_kv_head < self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
@@ -287,9 +289,11 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.n_embd)
+        # a unit variance suits the norms; as output weights it would make logits too large
+        std = 1 / math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
+        self.embedding = Embedding(config.vocab_size, config.n_embd, std)
         if config.position == "learned":
-            self.positions = Embedding(config.block_size, config.n_embd)
+            self.positions = Embedding(config.block_size, config.n_embd, std)
         else:
             head_size = config.n_embd // config.n_head
             cos, sin = rope_angles(torch.arange(config.block_size), head_size, config.rope_theta)
@@ -420,7 +424,8 @@ def load_checkpoint(path, device="cpu"):
     except OSError:
         raise
     except Exception as error:  # what torch raises for broken files varies from one to the next
-        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is no checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") \
+            from None  # fmt: skip
     try:
         known = {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown := set(checkpoint["config"]) - known:

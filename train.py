@@ -37,22 +37,47 @@ import numpy as np
 import torch
 
 from bpe import Tokenizer
-from model import Transformer, TransformerConfig, load_checkpoint, pick_device, save_checkpoint
+from model import (
+    Transformer,
+    TransformerConfig,
+    count_flops,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+)
 
 # -----------------------------------------------------------------------------
 # Loss.
 
 
-def cross_entropy(logits, targets, ignore_index=-100):
-    """Mean negative log-likelihood of the targets, in nats.
+def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
+    """Negative log-likelihood of the targets, in nats: their mean, or with reduction="sum" the sum.
 
     logits: (..., V); targets: (...) int64. Targets of ignore_index do not count; with none that
     counts the loss is 0. Stable: logsumexp takes off the largest logit before it exponentiates.
     """
     valid = targets != ignore_index
-    picked = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    picked = logits.gather(-1, targets.masked_fill(~valid, 0)[..., None])[..., 0]
     losses = torch.logsumexp(logits.float(), -1) - picked.float()
-    return (losses * valid).sum() / valid.sum().clamp(min=1)
+    total = losses.masked_fill(~valid, 0.0).sum()
+    return total if reduction == "sum" else total / valid.sum().clamp(min=1)
+
+
+def backward(model, batches, autocast):
+    """Add to the gradients those of the mean loss over all targets of several batches (gradient
+    accumulation), and return that loss, a tensor.
+
+    batches: list of (ids, targets). The sum is divided once by the number of all targets that
+    count: a mean of the batches' means would give the tokens of a short batch more weight.
+    """
+    count = max(1, sum(int((y != -100).sum()) for _, y in batches))
+    loss = torch.zeros((), device=batches[0][0].device)
+    for x, y in batches:
+        with autocast():
+            part = cross_entropy(model(x), y, reduction="sum") / count
+        part.backward()
+        loss += part.detach()
+    return loss
 
 
 # -----------------------------------------------------------------------------
@@ -482,8 +507,6 @@ def run(args):
     print(f"{n_params:,} parameters | {len(train_data):,} training tokens | {tokens_per_step:,} tokens "
           f"per step | {args.max_iters * tokens_per_step / len(train_data):.2f} epochs | {device}, {dtype}",
           flush=True)  # fmt: skip
-    from model import count_flops
-
     peak = args.peak_flops or known_peak(device)
     flops_per_token = 3 * sum(count_flops(config).values())
 
@@ -504,18 +527,13 @@ def run(args):
             lr = get_lr(step, args.learning_rate, min_lr, warmup_iters, args.max_iters, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # every token of the step counts the same, whatever batch it is in
-            loss = torch.zeros((), device=device)
-            for i in range(args.gradient_accumulation_steps):
-                x, y = get_batch(train_data, args.batch_size, block_size, device,
-                                 step * args.gradient_accumulation_steps + i, args.seed)  # fmt: skip
-                if device == "cpu" and int(x.max()) >= config.vocab_size:
-                    raise ValueError(f"{args.data}/train.bin holds the id {int(x.max())}, but the "
-                                     f"model's vocabulary has {config.vocab_size}")  # fmt: skip
-                with autocast():
-                    part = cross_entropy(model(x), y) / args.gradient_accumulation_steps
-                part.backward()
-                loss += part.detach()
+            n = args.gradient_accumulation_steps
+            batches = [get_batch(train_data, args.batch_size, block_size, device, i, args.seed)
+                       for i in range(step * n, (step + 1) * n)]  # fmt: skip
+            if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
+                raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
+                                 f"vocabulary has {config.vocab_size}")  # fmt: skip
+            loss = backward(model, batches, autocast)
             norm = clip_grad_norm(raw_model.parameters(), args.grad_clip)
             loss, norm = loss.item(), norm.item()
             if not math.isfinite(loss) or not math.isfinite(norm):

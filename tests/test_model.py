@@ -1,0 +1,331 @@
+"""model.py's parts against PyTorch's own, and its checkpoints and command line."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import model as M  # noqa: E402
+from bpe import EOT, Tokenizer  # noqa: E402
+
+SMALL = dict(vocab_size=50, block_size=16, n_layer=2, n_head=4, n_embd=32)
+GPT2 = dict(activation="gelu", norm="layernorm", position="learned", tie_embeddings=True, bias=True)
+VARIANTS = {"llama": {}, "grouped": {"n_kv_head": 2}, "multi-query": {"n_kv_head": 1}, "gpt2": GPT2}
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny(**changes):
+    return M.Transformer(M.TransformerConfig(**{**SMALL, **changes})).eval()
+
+
+# ---- parts
+
+
+def test_linear_and_embedding():
+    x = torch.randn(2, 3, 8)
+    for bias in (False, True):
+        ours = M.Linear(8, 5, bias)
+        assert ours.weight.shape == (5, 8) and (ours.bias is not None) == bias
+        close(ours(x), x @ ours.weight.T + (ours.bias if bias else 0))
+    wide = M.Linear(400, 600).weight
+    assert abs(wide.std().item() - math.sqrt(2 / 1000)) < 2e-3
+    assert wide.abs().max() <= 3 * math.sqrt(2 / 1000) + 1e-6
+    table, ids = M.Embedding(7, 4), torch.tensor([[1, 6], [0, 1]])
+    assert torch.equal(table(ids), table.weight[ids])
+
+
+def test_norms():
+    x = torch.randn(2, 3, 8)
+    ours = M.RMSNorm(8, eps=1e-5)
+    ours.weight.data = torch.randn(8)
+    close(ours(x), F.rms_norm(x, (8,), ours.weight, 1e-5))
+    big = (torch.randn(4, 8) * 1e3).to(torch.bfloat16)  # squares are taken in float32
+    assert ours(big).dtype == torch.bfloat16
+    close(ours(big).float(), F.rms_norm(big.float(), (8,), ours.weight, 1e-5), 1e-2)
+    layer = M.LayerNorm(8, bias=True)
+    close(layer(x), (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
+
+
+def test_softmax_is_stable():
+    x = torch.tensor([[1e4, 1e4 + 1, -1e4], [0.0, -math.inf, 2.0]])
+    close(M.softmax(x), torch.softmax(x, -1))
+    close(M.softmax(x + 1e3, dim=0)[:, [0, 2]], torch.softmax(x + 1e3, 0)[:, [0, 2]])
+
+
+def test_rope_depends_on_distance_only_and_keeps_lengths():
+    q, k = torch.randn(8), torch.randn(8)
+    cos, sin = M.rope_angles(torch.arange(50), 8)
+    for interleaved in (False, True):
+        qs, ks = (M.apply_rope(x.expand(50, 8), cos, sin, interleaved) for x in (q, k))
+        close(qs.norm(dim=-1), q.norm().expand(50), 1e-5)
+        close(qs[7] @ ks[3], qs[44] @ ks[40], 1e-4)
+        close(qs[0], q)
+
+
+def test_mistake_3_rotary_layouts_are_not_the_same():
+    """Half-split and interleaved pair other channels; they agree after a permutation of channels."""
+    x = torch.randn(2, 5, 8)
+    cos, sin = M.rope_angles(torch.arange(5), 8)
+    half, inter = M.apply_rope(x, cos, sin), M.apply_rope(x, cos, sin, interleaved=True)
+    assert not torch.allclose(half, inter, atol=1e-2)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # from interleaved to half-split
+    close(M.apply_rope(x[..., order], cos, sin), inter[..., order])
+    # by complex numbers, as the paper has it
+    turned = torch.view_as_complex(x.view(2, 5, 4, 2)) * torch.complex(cos, sin)
+    close(inter, torch.view_as_real(turned).flatten(-2))
+
+
+def test_attention_equals_pytorch():
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 5)
+    mask = torch.rand(6, 9) > 0.4
+    mask[2] = False  # attends to nothing
+    mask[3] = True
+    ours = M.scaled_dot_product_attention(q, k, v, mask)
+    rows = [i for i in range(6) if mask[i].any()]
+    close(ours[:, :, rows], F.scaled_dot_product_attention(q, k, v, mask)[:, :, rows])
+    assert (ours[:, :, 2] == 0).all()
+    close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fast_attention_equals_readable(name):
+    config = M.TransformerConfig(**{**SMALL, **VARIANTS[name]})
+    fast = M.CausalSelfAttention(config)
+    slow = M.CausalSelfAttention(config, fast=False)
+    slow.load_state_dict(fast.state_dict())
+    x, rope = torch.randn(2, 16, 32), M.rope_angles(torch.arange(16), 8)
+    close(fast(x, rope), slow(x, rope), 1e-5)
+
+
+def test_grouped_heads_are_repeated_heads():
+    grouped = M.CausalSelfAttention(M.TransformerConfig(**SMALL, n_kv_head=2))
+    full = M.CausalSelfAttention(M.TransformerConfig(**SMALL))
+    state = grouped.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        state[name] = state[name].view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+    full.load_state_dict(state)
+    x = torch.randn(2, 9, 32)
+    close(grouped(x), full(x), 1e-5)
+
+
+def test_swiglu():
+    ffn, x = M.SwiGLU(8, 12), torch.randn(3, 8)
+    gate = x @ ffn.w1.weight.T
+    close(ffn(x), (gate * torch.sigmoid(gate) * (x @ ffn.w3.weight.T)) @ ffn.w2.weight.T)
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_causality(name):
+    model = tiny(**VARIANTS[name])
+    ids = torch.randint(50, (2, 16))
+    before = model(ids)
+    assert before.shape == (2, 16, 50) and before.isfinite().all()
+    changed = ids.clone()
+    changed[:, 9] = (ids[:, 9] + 1) % 50
+    after = model(changed)
+    close(after[:, :9], before[:, :9])
+    assert not torch.allclose(after[:, 9:], before[:, 9:], atol=1e-4)
+
+
+def test_first_loss_is_that_of_a_guess():
+    loss = F.cross_entropy(tiny(n_embd=128)(torch.randint(50, (8, 16))).flatten(0, 1),
+                           torch.randint(50, (128,)))  # fmt: skip
+    assert abs(loss.item() - math.log(50)) < 0.8
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_and_flop_formulas(name):
+    model = tiny(**VARIANTS[name])
+    counted = sum(M.count_parameters(model.config).values())
+    assert counted == sum(p.numel() for p in model.parameters())
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 16, dtype=torch.int64))
+    flops = M.count_flops(model.config)
+    products = sum(n for part, n in flops.items() if part != "attention, scores and values")
+    attention = 4 * 2 * 32 * 16  # of all pairs of positions, as PyTorch counts; ours takes half
+    found = counter.get_total_flops() / 16
+    assert found in (products, products + attention)
+    assert flops["attention, scores and values"] == attention // 2
+
+
+def test_dropout_only_in_training():
+    model, ids = tiny(dropout=0.5), torch.randint(50, (2, 16))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_too_long_a_sequence_is_refused():
+    with pytest.raises(ValueError, match="17 tokens"):
+        tiny()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bad", [
+    {"n_head": 5}, {"n_kv_head": 3}, {"n_layer": 0}, {"vocab_size": -1}, {"activation": "tanh"},
+    {"position": "alibi"}, {"norm": "batch"}, {"dropout": 1.0}, {"n_embd": 36, "n_head": 12},
+    {"n_embd": 32.0}])  # fmt: skip
+def test_configs_that_make_no_model(bad):
+    with pytest.raises(ValueError):
+        M.TransformerConfig(**{**SMALL, **bad})
+
+
+# ---- sampling
+
+
+def test_sample():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
+    assert (M.sample(logits, temperature=0) == 0).all()
+    share = lambda **how: torch.bincount(M.sample(logits, **how), minlength=4) / 4000  # noqa: E731
+    close(share(), logits[0].exp(), 0.03)
+    close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
+    close(share(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
+    close(share(top_p=0.5), torch.tensor([1.0, 0, 0, 0]))
+    close(share(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))
+    sharp = logits[0].div(0.5).softmax(-1)
+    close(share(temperature=0.5), sharp, 0.03)
+    assert share(top_k=99).sum() == 1
+
+
+def test_generate():
+    model, ids = tiny(), torch.randint(50, (3, 4))
+    make = lambda seed, **how: model.generate(  # noqa: E731
+        ids, 30, generator=torch.Generator().manual_seed(seed), **how)  # fmt: skip
+    out = make(1)
+    assert out.shape == (3, 34) and torch.equal(out[:, :4], ids)  # beyond block_size, too
+    assert torch.equal(out, make(1)) and not torch.equal(out, make(2))
+    greedy = model.generate(ids, 3, temperature=0)
+    for _ in range(3):
+        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(greedy, ids)
+
+
+def test_generate_stops_each_sequence_at_its_stop():
+    model, ids, seen = tiny(), torch.randint(50, (3, 4)), []
+    stop = int(model.generate(ids, 1, temperature=0)[0, -1])
+    out = model.generate(ids, 12, temperature=0, stop=stop, on_token=lambda new: seen.append(new))
+    assert (out[0, 4:] == stop).all()
+    assert torch.equal(torch.stack(seen, 1), out[:, 4:])
+    assert model.generate(ids[:1], 12, temperature=0, stop=stop).shape == (1, 5)
+
+
+# ---- checkpoints
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = tiny(**GPT2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    M.save_checkpoint(tmp_path / "c.pt", torch.compile(model), optimizer, 7, 1.5, {"cpu": torch.get_rng_state()},
+                      {"lr": 1}, "tok")  # fmt: skip
+    again, checkpoint = M.load_checkpoint(tmp_path / "c.pt")
+    ids = torch.randint(50, (2, 16))
+    assert torch.equal(again(ids), model(ids)) and again.config == model.config and not again.training
+    assert (checkpoint["step"], checkpoint["best_val_loss"], checkpoint["tokenizer"]) == (7, 1.5, "tok")
+    assert again.head.weight is again.embedding.weight
+    assert not any(name.startswith(("_orig_mod.", "module.")) for name in checkpoint["model"])
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def broken_checkpoint(**changes):
+    model = tiny()
+    return {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "step": 0} | changes
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a checkpoint", {"model": {}}, [1, 2], broken_checkpoint(config={"n_layer": "x"}),
+    broken_checkpoint(config={**SMALL, "n_embd": 64}), broken_checkpoint(model={"a": torch.ones(2)}),
+    broken_checkpoint(config={**SMALL, "surprise": 1}), broken_checkpoint(model=5)])  # fmt: skip
+def test_broken_checkpoints_are_refused_in_one_line(tmp_path, content):
+    if isinstance(content, bytes):
+        (tmp_path / "c.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="c.pt is no checkpoint") as error:
+        M.load_checkpoint(tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_checkpoint_can_not_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": Evil()}, "c.pt")
+    with pytest.raises(ValueError):
+        M.load_checkpoint("c.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    M.save_checkpoint(tmp_path / "c.pt", tiny(), step=1)
+
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed\nmore")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="could not write .*c.pt"):
+        M.save_checkpoint(tmp_path / "c.pt", tiny(), step=2)
+    assert M.load_checkpoint(tmp_path / "c.pt")[1]["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+# ---- the command line
+
+
+def run(*args, cwd):
+    command = [sys.executable, os.path.join(ROOT, "model.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
+
+
+def test_command_line_samples(tmp_path):
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], [EOT])
+    (tmp_path / "out").mkdir()
+    M.save_checkpoint(tmp_path / "out/ckpt.pt", tiny(vocab_size=257), tokenizer=tokenizer.to_json())
+    args = ("--prompt", "héllo", "--max_new_tokens", 9, "--num_samples", 2, "--top_k", 5, "--top_p", 0.9)
+    result = run(*args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.split("\n---------------\n")
+    assert first.startswith("héllo") and second.startswith("héllo") and first != second.rstrip("\n")
+    assert run(*args, cwd=tmp_path).stdout == result.stdout  # the seed decides
+    result = run("info", cwd=tmp_path)
+    assert result.returncode == 0 and "vocab_size=257" in result.stdout
+
+
+def test_command_line_info_of_gpt2(tmp_path):
+    sizes = "--n_layer 12 --n_head 12 --n_embd 768 --vocab_size 50257 --block_size 1024 --activation gelu"
+    flags = "--norm layernorm --position learned --tie_embeddings"
+    result = run("info", *sizes.split(), *flags.split(), cwd=tmp_path)
+    # nanoGPT's 124 million: without biases, 124,337,664 of them
+    assert result.returncode == 0 and "124,337,664" in result.stdout
+
+
+@pytest.mark.parametrize("args, code, message", [
+    ((), 1, "python train.py"), (("--ckpt", "no.pt"), 1, "no.pt"), (("info", "--n_head", "7"), 1, "n_head"),
+    (("--device", "cuda:77"), 1, "cuda:77"), (("--top_k", "0"), 2, "top_k"),
+    (("--temperature", "-1"), 2, "temperature"), (("dance",), 2, "dance")])  # fmt: skip
+def test_bad_input_gets_one_line(tmp_path, args, code, message):
+    result = run(*args, cwd=tmp_path)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == code and message in lines[-1] and "Traceback" not in result.stderr
+    assert code == 2 or len(lines) == 1
