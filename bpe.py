@@ -244,7 +244,7 @@ def find_cuts(block):
 
 _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # mask of the n low bytes
 _ODD = [np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F,
-                               0x165667B19E3779F9, 0xD6E8FEB86659FD93)]  # fmt: skip
+                               0x165667B19E3779F9, 0xD6E8FEB86659FD93)]
 
 
 def hash_slot(key, bits):
@@ -266,7 +266,7 @@ class ChunkTable:
         self.number = {}  # chunk, as bytes -> its number
         self.step = 256  # chunks looked up at once: few at first, when each is new
         self.caches = [(np.zeros((n, size), np.uint64), np.zeros(size, np.int64))
-                       for n, size in ((1, 1 << 18), (2, 1 << 17), (4, 1 << 16))]  # fmt: skip
+                       for n, size in ((1, 1 << 18), (2, 1 << 17), (4, 1 << 16))]
 
     def lookup(self, block):
         """Numbers of the chunks of a block (bytes, see `find_cuts`), int64, in order."""
@@ -524,8 +524,9 @@ class Progress:
         rate = done / (now - self.start)
         left = f", {max(0, self.total - done) / rate:.0f} s left" if rate and self.total else ""
         of = f" of {self.total * self.scale:,.0f}" if self.total else ""
-        print(f"\r{self.what}: {done * self.scale:,.0f}{of} {self.unit}, {rate * self.scale:,.1f} {self.unit}/s{left}    ",
-              end="", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"\r{self.what}: {done * self.scale:,.0f}{of} {self.unit}, "
+              f"{rate * self.scale:,.1f} {self.unit}/s{left}    ",
+              end="", file=sys.stderr, flush=True)
 
     def close(self):
         """Wipe the line."""
@@ -743,7 +744,7 @@ def learn_merges(words, n_merges, progress=lambda done: None):
 
     def push(pairs):
         for i, n, a, b in zip(pairs.tolist(), corpus.count[pairs].tolist(),
-                              corpus.left[pairs].tolist(), corpus.right[pairs].tolist()):  # fmt: skip
+                              corpus.left[pairs].tolist(), corpus.right[pairs].tolist()):
             heapq.heappush(heap, (-n, keys[a], keys[b], i))
 
     # Most pairs are never frequent enough: the heap holds those of at least `threshold`
@@ -789,7 +790,8 @@ def learn_merges(words, n_merges, progress=lambda done: None):
             merges.append((a, b))
             tokens.append(a + b)
             keys.append(tokens[-1].translate(inverted).decode("latin-1") + "\u0100")
-        new = corpus.merge([entry[3] for entry in batch], positions, owner, len(tokens) - len(batch))
+        first_new = len(tokens) - len(batch)
+        new = corpus.merge([entry[3] for entry in batch], positions, owner, first_new)
         frequent = np.flatnonzero(corpus.count[new.start : new.stop] >= threshold)
         push(frequent + new.start)
         progress(len(merges))
@@ -819,7 +821,7 @@ def train_bpe(input_path, vocab_size, special_tokens=(EOT,), pattern="gpt2", num
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0:
         raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} "
-                         "special tokens")  # fmt: skip
+                         "special tokens")
     num_proc = num_proc or default_processes(paths)
     words, bad = count_pretokens(paths, pattern, special_tokens, num_proc)
     if bad:
@@ -934,7 +936,8 @@ def pre_tokenizer(part):
         pattern = pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
     else:
         raise ValueError(f"pre-tokenizer {kind} is not supported")
-    if behavior not in ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous"):
+    if behavior not in ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext",
+                        "Contiguous"):
         raise ValueError(f"behavior {behavior} of a pre-tokenizer is not supported")
     return [(regex.compile(pattern), behavior, invert, prefix)]
 
@@ -959,7 +962,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern="gpt2", *,
-                 ignore_merges=False, added_tokens=(), settings=None):  # fmt: skip
+                 ignore_merges=False, added_tokens=(), settings=None):
         self.vocab, self.merges = dict(vocab), list(merges)
         self.pattern = PATTERNS.get(pattern, pattern)
         self.ignore_merges = ignore_merges
@@ -978,10 +981,11 @@ class Tokenizer:
             {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": True}
             for token, i in self.special_tokens.items()
-        ]  # fmt: skip
+        ]
         self.vocab_size = max(self.vocab, default=-1) + 1
         names = (EOT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
-        self.eot_id = next((self.special_tokens[n] for n in names if n in self.special_tokens), None)
+        ends = [self.special_tokens[name] for name in names if name in self.special_tokens]
+        self.eot_id = ends[0] if ends else None
 
         # pair of ids -> rank of its merge; rank -> id of the merged token
         self._rank, self._merged = {}, []
@@ -990,7 +994,7 @@ class Tokenizer:
                 pair, merged = (self._id[a], self._id[b]), self._id[a + b]
             except KeyError as missing:
                 raise ValueError(f"merge {a!r} {b!r} needs {missing}, which the vocabulary lacks") \
-                    from None  # fmt: skip
+                    from None
             self._rank.setdefault(pair, len(self._merged))
             self._merged.append(merged)
         unknown = self._id.get(utf8(self.settings.get("unk_token") or "")) or None
@@ -1001,7 +1005,7 @@ class Tokenizer:
             steps = pre_tokenizer(self.settings["pre_tokenizer"])
             self._split, self.pattern = functools.partial(split_text, steps), None
             if len(steps) == 1 and steps[0][1:] in (("Isolated", False, False),
-                                                    ("Removed", True, False)):  # fmt: skip
+                                                    ("Removed", True, False)):
                 self.pattern = steps[0][0].pattern
         if self.pattern is not None:
             self._split = regex.compile(self.pattern).findall
@@ -1164,7 +1168,7 @@ class Tokenizer:
         rank, end = self._rank.get, len(ids)
         after, before = list(range(1, end + 1)), list(range(-1, end - 1))
         heap = [(r, i) for i, pair in enumerate(zip(ids, ids[1:]))
-                if (r := rank(pair)) is not None]  # fmt: skip
+                if (r := rank(pair)) is not None]
         heapq.heapify(heap)
         while heap:
             lowest, i = heapq.heappop(heap)
@@ -1290,9 +1294,9 @@ class Tokenizer:
             return raw.get(token) or "".join([char[b] for b in token])
 
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
-                 "invert": False}  # fmt: skip
+                 "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": self.pattern == PATTERNS["gpt2"]}  # fmt: skip
+                 "use_regex": self.pattern == PATTERNS["gpt2"]}
         steps = {"type": "Sequence", "pretokenizers": [split, level]}
         model = {
             "type": "BPE", "dropout": None, "unk_token": self.settings.get("unk_token"),
@@ -1300,13 +1304,13 @@ class Tokenizer:
             "byte_fallback": False, "ignore_merges": self.ignore_merges,
             "vocab": {name(self.vocab[i]): i for i in sorted(self.vocab)},
             "merges": [f"{name(a)} {name(b)}" for a, b in self.merges],
-        }  # fmt: skip
+        }
         parts = {
             "version": "1.0", "truncation": None, "padding": None,
             "added_tokens": self.added_tokens, "normalizer": None,
             "pre_tokenizer": level if level["use_regex"] else steps,
             "post_processor": None, "decoder": {**level, "use_regex": True},
-        }  # fmt: skip
+        }
         parts |= {k: v for k, v in self.settings.items() if k in parts}
         return json.dumps({**parts, "model": model}, ensure_ascii=False, indent=1)
 
@@ -1346,11 +1350,11 @@ class Tokenizer:
             pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
             merges = [(token[a], token[b]) for a, b in pairs]
             settings = {k: parts.get(k) for k in
-                        ("normalizer", "pre_tokenizer", "post_processor", "decoder")}  # fmt: skip
+                        ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
             settings["unk_token"] = model.get("unk_token")
             added_ids = {t["content"]: t["id"] for t in added}
             return cls(vocab, merges, added_ids, added_tokens=added, settings=settings,
-                       ignore_merges=bool(model.get("ignore_merges")))  # fmt: skip
+                       ignore_merges=bool(model.get("ignore_merges")))
         except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__} {error}") from None
         except regex.error as error:
@@ -1380,10 +1384,10 @@ class Tokenizer:
             with open(merges_path, encoding="utf-8", newline="\n") as file:
                 lines = [line.rstrip("\r\n") for line in file]
             to_bytes = {c: b for b, c in enumerate(byte_characters())}
-            name = lambda word: bytes([to_bytes[c] for c in word])  # noqa: E731
+            name = lambda word: bytes([to_bytes[c] for c in word])
             vocab = {i: name(word) for word, i in json.loads(text).items()}
             merges = [tuple(map(name, line.split(" "))) for i, line in enumerate(lines)
-                      if line and not (i == 0 and line.startswith("#version"))]  # fmt: skip
+                      if line and not (i == 0 and line.startswith("#version"))]
             if special_tokens is None and utf8(EOT) in vocab.values():
                 special_tokens = [EOT]
             return cls(vocab, merges, special_tokens, pattern or "gpt2")
@@ -1408,7 +1412,7 @@ class Tokenizer:
         ]
         known = {"cl100k": {EOT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
                             "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276},
-                 "o200k": {EOT: 199999, "<|endofprompt|>": 200018}}  # fmt: skip
+                 "o200k": {EOT: 199999, "<|endofprompt|>": 200018}}
         family = name.split("_")[0] if name.split("_")[0] in known else "gpt2"
         if special_tokens is None:
             special_tokens = known.get(family, [EOT])
@@ -1471,7 +1475,7 @@ class BinWriter:
         header = np.zeros(256, "<i4")
         header[:5] = (*((20240520, 1) if self.dtype.itemsize == 2 else (20240801, 7)),
                       min(self.tokens, 2**31 - 1), self.tokenizer.vocab_size,
-                      -1 if eot is None else eot)  # fmt: skip
+                      -1 if eot is None else eot)
         header[5:7] = np.array([self.text_bytes], "<u8").view("<i4")
         self.file.seek(0)
         self.file.write(header.tobytes())
@@ -1521,13 +1525,15 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
     if tokenizer.eot_id is None:
         raise ValueError(f"the tokenizer has no {EOT} to end documents with")
     os.makedirs(out, exist_ok=True)
-    train, val = (BinWriter(os.path.join(out, name), tokenizer) for name in ("train.bin", "val.bin"))
+    train = BinWriter(os.path.join(out, "train.bin"), tokenizer)
+    val = BinWriter(os.path.join(out, "val.bin"), tokenizer)
     keep, bad, lost, seen, sizes = False, 0, 0, 0, token_sizes(tokenizer)
     try:
         for writer, files in ((train, paths), (val, val_paths)):
             if not files:
                 continue
-            blocks = with_progress("encoding", read_blocks(files, whole=not tokenizer.chunked), files)
+            blocks = read_blocks(files, whole=not tokenizer.chunked)
+            blocks = with_progress("encoding", blocks, files)
             for ids, ends, covered, size, invalid in parallel(
                 DocumentEncoder(tokenizer), blocks, num_proc or default_processes(files)
             ):
@@ -1561,11 +1567,11 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
         print(f"{bad:,} bytes were not UTF-8 and became U+FFFD", file=sys.stderr)
     if lost > 0 and not tokenizer.settings.get("normalizer"):
         print(f"{lost:,} bytes are in no token of this vocabulary and were left out",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
     for writer in (train, val):
         if writer.tokens:
             print(f"{writer.path}: {writer.tokens:,} tokens, {writer.text_bytes:,} bytes of text, "
-                  f"{writer.text_bytes / writer.tokens:.2f} bytes per token")  # fmt: skip
+                  f"{writer.text_bytes / writer.tokens:.2f} bytes per token")
 
 
 # -----------------------------------------------------------------------------
@@ -1591,7 +1597,7 @@ def show(text, tokenizer):
     """Print a text as each kind of tokenizer cuts it."""
     color = sys.stdout.isatty()
     kinds = {"characters": CharTokenizer(), "bytes": ByteTokenizer(),
-             "words": WordTokenizer(text), "BPE": tokenizer}  # fmt: skip
+             "words": WordTokenizer(text), "BPE": tokenizer}
     rows = []
     for kind, t in kinds.items():
         ids = t.encode(text)
@@ -1622,22 +1628,22 @@ def main():
     p.add_argument("--out", required=True, metavar="DIR", help="where to leave tokenizer.json")
     p.add_argument("--pattern", default="gpt2", help="where to cut text before merging: "
                    f"{', '.join(PATTERNS)} or a regular expression; char: each character is a "
-                   "token, nothing is merged (default gpt2)")  # fmt: skip
+                   "token, nothing is merged (default gpt2)")
     p.add_argument("--special_tokens", nargs="*", default=[EOT], metavar="TOKEN",
-                   help=f"strings that are one token each (default {EOT})")  # fmt: skip
+                   help=f"strings that are one token each (default {EOT})")
 
     e = commands.add_parser("encode", help="text to train.bin and val.bin")
     e.add_argument("--tokenizer", required=True, metavar="FILE", help="tokenizer.json, vocab.json "
-                   "with merges.txt beside it, or .tiktoken")  # fmt: skip
+                   "with merges.txt beside it, or .tiktoken")
     e.add_argument("--input", nargs="+", required=True, metavar="FILE", help=text)
     e.add_argument("--val_input", nargs="+", default=(), metavar="FILE",
-                   help="make val.bin of these, and train.bin of all of --input")  # fmt: skip
+                   help="make val.bin of these, and train.bin of all of --input")
     e.add_argument("--val_fraction", type=float, default=0.01, metavar="F",
-                   help="share of the documents that goes to val.bin (default 0.01)")  # fmt: skip
+                   help="share of the documents that goes to val.bin (default 0.01)")
     e.add_argument("--out", required=True, metavar="DIR", help="where to leave the .bin files")
     for command in (p, e):
         command.add_argument("--num_proc", type=int, help="processes (default: one per 8 MB, at "
-                             "most one per core); the output does not depend on it")  # fmt: skip
+                             "most one per core); the output does not depend on it")
 
     d = commands.add_parser("decode", help="a .bin to text on the standard output")
     d.add_argument("--tokenizer", required=True, metavar="FILE")
@@ -1647,7 +1653,7 @@ def main():
     s = commands.add_parser("show", help="cut a text into coloured tokens")
     s.add_argument("text")
     s.add_argument("--tokenizer", metavar="FILE", help="default: data/stdlib/tokenizer.json, or "
-                   "if there is none one made of the standard library on the spot")  # fmt: skip
+                   "if there is none one made of the standard library on the spot")
     args = parser.parse_args()
     if getattr(args, "num_proc", None) is not None and args.num_proc < 1:
         parser.error("--num_proc must be at least 1")
@@ -1686,7 +1692,7 @@ def run(args):
             tokenizer = train_char(args.input)
         else:
             vocab, merges = train_bpe(args.input, args.vocab_size, args.special_tokens,
-                                      args.pattern, args.num_proc)  # fmt: skip
+                                      args.pattern, args.num_proc)
             tokenizer = Tokenizer(vocab, merges, args.special_tokens, args.pattern)
             if len(vocab) < args.vocab_size:
                 print(f"the text has pairs for no more than {len(vocab):,} tokens", file=sys.stderr)
@@ -1696,7 +1702,7 @@ def run(args):
     elif args.command == "encode":
         tokenizer = Tokenizer.from_file(args.tokenizer)
         encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
-                     args.num_proc)  # fmt: skip
+                     args.num_proc)
         tokenizer.save(args.out)  # beside the .bin files, where the next stage looks for it
     elif args.command == "decode":
         tokenizer = Tokenizer.from_file(args.tokenizer)

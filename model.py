@@ -186,13 +186,14 @@ class TransformerConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} can not be divided by n_head {self.n_head}")
         if self.n_head % self.n_kv_head or self.n_kv_head < 0:
-            raise ValueError(f"n_head {self.n_head} can not be divided by n_kv_head {self.n_kv_head}")
+            raise ValueError(f"n_head {self.n_head} can not be divided by n_kv_head "
+                             f"{self.n_kv_head}")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(f"rope needs an even head size, not {self.n_embd // self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         for name, choices in (("activation", ("swiglu", "gelu")), ("position", ("rope", "learned")),
-                              ("norm", ("rmsnorm", "layernorm"))):  # fmt: skip
+                              ("norm", ("rmsnorm", "layernorm"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if not self.d_ff:
@@ -328,7 +329,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
-                 generator=None, on_token=None):  # fmt: skip
+                 generator=None, on_token=None):
         """Continue sequences, token by token.
 
         ids: (B, T) int64 -> (B, T + n), n at most max_new_tokens. Of sequences longer than
@@ -381,8 +382,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 # Checkpoints.
 
 
-def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf, rng=None, args=None,
-                    tokenizer=None, template=None):  # fmt: skip
+def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf, rng=None,
+                    args=None, tokenizer=None, template=None):
     """Write all that is needed to use a model or to go on training it to one file.
 
     optimizer: anything with state_dict(); rng: dict of RNG states; args: dict of plain values;
@@ -397,7 +398,7 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
         "optimizer": optimizer.state_dict() if optimizer else None,
         "step": step, "best_val_loss": best_val_loss, "rng": rng, "args": args,
         "tokenizer": tokenizer, "template": template,
-    }  # fmt: skip
+    }
     temporary = os.fspath(path) + ".tmp"
     try:
         with open(temporary, "wb") as file:
@@ -424,8 +425,8 @@ def load_checkpoint(path, device="cpu"):
     except OSError:
         raise
     except Exception as error:  # what torch raises for broken files varies from one to the next
-        raise ValueError(f"{path} is no checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") \
-            from None  # fmt: skip
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint: {reason}") from None
     try:
         known = {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown := set(checkpoint["config"]) - known:
@@ -520,13 +521,13 @@ def info(config, batch_size, tflops):
     print(f"{'FLOPs per token, training':32}{3 * forward:16,}   (6 x parameters: {6 * total:,})")
     activations = 4 * count_activations(config, batch_size)
     memory = {"weights": 4 * total, "gradients": 4 * total, "optimizer (AdamW)": 8 * total,
-              f"activations of a batch of {batch_size}, about": activations}  # fmt: skip
+              f"activations of a batch of {batch_size}, about": activations}
     print(f"\n{'memory for training in float32':32}{sum(memory.values()) / 1e6:13,.1f} MB")
     for part, n in memory.items():
         print(f"  {part:40}{n / 1e6:3,.1f} MB")
     rate = tflops * 1e12 / (3 * forward)
     print(f"\nat {tflops:g} TFLOP/s: {rate:,.0f} tokens/s in training, "
-          f"{total * 20 / rate / 3600:,.2f} hours for 20 tokens per parameter")  # fmt: skip
+          f"{total * 20 / rate / 3600:,.2f} hours for 20 tokens per parameter")
 
 
 # -----------------------------------------------------------------------------
@@ -545,20 +546,20 @@ def main():
     g.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     g.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest tokens")
     g.add_argument("--top_p", type=float, default=None, help="draw from the likeliest tokens that "
-                   "together have this probability")  # fmt: skip
+                   "together have this probability")
     g.add_argument("--seed", type=int, default=1337)
-    g = parser.add_argument_group("info", "a checkpoint's costs, or those of a model of these sizes")
+    g = parser.add_argument_group("info", "the costs of a checkpoint, or of a model of these sizes")
     for field in dataclasses.fields(TransformerConfig):
         if field.type is bool or field.type == "bool":
             g.add_argument(f"--{field.name}", action="store_true", default=None)
         else:
             g.add_argument(f"--{field.name}", type=type(field.default), default=None, metavar="X")
     g.add_argument("--batch_size", type=int, default=32, help="sequences (default 32)")
-    g.add_argument("--tflops", type=float, default=0.1, help="of the device (default 0.1, a laptop)")
+    g.add_argument("--tflops", type=float, default=0.1, help="of the device (default 0.1)")
     args = parser.parse_args()
     if args.temperature < 0 or args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("--temperature must not be negative; --num_samples and --max_new_tokens "
-                     "must be at least 1")  # fmt: skip
+                     "must be at least 1")
     if (args.top_k is not None and args.top_k < 1) or not 0 < (args.top_p or 1) <= 1:
         parser.error("--top_k must be at least 1, and --top_p above 0 and at most 1")
     try:
@@ -608,7 +609,7 @@ def run(args):
 
         print(args.prompt or "", end="", flush=True)
         model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                       tokenizer.eot_id, generator, show)  # fmt: skip
+                       tokenizer.eot_id, generator, show)
         print(decoder.decode(b"", True) + ("\n---------------" if i + 1 < args.num_samples else ""))
 
 

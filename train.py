@@ -14,13 +14,13 @@ Ctrl-C, SIGTERM or the power cord: --resume goes on from the last checkpoint, an
 
 TinyStories, on one GPU:
 
-    curl -LO https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt
-    curl -LO https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt
+    T=https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4
+    curl -LO $T-train.txt && curl -LO $T-valid.txt
     python bpe.py train  --input TinyStoriesV2-GPT4-train.txt --vocab_size 10000 --out data/ts
     python bpe.py encode --tokenizer data/ts --input TinyStoriesV2-GPT4-train.txt \\
         --val_input TinyStoriesV2-GPT4-valid.txt --out data/ts
-    python train.py --data data/ts --out_dir out-ts --compile --n_layer 4 --n_head 16 --n_embd 512 \\
-        --batch_size 128 --max_iters 10000 --learning_rate 2e-3
+    python train.py --data data/ts --out_dir out-ts --compile --n_layer 4 --n_head 16 \\
+        --n_embd 512 --batch_size 128 --max_iters 10000 --learning_rate 2e-3
 """
 
 import argparse
@@ -121,7 +121,8 @@ class AdamW(torch.optim.Optimizer):
                 ps = [p for p in params if self.state[p]["step"] == t]
                 gs = [p.grad for p in ps]
                 ms, vs = ([self.state[p][name] for p in ps] for name in "mv")
-                torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
+                if group["weight_decay"]:
+                    torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
                 torch._foreach_lerp_(ms, gs, 1 - beta1)
                 torch._foreach_mul_(vs, beta2)
                 torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
@@ -156,7 +157,8 @@ def clip_grad_norm(params, max_norm, eps=1e-6):
     return norm
 
 
-def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine", decay_fraction=0.2):
+def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine",
+           decay_fraction=0.2):
     """Learning rate of step `it`, counted from 0: up in a straight line for warmup_iters, then
 
     cosine:   down to min_lr at max_iters by half a period of a cosine
@@ -202,7 +204,8 @@ def _window_order(n, block_size, seed, epoch):
     return first + block_size * rng.permutation((n - 1 - first) // block_size)
 
 
-def get_batch(data, batch_size, block_size, device="cpu", step=None, seed=1337, rank=0, world_size=1):
+def get_batch(data, batch_size, block_size, device="cpu", step=None, seed=1337, rank=0,
+              world_size=1):
     """Windows of consecutive ids, and the same shifted by one as targets.
 
     data: (n,) array of ids -> two tensors (batch_size, block_size) of int64.
@@ -268,12 +271,12 @@ def build_parser():
     parser = argparse.ArgumentParser(description="Train a Transformer language model.")
     g = parser.add_argument_group("data and files")
     g.add_argument("--data", default="data/stdlib", metavar="DIR", help="folder with train.bin, "
-                   "val.bin and tokenizer.json (default data/stdlib, which python bpe.py makes)")  # fmt: skip
+                   "val.bin and tokenizer.json (default: data/stdlib, of python bpe.py)")
     g.add_argument("--out_dir", default="out", help="for ckpt.pt and log.csv (default out)")
     g.add_argument("--init_from", default="scratch", metavar="CKPT", help="scratch, resume, or a "
-                   "checkpoint to begin with")  # fmt: skip
-    g.add_argument("--resume", action="store_true", help="go on with out_dir/ckpt.pt, with the flags "
-                   "of its run where none are given")  # fmt: skip
+                   "checkpoint to begin with")
+    g.add_argument("--resume", action="store_true", help="go on with out_dir/ckpt.pt, "
+                   "with the flags of its run where none are given")
     g.add_argument("--eval_only", action="store_true", help="print the validation loss and stop")
     g = parser.add_argument_group("model (defaults: 4 layers, 4 heads, width 256, block 256)")
     for field in dataclasses.fields(TransformerConfig):
@@ -283,31 +286,33 @@ def build_parser():
             g.add_argument(f"--{field.name}", action="store_true", default=None)
         else:
             g.add_argument(f"--{field.name}", type=type(field.default), default=None, metavar="X",
-                           help=f"default {field.default or 'see model.py'}")  # fmt: skip
+                           help=f"default {field.default or 'see model.py'}")
     g.add_argument("--vocab_size", type=int, help="for .bin files without a tokenizer beside them")
     g = parser.add_argument_group("optimization")
-    g.add_argument("--batch_size", type=int, default=12, help="sequences at a time (default 12)")
+    g.add_argument("--batch_size", type=int, default=8, help="sequences at a time (default 8)")
     g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per step")
-    g.add_argument("--max_iters", type=int, default=300, help="steps (default 300)")
+    g.add_argument("--max_iters", type=int, default=450, help="steps (default 450)")
     g.add_argument("--learning_rate", type=float, default=3e-3, help="the highest (default 3e-3)")
-    g.add_argument("--min_lr", type=float, default=None, help="the last (default: a tenth of it)")
-    g.add_argument("--warmup_iters", type=int, default=None, help="steps up to the highest learning "
-                   "rate (default: a twentieth of all)")  # fmt: skip
-    g.add_argument("--schedule", choices=("cosine", "wsd", "constant"), default="cosine")
+    g.add_argument("--min_lr", type=float, default=0.0, help="the last (default 0)")
+    g.add_argument("--warmup_iters", type=int, help="steps up to the highest "
+                   "learning rate (default: a twentieth of all)")
+    g.add_argument("--schedule", choices=("cosine", "wsd", "constant"), default="wsd",
+                   help="after the warm-up: cosine; or level, and straight down over the last "
+                   "fifth (wsd, the default); or level")
     g.add_argument("--weight_decay", type=float, default=0.1, help="of matrices (default 0.1)")
     g.add_argument("--beta1", type=float, default=0.9)
     g.add_argument("--beta2", type=float, default=0.95)
     g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: any")
     g = parser.add_argument_group("evaluation and logging")
     g.add_argument("--eval_interval", type=int, default=100, help="steps (default 100); also those "
-                   "between checkpoints")  # fmt: skip
+                   "between checkpoints")
     g.add_argument("--eval_iters", type=int, default=20, help="batches of val.bin, evenly spaced; "
-                   "0: all of it (default 20; the last evaluation takes all)")  # fmt: skip
+                   "0: all of it (default 20; the last evaluation takes all)")
     g.add_argument("--log_interval", type=int, default=10, help="steps (default 10)")
     g = parser.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of matrix products; auto: bfloat16 on CUDA, else float32")  # fmt: skip
+                   help="of matrix products; auto: bfloat16 on CUDA, else float32")
     g.add_argument("--compile", action="store_true", help="torch.compile: pays on long runs")
     g.add_argument("--peak_flops", type=float, help="of the device in TFLOP/s, for MFU")
     g.add_argument("--seed", type=int, default=1337)
@@ -317,10 +322,11 @@ def build_parser():
 def check_usage(parser, args):
     """Exit with code 2 for values that make no run."""
     for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
-                 "log_interval"):  # fmt: skip
+                 "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    for name in ("learning_rate", "weight_decay", "grad_clip", "eval_iters", "min_lr", "warmup_iters"):
+    for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip",
+                 "eval_iters"):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name} must not be negative")
     if not (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1):
@@ -334,11 +340,12 @@ def open_data(folder, block_size):
     for path in paths:
         if not os.path.exists(path):
             make = "python bpe.py" if folder == "data/stdlib" else \
-                f"python bpe.py encode --tokenizer ... --input ... --out {folder}"  # fmt: skip
+                f"python bpe.py encode --tokenizer ... --input ... --out {folder}"
             raise ValueError(f"there is no {path}: {make} makes it")
     (train, header), (val, val_header) = map(open_bin, paths)
     if len(train) <= block_size:
-        raise ValueError(f"block_size {block_size} is too long for {paths[0]} of {len(train):,} tokens")
+        raise ValueError(f"block_size {block_size} is too long for {paths[0]}, which has "
+                         f"{len(train):,} tokens")
     vocab_size, tokenizer = None, None
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
@@ -352,7 +359,7 @@ def open_data(folder, block_size):
         if head is not None:
             if vocab_size not in (None, int(head[3])):
                 raise ValueError(f"{path} was made with a vocabulary of {head[3]:,}, but the "
-                                 f"tokenizer.json beside it has {vocab_size:,}")  # fmt: skip
+                                 f"tokenizer.json beside it has {vocab_size:,}")
             vocab_size = int(head[3]) or vocab_size
     text_bytes = 0 if val_header is None else int(val_header[5:7].copy().view("<i8")[0])
     return train, val, tokenizer, vocab_size, text_bytes / len(val) or None
@@ -397,7 +404,8 @@ def read_log(path, before):
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row.get("step") and int(row["step"]) <= before]
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row.get("step") and int(row["step"]) <= before]
 
 
 def write_log(path, rows):
@@ -419,7 +427,7 @@ def plot_log(path, rows):
     from matplotlib import pyplot
 
     for name in ("loss", "val_loss"):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name) not in ("", None)]
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if points:
             pyplot.plot(*zip(*points), label=name)
     pyplot.xlabel("step")
@@ -457,10 +465,11 @@ def run(args):
     train_data, val_data, tokenizer, vocab_size, bytes_per_token = open_data(args.data, block_size)
     if start:
         if tokenizer and checkpoint.get("tokenizer") not in (None, tokenizer):
-            raise ValueError(f"{start} was trained with another tokenizer than {args.data} was made with")
+            raise ValueError(f"{start} was trained with another tokenizer than the one that "
+                             f"{args.data} was made with")
         if vocab_size and vocab_size > model.config.vocab_size:
             raise ValueError(f"{args.data} has ids up to {vocab_size:,}, {start} only "
-                             f"{model.config.vocab_size:,}")  # fmt: skip
+                             f"{model.config.vocab_size:,}")
         tokenizer = tokenizer or checkpoint.get("tokenizer")
     else:
         if args.vocab_size and vocab_size and args.vocab_size < vocab_size:
@@ -473,22 +482,22 @@ def run(args):
     if args.compile:
         model = torch.compile(model)
 
-    bits = lambda loss: loss / math.log(2) / bytes_per_token if bytes_per_token else None  # noqa: E731
+    def bits(loss):
+        return loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
     def say_eval(step, loss):
         extra = f" | {bits(loss):.4f} bits per byte" if bytes_per_token else ""
-        print(f"step {step:6d} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}{extra}",
-              flush=True)  # fmt: skip
+        print(f"step {step:6d} | val loss {loss:.4f} | "
+              f"perplexity {math.exp(min(loss, 700)):.2f}{extra}", flush=True)
 
     if args.eval_only:
-        say_eval(checkpoint["step"] if start else 0,
-                 evaluate(model, val_data, args.batch_size, block_size, device, autocast))  # fmt: skip
+        loss = evaluate(model, val_data, args.batch_size, block_size, device, autocast)
+        say_eval(checkpoint["step"] if start else 0, loss)
         return
 
     # optimizer and schedule
     optimizer = AdamW(parameter_groups(raw_model, args.weight_decay), lr=args.learning_rate,
-                      betas=(args.beta1, args.beta2))  # fmt: skip
-    min_lr = args.learning_rate / 10 if args.min_lr is None else args.min_lr
+                      betas=(args.beta1, args.beta2))
     warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
     step, best_val_loss = 0, math.inf
     if args.resume:
@@ -504,42 +513,44 @@ def run(args):
 
     n_params = sum(p.numel() for p in raw_model.parameters())
     tokens_per_step = args.batch_size * args.gradient_accumulation_steps * block_size
-    print(f"{n_params:,} parameters | {len(train_data):,} training tokens | {tokens_per_step:,} tokens "
-          f"per step | {args.max_iters * tokens_per_step / len(train_data):.2f} epochs | {device}, {dtype}",
-          flush=True)  # fmt: skip
+    epochs = args.max_iters * tokens_per_step / len(train_data)
+    print(f"{n_params:,} parameters | {len(train_data):,} training tokens | {tokens_per_step:,} "
+          f"tokens per step | {epochs:.2f} epochs | {device}, {dtype}", flush=True)
     peak = args.peak_flops or known_peak(device)
     flops_per_token = 3 * sum(count_flops(config).values())
 
     def save():
-        save_checkpoint(path, raw_model, optimizer, step, best_val_loss, get_rng(), vars(args), tokenizer)
+        save_checkpoint(path, raw_model, optimizer, step, best_val_loss, get_rng(), vars(args),
+                        tokenizer)
         write_log(log_path, rows)
 
     # Ctrl-C and SIGTERM: finish the step, save, leave
     stopped = []
     previous = {s: signal.signal(s, lambda number, _: stopped.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+                for s in (signal.SIGINT, signal.SIGTERM)}
     begin = interval = time.perf_counter()
     before = float(rows[-1]["seconds"] or 0) if rows else 0.0  # seconds of the run so far
     done = step  # at the last line of the log
     model.train()
     try:
         while step < args.max_iters and not stopped:
-            lr = get_lr(step, args.learning_rate, min_lr, warmup_iters, args.max_iters, args.schedule)
+            lr = get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
+                        args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             n = args.gradient_accumulation_steps
             batches = [get_batch(train_data, args.batch_size, block_size, device, i, args.seed)
-                       for i in range(step * n, (step + 1) * n)]  # fmt: skip
+                       for i in range(step * n, (step + 1) * n)]
             if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
                 raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
-                                 f"vocabulary has {config.vocab_size}")  # fmt: skip
+                                 f"vocabulary has {config.vocab_size}")
             loss = backward(model, batches, autocast)
             norm = clip_grad_norm(raw_model.parameters(), args.grad_clip)
             loss, norm = loss.item(), norm.item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 kept = f"; {path} is from before it" if os.path.exists(path) else ""
-                raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm {norm}{kept}: "
-                                 "try a smaller --learning_rate")  # fmt: skip
+                raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
+                                 f"{norm}{kept}: try a smaller --learning_rate")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -550,21 +561,22 @@ def run(args):
                 rate = (step - done) * tokens_per_step / (now - interval)
                 eta = (args.max_iters - step) * tokens_per_step / rate
                 mfu = f" | mfu {rate * flops_per_token / peak / 1e12:.1%}" if peak else ""
-                print(f"step {step:6d}/{args.max_iters} ({step / args.max_iters:4.0%}) | loss {loss:.4f} | "
-                      f"lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s{mfu} | {eta / 60:.1f} min left",
-                      flush=True)  # fmt: skip
+                print(f"step {step:6d}/{args.max_iters} ({step / args.max_iters:4.0%}) | "
+                      f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s{mfu} | "
+                      f"{eta / 60:.1f} min left", flush=True)
                 interval, done = now, step
                 rows.append({"step": step, "tokens": step * tokens_per_step, "loss": f"{loss:.6f}",
                              "seconds": f"{before + now - begin:.2f}", "learning_rate": f"{lr:.6g}",
-                             "grad_norm": f"{norm:.4f}"})  # fmt: skip
+                             "grad_norm": f"{norm:.4f}"})
             if (step % args.eval_interval == 0 or last_step) and not stopped:
                 some = None if last_step else args.eval_iters
-                val_loss = evaluate(model, val_data, args.batch_size, block_size, device, autocast, some)
+                val_loss = evaluate(model, val_data, args.batch_size, block_size, device, autocast,
+                                    some)
                 best_val_loss = min(best_val_loss, val_loss)
                 say_eval(step, val_loss)
                 if not rows or rows[-1]["step"] != step:
                     rows.append({"step": step, "tokens": step * tokens_per_step,
-                                 "seconds": f"{before + time.perf_counter() - begin:.2f}"})  # fmt: skip
+                                 "seconds": f"{before + time.perf_counter() - begin:.2f}"})
                 rows[-1] |= {"val_loss": f"{val_loss:.6f}"}
                 if bytes_per_token:
                     rows[-1] |= {"val_bpb": f"{bits(val_loss):.6f}"}
@@ -584,7 +596,8 @@ def run(args):
     print(f"\nval_loss: {float(rows[-1]['val_loss']):.4f}")
     if rows[-1].get("val_bpb"):
         print(f"val_bits_per_byte: {float(rows[-1]['val_bpb']):.4f}")
-    print(f"tokens: {step * tokens_per_step}\nseconds: {float(rows[-1]['seconds']):.1f}\nckpt: {path}")
+    print(f"tokens: {step * tokens_per_step}\nseconds: {float(rows[-1]['seconds']):.1f}")
+    print(f"ckpt: {path}")
 
 
 def main():

@@ -25,7 +25,7 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import bpe  # noqa: E402
+import bpe
 
 
 def cpu():
@@ -62,7 +62,7 @@ def job_train_hf(a):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=a.vocab, special_tokens=[bpe.EOT],
-                                             initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+                                             initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(iter(documents(a.file)), trainer)
     return time.perf_counter() - start, tokenizer.get_vocab_size()
 
@@ -88,7 +88,7 @@ def job_encode_tiktoken(a):
     ours = bpe.Tokenizer.from_file(a.tokenizer)  # for its vocabulary
     ranks = {t: i for i, t in ours.vocab.items() if i not in ours.special_tokens.values()}
     encoding = tiktoken.Encoding("x", pat_str=ours.pattern, mergeable_ranks=ranks,
-                                 special_tokens=ours.special_tokens)  # fmt: skip
+                                 special_tokens=ours.special_tokens)
     encoding.encode("warm up")
     with tempfile.NamedTemporaryFile() as out:
         before, start = cpu(), time.perf_counter()
@@ -157,11 +157,11 @@ def main():
         options = {"file": a.train, "vocab": a.vocab, "procs": 2}
         results = compare(a.repeat, {"bpe.py": ("train_ours", options),
                                      "rustbpe": ("train_rustbpe", options),
-                                     "tokenizers": ("train_hf", options)})  # fmt: skip
+                                     "tokenizers": ("train_hf", options)})
         for name, rows in results.items():
             ratio = median([r[0] / o[0] for r, o in zip(rows, results["bpe.py"])])
             print(f"  {name:12} {median([r[0] for r in rows]):7.2f} s   {ratio:5.2f} x bpe.py   "
-                  f"{median([r[-1] for r in rows]):7.0f} MB in one process")  # fmt: skip
+                  f"{median([r[-1] for r in rows]):7.0f} MB in one process")
     kinds = {"GPT-2": a.gpt2 and os.path.join(a.gpt2, "vocab.json"), "cl100k": a.cl100k}
     for kind, tokenizer in kinds.items():
         if not (a.encode and tokenizer):
@@ -171,12 +171,12 @@ def main():
         options = {"file": a.encode, "tokenizer": tokenizer}
         results = compare(a.repeat, {"bpe.py": ("encode_ours", options),
                                      "tiktoken": ("encode_tiktoken", options),
-                                     "two": ("encode_ours", options | {"procs": 2})})  # fmt: skip
+                                     "two": ("encode_ours", options | {"procs": 2})})
         two = results.pop("two")
         for name, rows in results.items():
             ratio = median([r[1] / o[1] for r, o in zip(rows, results["bpe.py"])])
             print(f"  {name:12} {size / median([r[1] for r in rows]):7.1f} MB per CPU-second   "
-                  f"{1 / ratio:5.2f} x bpe.py   ids {rows[0][2]}")  # fmt: skip
+                  f"{1 / ratio:5.2f} x bpe.py   ids {rows[0][2]}")
         ratio = median([o[0] / t[0] for o, t in zip(results["bpe.py"], two)])
         print(f"  two processes are {ratio:.2f} x as fast as one")
     if a.big:
@@ -192,7 +192,7 @@ def main():
             for procs in (1, 2):
                 result = run("encode_ours", file=path, tokenizer=kinds["GPT-2"], procs=procs, big=1)
                 print(f"encoding {size:,.0f} MB, {procs} process(es): {size / result[0]:.0f} MB/s, "
-                      f"peak {result[-1]:.0f} MB per process")  # fmt: skip
+                      f"peak {result[-1]:.0f} MB per process")
 
 
 if __name__ == "__main__":

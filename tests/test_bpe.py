@@ -19,19 +19,19 @@ import regex
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import bpe  # noqa: E402
-from bpe import EOT, PATTERNS, Tokenizer  # noqa: E402
+import bpe
+from bpe import EOT, PATTERNS, Tokenizer
 
 PIECES = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "a", "B", "don't", "'s", "'LL", "é", "ſ", "1", "234",
           "½", ".", ",", "!", "?'", "_", "(", "/", "日", "本", "\u3000", "\xa0", "\u0301", "ا", "😀",
           "\0", "\x1c", "ǅ", "’", "-", "\u200b", "\u2028", "Ⅷ", "٣", "ि", "<|", "the", "ing", "\x85",
-          "aaaa", "camelCase", "\ufeff", "слово", "\u1680", "ếch", "end.\n"]  # fmt: skip
+          "aaaa", "camelCase", "\ufeff", "слово", "\u1680", "ếch", "end.\n"]
 
 
 def random_text(rng, n=12):
     """Words, spaces and oddities from all over Unicode."""
     if rng.random() < 0.2:
-        code = lambda: rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])  # noqa: E731
+        code = lambda: rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
         return "".join(chr(code()) for _ in range(rng.randrange(n)))
     return "".join(rng.choice(PIECES) for _ in range(rng.randrange(n)))
 
@@ -111,10 +111,10 @@ def test_mistake_6_bpe_ties_and_overlaps():
     """'aaaa' is two of (a, a), not three merges; equal counts go to the greater pair of bytes."""
     assert bpe.learn_merges({b"aaaa": 1}, 2) == [(b"a", b"a"), (b"aa", b"aa")]
     assert bpe.learn_merges({b"aaaaa": 3, b"ab": 1}, 9) == [
-        (b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a"), (b"a", b"b")]  # fmt: skip
+        (b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a"), (b"a", b"b")]
     assert bpe.learn_merges({b"abab": 1, b"cd": 2}, 1) == [(b"c", b"d")]
     assert bpe.learn_merges({b"ab": 1, b"b": 1, b"ac": 1, b"a\xc3": 1}, 2) == [
-        (b"a", b"\xc3"), (b"a", b"c")]  # fmt: skip
+        (b"a", b"\xc3"), (b"a", b"c")]
     # a longer string is greater than its own beginning: (ab, z) before (a, z)
     words = {b"ab": 9, b"abz": 3, b"az": 3}
     assert bpe.learn_merges(words, 3) == [(b"a", b"b"), (b"ab", b"z"), (b"a", b"z")]
@@ -151,7 +151,7 @@ def test_training_does_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
         monkeypatch.setattr(bpe, "BLOCK", block)
         assert bpe.train_bpe(path, 400, specials, num_proc=processes) == expected
     counts = naive_pretokens(path.read_bytes().decode(), PATTERNS["gpt2"],
-                             sorted(specials, key=len, reverse=True))  # fmt: skip
+                             sorted(specials, key=len, reverse=True))
     assert expected[1] == bpe.learn_merges_naive(counts, 400 - 259)
 
 
@@ -203,7 +203,7 @@ def test_cuts_are_where_they_should_be():
     cuts = [*bpe.find_cuts(block).tolist(), len(block)]
     assert [block[i:j] for i, j in zip(cuts, cuts[1:])] == [
         b"Two", b" words", b",", b" don't", b";", b" x1", b".5", b"\n\nyes", b" \n",
-        b" no", b"\n", b"new", b"\xff", b"doc"]  # fmt: skip
+        b" no", b"\n", b"new", b"\xff", b"doc"]
     assert bpe.find_cuts(b"end.\nNext").tolist() == [0, 3, 5]  # end, .\n, Next
 
 
@@ -254,7 +254,7 @@ def test_encode_equals_naive(tokenizers, name):
 def test_ways_to_merge_are_equal(tokenizer):
     rng = random.Random(8)
     words = {"".join(rng.choices(["a", "the", "ing", "é", "日本", "x", "st"], k=rng.randint(2, 9)))
-             for _ in range(3000)}  # fmt: skip
+             for _ in range(3000)}
     words = sorted({w.encode() for w in words if len(w.encode()) < 25}, key=len)
     expected = [tokenizer._bpe(w) for w in words]
     assert tokenizer._lockstep(words) == expected
@@ -311,7 +311,7 @@ def test_encode_iterable_is_lazy_and_takes_constant_memory(tokenizer):
     ids = tokenizer.encode_iterable(endless)
     first = list(itertools.islice(ids, 300_000))  # would never return if it were not lazy
     assert tokenizer.decode(first[:5]) == tokenizer.decode(tokenizer.encode("the thing is, "))[:len(
-        tokenizer.decode(first[:5]))]  # fmt: skip
+        tokenizer.decode(first[:5]))]
 
 
 def test_caches_are_bounded(tokenizer):
@@ -336,12 +336,12 @@ def hf_json(**changes):
     model |= changes.pop("model", {})
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
-                       "pre_tokenizer": level, "decoder": level, "model": model} | changes)  # fmt: skip
+                       "pre_tokenizer": level, "decoder": level, "model": model} | changes)
 
 
 def added(i, content, **flags):
     return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True} | flags  # fmt: skip
+            "normalized": False, "special": True} | flags
 
 
 def texts_of(tokenizer, text):
@@ -361,14 +361,14 @@ def test_hf_byte_level_and_save(tmp_path):
 def test_hf_splits():
     digits = {"type": "Digits", "individual_digits": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    sequence = lambda *steps: {"type": "Sequence", "pretokenizers": [*steps, level]}  # noqa: E731
+    sequence = lambda *steps: {"type": "Sequence", "pretokenizers": [*steps, level]}
     tokenizer = Tokenizer.from_json(hf_json(pre_tokenizer=sequence(digits)))
     assert texts_of(tokenizer, "the 12  1") == ["the", " ", "1", "2", " ", " ", "1"]
     assert not tokenizer.chunked
 
     def split(pattern, behavior, invert=False):
         step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior,
-                "invert": invert}  # fmt: skip
+                "invert": invert}
         parts = {"type": "Sequence", "pretokenizers": [step, {**level, "use_regex": False}]}
         return bpe.split_text(bpe.pre_tokenizer(parts), "ab 12c3")
 
@@ -391,7 +391,7 @@ def test_hf_ignore_merges_takes_whole_pretokens():
 
 def test_hf_added_tokens_and_normalizer():
     tokens = [added(300, "<|x|>"), added(301, "<m>", lstrip=True), added(302, "ab", single_word=True),
-              added(303, "é<n>", normalized=True), added(304, "<r>", rstrip=True)]  # fmt: skip
+              added(303, "é<n>", normalized=True), added(304, "<r>", rstrip=True)]
     tokenizer = Tokenizer.from_json(hf_json(added_tokens=tokens, normalizer={"type": "NFC"}))
     assert tokenizer.encode("the  <m>") == [257, 301]
     assert tokenizer.encode("<r> \n<|x|>") == [304, 300]
@@ -404,7 +404,7 @@ def test_hf_added_tokens_and_normalizer():
 
 def test_vocab_and_merges_files(tokenizer, tmp_path):
     char = bpe.byte_characters()
-    name = lambda b: "".join(char[i] for i in b)  # noqa: E731
+    name = lambda b: "".join(char[i] for i in b)
     vocab = {name(t): i for i, t in tokenizer.vocab.items()} | {"model": 401}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     lines = ["#version: 0.2"] + [f"{name(a)} {name(b)}" for a, b in tokenizer.merges]
@@ -430,7 +430,7 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
     rng = random.Random(11)
     texts = [random_text(rng) + rng.choice(["", EOT]) + random_text(rng) for _ in range(300)]
     char = bpe.Tokenizer({i: c.encode() for i, c in enumerate("abé日 ")}, [], [EOT],
-                         bpe.CHAR_PATTERN, ignore_merges=True)  # fmt: skip
+                         bpe.CHAR_PATTERN, ignore_merges=True)
     for name, tokenizer in {**tokenizers, "char": char}.items():
         tokenizer.save(tmp_path / f"{name}.json")
         theirs = hf.Tokenizer.from_file(str(tmp_path / f"{name}.json"))
@@ -451,7 +451,7 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
         {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False}]}),
     hf_json(model={"vocab": {"a": 10**15}}),
-])  # fmt: skip
+])
 def test_broken_tokenizer_files_are_refused_in_one_line(tmp_path, broken):
     (tmp_path / "tokenizer.json").write_text(broken)
     with pytest.raises(ValueError) as error:
@@ -616,7 +616,7 @@ def test_character_level_as_for_nanogpt(tmp_path):
     (("decode", "--tokenizer", "t.json", "--input", "wild.bin"), 1, "not in the vocabulary"),
     (("decode", "--tokenizer", "t.json", "--input", "no.bin"), 1, "no.bin"),
     (("shine",), 2, "shine"),
-])  # fmt: skip
+])
 def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, code, message):
     tokenizer.save(tmp_path / "t.json")
     (tmp_path / "a.txt").write_text("some text, and more of it")
@@ -639,7 +639,7 @@ def test_interrupted_run_keeps_the_old_files(trained):
     (trained / "a.txt").write_text("".join(f"w{i:x} " for i in range(3_000_000)))
     (trained / "train.bin").write_bytes(b"old")
     command = [sys.executable, os.path.join(ROOT, "bpe.py"), "encode", "--tokenizer", str(trained),
-               "--input", str(trained / "a.txt"), "--out", str(trained), "--num_proc", "2"]  # fmt: skip
+               "--input", str(trained / "a.txt"), "--out", str(trained), "--num_proc", "2"]
     for how in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(600):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import model as M  # noqa: E402
-from bpe import EOT, Tokenizer  # noqa: E402
+import model as M
+from bpe import EOT, Tokenizer
 
 SMALL = dict(vocab_size=50, block_size=16, n_layer=2, n_head=4, n_embd=32)
 GPT2 = dict(activation="gelu", norm="layernorm", position="learned", tie_embeddings=True, bias=True)
@@ -147,7 +147,7 @@ def test_causality(name):
 
 def test_first_loss_is_that_of_a_guess():
     loss = F.cross_entropy(tiny(n_embd=128)(torch.randint(50, (8, 16))).flatten(0, 1),
-                           torch.randint(50, (128,)))  # fmt: skip
+                           torch.randint(50, (128,)))
     assert abs(loss.item() - math.log(50)) < 0.8
 
 
@@ -183,7 +183,7 @@ def test_too_long_a_sequence_is_refused():
 @pytest.mark.parametrize("bad", [
     {"n_head": 5}, {"n_kv_head": 3}, {"n_layer": 0}, {"vocab_size": -1}, {"activation": "tanh"},
     {"position": "alibi"}, {"norm": "batch"}, {"dropout": 1.0}, {"n_embd": 36, "n_head": 12},
-    {"n_embd": 32.0}])  # fmt: skip
+    {"n_embd": 32.0}])
 def test_configs_that_make_no_model(bad):
     with pytest.raises(ValueError):
         M.TransformerConfig(**{**SMALL, **bad})
@@ -195,7 +195,7 @@ def test_configs_that_make_no_model(bad):
 def test_sample():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
     assert (M.sample(logits, temperature=0) == 0).all()
-    share = lambda **how: torch.bincount(M.sample(logits, **how), minlength=4) / 4000  # noqa: E731
+    share = lambda **how: torch.bincount(M.sample(logits, **how), minlength=4) / 4000
     close(share(), logits[0].exp(), 0.03)
     close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
     close(share(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
@@ -208,8 +208,8 @@ def test_sample():
 
 def test_generate():
     model, ids = tiny(), torch.randint(50, (3, 4))
-    make = lambda seed, **how: model.generate(  # noqa: E731
-        ids, 30, generator=torch.Generator().manual_seed(seed), **how)  # fmt: skip
+    make = lambda seed, **how: model.generate(
+        ids, 30, generator=torch.Generator().manual_seed(seed), **how)
     out = make(1)
     assert out.shape == (3, 34) and torch.equal(out[:, :4], ids)  # beyond block_size, too
     assert torch.equal(out, make(1)) and not torch.equal(out, make(2))
@@ -235,7 +235,7 @@ def test_checkpoint_round_trip(tmp_path):
     model = tiny(**GPT2)
     optimizer = torch.optim.AdamW(model.parameters())
     M.save_checkpoint(tmp_path / "c.pt", torch.compile(model), optimizer, 7, 1.5, {"cpu": torch.get_rng_state()},
-                      {"lr": 1}, "tok")  # fmt: skip
+                      {"lr": 1}, "tok")
     again, checkpoint = M.load_checkpoint(tmp_path / "c.pt")
     ids = torch.randint(50, (2, 16))
     assert torch.equal(again(ids), model(ids)) and again.config == model.config and not again.training
@@ -253,7 +253,7 @@ def broken_checkpoint(**changes):
 @pytest.mark.parametrize("content", [
     b"", b"not a checkpoint", {"model": {}}, [1, 2], broken_checkpoint(config={"n_layer": "x"}),
     broken_checkpoint(config={**SMALL, "n_embd": 64}), broken_checkpoint(model={"a": torch.ones(2)}),
-    broken_checkpoint(config={**SMALL, "surprise": 1}), broken_checkpoint(model=5)])  # fmt: skip
+    broken_checkpoint(config={**SMALL, "surprise": 1}), broken_checkpoint(model=5)])
 def test_broken_checkpoints_are_refused_in_one_line(tmp_path, content):
     if isinstance(content, bytes):
         (tmp_path / "c.pt").write_bytes(content)
@@ -323,7 +323,7 @@ def test_command_line_info_of_gpt2(tmp_path):
 @pytest.mark.parametrize("args, code, message", [
     ((), 1, "python train.py"), (("--ckpt", "no.pt"), 1, "no.pt"), (("info", "--n_head", "7"), 1, "n_head"),
     (("--device", "cuda:77"), 1, "cuda:77"), (("--top_k", "0"), 2, "top_k"),
-    (("--temperature", "-1"), 2, "temperature"), (("dance",), 2, "dance")])  # fmt: skip
+    (("--temperature", "-1"), 2, "temperature"), (("dance",), 2, "dance")])
 def test_bad_input_gets_one_line(tmp_path, args, code, message):
     result = run(*args, cwd=tmp_path)
     lines = result.stderr.strip().splitlines()

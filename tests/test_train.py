@@ -15,11 +15,11 @@ import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import bpe  # noqa: E402
-import model as M  # noqa: E402
-import train as T  # noqa: E402
+import bpe
+import model as M
+import train as T
 
-plain = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+plain = lambda: torch.autocast("cpu", enabled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_adamw_equals_pytorch_step_by_step():
     start = [torch.randn(s) for s in shapes]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
     how = dict(lr=3e-2, betas=(0.9, 0.95), eps=1e-8)
-    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0}]  # noqa: E731
+    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0}]
     a, b = T.AdamW(groups(ours), **how), torch.optim.AdamW(groups(theirs), **how)
     for step in range(30):
         for i, (p, q) in enumerate(zip(ours, theirs)):
@@ -127,7 +127,7 @@ def test_clip_grad_norm_equals_pytorch():
 
 
 def test_learning_rate_schedules():
-    lr = lambda it, kind: T.get_lr(it, 1.0, 0.1, 10, 100, kind)  # noqa: E731
+    lr = lambda it, kind: T.get_lr(it, 1.0, 0.1, 10, 100, kind)
     for kind in ("cosine", "wsd", "constant"):
         rates = [lr(i, kind) for i in range(101)]
         assert rates[0] == 1 / 11 and all(a < b for a, b in zip(rates[:10], rates[1:11]))
@@ -161,7 +161,7 @@ def test_ranks_share_an_epoch_without_overlap():
     data = np.arange(1000, dtype=np.uint16)
     one = [T.get_batch(data, 6, 9, step=s)[0] for s in range(10)]
     two = [torch.cat([T.get_batch(data, 3, 9, step=s, rank=r, world_size=2)[0] for r in (0, 1)])
-           for s in range(10)]  # fmt: skip
+           for s in range(10)]
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
@@ -220,7 +220,7 @@ def data(tmp_path_factory):
 
 
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "16", "--batch_size", "4",
-         "--log_interval", "1", "--device", "cpu"]  # fmt: skip
+         "--log_interval", "1", "--device", "cpu"]
 
 
 def command(*args):
@@ -249,7 +249,7 @@ def test_one_batch_is_learnt_by_heart():
 
 def test_run_leaves_checkpoint_log_and_a_summary(data, tmp_path):
     result = run("--data", data, "--max_iters", 40, "--eval_interval", 20, "--learning_rate", 1e-2,
-                 "--gradient_accumulation_steps", 2, "--dropout", 0.1, cwd=tmp_path)  # fmt: skip
+                 "--gradient_accumulation_steps", 2, "--dropout", 0.1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = losses(tmp_path / "out")
     assert list(rows) == list(range(1, 41)) and rows[20][1] and rows[40][1] and not rows[19][1]
@@ -265,7 +265,7 @@ def test_run_leaves_checkpoint_log_and_a_summary(data, tmp_path):
     result = run("--data", data, "--eval_only", "--init_from", "out/ckpt.pt", "--dropout", 0.1, cwd=tmp_path)
     assert f"val loss {float(rows[40][1]):.4f}" in result.stdout
     sampled = subprocess.run([sys.executable, os.path.join(ROOT, "model.py"), "--prompt", "the"], cwd=tmp_path,
-                             capture_output=True, encoding="utf-8")  # fmt: skip
+                             capture_output=True, encoding="utf-8")
     assert sampled.returncode == 0 and sampled.stdout.startswith("the")
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert run("--data", data, "--max_iters", 4, "--eval_interval", 2, cwd=tmp_path).returncode == 0
     before = (tmp_path / "out/ckpt.pt").read_bytes()
     result = run("--data", data, "--max_iters", 40, "--learning_rate", 1e30, "--grad_clip", 0,
-                 "--eval_interval", 1000, "--warmup_iters", 0, cwd=tmp_path)  # fmt: skip
+                 "--eval_interval", 1000, "--warmup_iters", 0, cwd=tmp_path)
     assert result.returncode == 1 and "at step" in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before
