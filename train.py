@@ -133,6 +133,170 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
 
+class SGD(torch.optim.Optimizer):
+    """Gradient descent with momentum: v <- momentum v + g + decay p; p <- p - lr v, or with
+    nesterov p <- p - lr (g + decay p + momentum v). Equal to torch.optim.SGD."""
+
+    def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=0.0, nesterov=False):
+        if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
+            raise ValueError("lr and weight_decay must not be negative, and momentum in [0, 1)")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      nesterov=nesterov))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients. closure: recomputes the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad.add(p, alpha=group["weight_decay"])
+                if "v" not in self.state[p]:
+                    self.state[p]["v"] = torch.zeros_like(p)
+                v = self.state[p]["v"].mul_(group["momentum"]).add_(g)
+                p.sub_(g.add(v, alpha=group["momentum"]) if group["nesterov"] else v,
+                       alpha=group["lr"])
+        return loss
+
+
+def zeropower_newton_schulz(G, steps=5, eps=1e-7, dtype=torch.bfloat16):
+    """About U V^T for matrices G = U S V^T: all singular values become roughly 1 (0.7 to 1.2), with
+    nothing but matrix products (Jordan 2024; five steps of a polynomial a x + b x^3 + c x^5 whose
+    coefficients raise small values fastest). G: (..., m, n) -> the same shape, of `dtype`."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    tall = G.shape[-2] > G.shape[-1]
+    if tall:  # X X^T shall be the smaller of the two products
+        X = X.mT
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value above 1
+    add_product = torch.addmm if X.ndim == 2 else torch.baddbmm
+    for _ in range(steps):
+        A = X @ X.mT
+        B = add_product(A, A, A, beta=b, alpha=c)
+        X = add_product(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: every matrix moves by the same amount in all its directions, rare
+    ones included (Jordan et al. 2024). For hidden matrices only; a matrix that is really several
+    (fused Q, K, V) should be given in parts. Equal to torch.optim.Muon step by step.
+
+    m <- momentum m + (1 - momentum) g;  u = zeropower((1 - momentum) g + momentum m)
+    p <- p - lr * decay * p - lr * scale * u
+
+    adjust_lr_fn: the scale of an (m, n) matrix. "original": sqrt(max(1, m / n)), or
+    "match_rms_adamw": 0.2 sqrt(max(m, n)), which makes steps as large as AdamW's, so that its
+    learning rate and weight decay serve here, too (Liu et al. 2025).
+    dtype: of the orthogonalization; float32 for machines where bfloat16 is slow.
+    Raises ValueError for parameters that are not matrices.
+    """
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5,
+                 adjust_lr_fn="original", dtype=torch.bfloat16):
+        if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
+            raise ValueError("lr and weight_decay must not be negative, and momentum in [0, 1)")
+        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+            raise ValueError(f"adjust_lr_fn must be original or match_rms_adamw, not {adjust_lr_fn}")
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      nesterov=nesterov, ns_steps=ns_steps,
+                                      adjust_lr_fn=adjust_lr_fn, dtype=str(dtype)))
+        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon is for matrices: give the other parameters to AdamW")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients. closure: recomputes the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            lr, momentum = group["lr"], group["momentum"]
+            for ((rows, columns), _, _), ps in by_shape.items():  # all of a shape in one product
+                gs = [p.grad for p in ps]
+                for p in ps:
+                    if "m" not in self.state[p]:
+                        self.state[p]["m"] = torch.zeros_like(p)
+                ms = [self.state[p]["m"] for p in ps]
+                torch._foreach_lerp_(ms, gs, 1 - momentum)
+                us = torch._foreach_lerp(gs, ms, momentum) if group["nesterov"] else ms
+                us = zeropower_newton_schulz(torch.stack(us), group["ns_steps"],
+                                             dtype=getattr(torch, group["dtype"].split(".")[1]))
+                scale = math.sqrt(max(1, rows / columns))
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    scale = 0.2 * math.sqrt(max(rows, columns))
+                torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(ps, list(us.to(ps[0].dtype)), alpha=-lr * scale)
+        return loss
+
+
+class SOAP(torch.optim.Optimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024).
+
+    L <- b2 L + (1 - b2) G G^T and R <- b2 R + (1 - b2) G^T G are running means; the gradient is
+    turned to their eigenvectors, Q_L^T G Q_R, where Adam's division by each entry's own size is
+    closest to the right one; the step is turned back. Every precondition_frequency steps one power
+    iteration and a QR decomposition bring the eigenvectors up to date. The first gradient only
+    makes them, and moves nothing. For matrices; equal to the authors' own code step by step.
+    """
+
+    def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.01,
+                 precondition_frequency=10):
+        if lr < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError("lr and weight_decay must not be negative, and betas in [0, 1)")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      precondition_frequency=precondition_frequency))
+        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("SOAP is for matrices: give the other parameters to AdamW")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients. closure: recomputes the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g, s = p.grad, self.state[p]
+                if not s:
+                    s |= {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p),
+                          "L": (1 - beta2) * (g @ g.T), "R": (1 - beta2) * (g.T @ g)}
+                    for side in "LR":  # eigenvectors, the largest eigenvalue's first
+                        s["Q" + side] = torch.linalg.eigh(s[side])[1].flip(1)
+                    continue
+                s["step"] += 1
+                t, turned = s["step"], s["QL"].T @ g @ s["QR"]
+                s["m"].mul_(beta1).add_(turned, alpha=1 - beta1)
+                s["v"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
+                step = s["QL"] @ (s["m"] / (s["v"].sqrt() + group["eps"])) @ s["QR"].T
+                p.sub_(step, alpha=lr * math.sqrt(1 - beta2**t) / (1 - beta1**t))
+                p.mul_(1 - lr * group["weight_decay"])
+                s["L"].lerp_(g @ g.T, 1 - beta2)
+                s["R"].lerp_(g.T @ g, 1 - beta2)
+                if t % group["precondition_frequency"] == 0:
+                    m = s["QL"] @ s["m"] @ s["QR"].T  # out of the old basis, and into the new one
+                    for axis, side in enumerate("LR"):
+                        Q = s["Q" + side]
+                        order = torch.diag(Q.T @ s[side] @ Q).argsort(descending=True)
+                        s["v"] = s["v"].index_select(axis, order)
+                        s["Q" + side] = torch.linalg.qr(s[side] @ Q[:, order])[0]
+                    s["m"] = s["QL"].T @ m @ s["QR"]
+        return loss
+
+
 def parameter_groups(model, weight_decay):
     """Weight decay for matrices (embeddings among them), none for gains and biases."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -140,6 +304,40 @@ def parameter_groups(model, weight_decay):
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def make_optimizers(model, kind, learning_rate, weight_decay, betas, momentum):
+    """-> list of optimizers for all parameters of the model.
+
+    kind: adamw and sgd take all; muon and soap the hidden matrices, which map vectors to vectors,
+    and AdamW what is left: embeddings and head (their rows belong to tokens, and each should move
+    by its own frequency), gains and biases.
+    """
+    if kind == "sgd":
+        return [SGD(parameter_groups(model, weight_decay), learning_rate, momentum)]
+    if kind == "adamw":
+        return [AdamW(parameter_groups(model, weight_decay), learning_rate, betas)]
+    hidden = {id(p) for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 1}
+    matrices = [p for p in model.parameters() if p.requires_grad and id(p) in hidden]
+    groups = [{**group, "params": [p for p in group["params"] if id(p) not in hidden]}
+              for group in parameter_groups(model, weight_decay)]
+    if kind == "soap":
+        first = SOAP(matrices, learning_rate, weight_decay=weight_decay)
+    else:
+        dtype = torch.bfloat16 if has_fast_bfloat16(matrices[0].device) else torch.float32
+        first = Muon(matrices, learning_rate, weight_decay, momentum,
+                     adjust_lr_fn="match_rms_adamw", dtype=dtype)
+    return [first, AdamW(groups, learning_rate, betas)]
+
+
+def has_fast_bfloat16(device):
+    """Whether matrix products in bfloat16 are faster than in float32 on this device: NVIDIA's cards
+    since Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return kind == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 @torch.no_grad()
@@ -299,6 +497,11 @@ def build_parser():
     g.add_argument("--schedule", choices=("cosine", "wsd", "constant"), default="wsd",
                    help="after the warm-up: cosine; or level, and straight down over the last "
                    "fifth (wsd, the default); or level")
+    g.add_argument("--decay_fraction", type=float, default=0.2, help="of the steps, in which wsd "
+                   "goes down (default 0.2)")
+    g.add_argument("--optimizer", choices=("adamw", "muon", "soap", "sgd"), default="adamw",
+                   help="muon, soap: for hidden matrices, with adamw for the rest")
+    g.add_argument("--momentum", type=float, default=0.95, help="of muon and sgd (default 0.95)")
     g.add_argument("--weight_decay", type=float, default=0.1, help="of matrices (default 0.1)")
     g.add_argument("--beta1", type=float, default=0.9)
     g.add_argument("--beta2", type=float, default=0.95)
@@ -369,7 +572,7 @@ def make_autocast(device, dtype):
     """-> (function that returns a context for the forward pass, name of the dtype)."""
     kind = torch.device(device).type
     if dtype == "auto":
-        dtype = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
     return functools.partial(
         torch.autocast, kind, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=True
     ), dtype
@@ -496,14 +699,15 @@ def run(args):
         return
 
     # optimizer and schedule
-    optimizer = AdamW(parameter_groups(raw_model, args.weight_decay), lr=args.learning_rate,
-                      betas=(args.beta1, args.beta2))
+    optimizers = make_optimizers(raw_model, args.optimizer, args.learning_rate, args.weight_decay,
+                                 (args.beta1, args.beta2), args.momentum)
     warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
     step, best_val_loss = 0, math.inf
     if args.resume:
         step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+                optimizer.load_state_dict(state)
             set_rng(checkpoint["rng"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} can not be resumed: {error}") from None
@@ -520,7 +724,7 @@ def run(args):
     flops_per_token = 3 * sum(count_flops(config).values())
 
     def save():
-        save_checkpoint(path, raw_model, optimizer, step, best_val_loss, get_rng(), vars(args),
+        save_checkpoint(path, raw_model, optimizers, step, best_val_loss, get_rng(), vars(args),
                         tokenizer)
         write_log(log_path, rows)
 
@@ -535,8 +739,8 @@ def run(args):
     try:
         while step < args.max_iters and not stopped:
             lr = get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
-                        args.schedule)
-            for group in optimizer.param_groups:
+                        args.schedule, args.decay_fraction)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
             n = args.gradient_accumulation_steps
             batches = [get_batch(train_data, args.batch_size, block_size, device, i, args.seed)
@@ -551,8 +755,9 @@ def run(args):
                 kept = f"; {path} is from before it" if os.path.exists(path) else ""
                 raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
                                  f"{norm}{kept}: try a smaller --learning_rate")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
 
             last_step = step == args.max_iters

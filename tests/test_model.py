@@ -20,7 +20,7 @@ GPT2 = dict(activation="gelu", norm="layernorm", position="learned", tie_embeddi
 VARIANTS = {"llama": {}, "grouped": {"n_kv_head": 2}, "multi-query": {"n_kv_head": 1}, "gpt2": GPT2}
 
 
-def close(a, b, tolerance=1e-6):
+def check_close(a, b, tolerance=1e-6):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -41,7 +41,7 @@ def test_linear_and_embedding():
     for bias in (False, True):
         ours = M.Linear(8, 5, bias)
         assert ours.weight.shape == (5, 8) and (ours.bias is not None) == bias
-        close(ours(x), x @ ours.weight.T + (ours.bias if bias else 0))
+        check_close(ours(x), x @ ours.weight.T + (ours.bias if bias else 0))
     wide = M.Linear(400, 600).weight
     assert abs(wide.std().item() - math.sqrt(2 / 1000)) < 2e-3
     assert wide.abs().max() <= 3 * math.sqrt(2 / 1000) + 1e-6
@@ -53,18 +53,18 @@ def test_norms():
     x = torch.randn(2, 3, 8)
     ours = M.RMSNorm(8, eps=1e-5)
     ours.weight.data = torch.randn(8)
-    close(ours(x), F.rms_norm(x, (8,), ours.weight, 1e-5))
+    check_close(ours(x), F.rms_norm(x, (8,), ours.weight, 1e-5))
     big = (torch.randn(4, 8) * 1e3).to(torch.bfloat16)  # squares are taken in float32
     assert ours(big).dtype == torch.bfloat16
-    close(ours(big).float(), F.rms_norm(big.float(), (8,), ours.weight, 1e-5), 1e-2)
+    check_close(ours(big).float(), F.rms_norm(big.float(), (8,), ours.weight, 1e-5), 1e-2)
     layer = M.LayerNorm(8, bias=True)
-    close(layer(x), (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
+    check_close(layer(x), (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
 
 
 def test_softmax_is_stable():
     x = torch.tensor([[1e4, 1e4 + 1, -1e4], [0.0, -math.inf, 2.0]])
-    close(M.softmax(x), torch.softmax(x, -1))
-    close(M.softmax(x + 1e3, dim=0)[:, [0, 2]], torch.softmax(x + 1e3, 0)[:, [0, 2]])
+    check_close(M.softmax(x), torch.softmax(x, -1))
+    check_close(M.softmax(x + 1e3, dim=0)[:, [0, 2]], torch.softmax(x + 1e3, 0)[:, [0, 2]])
 
 
 def test_rope_depends_on_distance_only_and_keeps_lengths():
@@ -72,9 +72,9 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
     cos, sin = M.rope_angles(torch.arange(50), 8)
     for interleaved in (False, True):
         qs, ks = (M.apply_rope(x.expand(50, 8), cos, sin, interleaved) for x in (q, k))
-        close(qs.norm(dim=-1), q.norm().expand(50), 1e-5)
-        close(qs[7] @ ks[3], qs[44] @ ks[40], 1e-4)
-        close(qs[0], q)
+        check_close(qs.norm(dim=-1), q.norm().expand(50), 1e-5)
+        check_close(qs[7] @ ks[3], qs[44] @ ks[40], 1e-4)
+        check_close(qs[0], q)
 
 
 def test_mistake_3_rotary_layouts_are_not_the_same():
@@ -84,10 +84,10 @@ def test_mistake_3_rotary_layouts_are_not_the_same():
     half, inter = M.apply_rope(x, cos, sin), M.apply_rope(x, cos, sin, interleaved=True)
     assert not torch.allclose(half, inter, atol=1e-2)
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # from interleaved to half-split
-    close(M.apply_rope(x[..., order], cos, sin), inter[..., order])
+    check_close(M.apply_rope(x[..., order], cos, sin), inter[..., order])
     # by complex numbers, as the paper has it
     turned = torch.view_as_complex(x.view(2, 5, 4, 2)) * torch.complex(cos, sin)
-    close(inter, torch.view_as_real(turned).flatten(-2))
+    check_close(inter, torch.view_as_real(turned).flatten(-2))
 
 
 def test_attention_equals_pytorch():
@@ -97,9 +97,9 @@ def test_attention_equals_pytorch():
     mask[3] = True
     ours = M.scaled_dot_product_attention(q, k, v, mask)
     rows = [i for i in range(6) if mask[i].any()]
-    close(ours[:, :, rows], F.scaled_dot_product_attention(q, k, v, mask)[:, :, rows])
+    check_close(ours[:, :, rows], F.scaled_dot_product_attention(q, k, v, mask)[:, :, rows])
     assert (ours[:, :, 2] == 0).all()
-    close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    check_close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -109,7 +109,7 @@ def test_fast_attention_equals_readable(name):
     slow = M.CausalSelfAttention(config, fast=False)
     slow.load_state_dict(fast.state_dict())
     x, rope = torch.randn(2, 16, 32), M.rope_angles(torch.arange(16), 8)
-    close(fast(x, rope), slow(x, rope), 1e-5)
+    check_close(fast(x, rope), slow(x, rope), 1e-5)
 
 
 def test_grouped_heads_are_repeated_heads():
@@ -120,13 +120,13 @@ def test_grouped_heads_are_repeated_heads():
         state[name] = state[name].view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
     full.load_state_dict(state)
     x = torch.randn(2, 9, 32)
-    close(grouped(x), full(x), 1e-5)
+    check_close(grouped(x), full(x), 1e-5)
 
 
 def test_swiglu():
     ffn, x = M.SwiGLU(8, 12), torch.randn(3, 8)
     gate = x @ ffn.w1.weight.T
-    close(ffn(x), (gate * torch.sigmoid(gate) * (x @ ffn.w3.weight.T)) @ ffn.w2.weight.T)
+    check_close(ffn(x), (gate * torch.sigmoid(gate) * (x @ ffn.w3.weight.T)) @ ffn.w2.weight.T)
 
 
 # ---- the model
@@ -141,7 +141,7 @@ def test_causality(name):
     changed = ids.clone()
     changed[:, 9] = (ids[:, 9] + 1) % 50
     after = model(changed)
-    close(after[:, :9], before[:, :9])
+    check_close(after[:, :9], before[:, :9])
     assert not torch.allclose(after[:, 9:], before[:, 9:], atol=1e-4)
 
 
@@ -196,13 +196,13 @@ def test_sample():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
     assert (M.sample(logits, temperature=0) == 0).all()
     share = lambda **how: torch.bincount(M.sample(logits, **how), minlength=4) / 4000
-    close(share(), logits[0].exp(), 0.03)
-    close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
-    close(share(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
-    close(share(top_p=0.5), torch.tensor([1.0, 0, 0, 0]))
-    close(share(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))
+    check_close(share(), logits[0].exp(), 0.03)
+    check_close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
+    check_close(share(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
+    check_close(share(top_p=0.5), torch.tensor([1.0, 0, 0, 0]))
+    check_close(share(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))
     sharp = logits[0].div(0.5).softmax(-1)
-    close(share(temperature=0.5), sharp, 0.03)
+    check_close(share(temperature=0.5), sharp, 0.03)
     assert share(top_k=99).sum() == 1
 
 

@@ -104,6 +104,115 @@ def test_adamw_is_not_slower_than_pytorch():
     assert times[0] < 2 * times[1]  # twice: these machines are noisy
 
 
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_muon_equals_pytorch_step_by_step(scale):
+    ours = [torch.randn(s, requires_grad=True) for s in ((24, 8), (8, 40), (24, 8), (16, 16))]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    a = T.Muon(ours, lr=0.02, adjust_lr_fn=scale)
+    b = torch.optim.Muon(theirs, lr=0.02, adjust_lr_fn=scale)
+    for _ in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs):
+        # products of bfloat16 in batches may round otherwise on another processor
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="matrices"):
+        T.Muon([torch.randn(3, requires_grad=True)])
+
+
+def test_newton_schulz_makes_singular_values_one():
+    for shape in ((20, 50), (50, 20), (3, 16, 16)):
+        G = torch.randn(shape)
+        values = torch.linalg.svdvals(T.zeropower_newton_schulz(G, dtype=torch.float32))
+        assert 0.3 < values.min() and values.max() < 1.3
+        one = T.zeropower_newton_schulz(G[0] if len(shape) == 3 else G, dtype=torch.float32)
+        U, _, V = torch.linalg.svd(G[0] if len(shape) == 3 else G, full_matrices=False)
+        assert ((one * (U @ V)).sum() / one.norm() / (U @ V).norm()) > 0.97  # the same direction
+
+
+def test_mistake_10_muon_takes_hidden_matrices_only_and_q_k_v_apart():
+    model = M.Transformer(M.TransformerConfig(n_layer=2, n_embd=16, vocab_size=9, position="learned"))
+    muon, adamw = T.make_optimizers(model, "muon", 0.01, 0.1, (0.9, 0.95), 0.95)
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    left = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert taken | left == set(names.values()) and not taken & left
+    assert {"embedding.weight", "positions.weight", "head.weight", "final_norm.weight"} <= left
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):  # matrices of their own, 16 x 16 each
+        assert f"blocks.0.attn.{part}.weight" in taken
+    # the scale: a step of Muon is about as large as one of AdamW
+    p = torch.nn.Parameter(torch.zeros(64, 256))
+    p.grad = torch.randn_like(p)
+    T.Muon([p], lr=1.0, weight_decay=0, adjust_lr_fn="match_rms_adamw").step()
+    assert 0.1 < p.square().mean().sqrt() < 0.3
+
+
+def test_sgd_equals_pytorch_step_by_step():
+    for nesterov in (False, True):
+        ours, theirs = ([torch.ones(3, 2).requires_grad_()] for _ in range(2))
+        how = dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+        a, b = T.SGD(ours, **how), torch.optim.SGD(theirs, **how)
+        for _ in range(9):
+            ours[0].grad = torch.randn(3, 2)
+            theirs[0].grad = ours[0].grad.clone()
+            a.step()
+            b.step()
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=1e-6)
+
+
+def test_soap_is_adam_in_the_eigenbasis():
+    """By the paper's algorithm, in float64 and without any shortcut."""
+    p = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    q = p.detach().clone()
+    optimizer = T.SOAP([p], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, precondition_frequency=3)
+    gradients = [torch.randn(6, 4, dtype=torch.float64) for _ in range(8)]
+    L, R = (0.05 * (gradients[0] @ gradients[0].T), 0.05 * (gradients[0].T @ gradients[0]))
+    QL, QR = (torch.linalg.eigh(a)[1].flip(1) for a in (L, R))
+    M_, V = torch.zeros_like(q), torch.zeros_like(q)  # momentum in the weights' own basis
+    for t, g in enumerate(gradients):
+        p.grad = g.clone()
+        optimizer.step()
+        if t == 0:
+            assert torch.equal(p, q)
+            # eigenvectors of equal eigenvalues (the null space) are arbitrary: take over ours
+            QL, QR = (optimizer.state[p][name].clone() for name in ("QL", "QR"))
+            torch.testing.assert_close(QL @ torch.diag(torch.diag(QL.T @ L @ QL)) @ QL.T, L)
+            continue
+        M_ = 0.9 * M_ + 0.1 * g
+        V = 0.95 * V + 0.05 * (QL.T @ g @ QR) ** 2
+        m, v = QL.T @ M_ @ QR / (1 - 0.9**t), V / (1 - 0.95**t)
+        adam = m / (v.sqrt() + 1e-8 / math.sqrt(1 - 0.95**t))
+        q = (q - 0.01 * QL @ adam @ QR.T) * (1 - 0.01 * 0.1)
+        L, R = 0.95 * L + 0.05 * g @ g.T, 0.95 * R + 0.05 * g.T @ g
+        if t % 3 == 0:
+            left, right = ((Q.T @ A @ Q).diagonal().argsort(descending=True) for Q, A in ((QL, L), (QR, R)))
+            V = V[left][:, right]
+            QL, QR = torch.linalg.qr(L @ QL[:, left])[0], torch.linalg.qr(R @ QR[:, right])[0]
+        torch.testing.assert_close(p.detach(), q, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "soap", "sgd"])
+def test_every_optimizer_learns_and_resumes(data, tmp_path, kind):
+    flags = ("--data", data, "--max_iters", 30, "--eval_interval", 15, "--optimizer", kind,
+             "--learning_rate", 0.3 if kind == "sgd" else 0.01)
+    whole = run(*flags, "--out_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    expected = losses(tmp_path / "whole")
+    assert float(expected[30][0]) < float(expected[1][0]) - 0.5
+    process = subprocess.Popen(command(*flags, "--out_dir", tmp_path / "o"), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     17/"):
+            process.kill()
+            break
+    process.stdout.read()
+    process.wait()
+    assert run("--resume", "--out_dir", tmp_path / "o", cwd=tmp_path).returncode == 0
+    assert losses(tmp_path / "o") == expected
+
+
 def test_weight_decay_on_matrices_only():
     model = M.Transformer(M.TransformerConfig(n_layer=1, n_embd=16, vocab_size=9, tie_embeddings=True))
     decayed, others = T.parameter_groups(model, 0.1)
