@@ -7,8 +7,8 @@ The Transformer language model, from its parts, and what it takes to run one.
     python model.py info --n_layer 12 --n_head 12 --n_embd 768 --vocab_size 50257 --batch_size 64
 
 A pre-norm decoder as in Llama (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, no biases.
-Three older parts can be chosen instead, to have GPT-2 (Radford et al. 2019): layernorm, learned
-positions, gelu.
+Every part can be chosen otherwise (see TransformerConfig): older ones, to have GPT-2 (Radford et
+al. 2019), and newer ones, such as attention in a window, linear, latent or Hyena, and experts.
 
 Names are nanoGPT's. In the terms of a course: n_embd = d_model, n_layer = num_layers,
 n_head = num_heads, block_size = context_length, and d_ff is d_ff. In the comments: B batch, T time
@@ -25,6 +25,7 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # The parts.
@@ -161,7 +162,16 @@ def causal_mask(T, device=None):
 
 
 # -----------------------------------------------------------------------------
-# The model.
+# What decides about a model.
+
+ATTENTION = ("full", "sliding", "linear", "latent", "hyena")
+CHOICES = {
+    "activation": ("swiglu", "relu", "gelu", "relu2", "silu", "moe"),
+    "position": ("rope", "learned", "sinusoidal", "none"),
+    "norm": ("rmsnorm", "layernorm", "none"),
+    "norm_place": ("pre", "post"),
+    "balance": ("loss", "bias", "none"),
+}
 
 
 @dataclasses.dataclass
@@ -178,37 +188,97 @@ class TransformerConfig:
     n_kv_head: int = 0  # heads of keys and values, each shared by a group of queries; 0: n_head
     n_embd: int = 256
     d_ff: int = 0  # width inside the feed-forward part; 0: 8/3 n_embd to a multiple of 64, or 4x
-    activation: str = "swiglu"  # or gelu
-    position: str = "rope"  # or learned
-    norm: str = "rmsnorm"  # or layernorm
+    activation: str = "swiglu"  # or relu, gelu, relu2, silu, moe
+    position: str = "rope"  # or learned, sinusoidal, none
+    norm: str = "rmsnorm"  # or layernorm, none
+    norm_place: str = "pre"  # or post
+    attention: str = "full"  # or sliding, linear, latent, hyena; a,b,c: that pattern, repeated
+    window: int = 64  # sliding: positions a query attends to, its own included
+    kv_rank: int = 0  # latent: width of the compressed keys and values; 0: n_embd / 4
+    rope_size: int = 0  # latent: channels of a head that carry the position; 0: half a head
+    qk_norm: bool = False  # normalise queries and keys
+    n_expert: int = 8  # moe: experts; d_ff is then that of one
+    top_k: int = 2  # moe: experts that a token goes to
+    n_shared_expert: int = 0  # moe: experts that every token goes to, besides
+    balance: str = "loss"  # moe: keep experts equally busy by loss, by bias, or none
+    balance_weight: float = 0.01  # moe: weight of that loss, or step of that bias (0.001 is usual)
+    router_z_weight: float = 0.001  # moe: weight of the loss that keeps the router's logits small
     bias: bool = False  # in linear layers and layernorm
     tie_embeddings: bool = False  # one matrix for the embedding and the output
+    logit_cap: float = 0.0  # keep logits between -cap and cap by tanh; 0: do not
     dropout: float = 0.0
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window",
+                     "n_expert", "top_k"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, "
+                                 f"not {getattr(self, name)!r}")
+        kinds = self.attention.split(",")
+        if unknown := set(kinds) - set(ATTENTION):
+            raise ValueError(f"attention must be a list of {', '.join(ATTENTION)}, "
+                             f"not {min(unknown)!r}")
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} can not be divided by n_head {self.n_head}")
-        if self.n_head % self.n_kv_head or self.n_kv_head < 0:
+        head_size = self.n_embd // self.n_head
+        if self.n_kv_head < 0 or self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} can not be divided by n_kv_head "
                              f"{self.n_kv_head}")
-        if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rope needs an even head size, not {self.n_embd // self.n_head}")
+        for kind in {"latent", "hyena"} & set(kinds):
+            if self.n_kv_head != self.n_head:
+                raise ValueError(f"{kind} attention has no heads of keys and values to share: "
+                                 "n_kv_head must be n_head")
+            if self.qk_norm:
+                raise ValueError(f"{kind} attention has no keys to normalise: leave qk_norm out")
+        self.kv_rank = self.kv_rank or max(1, self.n_embd // 4)
+        self.rope_size = self.rope_size or head_size // 2 // 2 * 2 or 2
+        rotated = {self.rope_size if k == "latent" else head_size for k in kinds if k != "hyena"}
+        if self.position == "rope" and any(size % 2 for size in rotated):
+            raise ValueError(f"rope needs an even head size, not {max(rotated)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        for name, choices in (("activation", ("swiglu", "gelu")), ("position", ("rope", "learned")),
-                              ("norm", ("rmsnorm", "layernorm"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if self.logit_cap < 0 or self.n_shared_expert < 0 or self.kv_rank < 0 or self.d_ff < 0:
+            raise ValueError("logit_cap, n_shared_expert, kv_rank and d_ff must not be negative")
+        if self.activation == "moe" and self.top_k > self.n_expert:
+            raise ValueError(f"top_k {self.top_k} is more than n_expert {self.n_expert}")
         if not self.d_ff:
-            swiglu = max(64, round(8 / 3 * self.n_embd / 64) * 64)  # three matrices for two
-            self.d_ff = swiglu if self.activation == "swiglu" else 4 * self.n_embd
+            self.d_ff = max(64, round(8 / 3 * self.n_embd / 64) * 64)  # three matrices for two
+            if self.activation == "moe":  # as many active parameters as without experts
+                self.d_ff = max(8, self.d_ff // (self.top_k + self.n_shared_expert) // 8 * 8)
+            elif self.activation != "swiglu":
+                self.d_ff = 4 * self.n_embd
+
+    def attention_of(self, layer):
+        """The kind of attention of a layer, by the repeating pattern."""
+        kinds = self.attention.split(",")
+        return kinds[layer % len(kinds)]
+
+
+# -----------------------------------------------------------------------------
+# Attention, in five kinds. Each maps x: (B, T, C) to (B, T, C), and no position sees a later one.
+#
+# rope: cos and sin of the T positions (`rope_angles`), or None. For generation, token by token,
+# each kind keeps what it needs of the past in a cache, a dict of tensors made by `new_cache`;
+# start then is the position of x's first token, an int, or (B,) of int64 if sequences differ.
+
+
+def positions(start, T, device):
+    """Positions of T tokens from start on: (1, T), or (B, T) if start is (B,)."""
+    return torch.as_tensor(start, device=device).view(-1, 1) + torch.arange(T, device=device)
+
+
+def write(cache, new, at):
+    """cache[b, :, at[b, t]] = new[b, :, t]. cache: (B, H, S, D), new: (B, H, T, D); at: (B, T)
+    or (1, T), positions in the cache."""
+    rows = torch.arange(len(new), device=new.device)[:, None]
+    cache[rows, :, at] = new.transpose(1, 2).to(cache.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -228,24 +298,335 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = Linear(config.n_embd, width, config.bias)
         self.v_proj = Linear(config.n_embd, width, config.bias)
         self.o_proj = Linear(config.n_embd, config.n_embd, config.bias)
+        if config.qk_norm:  # (Henry et al. 2020): scores can not grow without bounds
+            self.q_norm = RMSNorm(self.head_size, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_size, config.norm_eps)
+        self.qk_norm = config.qk_norm
 
-    def forward(self, x, rope=None):
-        """x: (B, T, C) -> (B, T, C); rope: cos and sin for the T positions, or None"""
-        B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, H, T, D)
+    def project(self, x, rope):
+        """x -> q: (B, H, T, D); k, v: (B, n_kv_head, T, D)"""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q.contiguous(), *rope), apply_rope(k.contiguous(), *rope)
-        if self.n_kv_head < self.n_head:
-            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+        return q, k, v
+
+    def repeat_heads(self, k, v):
+        """Heads of keys and values as often as their groups have queries."""
+        n = self.n_head // self.n_kv_head
+        return (k, v) if n == 1 else (k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
+
+    def attend(self, q, k, v):
+        """Attention among T tokens."""
+        k, v = self.repeat_heads(k, v)
         if self.fast:
-            dropout = self.dropout if self.training else 0.0
-            y = fast_attention(q, k, v, dropout)
+            return fast_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        return scaled_dot_product_attention(q, k, v, causal_mask(q.shape[2], q.device))
+
+    def attend_masked(self, q, k, v, mask):
+        """Attention of T queries to S keys and values where mask, (B or 1, T, S), is True. The
+        queries of a group are taken as further queries of one head: no key is copied."""
+        B, H, T, D = q.shape
+        n = self.n_head // self.n_kv_head
+        q = q.reshape(B, self.n_kv_head, n * T, D)
+        mask = None if mask is None else mask.repeat(1, n, 1)[:, None]
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
+
+    def new_cache(self, batch, length):
+        """Keys and values of up to `length` tokens: (B, n_kv_head, length, D) each."""
+        w = self.k_proj.weight
+        shape = batch, self.n_kv_head, length, self.head_size
+        return {"k": w.new_zeros(shape), "v": w.new_zeros(shape)}
+
+    def forward(self, x, rope=None, cache=None, start=0):
+        """x: (B, T, C) -> (B, T, C)"""
+        B, T, C = x.shape
+        q, k, v = self.project(x, rope)
+        if cache is None:
+            y = self.attend(q, k, v)
+        elif type(start) is int:
+            S = start + T
+            cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
+            if start == 0 and T > 1:
+                y = self.attend(q, k, v)
+            else:
+                mask = None if T == 1 else causal_mask(S, x.device)[None, start:]
+                y = self.attend_masked(q, cache["k"][:, :, :S], cache["v"][:, :, :S], mask)
         else:
-            y = scaled_dot_product_attention(q, k, v, causal_mask(T, x.device))
+            at = positions(start, T, x.device)
+            write(cache["k"], k, at)
+            write(cache["v"], v, at)
+            S = int(start.max()) + T
+            mask = torch.arange(S, device=x.device) <= at[..., None]
+            y = self.attend_masked(q, cache["k"][:, :, :S], cache["v"][:, :, :S], mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def mixing_flops(self, T):
+        """FLOPs per token of q k^T and of the sum of values, of the half that the mask leaves."""
+        return 2 * 2 * self.n_head * self.head_size * T // 2
+
+
+class SlidingWindowAttention(CausalSelfAttention):
+    """Attention to the last `window` positions only (Beltagy et al. 2020): cost grows with T, not
+    with its square, and the cache is a ring that does not grow at all."""
+
+    SLACK = 16  # more slots than the window: so many tokens can be taken back (see `speculate`)
+
+    def __init__(self, config, fast=True):
+        super().__init__(config, fast)
+        self.window = config.window
+
+    def attend(self, q, k, v):
+        """In chunks as long as the window: a query's keys lie in its own and the previous one."""
+        k, v = self.repeat_heads(k, v)
+        B, H, T, D = q.shape
+        W = self.window
+        i = torch.arange(T, device=q.device)
+        if not self.fast or T <= 2 * W:
+            mask = (i[:, None] >= i) & (i[:, None] - i < W)
+            attention = F.scaled_dot_product_attention if self.fast else \
+                scaled_dot_product_attention
+            return attention(q, k, v, mask)
+        n = -(-T // W)
+        q, k, v = (F.pad(a, (0, 0, 0, n * W - T)).view(B, H, n, W, D) for a in (q, k, v))
+        k, v = (torch.cat((F.pad(a, (0, 0, 0, 0, 1, 0))[:, :, :-1], a), 3) for a in (k, v))
+        i, j = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+        mask = ((j > i) & (j <= i + W)).expand(n, W, 2 * W).clone()
+        mask[0] &= j >= W  # before the first chunk there is none
+        mask = mask.repeat(B, 1, 1)[:, None]
+        q, k, v = (a.transpose(1, 2).flatten(0, 1) for a in (q, k, v))  # (B n, H, W, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return y.view(B, n, H, W, D).transpose(1, 2).reshape(B, H, n * W, D)[:, :, :T]
+
+    def new_cache(self, batch, length):
+        """A ring: position p lies in slot p % slots."""
+        return super().new_cache(batch, min(length, self.window + self.SLACK))
+
+    def forward(self, x, rope=None, cache=None, start=0):
+        """x: (B, T, C) -> (B, T, C)"""
+        if cache is None:
+            return super().forward(x, rope)
+        B, T, C = x.shape
+        q, k, v = self.project(x, rope)
+        at = positions(start, T, x.device)
+        slots = cache["k"].shape[2]
+        slot = torch.arange(slots, device=x.device)
+        # what a slot holds: the last position before `start` with this remainder
+        held = at[:, :1] - 1 - (at[:, :1] - 1 - slot) % slots
+        keys, values = torch.cat((cache["k"], k), 2), torch.cat((cache["v"], v), 2)
+        key_at = torch.cat((held, at), 1)[:, None]  # (B, 1, slots + T)
+        mask = (key_at >= 0) & (key_at <= at[..., None]) & (at[..., None] - key_at < self.window)
+        y = self.attend_masked(q, keys, values, mask)
+        kept = slice(max(0, T - slots), T)
+        write(cache["k"], k[:, :, kept], at[:, kept] % slots)
+        write(cache["v"], v[:, :, kept], at[:, kept] % slots)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def mixing_flops(self, T):
+        """As for full attention, over the mean number of positions in the window."""
+        W = min(T, self.window)
+        seen = W - W * (W - 1) / 2 / T
+        return int(2 * 2 * self.n_head * self.head_size * seen)
+
+
+def linear_attention(q, k, v, rope=None, state=None, chunk=64):
+    """Attention with the kernel phi(q) . phi(k), phi = elu + 1, in place of exp(q . k)
+    (Katharopoulos et al. 2020). The sums over the past can then be carried along, as a state of
+    fixed size: chunk=1 is a recurrent network; larger chunks compute the same, within a chunk as
+    a matrix of scores.
+
+    q, k, v: (B, H, T, D) -> y: (B, H, T, D), state: (sum of phi(k) v^T: (B, H, D, D), sum of
+    phi(k): (B, H, D)). Positions turn the features of the numerator only, since a rotated sum
+    could be 0 in the denominator (Su et al. 2021).
+    """
+    B, H, T, D = q.shape
+    q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
+    rq, rk = (q, k) if rope is None else (apply_rope(q, *rope), apply_rope(k, *rope))
+    S, z = state or (q.new_zeros(B, H, D, D), q.new_zeros(B, H, D))
+    out = []
+    for i in range(0, T, chunk):
+        a, b, ra, rb, c = (x[:, :, i : i + chunk] for x in (q, k, rq, rk, v))
+        scores = (ra @ rb.transpose(-2, -1)).tril()
+        norm = (a * (z[:, :, None] + b.cumsum(2))).sum(-1, keepdim=True)
+        out.append((scores @ c + ra @ S) / norm)
+        S, z = S + rb.transpose(-2, -1) @ c, z + b.sum(2)
+    return torch.cat(out, 2), (S, z)
+
+
+class LinearAttention(CausalSelfAttention):
+    """Attention without softmax, in time proportional to T: see `linear_attention`."""
+
+    def new_cache(self, batch, length):
+        """The state, (B, H, D, D) and (B, H, D), in float32, however long the text."""
+        w, D = self.k_proj.weight, self.head_size
+        return {"S": w.new_zeros(batch, self.n_head, D, D, dtype=torch.float32),
+                "z": w.new_zeros(batch, self.n_head, D, dtype=torch.float32)}
+
+    def forward(self, x, rope=None, cache=None, start=0):
+        """x: (B, T, C) -> (B, T, C)"""
+        B, T, C = x.shape
+        q, k, v = self.project(x, None)
+        k, v = self.repeat_heads(k, v)
+        state = (cache["S"], cache["z"]) if cache else None
+        y, state = linear_attention(q, k, v, rope, state)
+        if cache is not None:
+            cache["S"], cache["z"] = state
+        return self.o_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
+
+    def mixing_flops(self, T):
+        """Scores and their sums within a chunk, and two products with the state."""
+        return 2 * 2 * self.n_head * self.head_size * (min(T, 64) + self.head_size)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are projected
+    up from one small vector per token, and that vector is all the cache holds. As a rotation can
+    not be moved past that projection, `rope_size` further channels carry the position; their key
+    is shared by all heads.
+
+    absorb: compute scores and sums in the small space, with the up-projections moved over to the
+    query and the output. It is the same product in another order: cheaper with a cache.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, H, self.rank = config.n_embd, config.n_head, config.kv_rank
+        self.n_head, self.head_size, self.dropout = H, C // H, config.dropout
+        self.rope_size = config.rope_size if config.position == "rope" else 0
+        self.q_proj = Linear(C, H * (self.head_size + self.rope_size), config.bias)
+        self.kv_down = Linear(C, self.rank + self.rope_size, config.bias)
+        self.kv_norm = RMSNorm(self.rank, config.norm_eps)
+        self.k_up = Linear(self.rank, C)
+        self.v_up = Linear(self.rank, C)
+        self.o_proj = Linear(C, C, config.bias)
+
+    def new_cache(self, batch, length):
+        """(B, 1, length, rank + rope_size)"""
+        size = self.rank + self.rope_size
+        return {"latent": self.k_up.weight.new_zeros(batch, 1, length, size)}
+
+    def forward(self, x, rope=None, cache=None, start=0, absorb=None):
+        """x: (B, T, C) -> (B, T, C)"""
+        B, T, C = x.shape
+        H, D, R = self.n_head, self.head_size, self.rope_size
+        q = self.q_proj(x).view(B, T, H, D + R).transpose(1, 2)
+        latent, k_rope = self.kv_down(x).split((self.rank, R), -1)
+        latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]  # (B, 1, T, ...)
+        if R:
+            q = torch.cat((q[..., :D], apply_rope(q[..., D:], *rope)), -1)
+            k_rope = apply_rope(k_rope, *rope)
+        mask = None
+        if cache is not None:
+            at = positions(start, T, x.device)
+            write(cache["latent"], torch.cat((latent, k_rope), -1), at)
+            S = (start if type(start) is int else int(start.max())) + T
+            latent, k_rope = cache["latent"][:, :, :S].to(q.dtype).split((self.rank, R), -1)
+            mask = (torch.arange(S, device=x.device) <= at[..., None])[:, None]
+        scale, dropout = 1 / math.sqrt(D + R), self.dropout if self.training else 0.0
+        if cache is not None if absorb is None else absorb:
+            # q . (U l) = (U^T q) . l, and the sum of p (U l) is U (sum of p l)
+            up = self.k_up.weight.view(H, D, self.rank).to(q.dtype)
+            q = torch.cat((q[..., :D] @ up, q[..., D:]), -1)  # (B, H, T, rank + R)
+            k = torch.cat((latent, k_rope), -1).expand(B, H, -1, -1)
+            v = latent.expand(B, H, -1, -1)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
+            y = y @ self.v_up.weight.view(H, D, self.rank).mT.to(q.dtype)
+        else:
+            S = latent.shape[2]
+            k, v = (up(latent[:, 0]).view(B, S, H, D).transpose(1, 2)
+                    for up in (self.k_up, self.v_up))
+            k = torch.cat((k, k_rope.expand(B, H, S, R)), -1)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def mixing_flops(self, T):
+        """Scores over D + rope_size channels, sums over D, of the half that the mask leaves."""
+        return 2 * self.n_head * (2 * self.head_size + self.rope_size) * T // 2
+
+
+def fft_convolution(u, h):
+    """y[t] = sum over s <= t of h[t - s] u[s], in O(T log T). u: (B, T, C), h: (T, C) ->
+    (B, T, C). Zeros to twice the length keep the end from wrapping around to the beginning."""
+    T = u.shape[1]
+    spectrum = torch.fft.rfft(u.float(), 2 * T, dim=1) * torch.fft.rfft(h.float(), 2 * T, dim=0)
+    return torch.fft.irfft(spectrum, 2 * T, dim=1)[:, :T].to(u.dtype)
+
+
+class Hyena(nn.Module):
+    """A long convolution between two gates, in place of attention (Poli et al. 2023; order 2):
+    y = o(x0 * (h conv (x1 * v))). The filter h, as long as the text, is not stored but computed
+    from the position by a small network, under a window that decays at another rate for each
+    channel."""
+
+    BANDS, WIDTH = 8, 32  # frequencies that describe a position; units of the filter's network
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.block_size = config.n_embd, config.block_size
+        self.in_proj = nn.ModuleList(Linear(C, C, config.bias) for _ in range(3))
+        self.short = nn.Parameter(torch.randn(3, C, 3) / 3)  # each channel's own three taps
+        self.filter_in = Linear(2 * self.BANDS + 1, self.WIDTH, bias=True)
+        self.filter_mid = Linear(self.WIDTH, self.WIDTH, bias=True)
+        self.filter_out = Linear(self.WIDTH, C)
+        self.skip = nn.Parameter(torch.ones(C))
+        self.o_proj = Linear(C, C, config.bias)
+        # from a few steps to several hundred
+        decay = torch.linspace(math.log(1.0), math.log(5e-4), C).exp()
+        self.register_buffer("decay", decay, persistent=False)
+
+    def filter(self, T):
+        """h: (T, C)"""
+        t = torch.arange(T, device=self.decay.device, dtype=torch.float32)[:, None]
+        bands = torch.linspace(1e-4, self.BANDS - 1, self.BANDS, device=t.device)
+        angles = 2 * math.pi * bands * t / self.block_size
+        x = torch.cat((t / self.block_size, angles.cos(), angles.sin()), 1)
+        h = torch.sin(10 * self.filter_in(x))  # high frequencies, or h would be too smooth
+        h = self.filter_out(torch.sin(10 * self.filter_mid(h)))
+        return h * torch.exp(-self.decay * t)
+
+    def new_cache(self, batch, length):
+        """What the convolutions need of the past: the inputs of the short one, of the long one."""
+        w, C = self.o_proj.weight, len(self.skip)
+        return {"short": w.new_zeros(batch, 3, 2, C), "long": w.new_zeros(batch, 1, length, C)}
+
+    def forward(self, x, rope=None, cache=None, start=0):
+        """x: (B, T, C) -> (B, T, C)"""
+        B, T, C = x.shape
+        u = torch.stack([project(x) for project in self.in_proj], 1)  # (B, 3, T, C)
+        past = u.new_zeros(B, 3, 2, C) if cache is None else cache["short"].to(u.dtype)
+        u = torch.cat((past, u), 2)
+        if cache is not None:
+            cache["short"] = u[:, :, -2:]
+        taps = self.short[:, None].to(u.dtype).unbind(-1)  # three of (3, 1, C)
+        u = u[:, :, 2:] * taps[0] + u[:, :, 1:-1] * taps[1] + u[:, :, :-2] * taps[2]
+        x0, x1, v = u.unbind(1)
+        v = x1 * v
+        if cache is None or (type(start) is int and start == 0):
+            y = fft_convolution(v, self.filter(T))
+        else:  # for few tokens, the sum as it stands
+            at = positions(start, T, x.device)
+            write(cache["long"], v[:, None], at)
+            S = (start if type(start) is int else int(start.max())) + T
+            lag = at[..., None] - torch.arange(S, device=x.device)  # (B or 1, T, S)
+            h = self.filter(S)[lag.clamp(min=0)].masked_fill((lag < 0)[..., None], 0.0)
+            y = torch.einsum("btsc,bsc->btc", h.expand(B, -1, -1, -1).to(v.dtype),
+                             cache["long"][:, 0, :S].to(v.dtype))
+        if cache is not None and type(start) is int and start == 0:
+            cache["long"][:, 0, :T] = v
+        return self.o_proj(x0 * (y + self.skip.to(v.dtype) * v))
+
+    def mixing_flops(self, T):
+        """Three transforms of 2 T numbers per channel at about 5 n log2(n) / 2 each, per token."""
+        return int(len(self.skip) * 3 * 2.5 * 2 * math.log2(2 * T))
+
+
+# -----------------------------------------------------------------------------
+# Feed-forward parts.
 
 
 class SwiGLU(nn.Module):
@@ -262,36 +643,161 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # silu(x) = x * sigmoid(x)
 
 
-class GELU(nn.Module):
-    """w2(gelu(w1 x)): the feed-forward part of GPT-2."""
+class FeedForward(nn.Module):
+    """w2(f(w1 x)), f one of relu, gelu, silu, and relu2: relu(x)^2 (So et al. 2021)."""
 
-    def __init__(self, d, d_ff, bias=False):
+    def __init__(self, d, d_ff, activation, bias=False):
         super().__init__()
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
+        self.f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
+                  "relu2": lambda x: F.relu(x).square()}[activation]
 
     def forward(self, x):
         """(..., d) -> (..., d)"""
-        return self.w2(F.gelu(self.w1(x)))
+        return self.w2(self.f(self.w1(x)))
+
+
+class MixtureOfExperts(nn.Module):
+    """Several feed-forward parts, of which each token goes to the top_k that a router chooses, and
+    to all shared ones: more parameters at the same cost (Shazeer et al. 2017; Fedus et al. 2021).
+    No token is ever dropped.
+
+    The output is the experts' sum, weighted by the router's probabilities, which are scaled to add
+    up to 1. Experts are kept equally busy by one of
+      loss: E sum_i f_i P_i, with f_i the share of tokens and P_i the mean probability of expert i;
+            at its least, 1, when both are uniform
+      bias: a number for each expert, added for the choice alone, which `update_bias` raises for
+            experts that had too little to do (loss-free: Wang et al. 2024)
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_expert, self.top_k, self.balance = config.n_expert, config.top_k, config.balance
+        self.balance_weight, self.z_weight = config.balance_weight, config.router_z_weight
+        self.router = Linear(config.n_embd, config.n_expert)
+        make = lambda: SwiGLU(config.n_embd, config.d_ff, config.bias)  # noqa: E731
+        self.experts = nn.ModuleList(make() for _ in range(config.n_expert))
+        self.shared = nn.ModuleList(make() for _ in range(config.n_shared_expert))
+        self.register_buffer("bias", torch.zeros(config.n_expert))
+        self.register_buffer("load", torch.zeros(config.n_expert), persistent=False)
+        self.loss = 0.0  # to be added to the model's, of the last forward pass in training
+
+    def route(self, x):
+        """x: (N, C) -> weights (N, top_k), ids of experts (N, top_k), and, in float32, the logits
+        and probabilities (N, E)"""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.router(x.float())
+        p = softmax(logits)
+        chosen = (p + self.bias).topk(self.top_k, -1).indices
+        weights = p.gather(-1, chosen)
+        return weights / weights.sum(-1, keepdim=True), chosen, logits, p
+
+    def forward(self, x):
+        """(..., C) -> (..., C)"""
+        shape, x = x.shape, x.flatten(0, -2)
+        weights, chosen, logits, p = self.route(x)
+        order = chosen.flatten().argsort(stable=True)  # all that goes to expert 0, then 1, ...
+        counts = torch.bincount(chosen.flatten(), minlength=self.n_expert)
+        token = order // self.top_k
+        parts = x[token].split(counts.tolist())
+        y = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        y = y * weights.flatten()[order, None].to(y.dtype)
+        y = torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y)
+        for expert in self.shared:
+            y = y + expert(x)
+        if self.training:
+            self.load += counts
+            self.loss = self.z_weight * torch.logsumexp(logits, -1).square().mean()
+            if self.balance == "loss":
+                share = counts / counts.sum()
+                self.loss = self.loss + self.balance_weight * self.balance_loss(share, p)
+        return y.view(shape)
+
+    def balance_loss(self, share, p):
+        """share: (E,) of the tokens; p: (N, E) -> scalar"""
+        return self.n_expert * (share * p.mean(0)).sum()
+
+    @torch.no_grad()
+    def update_bias(self):
+        """After each step of the optimizer: move the bias against the load since the last."""
+        if self.balance == "bias":
+            self.bias += self.balance_weight * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+
+
+# -----------------------------------------------------------------------------
+# The model.
+
+
+def make_norm(config, d):
+    """The norm that the config asks for."""
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "layernorm":
+        return LayerNorm(d, config.norm_eps, config.bias)
+    return RMSNorm(d, config.norm_eps)
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): each part adds to what is there."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm]
-        feed_forward = {"swiglu": SwiGLU, "gelu": GELU}[config.activation]
-        self.attn_norm = norm(config.n_embd, config.norm_eps)
-        self.attn = CausalSelfAttention(config)
-        self.ffn_norm = norm(config.n_embd, config.norm_eps)
-        self.ffn = feed_forward(config.n_embd, config.d_ff, config.bias)
+        attention = {"full": CausalSelfAttention, "sliding": SlidingWindowAttention,
+                     "linear": LinearAttention, "latent": LatentAttention, "hyena": Hyena}
+        self.attn_norm = make_norm(config, config.n_embd)
+        self.attn = attention[config.attention_of(layer)](config)
+        self.ffn_norm = make_norm(config, config.n_embd)
+        if config.activation == "moe":
+            self.ffn = MixtureOfExperts(config)
+        elif config.activation == "swiglu":
+            self.ffn = SwiGLU(config.n_embd, config.d_ff, config.bias)
+        else:
+            self.ffn = FeedForward(config.n_embd, config.d_ff, config.activation, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None):
+    def forward(self, x, rope=None, cache=None, start=0):
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope))
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, start))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class PostNormBlock(Block):
+    """norm(x + attention(x)), then norm(x + feed_forward(x)): as in 2017. The norm lies in the way
+    of the gradient, which makes deep models hard to train (Xiong et al. 2020)."""
+
+    def forward(self, x, rope=None, cache=None, start=0):
+        """(B, T, C) -> (B, T, C)"""
+        x = self.attn_norm(x + self.dropout(self.attn(x, rope, cache, start)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class Cache:
+    """What a model keeps of the tokens it has seen, so that the next ones cost no more than
+    themselves: one dict of tensors per layer, made for `length` tokens of `batch` sequences."""
+
+    def __init__(self, model, batch, length):
+        self.layers = [block.attn.new_cache(batch, length) for block in model.blocks]
+        self.lengths = [0] * batch  # tokens seen of each sequence
+        self.device = model.head.weight.device
+
+    def start(self):
+        """Position of the next token: an int if all sequences agree, else (B,) of int64."""
+        if len(set(self.lengths)) == 1:
+            return self.lengths[0]
+        return torch.tensor(self.lengths, device=self.device)
+
+    def advance(self, n):
+        """Count n more tokens of each sequence."""
+        self.lengths = [length + n for length in self.lengths]
+
+
+def sinusoids(T, C):
+    """Position embeddings that are not learned: sines and cosines of falling frequency (Vaswani
+    et al. 2017). -> (T, C)"""
+    cos, sin = rope_angles(torch.arange(T), C + C % 2)
+    return torch.cat((sin, cos), 1)[:, :C]
 
 
 class Transformer(nn.Module):
@@ -300,42 +806,85 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: keep only each block's input for backward
         # a unit variance suits the norms; as output weights it would make logits too large
         std = 1 / math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
         self.embedding = Embedding(config.vocab_size, config.n_embd, std)
         if config.position == "learned":
             self.positions = Embedding(config.block_size, config.n_embd, std)
-        else:
-            head_size = config.n_embd // config.n_head
-            cos, sin = rope_angles(torch.arange(config.block_size), head_size, config.rope_theta)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+        elif config.position == "sinusoidal":
+            table = std * sinusoids(config.block_size, config.n_embd)
+            self.register_buffer("sinusoids", table, persistent=False)
+        elif config.position == "rope":
+            at = torch.arange(config.block_size)
+            for size in {config.n_embd // config.n_head, config.rope_size}:
+                cos, sin = rope_angles(at, size, config.rope_theta)
+                self.register_buffer(f"cos{size}", cos, persistent=False)
+                self.register_buffer(f"sin{size}", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm]
-        self.final_norm = norm(config.n_embd, config.norm_eps)
+        block = {"pre": Block, "post": PostNormBlock}[config.norm_place]
+        self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
+        self.final_norm = make_norm(config, config.n_embd)
+        if config.norm_place == "post":  # the last block has just done it
+            self.final_norm = nn.Identity()
         self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         # every block adds to the residual stream twice: start with small steps, as GPT-2 does
-        for block in self.blocks:
-            for last in (block.attn.o_proj, block.ffn.w2):
-                last.weight.data.mul_(1 / math.sqrt(2 * config.n_layer))
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, Linear) and name.endswith((".o_proj", ".w2")):
+                module.weight.data.mul_(1 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, ids):
-        """ids: (B, T) int64, T at most block_size -> logits: (B, T, V)"""
-        T = ids.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}")
-        x, rope = self.embedding(ids), None
+    def rope(self, layer, at):
+        """cos and sin for a layer at positions `at`, a slice or (B, T) of int64; or None."""
+        if self.config.position != "rope":
+            return None
+        latent = self.config.attention_of(layer) == "latent"
+        size = self.config.rope_size if latent else self.config.n_embd // self.config.n_head
+        tables = getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at]
+        return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
+
+    def forward(self, ids, cache=None):
+        """ids: (B, T) int64, T at most block_size -> logits: (B, T, V)
+
+        cache: a `Cache` that holds the tokens before these, and these afterwards.
+        """
+        T, start = ids.shape[1], 0 if cache is None else cache.start()
+        end = start + T if type(start) is int else max(cache.lengths) + T
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
+        at = slice(start, end) if type(start) is int else positions(start, T, ids.device)
+        x = self.embedding(ids)
         if self.config.position == "learned":
-            x = x + self.positions.weight[:T]
-        else:
-            rope = self.cos[:T], self.sin[:T]
+            x = x + self.positions.weight[at]
+        elif self.config.position == "sinusoidal":
+            x = x + self.sinusoids[at]
         x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            rope = self.rope(i, at)
+            if cache is not None:
+                x = block(x, rope, cache.layers[i], start)
+            elif self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        if cache is not None:
+            cache.advance(T)
+        logits = self.head(self.final_norm(x))
+        if self.config.logit_cap:
+            logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+        return logits
+
+    def auxiliary_loss(self):
+        """What mixtures of experts add to the loss, of the last forward pass; 0 without any."""
+        return sum(block.ffn.loss for block in self.blocks
+                   if isinstance(block.ffn, MixtureOfExperts))
+
+    def update_router_bias(self):
+        """To be called after each step of the optimizer: see MixtureOfExperts."""
         for block in self.blocks:
-            x = block(x, rope)
-        return self.head(self.final_norm(x))
+            if isinstance(block.ffn, MixtureOfExperts):
+                block.ffn.update_bias()
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
@@ -351,8 +900,13 @@ class Transformer(nn.Module):
         was_training = self.training
         self.eval()
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        length = min(ids.shape[1] + max_new_tokens, self.config.block_size)
+        cache = Cache(self, len(ids), length)
         for _ in range(max_new_tokens):
-            logits = self(ids[:, -self.config.block_size :])[:, -1]
+            if ids.shape[1] <= length:  # all but what the cache holds; at first, all
+                logits = self(ids[:, cache.lengths[0] :], cache)[:, -1]
+            else:  # the text has grown out of the window: every token has a new position
+                logits = self(ids[:, -length:])[:, -1]
             new = sample(logits, temperature, top_k, top_p, generator)
             if stop is not None:
                 new = torch.where(done, stop, new)
@@ -396,8 +950,8 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
                     args=None, tokenizer=None, template=None):
     """Write all that is needed to use a model or to go on training it to one file.
 
-    optimizer: anything with state_dict(), or a list of such; rng: dict of RNG states; args: dict of plain values;
-    tokenizer: the text of its tokenizer.json; template: that of a chat.
+    optimizer: anything with state_dict(), or a list of such; rng: dict of RNG states; args: dict
+    of plain values; tokenizer: the text of its tokenizer.json; template: that of a chat.
     The file is written under another name, and renamed when it is safe on disk: whatever happens
     meanwhile, `path` is a whole checkpoint, the old or the new. Raises OSError.
     """
@@ -476,49 +1030,65 @@ def pick_device(name="auto"):
 # Resource accounting: what a model costs.
 
 
-def count_parameters(config):
-    """{part: number of parameters}, from the formulas. Tied matrices count once."""
-    C, L, F_ = config.n_embd, config.n_layer, config.d_ff
-    kv = C // config.n_head * config.n_kv_head
-    bias = config.bias
-    norms = C * (2 * L + 1)
-    matrices = 3 if config.activation == "swiglu" else 2
-    return {
-        "embedding": config.vocab_size * C,
-        "positions": config.block_size * C * (config.position == "learned"),
-        "attention": L * (2 * C * C + 2 * C * kv + bias * (2 * C + 2 * kv)),
-        "feed-forward": L * (matrices * C * F_ + bias * ((matrices - 1) * F_ + C)),
-        "norms": norms,
-        "head": config.vocab_size * C * (not config.tie_embeddings),
+def _parts(config):
+    """The model without its numbers, and {part: its modules}."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    mixtures = [block.ffn for block in model.blocks if isinstance(block.ffn, MixtureOfExperts)]
+    return model, {
+        "embedding": [model.embedding],
+        "positions": [model.positions] if config.position == "learned" else [],
+        "attention": [block.attn for block in model.blocks],
+        "feed-forward": [block.ffn for block in model.blocks if not mixtures],
+        "experts": [m for mixture in mixtures for m in (*mixture.experts, *mixture.shared)],
+        "router": [mixture.router for mixture in mixtures],
+        "norms": [model.final_norm, *(norm for block in model.blocks
+                                      for norm in (block.attn_norm, block.ffn_norm))],
+        "head": [model.head],
     }
+
+
+def _active(config, part):
+    """The share of a part's weights that one token meets."""
+    shared = config.n_shared_expert
+    return (config.top_k + shared) / (config.n_expert + shared) if part == "experts" else 1
+
+
+def count_parameters(config):
+    """{part: number of parameters}. Matrices that are tied count once."""
+    _, parts = _parts(config)
+    counts = {part: sum(p.numel() for module in modules for p in module.parameters())
+              for part, modules in parts.items()}
+    if config.tie_embeddings:
+        counts["head"] = 0
+    return {part: n for part, n in counts.items() if n or part in ("positions", "head")}
 
 
 def count_flops(config, T=None):
     """{part: FLOPs per token} of a forward pass over T tokens (default block_size); training
-    takes three times that. A multiplication and its addition are two. Only matrix products
-    count; of attention half, since a causal mask leaves half of it to be computed."""
-    T = T or config.block_size
-    parameters = count_parameters(config)
-    bias = config.bias * config.n_layer
-    kv = config.n_embd // config.n_head * config.n_kv_head
-    matrices = 3 if config.activation == "swiglu" else 2
-    return {
-        "attention, projections": 2 * (parameters["attention"] - bias * 2 * (config.n_embd + kv)),
-        "attention, scores and values": 2 * 2 * config.n_layer * config.n_embd * T // 2,
-        "feed-forward": 2 * config.n_layer * matrices * config.n_embd * config.d_ff,
-        "head": 2 * config.vocab_size * config.n_embd,
-    }
+    takes three times that. A multiplication and its addition are two. Matrix products count, of
+    attention what the mask leaves, of experts those a token goes to; and Hyena's transforms."""
+    model, parts = _parts(config)
+    flops = {}
+    for part, modules in parts.items():
+        weights = sum(m.weight.numel() for module in modules for name, m in module.named_modules()
+                      if isinstance(m, Linear) and "filter" not in name)
+        if weights:
+            flops[part] = round(2 * weights * _active(config, part))
+    flops["attention, scores and values"] = sum(block.attn.mixing_flops(T or config.block_size)
+                                                for block in model.blocks)
+    return flops
 
 
 def count_activations(config, batch_size):
-    """Numbers kept for the backward pass of a batch of sequences of block_size, with fused
-    attention: roughly, for what is kept and what is recomputed varies."""
-    C, F_ = config.n_embd, config.d_ff
-    kv = C // config.n_head * config.n_kv_head
-    # two norms (input and float32 output), q k v before and after rope, attention's output; then
-    # the feed-forward part's input and what is inside it
-    block = 6 * C + 2 * (C + 2 * kv) + 2 * C + (4 if config.activation == "swiglu" else 2) * F_
-    return batch_size * config.block_size * (config.n_layer * block + 3 * C + 2 * config.vocab_size)
+    """Numbers kept for the backward pass of a batch of sequences of block_size, roughly: the input
+    and the output of each linear layer, what the two norms of a block keep, and the logits."""
+    _, parts = _parts(config)
+    n = (2 * config.n_layer + 1) * 2 * config.n_embd + 2 * config.vocab_size
+    for part in ("attention", "feed-forward", "experts"):
+        n += sum(sum(m.weight.shape) for module in parts[part] for m in module.modules()
+                 if isinstance(m, Linear)) * _active(config, part)
+    return int(batch_size * config.block_size * n)
 
 
 def info(config, batch_size, tflops):
@@ -564,6 +1134,8 @@ def main():
     g.add_argument("--seed", type=int, default=1337)
     g = parser.add_argument_group("info", "the costs of a checkpoint, or of a model of these sizes")
     for field in dataclasses.fields(TransformerConfig):
+        if field.name == "top_k":  # the flag is there already
+            continue
         if field.type is bool or field.type == "bool":
             g.add_argument(f"--{field.name}", action="store_true", default=None)
         else:

@@ -38,6 +38,7 @@ import torch
 
 from bpe import Tokenizer
 from model import (
+    Linear,
     Transformer,
     TransformerConfig,
     count_flops,
@@ -50,20 +51,23 @@ from model import (
 # Loss.
 
 
-def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
+def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0.0):
     """Negative log-likelihood of the targets, in nats: their mean, or with reduction="sum" the sum.
+    z_loss times the square of log Z, Z being the softmax's denominator, can be added, which keeps
+    logits from drifting (Chowdhery et al. 2022).
 
     logits: (..., V); targets: (...) int64. Targets of ignore_index do not count; with none that
     counts the loss is 0. Stable: logsumexp takes off the largest logit before it exponentiates.
     """
     valid = targets != ignore_index
     picked = logits.gather(-1, targets.masked_fill(~valid, 0)[..., None])[..., 0]
-    losses = torch.logsumexp(logits.float(), -1) - picked.float()
+    log_z = torch.logsumexp(logits.float(), -1)
+    losses = log_z - picked.float() + z_loss * log_z.square()
     total = losses.masked_fill(~valid, 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
 
-def backward(model, batches, autocast):
+def backward(model, batches, autocast, z_loss=0.0):
     """Add to the gradients those of the mean loss over all targets of several batches (gradient
     accumulation), and return that loss, a tensor.
 
@@ -74,8 +78,11 @@ def backward(model, batches, autocast):
     loss = torch.zeros((), device=batches[0][0].device)
     for x, y in batches:
         with autocast():
-            part = cross_entropy(model(x), y, reduction="sum") / count
-        part.backward()
+            logits = model(x)
+            part = cross_entropy(logits, y, reduction="sum", z_loss=z_loss) / count
+        # what experts add is a mean over tokens, and no part of the loss that is reported
+        extra = getattr(model, "_orig_mod", model).auxiliary_loss() * (y != -100).sum() / count
+        (part + extra).backward()
         loss += part.detach()
     return loss
 
@@ -201,7 +208,8 @@ class Muon(torch.optim.Optimizer):
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
             raise ValueError("lr and weight_decay must not be negative, and momentum in [0, 1)")
         if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-            raise ValueError(f"adjust_lr_fn must be original or match_rms_adamw, not {adjust_lr_fn}")
+            raise ValueError("adjust_lr_fn must be original or match_rms_adamw, "
+                             f"not {adjust_lr_fn}")
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
                                       nesterov=nesterov, ns_steps=ns_steps,
                                       adjust_lr_fn=adjust_lr_fn, dtype=str(dtype)))
@@ -310,14 +318,15 @@ def make_optimizers(model, kind, learning_rate, weight_decay, betas, momentum):
     """-> list of optimizers for all parameters of the model.
 
     kind: adamw and sgd take all; muon and soap the hidden matrices, which map vectors to vectors,
-    and AdamW what is left: embeddings and head (their rows belong to tokens, and each should move
-    by its own frequency), gains and biases.
+    and AdamW what is left: embeddings, head and routers (their rows belong to tokens or experts,
+    and each should move by its own frequency), gains and biases.
     """
     if kind == "sgd":
         return [SGD(parameter_groups(model, weight_decay), learning_rate, momentum)]
     if kind == "adamw":
         return [AdamW(parameter_groups(model, weight_decay), learning_rate, betas)]
-    hidden = {id(p) for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 1}
+    hidden = {id(m.weight) for name, m in model.blocks.named_modules()
+              if isinstance(m, Linear) and not name.endswith("router") and "filter" not in name}
     matrices = [p for p in model.parameters() if p.requires_grad and id(p) in hidden]
     groups = [{**group, "params": [p for p in group["params"] if id(p) not in hidden]}
               for group in parameter_groups(model, weight_decay)]
@@ -505,6 +514,8 @@ def build_parser():
     g.add_argument("--weight_decay", type=float, default=0.1, help="of matrices (default 0.1)")
     g.add_argument("--beta1", type=float, default=0.9)
     g.add_argument("--beta2", type=float, default=0.95)
+    g.add_argument("--z_loss", type=float, default=0.0, help="weight of the squared log of the "
+                   "softmax's denominator (default 0; PaLM's 1e-4)")
     g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: any")
     g = parser.add_argument_group("evaluation and logging")
     g.add_argument("--eval_interval", type=int, default=100, help="steps (default 100); also those "
@@ -516,6 +527,8 @@ def build_parser():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of matrix products; auto: bfloat16 on CUDA, else float32")
+    g.add_argument("--activation_checkpointing", action="store_true", help="keep only each block's "
+                   "input, and compute the rest again in the backward pass: less memory")
     g.add_argument("--compile", action="store_true", help="torch.compile: pays on long runs")
     g.add_argument("--peak_flops", type=float, help="of the device in TFLOP/s, for MFU")
     g.add_argument("--seed", type=int, default=1337)
@@ -682,6 +695,7 @@ def run(args):
         model = Transformer(TransformerConfig(**given)).to(device)
     config = model.config
     raw_model = model
+    raw_model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         model = torch.compile(model)
 
@@ -748,7 +762,7 @@ def run(args):
             if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
                 raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
                                  f"vocabulary has {config.vocab_size}")
-            loss = backward(model, batches, autocast)
+            loss = backward(model, batches, autocast, args.z_loss)
             norm = clip_grad_norm(raw_model.parameters(), args.grad_clip)
             loss, norm = loss.item(), norm.item()
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -758,6 +772,7 @@ def run(args):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            raw_model.update_router_bias()
             step += 1
 
             last_step = step == args.max_iters

@@ -132,17 +132,200 @@ def test_swiglu():
 # ---- the model
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_causality(name):
-    model = tiny(**VARIANTS[name])
+KINDS = (*M.ATTENTION, "sliding,sliding,full", "hyena,linear")
+COMBINATIONS = [  # all that the flags allow; those of grouped heads and QK-norm in one go
+    {"attention": attention, "position": position, "norm": norm, "norm_place": place,
+     "activation": activation, **more}
+    for attention in KINDS for position in M.CHOICES["position"]
+    for norm, place in (("rmsnorm", "pre"), ("layernorm", "post"), ("none", "pre"))
+    for activation in ("swiglu", "relu2", "moe")
+    for more in ({}, {"n_kv_head": 2}, {"qk_norm": True, "logit_cap": 10.0, "bias": True})]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causality_of_every_combination(kind):
+    tried = 0
+    for changes in [c for c in COMBINATIONS if c["attention"] == kind]:
+        try:
+            model = tiny(**changes, window=5)
+        except ValueError:  # refused: see test_configs_that_make_no_model
+            continue
+        ids = torch.randint(50, (2, 16))
+        before = model(ids)
+        assert before.shape == (2, 16, 50) and before.isfinite().all()
+        changed = ids.clone()
+        changed[:, 9] = (ids[:, 9] + 1) % 50
+        after = model(changed)
+        torch.testing.assert_close(after[:, :9], before[:, :9], atol=1e-5, rtol=0, msg=str(changes))
+        assert not torch.allclose(after[:, 9:], before[:, 9:], atol=1e-4), changes
+        tried += 1
+    assert tried >= 36
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("position", M.CHOICES["position"])
+def test_cached_equals_uncached(kind, position):
+    model = tiny(attention=kind, position=position, window=5, block_size=40)
+    ids = torch.randint(50, (3, 40))
+    whole = model(ids)
+    cache = M.Cache(model, 3, 40)
+    sizes = (7, 1, 1, 4, 1, 9, 1, 16)  # prefill, tokens one by one, and several at once
+    parts = [model(part, cache) for part in ids.split(sizes, 1)]
+    check_close(torch.cat(parts, 1), whole, 1e-5)
+    assert cache.lengths == [40, 40, 40]
+    # sequences of unequal length: each has its own position
+    cache = M.Cache(model, 2, 40)
+    model(ids[:2, :5], cache)
+    for layer, other in zip(cache.layers, [model_cache(model, ids[1:2, :11], layer)
+                                           for layer in range(2)]):
+        for name in layer:
+            layer[name][1] = other[name][0]
+    cache.lengths = [5, 11]
+    for i in range(6):
+        new = torch.stack((ids[0, 5 + i], ids[1, 11 + i]))[:, None]
+        logits = model(new, cache)[:, 0]
+        check_close(logits[0], whole[0, 5 + i], 1e-5)
+        check_close(logits[1], whole[1, 11 + i], 1e-5)
+
+
+def model_cache(model, ids, layer):
+    cache = M.Cache(model, 1, 40)
+    model(ids, cache)
+    return cache.layers[layer]
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("T", [3, 9, 10, 11, 25, 40])
+def test_sliding_window_is_masked_full_attention(T, heads):
+    config = M.TransformerConfig(**{**SMALL, "n_kv_head": heads, "window": 5, "block_size": 64})
+    sliding, full = M.SlidingWindowAttention(config), M.CausalSelfAttention(config)
+    full.load_state_dict(sliding.state_dict())
+    x, rope = torch.randn(2, T, 32), M.rope_angles(torch.arange(T), 8)
+    i = torch.arange(T)
+    mask = (i[:, None] >= i) & (i[:, None] - i < 5)
+    q, k, v = full.project(x, rope)
+    y = M.scaled_dot_product_attention(q, *full.repeat_heads(k, v), mask)
+    check_close(sliding(x, rope), full.o_proj(y.transpose(1, 2).reshape(2, T, 32)), 1e-5)
+    readable = M.SlidingWindowAttention(config, fast=False)
+    readable.load_state_dict(sliding.state_dict())
+    check_close(sliding(x, rope), readable(x, rope), 1e-5)
+
+
+def test_linear_attention_parallel_is_recurrent_is_its_formula():
+    q, k, v = (torch.randn(2, 3, 20, 8) for _ in range(3))
+    for rope in (None, M.rope_angles(torch.arange(20), 8)):
+        parallel, state = M.linear_attention(q, k, v, rope, chunk=20)
+        for chunk in (1, 7):  # 1: a recurrent network
+            y, last = M.linear_attention(q, k, v, rope, chunk=chunk)
+            check_close(y, parallel, 1e-5)
+            check_close(last[0], state[0], 1e-4)
+        a, b = F.elu(q) + 1, F.elu(k) + 1
+        ra, rb = (a, b) if rope is None else (M.apply_rope(a, *rope), M.apply_rope(b, *rope))
+        for t in (0, 5, 19):
+            weights = torch.einsum("bhd,bhsd->bhs", ra[:, :, t], rb[:, :, : t + 1])
+            norm = torch.einsum("bhd,bhsd->bhs", a[:, :, t], b[:, :, : t + 1]).sum(-1)
+            expected = torch.einsum("bhs,bhsd->bhd", weights, v[:, :, : t + 1]) / norm[..., None]
+            check_close(parallel[:, :, t], expected, 1e-5)
+
+
+def test_latent_attention_absorbed_is_naive():
+    for position in ("rope", "learned"):
+        attn = M.LatentAttention(M.TransformerConfig(**SMALL, attention="latent", position=position))
+        x, rope = torch.randn(2, 16, 32), M.rope_angles(torch.arange(16), 4)
+        check_close(attn(x, rope, absorb=True), attn(x, rope, absorb=False), 1e-5)
+    # the cache is smaller than that of keys and values: rank + rope_size instead of 2 C
+    assert M.Cache(tiny(attention="latent"), 1, 9).layers[0]["latent"].shape == (1, 1, 9, 8 + 4)
+
+
+def test_hyena_fft_is_direct_convolution():
+    u, h = torch.randn(2, 13, 4), torch.randn(13, 4)
+    y = M.fft_convolution(u, h)
+    for t in range(13):
+        check_close(y[:, t], sum(h[t - s] * u[:, s] for s in range(t + 1)), 1e-5)
+
+
+def moe(**changes):
+    return M.MixtureOfExperts(M.TransformerConfig(**{**SMALL, "activation": "moe", "n_expert": 5, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 1}, {"top_k": 5}, {"n_shared_expert": 2}])
+def test_experts_are_a_loop_over_experts_and_no_token_is_lost(changes):
+    ffn, x = moe(**changes), torch.randn(3, 7, 32)
+    flat = x.flatten(0, 1)
+    weights, chosen, _, p = ffn.route(flat)
+    check_close(weights.sum(-1), torch.ones(21))
+    expected = sum(e(flat) for e in ffn.shared) + torch.zeros_like(flat)
+    for i, expert in enumerate(ffn.experts):
+        share = (weights * (chosen == i)).sum(-1, keepdim=True)
+        expected = expected + share * expert(flat)
+    check_close(ffn(x).flatten(0, 1), expected, 1e-5)
+    assert ffn.load.sum() == 21 * ffn.top_k  # each token went to top_k experts
+    assert (chosen.sort(-1).values.diff(dim=-1) > 0).all()  # and never twice to one
+
+
+def test_balance_loss_is_least_for_uniform_routing_and_the_bias_evens_the_load():
+    ffn = moe(n_expert=4)
+    uniform = torch.full((8, 4), 0.25)
+    check_close(ffn.balance_loss(torch.full((4,), 0.25), uniform), torch.tensor(1.0))
+    skew = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    assert ffn.balance_loss(skew, skew.expand(8, 4)) > 1.5
+    ffn = moe(n_expert=4, balance="bias", balance_weight=0.002)
+    ffn.router.weight.data[0] += 0.1  # too attractive
+    x = torch.randn(512, 32) + 0.5
+    ffn(x)
+    before = ffn.load.max() / ffn.load.mean()
+    for _ in range(300):
+        ffn.update_bias()
+        ffn(x)
+    assert before > 1.5 and ffn.load.max() / ffn.load.mean() < 1.25
+    ffn.update_bias()
+    assert ffn.load.sum() == 0
+    # the bias chooses, but does not weigh
+    weights, chosen, _, p = ffn.route(x)
+    picked = p.gather(-1, chosen)
+    check_close(weights, picked / picked.sum(-1, keepdim=True))
+
+
+def test_router_losses_reach_the_model():
+    model = tiny(activation="moe").train()
+    assert model.auxiliary_loss() == 0
+    model(torch.randint(50, (2, 16)))
+    loss = model.auxiliary_loss()
+    loss.backward()
+    assert loss > 0 and model.blocks[1].ffn.router.weight.grad.abs().sum() > 0
+    assert tiny().train().auxiliary_loss() == 0
+
+
+def test_logit_cap_and_norm_places():
     ids = torch.randint(50, (2, 16))
-    before = model(ids)
-    assert before.shape == (2, 16, 50) and before.isfinite().all()
-    changed = ids.clone()
-    changed[:, 9] = (ids[:, 9] + 1) % 50
-    after = model(changed)
-    check_close(after[:, :9], before[:, :9])
-    assert not torch.allclose(after[:, 9:], before[:, 9:], atol=1e-4)
+    free, capped = tiny(), tiny(logit_cap=2.0)
+    capped.load_state_dict(free.state_dict())
+    check_close(capped(ids), 2 * torch.tanh(free(ids) / 2), 1e-5)
+    assert isinstance(tiny(norm_place="post").final_norm, torch.nn.Identity)
+    post = tiny(norm_place="post").blocks[0](torch.randn(1, 5, 32))
+    check_close(post.square().mean(-1), torch.ones(1, 5), 1e-3)  # the norm comes last
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "moe"}, {"attention": "hyena"}])
+def test_activation_checkpointing_changes_no_gradient_and_keeps_less(changes):
+    model, ids = tiny(**changes, n_layer=4).train(), torch.randint(50, (2, 16))
+    results = []
+    for model.activation_checkpointing in (False, True):
+        kept = {}
+
+        def pack(x):
+            kept[x.data_ptr()] = x.numel()
+            return x
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(ids).square().mean() + model.auxiliary_loss()
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        results.append((loss.item(), gradients, sum(kept.values())))
+    assert results[0][0] == results[1][0] and results[1][2] < 0.6 * results[0][2]
+    for a, b in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(a, b)
 
 
 def test_first_loss_is_that_of_a_guess():
@@ -168,6 +351,31 @@ def test_parameter_and_flop_formulas(name):
     assert flops["attention, scores and values"] == attention // 2
 
 
+@pytest.mark.parametrize("changes", [
+    {"attention": "latent"}, {"attention": "sliding"}, {"attention": "linear"}, {"attention": "hyena"},
+    {"activation": "moe", "n_shared_expert": 1}, {"activation": "relu"}, {"norm": "none"},
+    {"qk_norm": True}, {"norm_place": "post", "position": "sinusoidal"}])
+def test_parameters_and_flops_of_every_part(changes):
+    model = tiny(**changes, window=5)
+    assert sum(M.count_parameters(model.config).values()) == sum(p.numel() for p in model.parameters())
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 16, dtype=torch.int64))
+    per_token = counter.get_total_flops() / 16
+    flops = M.count_flops(model.config)
+    products = sum(n for part, n in flops.items() if part != "attention, scores and values")
+    # what PyTorch counts of attention depends on the kernel: none, all pairs, or our half of them
+    assert products <= per_token <= products + 2.2 * flops["attention, scores and values"] + 9000
+    if changes.get("activation") == "moe":  # 3 of 9 experts are met
+        assert flops["experts"] == 2 * 2 * 3 * 3 * 32 * model.config.d_ff
+    mixing = model.blocks[0].attn.mixing_flops
+    if changes.get("attention") in ("sliding", "linear", "hyena"):
+        assert mixing(1024) < 2.1 * mixing(256)  # grows hardly or not at all with the length
+    else:
+        assert mixing(1024) == 4 * mixing(256)
+
+
 def test_dropout_only_in_training():
     model, ids = tiny(dropout=0.5), torch.randint(50, (2, 16))
     assert torch.equal(model(ids), model(ids))
@@ -183,7 +391,9 @@ def test_too_long_a_sequence_is_refused():
 @pytest.mark.parametrize("bad", [
     {"n_head": 5}, {"n_kv_head": 3}, {"n_layer": 0}, {"vocab_size": -1}, {"activation": "tanh"},
     {"position": "alibi"}, {"norm": "batch"}, {"dropout": 1.0}, {"n_embd": 36, "n_head": 12},
-    {"n_embd": 32.0}])
+    {"n_embd": 32.0}, {"attention": "hyena", "n_kv_head": 2}, {"attention": "full,latent", "qk_norm": True},
+    {"attention": "sparse"}, {"activation": "moe", "n_expert": 4, "top_k": 5}, {"norm_place": "mid"},
+    {"window": 0}, {"logit_cap": -1.0}])
 def test_configs_that_make_no_model(bad):
     with pytest.raises(ValueError):
         M.TransformerConfig(**{**SMALL, **bad})

@@ -45,6 +45,12 @@ def test_cross_entropy_equals_pytorch_and_is_stable():
     assert T.cross_entropy(logits, torch.full((4, 7), -100)).item() == 0
 
 
+def test_z_loss():
+    logits, targets = torch.randn(4, 7), torch.randint(7, (4,))
+    expected = F.cross_entropy(logits, targets) + 0.1 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(T.cross_entropy(logits, targets, z_loss=0.1), expected)
+
+
 def test_mistake_1_accumulation_weighs_tokens_not_batches():
     model = M.Transformer(M.TransformerConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16))
     x, y = torch.randint(20, (6, 8)), torch.randint(20, (6, 8))
@@ -403,6 +409,26 @@ def test_resume_is_exact_after_any_stop(data, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
     again = run("--init_from", "resume", "--out_dir", out, cwd=tmp_path)
     assert again.returncode == 0 and losses(out) == expected
+
+
+@pytest.mark.parametrize("flags", [
+    "--activation moe --n_expert 4 --balance bias --attention latent", "--attention sliding,full --window 4",
+    "--attention hyena,linear --position none --optimizer muon", "--activation relu2 --qk_norm --logit_cap 15"])
+def test_architectures_train_and_sample(data, tmp_path, flags):
+    result = run("--data", data, "--max_iters", 30, "--n_layer", 2, "--learning_rate", 0.01, "--z_loss", 1e-4,
+                 "--activation_checkpointing", *flags.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = losses(tmp_path / "out")
+    assert float(rows[30][0]) < float(rows[1][0]) - 0.5
+    model, _ = M.load_checkpoint(tmp_path / "out/ckpt.pt")
+    if "bias" in flags:
+        assert model.blocks[0].ffn.bias.abs().sum() > 0  # moved, and saved
+    ids = torch.randint(200, (2, 5))
+    greedy = model.generate(ids, 20, temperature=0)  # past block_size
+    for i in range(20):
+        expected = model(greedy[:, max(0, i - 11) : i + 5])[:, -1]
+        chosen = expected.gather(1, greedy[:, i + 5 : i + 6])[:, 0]
+        torch.testing.assert_close(chosen, expected.amax(-1), atol=1e-4, rtol=0)
 
 
 def test_evaluating_more_often_changes_no_loss(data, tmp_path):
