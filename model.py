@@ -4,6 +4,7 @@ The Transformer language model, from its parts, and what it takes to run one.
     python model.py                                  # sample from out/ckpt.pt
     python model.py --prompt "def main(" --num_samples 3 --temperature 0.8 --top_p 0.9
     python model.py info                             # parameters, FLOPs and memory of out/ckpt.pt
+    python model.py prune --n_layer 2 --d_ff 256 --out small.pt   # then train.py --teacher
     python model.py info --n_layer 12 --n_head 12 --n_embd 768 --vocab_size 50257 --batch_size 64
 
 A pre-norm decoder as in Llama (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, no biases.
@@ -1027,6 +1028,78 @@ def pick_device(name="auto"):
 
 
 # -----------------------------------------------------------------------------
+# A smaller model out of a larger one.
+
+
+@torch.no_grad()
+def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
+    """A smaller Transformer out of the most important parts of a model, to be trained on a little,
+    best with the large one as its teacher (Muralidharan et al. 2024; Men et al. 2024).
+
+    ids: (B, T) int64 of text; importance is measured on it. Kept are, 0 meaning all: the n_layer
+    blocks that change their input's direction most; the n_embd channels with the largest output of
+    the norms, and as many heads as give that width, those with the largest output; in each block
+    the d_ff units with the largest activation.
+    Raises ValueError for models or sizes it does not fit.
+    """
+    c = model.config
+    n_layer, n_embd, d_ff = n_layer or c.n_layer, n_embd or c.n_embd, d_ff or c.d_ff
+    head_size = c.n_embd // c.n_head
+    if set(c.attention.split(",")) != {"full"} or c.activation == "moe" or c.norm == "none":
+        raise ValueError("only models of full attention, with norms and without experts, "
+                         "can be pruned")
+    if n_embd != c.n_embd and c.n_kv_head != c.n_head:
+        raise ValueError("the width of a model with grouped heads can not be pruned")
+    if n_embd % head_size:
+        raise ValueError(f"n_embd must be a multiple of the head size, {head_size}, not {n_embd}")
+    if not (0 < n_layer <= c.n_layer and 0 < n_embd <= c.n_embd and 0 < d_ff <= c.d_ff):
+        raise ValueError(f"the sizes must be at most the model's: n_layer {c.n_layer}, n_embd "
+                         f"{c.n_embd}, d_ff {c.d_ff}")
+    change, heads, units, sizes, handles = [], [], [], [], []
+    for block in model.blocks:
+        handles.append(block.register_forward_hook(lambda _, args, y: change.append(
+            1 - F.cosine_similarity(args[0].float(), y.float(), dim=-1).mean().item())))
+        handles.append(block.attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(
+            args[0].unflatten(-1, (c.n_head, head_size)).norm(dim=-1).mean((0, 1)))))
+        handles.append(block.ffn.w2.register_forward_pre_hook(lambda _, args: units.append(
+            args[0].abs().mean((0, 1)))))
+        for norm in (block.attn_norm, block.ffn_norm):
+            handles.append(norm.register_forward_hook(
+                lambda _, args, y: sizes.append(y.abs().mean((0, 1)))))
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    best = lambda x, n: torch.as_tensor(x).topk(n).indices.sort().values  # noqa: E731
+    layers, channels = best(change, n_layer).tolist(), best(sum(sizes), n_embd)
+    small = Transformer(dataclasses.replace(
+        c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff, n_head=n_embd // head_size,
+        n_kv_head=n_embd // head_size if n_embd != c.n_embd else c.n_kv_head,
+        kv_rank=0, rope_size=c.rope_size)).to(ids.device).eval()
+    state = {}
+    for name, x in model.state_dict().items():
+        part = name.split(".")
+        if part[0] == "blocks":
+            if (old := int(part[1])) not in layers:
+                continue
+            name = ".".join(("blocks", str(layers.index(old)), *part[2:]))
+            inside = best(units[old], d_ff)
+            kept = best(heads[old], n_embd // head_size)
+            width = (kept[:, None] * head_size + torch.arange(head_size, device=x.device)).flatten()
+            if n_embd == c.n_embd:
+                width = torch.arange(x.shape[0], device=x.device)
+            rows = {"q_proj": width, "k_proj": width, "v_proj": width, "w1": inside,
+                    "w3": inside}.get(part[-2], channels)
+            columns = {"o_proj": width, "w2": inside}.get(part[-2], channels)
+            x = x[rows] if part[-2] not in ("q_norm", "k_norm") else x
+            x = x[:, columns] if x.ndim == 2 else x
+        else:  # embedding, positions, head: (n, C); final_norm: (C,)
+            x = x[..., channels]
+        state[name] = x.clone()
+    small.load_state_dict(state)
+    return small
+
+
+# -----------------------------------------------------------------------------
 # Resource accounting: what a model costs.
 
 
@@ -1120,7 +1193,8 @@ def info(config, batch_size, tflops):
 
 def main():
     parser = argparse.ArgumentParser(description="Sample from a model, or account for its costs.")
-    parser.add_argument("command", nargs="?", choices=("sample", "info"), default="sample")
+    parser.add_argument("command", nargs="?", choices=("sample", "info", "prune"),
+                        default="sample")
     parser.add_argument("--ckpt", default=None, metavar="FILE", help="default: out/ckpt.pt")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     g = parser.add_argument_group("sample")
@@ -1132,6 +1206,8 @@ def main():
     g.add_argument("--top_p", type=float, default=None, help="draw from the likeliest tokens that "
                    "together have this probability")
     g.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--out", default="out/pruned.pt", metavar="FILE", help="prune: the smaller "
+                        "model, of --n_layer, --n_embd and --d_ff (default out/pruned.pt)")
     g = parser.add_argument_group("info", "the costs of a checkpoint, or of a model of these sizes")
     for field in dataclasses.fields(TransformerConfig):
         if field.name == "top_k":  # the flag is there already
@@ -1186,6 +1262,15 @@ def run(args):
         raise ValueError("this tokenizer has no end-of-text token to begin with: give a --prompt")
     ids = torch.tensor([ids], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
+    if args.command == "prune":  # importance is measured on text of the model's own
+        text = model.generate(ids.expand(16, -1), min(256, model.config.block_size) - ids.shape[1],
+                              generator=generator)
+        small = prune(model, text, args.n_layer or 0, args.n_embd or 0, args.d_ff or 0)
+        save_checkpoint(args.out, small, args=checkpoint.get("args"),
+                        tokenizer=checkpoint["tokenizer"], template=checkpoint.get("template"))
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
+        print(f"{args.out}: {sizes[1]:,} of {sizes[0]:,} parameters")
+        return
     for i in range(args.num_samples):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens can be half characters
 

@@ -67,24 +67,58 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
 
-def backward(model, batches, autocast, z_loss=0.0):
+def distillation_loss(logits, teacher_logits, targets, temperature=1.0, ignore_index=-100):
+    """Sum over tokens of KL(teacher || student), of both distributions at a temperature, times its
+    square, which keeps the gradient's size (Hinton et al. 2015). Shapes as in `cross_entropy`."""
+    log_p = torch.log_softmax(teacher_logits.float() / temperature, -1)
+    log_q = torch.log_softmax(logits.float() / temperature, -1)
+    losses = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return temperature**2 * losses.masked_fill(targets == ignore_index, 0.0).sum()
+
+
+def backward(model, batches, autocast, loss_fn=None, norms=None):
     """Add to the gradients those of the mean loss over all targets of several batches (gradient
     accumulation), and return that loss, a tensor.
 
     batches: list of (ids, targets). The sum is divided once by the number of all targets that
     count: a mean of the batches' means would give the tokens of a short batch more weight.
+    loss_fn(logits, ids, targets): the sum of the loss over targets; default: cross_entropy.
+    norms: a list, to which the squared gradient norm of each batch's own mean loss is added.
     """
-    count = max(1, sum(int((y != -100).sum()) for _, y in batches))
+    counts = [int((y != -100).sum()) for _, y in batches]
+    total = max(1, sum(counts))
     loss = torch.zeros((), device=batches[0][0].device)
-    for x, y in batches:
+    params = [p for p in model.parameters() if p.requires_grad]
+    for (x, y), count in zip(batches, counts):
+        before = [p.grad.clone() if p.grad is not None else None for p in params] if \
+            norms is not None else ()
         with autocast():
             logits = model(x)
-            part = cross_entropy(logits, y, reduction="sum", z_loss=z_loss) / count
+            part = loss_fn(logits, x, y) if loss_fn else cross_entropy(logits, y, reduction="sum")
         # what experts add is a mean over tokens, and no part of the loss that is reported
-        extra = getattr(model, "_orig_mod", model).auxiliary_loss() * (y != -100).sum() / count
-        (part + extra).backward()
-        loss += part.detach()
+        extra = getattr(model, "_orig_mod", model).auxiliary_loss() * (count / total)
+        (part / total + extra).backward()
+        loss += part.detach() / total
+        if norms is not None:
+            own = [p.grad if g is None else p.grad - g for p, g in zip(params, before)
+                   if p.grad is not None]
+            norms.append(((total / max(1, count)) ** 2 * sum(g.square().sum() for g in own)).item())
     return loss
+
+
+def gradient_noise_scale(small_norms, big_norms, small, big):
+    """The batch size at which noise and signal in a gradient are equal: smaller batches make
+    faster progress per token, larger ones hardly any more progress per step (McCandlish et al.
+    2018: the simple noise scale tr(covariance) / |gradient|^2).
+
+    small_norms, big_norms: squared norms of mean gradients over `small` and `big` samples, as many
+    as were measured. E|g_B|^2 = |g|^2 + tr(covariance) / B: two sizes of batch give both unknowns.
+    Returns it in the unit of small and big; infinity if no signal is seen above the noise.
+    """
+    small_mean, big_mean = sum(small_norms) / len(small_norms), sum(big_norms) / len(big_norms)
+    signal = (big * big_mean - small * small_mean) / (big - small)
+    noise = (small_mean - big_mean) / (1 / small - 1 / big)
+    return noise / signal if signal > 0 else math.inf
 
 
 # -----------------------------------------------------------------------------
@@ -517,6 +551,13 @@ def build_parser():
     g.add_argument("--z_loss", type=float, default=0.0, help="weight of the squared log of the "
                    "softmax's denominator (default 0; PaLM's 1e-4)")
     g.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: any")
+    g.add_argument("--teacher", metavar="CKPT", help="distillation: learn from this model's "
+                   "predictions as well")
+    g.add_argument("--teacher_weight", type=float, default=0.5, help="of those, in the loss; the "
+                   "text has the rest (default 0.5)")
+    g.add_argument("--teacher_temperature", type=float, default=1.0, help="default 1")
+    g.add_argument("--noise_scale", action="store_true", help="measure the gradient noise scale, "
+                   "the batch size beyond which more tokens per step hardly help; slower")
     g = parser.add_argument_group("evaluation and logging")
     g.add_argument("--eval_interval", type=int, default=100, help="steps (default 100); also those "
                    "between checkpoints")
@@ -541,10 +582,16 @@ def check_usage(parser, args):
                  "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip",
+    for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "z_loss",
                  "eval_iters"):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name} must not be negative")
+    if not 0 <= args.teacher_weight <= 1 or args.teacher_temperature <= 0:
+        parser.error("--teacher_weight must be in 0 to 1, and --teacher_temperature above 0")
+    if not 0 <= args.momentum < 1 or not 0 <= args.decay_fraction <= 1:
+        parser.error("--momentum must be at least 0 and below 1, --decay_fraction in 0 to 1")
+    if args.noise_scale and args.gradient_accumulation_steps == 1 and args.batch_size % 2:
+        parser.error("--noise_scale needs an even --batch_size, or --gradient_accumulation_steps")
     if not (0 <= args.beta1 < 1 and 0 <= args.beta2 < 1):
         parser.error("--beta1 and --beta2 must be at least 0 and below 1")
 
@@ -694,6 +741,15 @@ def run(args):
         given["vocab_size"] = args.vocab_size or vocab_size or 50304
         model = Transformer(TransformerConfig(**given)).to(device)
     config = model.config
+    teacher = None
+    if args.teacher:
+        teacher, theirs = load_checkpoint(args.teacher, device)
+        if teacher.config.vocab_size != config.vocab_size or (
+                tokenizer and theirs.get("tokenizer") not in (None, tokenizer)):
+            raise ValueError(f"{args.teacher} has another tokenizer than {args.data}")
+        if teacher.config.block_size < block_size:
+            raise ValueError(f"{args.teacher} has block_size {teacher.config.block_size}, "
+                             f"less than {block_size}")
     raw_model = model
     raw_model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -737,6 +793,17 @@ def run(args):
     peak = args.peak_flops or known_peak(device)
     flops_per_token = 3 * sum(count_flops(config).values())
 
+    def loss_fn(logits, x, y):
+        loss = cross_entropy(logits, y, reduction="sum", z_loss=args.z_loss)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            theirs = teacher(x)
+        soft = distillation_loss(logits, theirs, y, args.teacher_temperature)
+        return (1 - args.teacher_weight) * loss + args.teacher_weight * soft
+
+    small_norms, big_norms = [], []
+
     def save():
         save_checkpoint(path, raw_model, optimizers, step, best_val_loss, get_rng(), vars(args),
                         tokenizer)
@@ -762,9 +829,17 @@ def run(args):
             if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
                 raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
                                  f"vocabulary has {config.vocab_size}")
-            loss = backward(model, batches, autocast, args.z_loss)
+            if args.noise_scale and n == 1:  # two sizes of batch: the halves, and the whole
+                half = args.batch_size // 2
+                batches = [(x[i : i + half], y[i : i + half]) for x, y in batches
+                           for i in (0, half)]
+            part_norms = [] if args.noise_scale else None
+            loss = backward(model, batches, autocast, loss_fn, part_norms)
             norm = clip_grad_norm(raw_model.parameters(), args.grad_clip)
             loss, norm = loss.item(), norm.item()
+            if args.noise_scale:
+                small_norms += part_norms
+                big_norms.append(norm**2)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 kept = f"; {path} is from before it" if os.path.exists(path) else ""
                 raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
@@ -816,6 +891,11 @@ def run(args):
     print(f"\nval_loss: {float(rows[-1]['val_loss']):.4f}")
     if rows[-1].get("val_bpb"):
         print(f"val_bits_per_byte: {float(rows[-1]['val_bpb']):.4f}")
+    if len(big_norms) > 1:
+        scale = gradient_noise_scale(small_norms, big_norms, 0.5 * tokens_per_step if
+                                     args.gradient_accumulation_steps == 1 else
+                                     args.batch_size * block_size, tokens_per_step)
+        print(f"noise_scale_tokens: {scale:.0f}")
     print(f"tokens: {step * tokens_per_step}\nseconds: {float(rows[-1]['seconds']):.1f}")
     print(f"ckpt: {path}")
 

@@ -270,7 +270,7 @@ def test_balance_loss_is_least_for_uniform_routing_and_the_bias_evens_the_load()
     skew = torch.tensor([0.7, 0.1, 0.1, 0.1])
     assert ffn.balance_loss(skew, skew.expand(8, 4)) > 1.5
     ffn = moe(n_expert=4, balance="bias", balance_weight=0.002)
-    ffn.router.weight.data[0] += 0.1  # too attractive
+    ffn.router.weight.data[0] += 0.2  # too attractive
     x = torch.randn(512, 32) + 0.5
     ffn(x)
     before = ffn.load.max() / ffn.load.mean()
@@ -399,6 +399,31 @@ def test_configs_that_make_no_model(bad):
         M.TransformerConfig(**{**SMALL, **bad})
 
 
+@pytest.mark.parametrize("changes", [{}, GPT2, {"qk_norm": True}])
+def test_pruning_what_does_nothing_changes_nothing(changes):
+    """Parts that are made useless are the ones that go, and the rest computes the same."""
+    model, ids = tiny(**changes, n_layer=3, d_ff=24), torch.randint(50, (4, 16))
+    for part in (model.blocks[1].attn.o_proj, model.blocks[1].ffn.w2):  # an idle block
+        part.weight.data.zero_()
+        if part.bias is not None:
+            part.bias.data.zero_()
+    for block in model.blocks:  # idle units
+        block.ffn.w1.weight.data[::2] = 0
+        if block.ffn.w1.bias is not None:
+            block.ffn.w1.bias.data[::2] = 0
+    small = M.prune(model, ids, n_layer=2, d_ff=12)
+    assert small.config.n_layer == 2 and small.config.d_ff == 12
+    check_close(small(ids), model(ids), 1e-5)
+    narrow = M.prune(model, ids, n_embd=16)
+    assert narrow.config.n_head == 2 and narrow(ids).shape == (4, 16, 50)
+    assert set(narrow.embedding.weight[0].tolist()) < set(model.embedding.weight[0].tolist())
+    for bad in ({"n_embd": 20}, {"n_layer": 4}, {"d_ff": 99}):
+        with pytest.raises(ValueError):
+            M.prune(model, ids, **bad)
+    with pytest.raises(ValueError, match="full attention"):
+        M.prune(tiny(attention="hyena"), ids, n_layer=1)
+
+
 # ---- sampling
 
 
@@ -520,6 +545,9 @@ def test_command_line_samples(tmp_path):
     assert run(*args, cwd=tmp_path).stdout == result.stdout  # the seed decides
     result = run("info", cwd=tmp_path)
     assert result.returncode == 0 and "vocab_size=257" in result.stdout
+    result = run("prune", "--n_layer", 1, "--out", "small.pt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert M.load_checkpoint(tmp_path / "small.pt")[0].config.n_layer == 1
 
 
 def test_command_line_info_of_gpt2(tmp_path):

@@ -51,6 +51,42 @@ def test_z_loss():
     torch.testing.assert_close(T.cross_entropy(logits, targets, z_loss=0.1), expected)
 
 
+def test_distillation_loss():
+    student, teacher, y = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randint(9, (2, 5))
+    y[0, :2] = -100
+    for temperature in (1.0, 2.0):
+        each = F.kl_div((student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1),
+                        reduction="none").sum(-1)
+        expected = temperature**2 * each[y != -100].sum()
+        torch.testing.assert_close(T.distillation_loss(student, teacher, y, temperature), expected)
+    assert T.distillation_loss(teacher, teacher, y).abs() < 1e-6
+
+
+def test_noise_scale_of_a_quadratic():
+    """Loss |w - x|^2 / 2 with x ~ N(0, s^2): the gradient is w, its noise d s^2."""
+    d, s = 50, 3.0
+    w = torch.full((d,), 0.5)
+    gradients = w - s * torch.randn(4000, 8, d)
+    small = gradients.view(-1, 2, d).mean(1).square().sum(-1).tolist()
+    big = gradients.mean(1).square().sum(-1).tolist()
+    expected = d * s**2 / w.square().sum().item()
+    assert abs(T.gradient_noise_scale(small, big, 2, 8) / expected - 1) < 0.1
+    assert T.gradient_noise_scale([2.0], [1.0], 1, 2) == math.inf  # nothing but noise
+
+
+def test_norms_of_parts_are_those_of_their_own_mean_loss():
+    model = M.Transformer(M.TransformerConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16))
+    x, y = torch.randint(20, (6, 8)), torch.randint(20, (6, 8))
+    y[:2, 3:] = -100
+    norms, expected = [], []
+    T.backward(model, [(x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4)], plain, norms=norms)
+    for i in (0, 2, 4):
+        model.zero_grad()
+        T.cross_entropy(model(x[i : i + 2]), y[i : i + 2]).backward()
+        expected.append(sum(p.grad.square().sum().item() for p in model.parameters()))
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected), rtol=1e-3, atol=1e-5)
+
+
 def test_mistake_1_accumulation_weighs_tokens_not_batches():
     model = M.Transformer(M.TransformerConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16))
     x, y = torch.randint(20, (6, 8)), torch.randint(20, (6, 8))
@@ -409,6 +445,18 @@ def test_resume_is_exact_after_any_stop(data, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
     again = run("--init_from", "resume", "--out_dir", out, cwd=tmp_path)
     assert again.returncode == 0 and losses(out) == expected
+
+
+def test_teacher_and_noise_scale_on_the_command_line(data, tmp_path):
+    base = ("--data", data, "--learning_rate", 0.01)
+    assert run(*base, "--max_iters", 60, "--out_dir", "teacher", cwd=tmp_path).returncode == 0
+    result = run(*base, "--max_iters", 20, "--teacher", "teacher/ckpt.pt", "--teacher_weight", 1,
+                 "--noise_scale", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows, summary = losses(tmp_path / "out"), result.stdout.split("noise_scale_tokens: ")
+    assert float(rows[20][0]) < 0.7 * float(rows[1][0]) and float(summary[1].split()[0]) > 0
+    result = run(*base, "--teacher", "no.pt", cwd=tmp_path)
+    assert result.returncode == 1 and "no.pt" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("flags", [
