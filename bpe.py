@@ -459,6 +459,7 @@ def parallel(worker, blocks, num_proc, finish=False):
         return value
 
     try:
+        _signals("SIG_BLOCK")  # Python drops an interrupt that arrives in the middle of a fork
         for _ in range(num_proc):
             link, far = context.Pipe()
             process = context.Process(target=_serve, args=(worker, far, os.getpid()), daemon=True)
@@ -467,6 +468,7 @@ def parallel(worker, blocks, num_proc, finish=False):
             processes.append(process)
             links.append(link)
             idle.put(link)
+        _signals("SIG_UNBLOCK")
         waiting = collections.deque()
         for block in blocks:
             waiting.append(threads.submit(ask, block))
@@ -477,15 +479,23 @@ def parallel(worker, blocks, num_proc, finish=False):
         for link in links if finish else ():
             yield ask(None, link)
     finally:
+        _signals("SIG_UNBLOCK")
         for process in processes:
             process.terminate()
         threads.shutdown(cancel_futures=True)
+
+
+def _signals(how):
+    """Hold Ctrl-C and SIGTERM back for a while, or let them through."""
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(getattr(signal, how), {signal.SIGINT, signal.SIGTERM})
 
 
 def _serve(worker, link, parent):
     """The life of a worker process of `parallel`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _signals("SIG_UNBLOCK")
     while True:
         while not link.poll(1):
             if os.getppid() != parent:
