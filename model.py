@@ -245,8 +245,9 @@ class TransformerConfig:
             raise ValueError(f"rope needs an even head size, not {max(rotated)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.logit_cap < 0 or self.n_shared_expert < 0 or self.kv_rank < 0 or self.d_ff < 0:
-            raise ValueError("logit_cap, n_shared_expert, kv_rank and d_ff must not be negative")
+        for name in ("logit_cap", "n_shared_expert", "kv_rank", "rope_size", "d_ff"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, as {getattr(self, name)} is")
         if self.activation == "moe" and self.top_k > self.n_expert:
             raise ValueError(f"top_k {self.top_k} is more than n_expert {self.n_expert}")
         if not self.d_ff:
@@ -376,7 +377,7 @@ class SlidingWindowAttention(CausalSelfAttention):
     """Attention to the last `window` positions only (Beltagy et al. 2020): cost grows with T, not
     with its square, and the cache is a ring that does not grow at all."""
 
-    SLACK = 16  # more slots than the window: so many tokens can be taken back (see `speculate`)
+    SLACK = 16  # more slots than the window: so many of the last tokens could be taken back
 
     def __init__(self, config, fast=True):
         super().__init__(config, fast)
@@ -677,9 +678,9 @@ class MixtureOfExperts(nn.Module):
         self.n_expert, self.top_k, self.balance = config.n_expert, config.top_k, config.balance
         self.balance_weight, self.z_weight = config.balance_weight, config.router_z_weight
         self.router = Linear(config.n_embd, config.n_expert)
-        make = lambda: SwiGLU(config.n_embd, config.d_ff, config.bias)  # noqa: E731
-        self.experts = nn.ModuleList(make() for _ in range(config.n_expert))
-        self.shared = nn.ModuleList(make() for _ in range(config.n_shared_expert))
+        self.experts, self.shared = (
+            nn.ModuleList(SwiGLU(config.n_embd, config.d_ff, config.bias) for _ in range(n))
+            for n in (config.n_expert, config.n_shared_expert))
         self.register_buffer("bias", torch.zeros(config.n_expert))
         self.register_buffer("load", torch.zeros(config.n_expert), persistent=False)
         self.loss = 0.0  # to be added to the model's, of the last forward pass in training
@@ -1069,7 +1070,10 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
     model(ids)
     for handle in handles:
         handle.remove()
-    best = lambda x, n: torch.as_tensor(x).topk(n).indices.sort().values  # noqa: E731
+
+    def best(importance, n):  # indices of the n largest, in their order
+        return torch.as_tensor(importance).topk(n).indices.sort().values
+
     layers, channels = best(change, n_layer).tolist(), best(sum(sizes), n_embd)
     small = Transformer(dataclasses.replace(
         c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff, n_head=n_embd // head_size,

@@ -125,6 +125,13 @@ def gradient_noise_scale(small_norms, big_norms, small, big):
 # Optimizer.
 
 
+def loss_of(closure):
+    """The loss that a closure given to an optimizer's `step` computes anew; None without one."""
+    if closure is not None:
+        with torch.enable_grad():
+            return closure()
+
+
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019).
 
@@ -144,10 +151,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients. closure: recomputes the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -187,10 +191,7 @@ class SGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients. closure: recomputes the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -253,10 +254,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients. closure: recomputes the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -303,10 +301,7 @@ class SOAP(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients. closure: recomputes the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             (beta1, beta2), lr = group["betas"], group["lr"]
             for p in group["params"]:
@@ -348,6 +343,16 @@ def parameter_groups(model, weight_decay):
     ]
 
 
+def has_fast_bfloat16(device):
+    """Whether matrix products in bfloat16 are faster than in float32 on this device: NVIDIA's cards
+    since Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return kind == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 def make_optimizers(model, kind, learning_rate, weight_decay, betas, momentum):
     """-> list of optimizers for all parameters of the model.
 
@@ -371,16 +376,6 @@ def make_optimizers(model, kind, learning_rate, weight_decay, betas, momentum):
         first = Muon(matrices, learning_rate, weight_decay, momentum,
                      adjust_lr_fn="match_rms_adamw", dtype=dtype)
     return [first, AdamW(groups, learning_rate, betas)]
-
-
-def has_fast_bfloat16(device):
-    """Whether matrix products in bfloat16 are faster than in float32 on this device: NVIDIA's cards
-    since Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return kind == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 @torch.no_grad()
@@ -567,7 +562,7 @@ def build_parser():
     g = parser.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of matrix products; auto: bfloat16 on CUDA, else float32")
+                   help="of matrix products; auto: bfloat16 where the device is fast at it")
     g.add_argument("--activation_checkpointing", action="store_true", help="keep only each block's "
                    "input, and compute the rest again in the backward pass: less memory")
     g.add_argument("--compile", action="store_true", help="torch.compile: pays on long runs")
