@@ -63,9 +63,45 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
+def upcast(x):
+    """x in float32, or as it is if that is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). x: (..., d), weight: (d,).
+    Computed in float32 at least: squares of bfloat16 lose too much."""
+    h = upcast(x)
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * weight).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`rms_norm` with its backward pass by hand: half the time on a CPU, since autograd would go
+    through memory once for each of the small operations. With r = 1 / rms and g the gradient:
+    dx = r g w - x r^3 mean(g w x), dw = the sum of g x r over all vectors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = upcast(x)
+        r = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_()
+        r = r.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (h * r * weight).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight, r = ctx.saved_tensors
+        h, g = upcast(x), upcast(g) * r
+        gx = g * h
+        dw = gx.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        mean = (gx * weight).mean(-1, keepdim=True).mul_(r.square())
+        return torch.addcmul(g * weight, h, mean, value=-1).to(x.dtype), dw, None
+
+
 class RMSNorm(nn.Module):
-    """Scale each vector to a root mean square of 1, then by a learned gain (Zhang & Sennrich 2019).
-    Computed in float32, whatever comes in: squares of bfloat16 lose too much."""
+    """Scale each vector to a root mean square of 1, then by a learned gain: see `rms_norm`."""
 
     def __init__(self, d, eps=1e-5, device=None, dtype=None):
         super().__init__()
@@ -74,9 +110,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """(..., d) -> (..., d)"""
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * self.weight).to(x.dtype)
+        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (_RMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -101,14 +136,40 @@ def softmax(x, dim=-1):
     return e / e.sum(dim, keepdim=True)
 
 
-def rope_angles(positions, head_size, theta=10000.0):
+def scale_frequencies(frequencies, scaling):
+    """Slower rotations, for texts longer than those a model was first trained on.
+
+    scaling: "" (none), "linear:FACTOR" divides all frequencies (Chen et al. 2023), and
+    "llama3:FACTOR,LOW,HIGH,LENGTH" those that turn less than LOW times in LENGTH positions, none
+    that turn more than HIGH times, and in between by a mean of both. Raises ValueError.
+    """
+    kind, _, numbers = scaling.partition(":")
+    try:
+        values = [float(x) for x in numbers.split(",")] if numbers else []
+    except ValueError:
+        values = []
+    if len(values) != {"": 0, "linear": 1, "llama3": 4}.get(kind) or not all(v > 0 for v in values):
+        raise ValueError(f"rope_scaling must be linear:FACTOR or llama3:FACTOR,LOW,HIGH,LENGTH, "
+                         f"not {scaling!r}")
+    if kind == "":
+        return frequencies
+    if kind == "linear":
+        return frequencies / values[0]
+    factor, low, high, length = values
+    turns = length * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def rope_angles(positions, head_size, theta=10000.0, scaling=""):
     """cos and sin of the angles by which rotary embedding turns, each (T, D / 2), float32.
 
     positions: (T,). Pair i of a head turns by position * theta^(-2 i / D): fast for small i, slow
-    for large ones, like the hands of a clock (Su et al. 2021).
+    for large ones, like the hands of a clock (Su et al. 2021). scaling: see `scale_frequencies`.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float()[:, None] * theta ** (-exponent / head_size)
+    frequencies = scale_frequencies(1 / theta ** (exponent / head_size), scaling)
+    angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -121,7 +182,7 @@ def apply_rope(x, cos, sin, interleaved=False):
     any error: here it is i and i + D / 2, as in Hugging Face's Llama and in GPT-NeoX. The paper
     and the weights that Meta gave out pair 2 i and 2 i + 1: `interleaved`.
     """
-    h = x.float()  # bfloat16 can not tell position 1000 from 1001
+    h = upcast(x)  # bfloat16 can not tell position 1000 from 1001
     if interleaved:
         a, b = h[..., 0::2], h[..., 1::2]
         out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -152,7 +213,7 @@ def fast_attention(q, k, v, dropout=0.0):
     if q.device.type == "cpu" and q.shape[-1] < 64:
         # on CPUs its backward pass in bfloat16 is five times slower for small heads
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(),
+            return F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v),
                                                   dropout_p=dropout, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
@@ -167,10 +228,10 @@ def causal_mask(T, device=None):
 
 ATTENTION = ("full", "sliding", "linear", "latent", "hyena")
 CHOICES = {
-    "activation": ("swiglu", "relu", "gelu", "relu2", "silu", "moe"),
+    "activation": ("swiglu", "relu", "gelu", "gelu_tanh", "relu2", "silu", "moe"),
     "position": ("rope", "learned", "sinusoidal", "none"),
     "norm": ("rmsnorm", "layernorm", "none"),
-    "norm_place": ("pre", "post"),
+    "norm_place": ("pre", "post", "res_post"),
     "balance": ("loss", "bias", "none"),
 }
 
@@ -188,16 +249,18 @@ class TransformerConfig:
     n_head: int = 4
     n_kv_head: int = 0  # heads of keys and values, each shared by a group of queries; 0: n_head
     n_embd: int = 256
+    head_size: int = 0  # 0: n_embd / n_head
     d_ff: int = 0  # width inside the feed-forward part; 0: 8/3 n_embd to a multiple of 64, or 4x
-    activation: str = "swiglu"  # or relu, gelu, relu2, silu, moe
+    activation: str = "swiglu"  # or relu, gelu, gelu_tanh (GPT-2's), relu2, silu, moe
     position: str = "rope"  # or learned, sinusoidal, none
     norm: str = "rmsnorm"  # or layernorm, none
-    norm_place: str = "pre"  # or post
+    norm_place: str = "pre"  # or post, res_post
     attention: str = "full"  # or sliding, linear, latent, hyena; a,b,c: that pattern, repeated
     window: int = 64  # sliding: positions a query attends to, its own included
     kv_rank: int = 0  # latent: width of the compressed keys and values; 0: n_embd / 4
     rope_size: int = 0  # latent: channels of a head that carry the position; 0: half a head
     qk_norm: bool = False  # normalise queries and keys
+    qk_norm_joint: bool = False  # all heads' channels together, as OLMo 2 does
     n_expert: int = 8  # moe: experts; d_ff is then that of one
     top_k: int = 2  # moe: experts that a token goes to
     n_shared_expert: int = 0  # moe: experts that every token goes to, besides
@@ -205,10 +268,12 @@ class TransformerConfig:
     balance_weight: float = 0.01  # moe: weight of that loss, or step of that bias (0.001 is usual)
     router_z_weight: float = 0.001  # moe: weight of the loss that keeps the router's logits small
     bias: bool = False  # in linear layers and layernorm
+    qkv_bias: bool = False  # in the projections to queries, keys and values at least
     tie_embeddings: bool = False  # one matrix for the embedding and the output
     logit_cap: float = 0.0  # keep logits between -cap and cap by tanh; 0: do not
     dropout: float = 0.0
     rope_theta: float = 10000.0
+    rope_scaling: str = ""  # for longer texts: linear:FACTOR, or llama3:FACTOR,LOW,HIGH,LENGTH
     norm_eps: float = 1e-5
 
     def __post_init__(self):
@@ -226,9 +291,9 @@ class TransformerConfig:
             raise ValueError(f"attention must be a list of {', '.join(ATTENTION)}, "
                              f"not {min(unknown)!r}")
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_embd % self.n_head:
+        if not self.head_size and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} can not be divided by n_head {self.n_head}")
-        head_size = self.n_embd // self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
         if self.n_kv_head < 0 or self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} can not be divided by n_kv_head "
                              f"{self.n_kv_head}")
@@ -236,16 +301,18 @@ class TransformerConfig:
             if self.n_kv_head != self.n_head:
                 raise ValueError(f"{kind} attention has no heads of keys and values to share: "
                                  "n_kv_head must be n_head")
-            if self.qk_norm:
+            if self.qk_norm or self.qk_norm_joint:
                 raise ValueError(f"{kind} attention has no keys to normalise: leave qk_norm out")
         self.kv_rank = self.kv_rank or max(1, self.n_embd // 4)
-        self.rope_size = self.rope_size or head_size // 2 // 2 * 2 or 2
-        rotated = {self.rope_size if k == "latent" else head_size for k in kinds if k != "hyena"}
+        self.rope_size = self.rope_size or self.head_size // 2 // 2 * 2 or 2
+        rotated = {self.rope_size if kind == "latent" else self.head_size
+                   for kind in kinds if kind != "hyena"}
         if self.position == "rope" and any(size % 2 for size in rotated):
             raise ValueError(f"rope needs an even head size, not {max(rotated)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        for name in ("logit_cap", "n_shared_expert", "kv_rank", "rope_size", "d_ff"):
+        scale_frequencies(torch.ones(1), self.rope_scaling)  # raises if it is not understood
+        for name in ("logit_cap", "n_shared_expert", "kv_rank", "rope_size", "d_ff", "head_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, as {getattr(self, name)} is")
         if self.activation == "moe" and self.top_k > self.n_expert:
@@ -293,25 +360,28 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, fast=True):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.head_size
         self.dropout, self.fast = config.dropout, fast
-        width = self.n_kv_head * self.head_size
-        self.q_proj = Linear(config.n_embd, config.n_embd, config.bias)
-        self.k_proj = Linear(config.n_embd, width, config.bias)
-        self.v_proj = Linear(config.n_embd, width, config.bias)
-        self.o_proj = Linear(config.n_embd, config.n_embd, config.bias)
-        if config.qk_norm:  # (Henry et al. 2020): scores can not grow without bounds
-            self.q_norm = RMSNorm(self.head_size, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_size, config.norm_eps)
-        self.qk_norm = config.qk_norm
+        width, kv_width = self.n_head * self.head_size, self.n_kv_head * self.head_size
+        self.q_proj = Linear(config.n_embd, width, config.bias or config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
+        self.o_proj = Linear(width, config.n_embd, config.bias)
+        self.qk_norm, self.qk_norm_joint = config.qk_norm, config.qk_norm_joint
+        if self.qk_norm or self.qk_norm_joint:  # (Henry et al. 2020): scores can not grow freely
+            joint = self.qk_norm_joint
+            self.q_norm = RMSNorm(width if joint else self.head_size, config.norm_eps)
+            self.k_norm = RMSNorm(kv_width if joint else self.head_size, config.norm_eps)
 
     def project(self, x, rope):
         """x -> q: (B, H, T, D); k, v: (B, n_kv_head, T, D)"""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)
-        if self.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm_joint:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)
+        k, v = (a.view(B, T, self.n_kv_head, self.head_size).transpose(1, 2) for a in (k, v))
+        if self.qk_norm and not self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q.contiguous(), *rope), apply_rope(k.contiguous(), *rope)
@@ -366,7 +436,7 @@ class CausalSelfAttention(nn.Module):
             S = int(start.max()) + T
             mask = torch.arange(S, device=x.device) <= at[..., None]
             y = self.attend_masked(q, cache["k"][:, :, :S], cache["v"][:, :, :S], mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
         """FLOPs per token of q k^T and of the sum of values, of the half that the mask leaves."""
@@ -427,7 +497,7 @@ class SlidingWindowAttention(CausalSelfAttention):
         kept = slice(max(0, T - slots), T)
         write(cache["k"], k[:, :, kept], at[:, kept] % slots)
         write(cache["v"], v[:, :, kept], at[:, kept] % slots)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
         """As for full attention, over the mean number of positions in the window."""
@@ -447,7 +517,7 @@ def linear_attention(q, k, v, rope=None, state=None, chunk=64):
     could be 0 in the denominator (Su et al. 2021).
     """
     B, H, T, D = q.shape
-    q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()
+    q, k, v = F.elu(upcast(q)) + 1, F.elu(upcast(k)) + 1, upcast(v)
     rq, rk = (q, k) if rope is None else (apply_rope(q, *rope), apply_rope(k, *rope))
     S, z = state or (q.new_zeros(B, H, D, D), q.new_zeros(B, H, D))
     out = []
@@ -478,7 +548,7 @@ class LinearAttention(CausalSelfAttention):
         y, state = linear_attention(q, k, v, rope, state)
         if cache is not None:
             cache["S"], cache["z"] = state
-        return self.o_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
         """Scores and their sums within a chunk, and two products with the state."""
@@ -498,14 +568,14 @@ class LatentAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, self.rank = config.n_embd, config.n_head, config.kv_rank
-        self.n_head, self.head_size, self.dropout = H, C // H, config.dropout
+        self.n_head, self.head_size, self.dropout = H, config.head_size, config.dropout
         self.rope_size = config.rope_size if config.position == "rope" else 0
         self.q_proj = Linear(C, H * (self.head_size + self.rope_size), config.bias)
         self.kv_down = Linear(C, self.rank + self.rope_size, config.bias)
         self.kv_norm = RMSNorm(self.rank, config.norm_eps)
-        self.k_up = Linear(self.rank, C)
-        self.v_up = Linear(self.rank, C)
-        self.o_proj = Linear(C, C, config.bias)
+        self.k_up = Linear(self.rank, H * self.head_size)
+        self.v_up = Linear(self.rank, H * self.head_size)
+        self.o_proj = Linear(H * self.head_size, C, config.bias)
 
     def new_cache(self, batch, length):
         """(B, 1, length, rank + rope_size)"""
@@ -544,7 +614,7 @@ class LatentAttention(nn.Module):
                     for up in (self.k_up, self.v_up))
             k = torch.cat((k, k_rope.expand(B, H, S, R)), -1)
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
         """Scores over D + rope_size channels, sums over D, of the half that the mask leaves."""
@@ -555,7 +625,7 @@ def fft_convolution(u, h):
     """y[t] = sum over s <= t of h[t - s] u[s], in O(T log T). u: (B, T, C), h: (T, C) ->
     (B, T, C). Zeros to twice the length keep the end from wrapping around to the beginning."""
     T = u.shape[1]
-    spectrum = torch.fft.rfft(u.float(), 2 * T, dim=1) * torch.fft.rfft(h.float(), 2 * T, dim=0)
+    spectrum = torch.fft.rfft(upcast(u), 2 * T, dim=1) * torch.fft.rfft(upcast(h), 2 * T, dim=0)
     return torch.fft.irfft(spectrum, 2 * T, dim=1)[:, :T].to(u.dtype)
 
 
@@ -646,13 +716,15 @@ class SwiGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(f(w1 x)), f one of relu, gelu, silu, and relu2: relu(x)^2 (So et al. 2021)."""
+    """w2(f(w1 x)), f one of relu, gelu, gelu_tanh (its approximation in GPT-2), silu, and relu2:
+    relu(x)^2 (So et al. 2021)."""
 
     def __init__(self, d, d_ff, activation, bias=False):
         super().__init__()
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
         self.f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
+                  "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
                   "relu2": lambda x: F.relu(x).square()}[activation]
 
     def forward(self, x):
@@ -689,7 +761,7 @@ class MixtureOfExperts(nn.Module):
         """x: (N, C) -> weights (N, top_k), ids of experts (N, top_k), and, in float32, the logits
         and probabilities (N, E)"""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.router(x.float())
+            logits = self.router(upcast(x))
         p = softmax(logits)
         chosen = (p + self.bias).topk(self.top_k, -1).indices
         weights = p.gather(-1, chosen)
@@ -775,6 +847,16 @@ class PostNormBlock(Block):
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
+class ResPostNormBlock(Block):
+    """x + norm(attention(x)), then x + norm(feed_forward(x)): what is added has a known size, and
+    the way of the gradient stays free (Liu et al. 2021, Swin V2; OLMo 2)."""
+
+    def forward(self, x, rope=None, cache=None, start=0):
+        """(B, T, C) -> (B, T, C)"""
+        x = x + self.dropout(self.attn_norm(self.attn(x, rope, cache, start)))
+        return x + self.dropout(self.ffn_norm(self.ffn(x)))
+
+
 class Cache:
     """What a model keeps of the tokens it has seen, so that the next ones cost no more than
     themselves: one dict of tensors per layer, made for `length` tokens of `batch` sequences."""
@@ -819,12 +901,12 @@ class Transformer(nn.Module):
             self.register_buffer("sinusoids", table, persistent=False)
         elif config.position == "rope":
             at = torch.arange(config.block_size)
-            for size in {config.n_embd // config.n_head, config.rope_size}:
-                cos, sin = rope_angles(at, size, config.rope_theta)
+            for size in {config.head_size, config.rope_size}:
+                cos, sin = rope_angles(at, size, config.rope_theta, config.rope_scaling)
                 self.register_buffer(f"cos{size}", cos, persistent=False)
                 self.register_buffer(f"sin{size}", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        block = {"pre": Block, "post": PostNormBlock}[config.norm_place]
+        block = {"pre": Block, "post": PostNormBlock, "res_post": ResPostNormBlock}[config.norm_place]
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
         self.final_norm = make_norm(config, config.n_embd)
         if config.norm_place == "post":  # the last block has just done it
@@ -842,7 +924,7 @@ class Transformer(nn.Module):
         if self.config.position != "rope":
             return None
         latent = self.config.attention_of(layer) == "latent"
-        size = self.config.rope_size if latent else self.config.n_embd // self.config.n_head
+        size = self.config.rope_size if latent else self.config.head_size
         tables = getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at]
         return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
 
@@ -931,7 +1013,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = upcast(logits) / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -1045,12 +1127,15 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
     """
     c = model.config
     n_layer, n_embd, d_ff = n_layer or c.n_layer, n_embd or c.n_embd, d_ff or c.d_ff
-    head_size = c.n_embd // c.n_head
+    head_size = c.head_size
     if set(c.attention.split(",")) != {"full"} or c.activation == "moe" or c.norm == "none":
         raise ValueError("only models of full attention, with norms and without experts, "
                          "can be pruned")
-    if n_embd != c.n_embd and c.n_kv_head != c.n_head:
-        raise ValueError("the width of a model with grouped heads can not be pruned")
+    n_head = c.n_head if n_embd == c.n_embd else n_embd // head_size
+    if n_head != c.n_head and (c.n_kv_head != c.n_head or c.n_head * head_size != c.n_embd
+                               or c.qk_norm_joint):
+        raise ValueError("the width of a model whose heads are grouped, normalised together, or "
+                         "do not add up to it can not be pruned")
     if n_embd % head_size:
         raise ValueError(f"n_embd must be a multiple of the head size, {head_size}, not {n_embd}")
     if not (0 < n_layer <= c.n_layer and 0 < n_embd <= c.n_embd and 0 < d_ff <= c.d_ff):
@@ -1076,9 +1161,8 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
 
     layers, channels = best(change, n_layer).tolist(), best(sum(sizes), n_embd)
     small = Transformer(dataclasses.replace(
-        c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff, n_head=n_embd // head_size,
-        n_kv_head=n_embd // head_size if n_embd != c.n_embd else c.n_kv_head,
-        kv_rank=0, rope_size=c.rope_size)).to(ids.device).eval()
+        c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff, n_head=n_head, kv_rank=0,
+        n_kv_head=c.n_kv_head if n_head == c.n_head else n_head)).to(ids.device).eval()
     state = {}
     for name, x in model.state_dict().items():
         part = name.split(".")
@@ -1087,14 +1171,13 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
                 continue
             name = ".".join(("blocks", str(layers.index(old)), *part[2:]))
             inside = best(units[old], d_ff)
-            kept = best(heads[old], n_embd // head_size)
+            kept = best(heads[old], n_head)
             width = (kept[:, None] * head_size + torch.arange(head_size, device=x.device)).flatten()
-            if n_embd == c.n_embd:
-                width = torch.arange(x.shape[0], device=x.device)
-            rows = {"q_proj": width, "k_proj": width, "v_proj": width, "w1": inside,
-                    "w3": inside}.get(part[-2], channels)
+            kv_width = width if n_head != c.n_head else slice(None)
+            rows = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width, "w1": inside,
+                    "w3": inside, "q_norm": slice(None), "k_norm": slice(None)}
+            x = x[rows.get(part[-2], channels)]
             columns = {"o_proj": width, "w2": inside}.get(part[-2], channels)
-            x = x[rows] if part[-2] not in ("q_norm", "k_norm") else x
             x = x[:, columns] if x.ndim == 2 else x
         else:  # embedding, positions, head: (n, C); final_norm: (C,)
             x = x[..., channels]

@@ -45,6 +45,7 @@ from model import (
     load_checkpoint,
     pick_device,
     save_checkpoint,
+    upcast,
 )
 
 # -----------------------------------------------------------------------------
@@ -61,8 +62,8 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
     """
     valid = targets != ignore_index
     picked = logits.gather(-1, targets.masked_fill(~valid, 0)[..., None])[..., 0]
-    log_z = torch.logsumexp(logits.float(), -1)
-    losses = log_z - picked.float() + z_loss * log_z.square()
+    log_z = torch.logsumexp(upcast(logits), -1)
+    losses = log_z - picked + z_loss * log_z.square()
     total = losses.masked_fill(~valid, 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
@@ -70,8 +71,8 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
 def distillation_loss(logits, teacher_logits, targets, temperature=1.0, ignore_index=-100):
     """Sum over tokens of KL(teacher || student), of both distributions at a temperature, times its
     square, which keeps the gradient's size (Hinton et al. 2015). Shapes as in `cross_entropy`."""
-    log_p = torch.log_softmax(teacher_logits.float() / temperature, -1)
-    log_q = torch.log_softmax(logits.float() / temperature, -1)
+    log_p = torch.log_softmax(upcast(teacher_logits) / temperature, -1)
+    log_q = torch.log_softmax(upcast(logits) / temperature, -1)
     losses = (log_p.exp() * (log_p - log_q)).sum(-1)
     return temperature**2 * losses.masked_fill(targets == ignore_index, 0.0).sum()
 

@@ -1,16 +1,22 @@
 """
-train.py beside nanoGPT, on the same machine and text. Run by hand:
+train.py beside nanoGPT, on the same machine and text, and beside itself. Run by hand:
 
     git clone https://github.com/karpathy/nanoGPT
-    python tests/bench_train.py --nanogpt nanoGPT --text tinyshakespeare/input.txt --repeat 3
+    python tests/bench_train.py --nanogpt nanoGPT --text tinyshakespeare/input.txt --repeat 5
+    python tests/bench_train.py --nanogpt nanoGPT --bins data/ts
+    python tests/bench_train.py --ablations data/ts --results ablations.jsonl --repeat 2
 
-1. The CPU demonstration of nanoGPT's README (character-level tiny Shakespeare, 4 layers, 4 heads,
-   width 128, block 64, batch 12, 2,000 iterations, no dropout: validation loss 1.88), and train.py
-   at the same size, with a short and a long recipe: seconds from the start of the process to its end, and losses.
-2. The same architecture (GPT-2's), batch and precision, step for step in turn: time and memory.
+1. The same architecture (GPT-2's), batch and precision, step for step in turn: time and memory.
+2. The CPU demonstration of nanoGPT's README (character-level tiny Shakespeare, 4 layers, 4 heads,
+   width 128, block 64, batch 12, 2,000 iterations, no dropout: validation loss 1.88), as published
+   and with another learning rate, and train.py at the same size, with a short and a long recipe:
+   seconds from the start of the process to its end, and losses.
+3. nanoGPT's model and train.py's on the same bins (of bpe.py) for the same wall time.
+4. One change at a time from the default model and optimizer, at an equal number of tokens.
 """
 
 import argparse
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -32,6 +38,33 @@ RECIPES = {  # as little time as 1.88 takes; and about as much as nanoGPT takes
     "short": MUON + "--batch_size 16 --max_iters 155 --learning_rate 2e-2 --momentum 0.85 "
              "--warmup_iters 0 --decay_fraction 0.8",
     "long": MUON + "--batch_size 24 --max_iters 650 --learning_rate 1e-2 --decay_fraction 0.6"}
+
+
+# part 4: {what is changed: flags}. The best of a few learning rates is in each optimizer's line.
+BUDGET = ("--n_layer 4 --n_head 4 --n_embd 128 --block_size 256 --batch_size 8 --max_iters 500 "
+          "--eval_interval 5000 --log_interval 50 --device cpu")
+DEFAULT = "--learning_rate 6e-3"
+ABLATIONS = {
+    "default": "",
+    "no norm": "--norm none", "layernorm": "--norm layernorm", "norms after the parts": "--norm_place post",
+    "no positions": "--position none", "learned positions": "--position learned",
+    "sinusoidal positions": "--position sinusoidal",
+    "relu": "--activation relu", "gelu": "--activation gelu", "relu2": "--activation relu2",
+    "silu": "--activation silu",
+    "8 experts, 2 active": "--activation moe", "the same, balanced by bias":
+    "--activation moe --balance bias --balance_weight 0.001",
+    "the same, not balanced": "--activation moe --balance none",
+    "window of 64": "--attention sliding", "window of 64, every third full": "--attention sliding,sliding,full",
+    "linear attention": "--attention linear", "latent attention": "--attention latent",
+    "Hyena": "--attention hyena", "one head of keys and values": "--n_kv_head 1",
+    "normalised queries and keys": "--qk_norm", "tied embeddings": "--tie_embeddings",
+    "logits capped at 15": "--logit_cap 15", "z-loss 1e-4": "--z_loss 1e-4",
+    "cosine": "--schedule cosine", "constant": "--schedule constant", "wsd, half of it down": "--decay_fraction 0.5",
+    "AdamW at 3e-3": "--learning_rate 3e-3", "AdamW at 1.2e-2": "--learning_rate 1.2e-2",
+    "Muon at 1e-2": "--optimizer muon --learning_rate 1e-2", "Muon at 2e-2": "--optimizer muon --learning_rate 2e-2",
+    "SOAP at 3e-3": "--optimizer soap --learning_rate 3e-3", "SOAP at 6e-3": "--optimizer soap --learning_rate 6e-3",
+    "SGD at 0.3": "--optimizer sgd --learning_rate 0.3 --weight_decay 0", "SGD at 1": "--optimizer sgd --learning_rate 1 --weight_decay 0",
+}
 
 
 def timed(command, **options):
@@ -138,10 +171,76 @@ def compare_steps(nanogpt):
               f"speed, peak {megabytes:.0f} MB")
 
 
+def ablations(bins, results, repeat):
+    """Part 4. Two runs at a time, of one thread each; `results` keeps what is done."""
+    done = {}
+    if os.path.exists(results):
+        done = {(r["flags"], r["seed"]): r for r in map(json.loads, open(results, encoding="utf-8"))}
+
+    def one(job):
+        name, seed = job
+        flags = f"{BUDGET} {DEFAULT} {ABLATIONS[name]}"
+        if (flags, seed) in done:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, os.path.join(ROOT, "train.py"), "--data", bins, "--out_dir", folder,
+                       "--seed", str(seed), *flags.split()]
+            result = subprocess.run(command, capture_output=True, text=True,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+        found = re.search(r"^val_loss: ([\d.]+)", result.stdout, re.M)  # none: the run failed
+        done[flags, seed] = {"flags": flags, "seed": seed, "loss": float(found[1]) if found else None,
+                             "error": result.stderr[-300:]}
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(done[flags, seed]) + "\n")
+        print(f"  {name:34} seed {seed}: {done[flags, seed]['loss']}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, [(name, seed) for seed in range(1, repeat + 1) for name in ABLATIONS]))
+
+    # speed: a step of each in turn, in one process, so that what else the machine does hits all
+    import torch
+
+    import model as M
+    import train as T
+
+    steps, times = {}, {name: [] for name in ABLATIONS}
+    autocast = T.make_autocast("cpu", "auto")[0]
+    for name, flags in ABLATIONS.items():
+        args = T.build_parser().parse_args(f"{BUDGET} {DEFAULT} {flags}".split())
+        sizes = {k: getattr(args, k) for k in T.ARCHITECTURE if getattr(args, k) is not None}
+        model = M.Transformer(M.TransformerConfig(**sizes | {"vocab_size": 2048}))
+        optimizers = T.make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
+                                       (args.beta1, args.beta2), args.momentum)
+        steps[name] = model, optimizers
+    for i in range(14):
+        x, y = torch.randint(0, 2048, (2, 8, 256))
+        for name, (model, optimizers) in steps.items():
+            start = time.perf_counter()
+            T.backward(model, [(x, y)], autocast)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    print("\n| change | validation loss | beside the default | spread of seeds | speed |\n|---|---|---|---|---|")
+    losses = {name: [done[f"{BUDGET} {DEFAULT} {flags}", seed]["loss"] for seed in range(1, repeat + 1)]
+              for name, flags in ABLATIONS.items()}
+    for name, found in losses.items():
+        speed = statistics.median(a / b for a, b in zip(times["default"], times[name]))
+        if None in found:
+            print(f"| {name} | diverges | | | {speed:.2f} |")
+            continue
+        mean, default = statistics.mean(found), statistics.mean(losses["default"])
+        print(f"| {name} | {mean:.3f} | {mean - default:+.3f} | {max(found) - min(found):.3f} | {speed:.2f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--nanogpt", required=True, metavar="DIR")
-    parser.add_argument("--text", metavar="FILE", help="tiny Shakespeare; without it, part 2 only")
+    parser.add_argument("--nanogpt", metavar="DIR")
+    parser.add_argument("--text", metavar="FILE", help="tiny Shakespeare: parts 1 and 2")
+    parser.add_argument("--bins", metavar="DIR", help="train.bin and val.bin: part 3")
+    parser.add_argument("--ablations", metavar="DIR", help="train.bin and val.bin: part 4")
+    parser.add_argument("--results", default="ablations.jsonl", metavar="FILE", help="of part 4")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -151,9 +250,11 @@ def main():
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10)))
         return
-    print("the same architecture, batch and precision")
-    compare_steps(args.nanogpt)
+    if args.ablations:
+        ablations(args.ablations, args.results, args.repeat)
     if args.text:
+        print("the same architecture, batch and precision")
+        compare_steps(args.nanogpt)
         print("character-level tiny Shakespeare to a validation loss of 1.88")
         race(args.nanogpt, args.text, args.repeat)
 

@@ -57,6 +57,11 @@ def test_norms():
     big = (torch.randn(4, 8) * 1e3).to(torch.bfloat16)  # squares are taken in float32
     assert ours(big).dtype == torch.bfloat16
     check_close(ours(big).float(), F.rms_norm(big.float(), (8,), ours.weight, 1e-5), 1e-2)
+    for shape in ((2, 3, 8), (8,), (2, 0, 8)):  # the backward pass by hand
+        a = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        w = torch.randn(8, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda a, w: M._RMSNorm.apply(a, w, 1e-5), (a, w))
+        check_close(M._RMSNorm.apply(a, w, 1e-5), M.rms_norm(a, w, 1e-5), 1e-14)
     layer = M.LayerNorm(8, bias=True)
     check_close(layer(x), (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
 
