@@ -19,6 +19,7 @@ n_head = num_heads, block_size = context_length, and d_ff is d_ff. In the commen
 import argparse
 import codecs
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -859,12 +860,13 @@ class ResPostNormBlock(Block):
 
 class Cache:
     """What a model keeps of the tokens it has seen, so that the next ones cost no more than
-    themselves: one dict of tensors per layer, made for `length` tokens of `batch` sequences."""
+    themselves: one dict of tensors per layer, made for `length` tokens of `batch` sequences. The
+    first dimension of every tensor is the sequence."""
 
     def __init__(self, model, batch, length):
         self.layers = [block.attn.new_cache(batch, length) for block in model.blocks]
         self.lengths = [0] * batch  # tokens seen of each sequence
-        self.device = model.head.weight.device
+        self.device = model.embedding.weight.device
 
     def start(self):
         """Position of the next token: an int if all sequences agree, else (B,) of int64."""
@@ -875,6 +877,38 @@ class Cache:
     def advance(self, n):
         """Count n more tokens of each sequence."""
         self.lengths = [length + n for length in self.lengths]
+
+    def select(self, rows):
+        """Keep these sequences only, in this order; one can be named several times."""
+        if rows != list(range(len(self.lengths))):
+            index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            self.layers = [{k: x[index] for k, x in layer.items()} for layer in self.layers]
+            self.lengths = [self.lengths[row] for row in rows]
+
+    def append(self, other):
+        """Take in the sequences of another cache that was made for as many tokens."""
+        self.layers = [{k: torch.cat((x, theirs[k])) for k, x in layer.items()}
+                       for layer, theirs in zip(self.layers, other.layers)]
+        self.lengths = self.lengths + other.lengths
+
+    def copy(self):
+        """A copy that shares what is written by position, but not states and lengths."""
+        copy = object.__new__(Cache)
+        copy.layers, copy.lengths = [dict(layer) for layer in self.layers], self.lengths
+        copy.device = self.device
+        return copy
+
+    def rewind(self, model, saved, ids):
+        """Take back what came after `ids`, the whole text of the one sequence. saved: a copy from
+        before. -> the cache to go on with. Keys and values are overwritten in time; a state can
+        not be taken back, so it is computed once more from the saved one."""
+        if self.lengths[0] > len(ids):
+            if any(not {"k", "latent"} & set(layer) for layer in self.layers):
+                if new := ids[saved.lengths[0] :]:
+                    model(torch.tensor([new], device=self.device), saved, last=1)
+                return saved
+            self.lengths = [len(ids)]
+        return self
 
 
 def sinusoids(T, C):
@@ -928,10 +962,11 @@ class Transformer(nn.Module):
         tables = getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at]
         return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
 
-    def forward(self, ids, cache=None):
+    def forward(self, ids, cache=None, last=0):
         """ids: (B, T) int64, T at most block_size -> logits: (B, T, V)
 
         cache: a `Cache` that holds the tokens before these, and these afterwards.
+        last: only the logits of so many last positions, (B, last, V); 0: all.
         """
         T, start = ids.shape[1], 0 if cache is None else cache.start()
         end = start + T if type(start) is int else max(cache.lengths) + T
@@ -954,7 +989,7 @@ class Transformer(nn.Module):
                 x = block(x, rope)
         if cache is not None:
             cache.advance(T)
-        logits = self.head(self.final_norm(x))
+        logits = self.head(self.final_norm(x[:, -last:]))
         if self.config.logit_cap:
             logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
         return logits
@@ -970,60 +1005,185 @@ class Transformer(nn.Module):
             if isinstance(block.ffn, MixtureOfExperts):
                 block.ffn.update_bias()
 
+    def prefill(self, prompts, length):
+        """Read prompts, lists of ids of unequal lengths -> (Cache for `length` tokens, logits of
+        the next ids (B, V)). Prompts of one length are read together, equal ones once: no padding,
+        so that nothing depends on what else is in the batch."""
+        distinct = sorted({tuple(prompt) for prompt in prompts}, key=lambda p: (len(p), p))
+        cache, logits = None, []
+        for _, group in itertools.groupby(distinct, len):
+            group = torch.tensor(list(group), device=self.embedding.weight.device)
+            part = Cache(self, len(group), length)
+            logits.append(self(group, part, last=1)[:, 0])
+            if cache is None:
+                cache = part
+            else:
+                cache.append(part)
+        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        cache.select(rows)
+        return cache, torch.cat(logits)[rows]
+
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
-                 generator=None, on_token=None):
-        """Continue sequences, token by token.
+                 generator=None, on_token=None, min_p=None):
+        """Continue texts, token by token.
 
-        ids: (B, T) int64 -> (B, T + n), n at most max_new_tokens. Of sequences longer than
-        block_size, the end is what the model sees. Ends early when every sequence has had the id
-        `stop`; what follows a sequence's own `stop` is `stop` again.
-        temperature, top_k, top_p: see `sample`. generator: torch.Generator on ids' device, for
-        samples that can be repeated. on_token: called with each new (B,) of ids.
+        ids: (B, T) int64 -> (B, T + n), n at most max_new_tokens, what follows a text's `stop`
+        being `stop` again; or a list of B lists of ids, of any lengths -> the same, continued.
+        temperature, top_k, top_p, min_p: see `sample`. stop: an id, or a set of ids, after which
+        nothing is added. generator: torch.Generator on ids' device, for samples that can be
+        repeated. Each of these and max_new_tokens can be a list, with one entry for each text;
+        what a text becomes then depends on its own entries alone.
+        on_token: called with (number of the text, id) for each new id. Of texts longer than
+        block_size, the end is what the model sees. Raises ValueError for an empty text.
         """
+        texts = ids.tolist() if torch.is_tensor(ids) else [list(text) for text in ids]
+        if not all(texts):
+            raise ValueError("an empty prompt can not be continued: give it one token at least")
+        wishes = (temperature, top_k, top_p, generator, min_p)
+        wish = list(zip(*(x if type(x) is list else [x] * len(texts) for x in wishes)))
+        one_wish = list not in map(type, wishes)
+        stops = [{x} if type(x) is int else set(x or ())
+                 for x in (stop if type(stop) is list else [stop] * len(texts))]
+        counts = max_new_tokens if type(max_new_tokens) is list else [max_new_tokens] * len(texts)
+        ends = [len(text) + n for text, n in zip(texts, counts)]
+        limit = self.config.block_size
+        rows = [i for i, text in enumerate(texts) if len(text) < ends[i]]  # still to be written
         was_training = self.training
         self.eval()
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        length = min(ids.shape[1] + max_new_tokens, self.config.block_size)
-        cache = Cache(self, len(ids), length)
-        for _ in range(max_new_tokens):
-            if ids.shape[1] <= length:  # all but what the cache holds; at first, all
-                logits = self(ids[:, cache.lengths[0] :], cache)[:, -1]
-            else:  # the text has grown out of the window: every token has a new position
-                logits = self(ids[:, -length:])[:, -1]
-            new = sample(logits, temperature, top_k, top_p, generator)
-            if stop is not None:
-                new = torch.where(done, stop, new)
-                done |= new == stop
-            ids = torch.cat((ids, new[:, None]), dim=1)
-            if on_token:
-                on_token(new)
-            if stop is not None and done.all():
-                break
+        if rows:
+            cache, logits = self.prefill([texts[i][-limit:] for i in rows],
+                                         min(limit, max(ends[i] for i in rows)))
+        cached, uncached = rows, []
+        while rows:
+            if one_wish:
+                new = sample(logits, *wishes).tolist()
+            else:
+                new = [sample(row[None], *wish[i]).item() for i, row in zip(rows, logits)]
+            for i, token in zip(rows, new):
+                texts[i].append(token)
+                if on_token:
+                    on_token(i, token)
+            rows = [i for i in rows if texts[i][-1] not in stops[i] and len(texts[i]) < ends[i]]
+            # in a text that has grown out of the window, every token has a new position
+            uncached = [i for i in rows if len(texts[i]) > limit]
+            left = [j for j, i in enumerate(cached) if i in rows and i not in uncached]
+            cache.select(left)
+            cached = [cached[j] for j in left]
+            rows, logits = cached + uncached, []
+            if cached:
+                last = torch.tensor([texts[i][-1:] for i in cached], device=cache.device)
+                logits = [self(last, cache, last=1)[:, 0]]
+            if uncached:
+                window = torch.tensor([texts[i][-limit:] for i in uncached], device=cache.device)
+                logits += [self(window, last=1)[:, 0]]
+            logits = torch.cat(logits) if rows else None
         self.train(was_training)
-        return ids
+        if torch.is_tensor(ids):
+            length = max(map(len, texts))
+            return ids.new_tensor([text + text[-1:] * (length - len(text)) for text in texts])
+        return texts
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw the next ids. logits: (B, V) -> (B,) int64
-
-    temperature: logits are divided by it; 0 takes the most likely id. top_k: only the k most
-    likely ids. top_p: only the fewest ids that together have at least this probability
-    (Holtzman et al. 2020).
-    """
+def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """The distribution that `sample` draws from. logits: (..., V) -> (..., V), float32."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = upcast(logits) / temperature
     if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         p = softmax(ordered)
-        before = p.cumsum(-1) - p  # what the more likely ids have together
-        drop = (before >= top_p).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
-    return torch.multinomial(softmax(logits), 1, generator=generator)[:, 0]
+        drop = p.cumsum(-1) - p >= top_p  # the more likely ids are enough
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    p = softmax(logits)
+    if min_p:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_p=None):
+    """Draw the next ids. logits: (B, V) -> (B,) int64
+
+    temperature: logits are divided by it; 0 takes the most likely id. top_k: only the k most
+    likely ids. top_p: only the fewest ids that together have at least this probability (Holtzman
+    et al. 2020). min_p: only ids at least so likely, compared with the likeliest (Nguyen et al.
+    2024).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = token_probabilities(logits, temperature, top_k, top_p, min_p)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
+              stop=None, generator=None, on_token=None, min_p=None):
+    """Continue a text as target.generate does, in distribution exactly, with fewer calls of it
+    (Leviathan et al. 2023; Chen et al. 2023): the small model `draft` proposes gamma tokens, and
+    one call of the target judges all of them, since it gives p for every position at once. A
+    proposal x drawn from q is kept with probability min(1, p(x) / q(x)); in place of the first one
+    that is not, the next id is drawn from what p has more than q, max(0, p - q). If all are kept
+    the call has one further token to give.
+
+    ids: (1, T) int64; the other arguments are those of `Transformer.generate`.
+    -> ((1, T + n) int64, {"proposed": ..., "accepted": ..., "calls": ... of the target})
+    Raises ValueError for models of different vocabularies, or a gamma out of range.
+    """
+    if draft.config.vocab_size != target.config.vocab_size:
+        raise ValueError(f"the draft has a vocabulary of {draft.config.vocab_size}, the target of "
+                         f"{target.config.vocab_size}")
+    if not 0 < gamma < SlidingWindowAttention.SLACK:
+        raise ValueError(f"gamma must be in 1 to {SlidingWindowAttention.SLACK - 1}, not {gamma}")
+    text, device = ids[0].tolist(), ids.device
+    end = len(text) + max_new_tokens
+    limit = min(end, target.config.block_size, draft.config.block_size)
+    stops = {stop} if type(stop) is int else set(stop or ())
+    caches = Cache(target, 1, limit), Cache(draft, 1, limit)
+    how = temperature, top_k, top_p, min_p
+    counts = {"proposed": 0, "accepted": 0, "calls": 0}
+
+    def draw(p):
+        return torch.multinomial(p, 1, generator=generator).item()
+
+    def ask(model, cache, new, last):  # -> the probabilities after the last tokens of text + new
+        unseen = (text + new)[cache.lengths[0] :]
+        logits = model(torch.tensor([unseen], device=device), cache, last=last)[0]
+        return token_probabilities(logits, *how)
+
+    done = False
+    while not done and len(text) < limit:
+        n = min(gamma, limit - len(text) - 1)
+        saved = [cache.copy() for cache in caches]
+        guesses, q = [], []
+        for _ in range(n):
+            q.append(ask(draft, caches[1], guesses, 1)[0])
+            guesses.append(draw(q[-1]))
+        p = ask(target, caches[0], guesses, n + 1)
+        kept = 0
+        while kept < n and torch.rand(1, generator=generator, device=device).item() * \
+                q[kept][guesses[kept]] < p[kept][guesses[kept]]:
+            kept += 1
+        counts["proposed"] += n
+        counts["accepted"] += kept
+        counts["calls"] += 1
+        last = draw((p[kept] - q[kept]).clamp(min=0) if kept < n else p[n])
+        for token in guesses[:kept] + [last]:
+            text.append(token)
+            if on_token:
+                on_token(0, token)
+            if done := token in stops:
+                break
+        caches = [cache.rewind(model, old, text[:-1])
+                  for model, cache, old in zip((target, draft), caches, saved)]
+    if not done and len(text) < end:  # no room in the window is left for guesses
+        ids = target.generate([text], end - len(text), temperature, top_k, top_p, stop, generator,
+                              on_token, min_p)
+        return torch.tensor(ids, device=device), counts
+    return torch.tensor([text], device=device), counts
 
 
 # -----------------------------------------------------------------------------
@@ -1361,9 +1521,9 @@ def run(args):
     for i in range(args.num_samples):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens can be half characters
 
-        def show(new):
-            if new.item() != tokenizer.eot_id:
-                print(decoder.decode(tokenizer.decode_bytes(new.tolist())), end="", flush=True)
+        def show(_, new):
+            if new != tokenizer.eot_id:
+                print(decoder.decode(tokenizer.decode_bytes([new])), end="", flush=True)
 
         print(args.prompt or "", end="", flush=True)
         model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,

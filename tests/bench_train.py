@@ -61,9 +61,10 @@ ABLATIONS = {
     "logits capped at 15": "--logit_cap 15", "z-loss 1e-4": "--z_loss 1e-4",
     "cosine": "--schedule cosine", "constant": "--schedule constant", "wsd, half of it down": "--decay_fraction 0.5",
     "AdamW at 3e-3": "--learning_rate 3e-3", "AdamW at 1.2e-2": "--learning_rate 1.2e-2",
-    "Muon at 1e-2": "--optimizer muon --learning_rate 1e-2", "Muon at 2e-2": "--optimizer muon --learning_rate 2e-2",
-    "SOAP at 3e-3": "--optimizer soap --learning_rate 3e-3", "SOAP at 6e-3": "--optimizer soap --learning_rate 6e-3",
-    "SGD at 0.3": "--optimizer sgd --learning_rate 0.3 --weight_decay 0", "SGD at 1": "--optimizer sgd --learning_rate 1 --weight_decay 0",
+    "Muon at 5e-3": "--optimizer muon --learning_rate 5e-3", "Muon at 1e-2": "--optimizer muon --learning_rate 1e-2",
+    "SOAP at 6e-3": "--optimizer soap --learning_rate 6e-3", "SOAP at 1e-2": "--optimizer soap --learning_rate 1e-2",
+    "SGD at 0.1": "--optimizer sgd --learning_rate 0.1 --weight_decay 0",
+    "SGD at 0.2": "--optimizer sgd --learning_rate 0.2 --weight_decay 0",
 }
 
 

@@ -444,6 +444,7 @@ def test_sample():
     sharp = logits[0].div(0.5).softmax(-1)
     check_close(share(temperature=0.5), sharp, 0.03)
     assert share(top_k=99).sum() == 1
+    check_close(share(min_p=0.5), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
 
 
 def test_generate():
@@ -462,10 +463,107 @@ def test_generate():
 def test_generate_stops_each_sequence_at_its_stop():
     model, ids, seen = tiny(), torch.randint(50, (3, 4)), []
     stop = int(model.generate(ids, 1, temperature=0)[0, -1])
-    out = model.generate(ids, 12, temperature=0, stop=stop, on_token=lambda new: seen.append(new))
+    out = model.generate(ids, 12, temperature=0, stop=stop, on_token=lambda i, new: seen.append((i, new)))
     assert (out[0, 4:] == stop).all()
-    assert torch.equal(torch.stack(seen, 1), out[:, 4:])
+    for i in range(3):
+        said = [token for j, token in seen if j == i]
+        assert out[i, 4 : 4 + len(said)].tolist() == said and set(out[i, 4 + len(said) :].tolist()) <= {stop}
     assert model.generate(ids[:1], 12, temperature=0, stop=stop).shape == (1, 5)
+
+
+ALL_KINDS = ["full", "sliding", "linear", "latent", "hyena", "sliding,linear,full"]
+
+
+@pytest.mark.parametrize("attention", ALL_KINDS)
+def test_generate_in_a_batch_equals_alone(attention):
+    """Prompts of unequal lengths, which end at different times and outgrow the window."""
+    model = tiny(attention=attention, window=5)
+    prompts = [torch.randint(50, (n,)).tolist() for n in (3, 9, 1, 9, 14)] + [[7, 8, 9]] * 2
+    counts = [12, 5, 20, 9, 3, 4, 0]
+    together = model.generate(prompts, counts, temperature=0)
+    for prompt, n, out in zip(prompts, counts, together):
+        text = list(prompt)
+        for _ in range(n):  # without any cache
+            text.append(model(torch.tensor([text[-16:]]))[0, -1].argmax().item())
+        assert out == text == model.generate([prompt], n, temperature=0)[0]
+    assert prompts[0] == together[0][:3] and len(prompts[0]) == 3  # ours were not changed
+
+
+def test_generate_takes_each_request_as_it_is():
+    model = tiny()
+    prompts = [[1, 2, 3], [4], [5, 6], [1, 2, 3]]
+    requests = [dict(temperature=0.7, top_k=20, top_p=None, min_p=None, seed=3, n=9),
+                dict(temperature=0, top_k=None, top_p=None, min_p=None, seed=0, n=5),
+                dict(temperature=1.5, top_k=None, top_p=0.9, min_p=None, seed=3, n=7),
+                dict(temperature=1.0, top_k=None, top_p=None, min_p=0.2, seed=8, n=6)]
+    stop = model.generate([prompts[1]], 3, temperature=0)[0][-1]
+
+    def ask(prompts, requests):
+        how = {k: [r[k] for r in requests] for k in ("temperature", "top_k", "top_p", "min_p")}
+        return model.generate(prompts, [r["n"] for r in requests], **how, stop=[None, {stop, 49}, None, None]
+                              if len(prompts) == 4 else None,
+                              generator=[torch.Generator().manual_seed(r["seed"]) for r in requests])
+
+    together = ask(prompts, requests)
+    assert len(together[1]) <= 4 and together[1][-1] == stop
+    for i in (0, 2, 3):
+        assert together[i] == ask([prompts[i]], [requests[i]])[0]
+    with pytest.raises(ValueError, match="empty prompt"):
+        model.generate([[1], []], 3)
+
+
+def chi_square_p(observed, expected):
+    """P of counts that differ so much or more, if drawn from `expected` (Wilson and Hilferty 1931)."""
+    keep = expected > 5
+    x = ((observed - expected)[keep].square() / expected[keep]).sum().item()
+    df = int(keep.sum()) - 1
+    z = ((x / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.6, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
+                                 {"min_p": 0.1}])
+def test_mistake_4_speculative_decoding_keeps_the_distribution(how):
+    """Of the first two new tokens together, of 2,000 draws, against the target's own p."""
+    sizes = dict(vocab_size=7, block_size=8, n_embd=16, n_head=2)
+    target, draft = tiny(n_layer=1, **sizes), tiny(n_layer=1, **sizes)
+    for model in (target, draft):  # far from uniform, and from one another
+        model.head.weight.data *= 2.5
+    prompt = torch.tensor([[3, 1]])
+    p = M.token_probabilities(target(prompt)[0, -1], **how)
+    after = torch.stack([M.token_probabilities(target(torch.tensor([[3, 1, i]]))[0, -1], **how) for i in range(7)])
+    expected = (p[:, None] * after).flatten()
+    counts, generator, accepted = torch.zeros(49), torch.Generator().manual_seed(5), 0
+    for _ in range(2000):
+        out, stats = M.speculate(target, draft, prompt, 3, gamma=2, generator=generator, **how)
+        counts[7 * out[0, 2] + out[0, 3]] += 1
+        accepted += stats["accepted"] / stats["proposed"] / 2000
+    assert not counts[expected == 0].any()
+    assert chi_square_p(counts, 2000 * expected) > 1e-3
+    assert 0.05 < accepted < 0.95
+
+
+@pytest.mark.parametrize("attention", ALL_KINDS)
+def test_speculative_decoding_greedy_equals_the_target_alone(attention):
+    target, draft = tiny(attention=attention, window=5), tiny(n_layer=1, attention=attention)
+    draft.load_state_dict(target.state_dict(), strict=False)  # so that some guesses are right
+    ids = torch.randint(50, (1, 3))
+    for gamma in (1, 4, 15):
+        for n in (1, 2, 13, 30):
+            alone = target.generate(ids, n, temperature=0)
+            out, stats = M.speculate(target, draft, ids, n, gamma, temperature=0)
+            assert torch.equal(out, alone)
+            assert stats["accepted"] <= stats["proposed"] and stats["calls"] <= n
+    out, stats = M.speculate(target, target, ids, 12, 3, temperature=0)
+    assert stats["accepted"] == stats["proposed"] and stats["calls"] == 3
+    stop, said = alone[0, 8].item(), []
+    out, _ = M.speculate(target, draft, ids, 20, temperature=0, stop=stop, on_token=lambda _, t: said.append(t))
+    assert torch.equal(out, target.generate(ids, 20, temperature=0, stop=stop)) and said == out[0, 3:].tolist()
+    for bad in (dict(gamma=0), dict(gamma=16)):
+        with pytest.raises(ValueError, match="gamma"):
+            M.speculate(target, draft, ids, 4, **bad)
+    with pytest.raises(ValueError, match="vocabulary"):
+        M.speculate(target, tiny(vocab_size=51), ids, 4)
 
 
 # ---- checkpoints
