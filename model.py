@@ -19,10 +19,15 @@ n_head = num_heads, block_size = context_length, and d_ff is d_ff. In the commen
 import argparse
 import codecs
 import dataclasses
+import functools
 import itertools
+import json
 import math
 import os
+import re
+import shutil
 import sys
+import time
 
 import torch
 import torch.nn as nn
@@ -351,6 +356,11 @@ def write(cache, new, at):
     cache[rows, :, at] = new.transpose(1, 2).to(cache.dtype)
 
 
+def zeros_for(linear, *shape, dtype=None):
+    """Zeros of the dtype of a layer's output, on its device."""
+    return getattr(linear, "scale", linear.weight).new_zeros(shape, dtype=dtype)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries,
     each serves a group of queries (Ainslie et al. 2023), which makes a smaller cache.
@@ -412,9 +422,8 @@ class CausalSelfAttention(nn.Module):
 
     def new_cache(self, batch, length):
         """Keys and values of up to `length` tokens: (B, n_kv_head, length, D) each."""
-        w = self.k_proj.weight
         shape = batch, self.n_kv_head, length, self.head_size
-        return {"k": w.new_zeros(shape), "v": w.new_zeros(shape)}
+        return {"k": zeros_for(self.k_proj, *shape), "v": zeros_for(self.v_proj, *shape)}
 
     def forward(self, x, rope=None, cache=None, start=0):
         """x: (B, T, C) -> (B, T, C)"""
@@ -536,9 +545,9 @@ class LinearAttention(CausalSelfAttention):
 
     def new_cache(self, batch, length):
         """The state, (B, H, D, D) and (B, H, D), in float32, however long the text."""
-        w, D = self.k_proj.weight, self.head_size
-        return {"S": w.new_zeros(batch, self.n_head, D, D, dtype=torch.float32),
-                "z": w.new_zeros(batch, self.n_head, D, dtype=torch.float32)}
+        H, D, dtype = self.n_head, self.head_size, torch.float32
+        return {"S": zeros_for(self.k_proj, batch, H, D, D, dtype=dtype),
+                "z": zeros_for(self.k_proj, batch, H, D, dtype=dtype)}
 
     def forward(self, x, rope=None, cache=None, start=0):
         """x: (B, T, C) -> (B, T, C)"""
@@ -580,8 +589,7 @@ class LatentAttention(nn.Module):
 
     def new_cache(self, batch, length):
         """(B, 1, length, rank + rope_size)"""
-        size = self.rank + self.rope_size
-        return {"latent": self.k_up.weight.new_zeros(batch, 1, length, size)}
+        return {"latent": zeros_for(self.k_up, batch, 1, length, self.rank + self.rope_size)}
 
     def forward(self, x, rope=None, cache=None, start=0, absorb=None):
         """x: (B, T, C) -> (B, T, C)"""
@@ -664,8 +672,9 @@ class Hyena(nn.Module):
 
     def new_cache(self, batch, length):
         """What the convolutions need of the past: the inputs of the short one, of the long one."""
-        w, C = self.o_proj.weight, len(self.skip)
-        return {"short": w.new_zeros(batch, 3, 2, C), "long": w.new_zeros(batch, 1, length, C)}
+        C, linear = len(self.skip), self.o_proj
+        return {"short": zeros_for(linear, batch, 3, 2, C),
+                "long": zeros_for(linear, batch, 1, length, C)}
 
     def forward(self, x, rope=None, cache=None, start=0):
         """x: (B, T, C) -> (B, T, C)"""
@@ -924,6 +933,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.quantized = None  # or int8, int4: see `quantize`
         self.activation_checkpointing = False  # True: keep only each block's input for backward
         # a unit variance suits the norms; as output weights it would make logits too large
         std = 1 / math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
@@ -1187,6 +1197,119 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
 
 
 # -----------------------------------------------------------------------------
+# Quantization: weights as small integers. A token needs every weight once, so generation, one token
+# at a time, is as fast as memory gives them: bytes are time.
+
+GROUP = 32  # int4: weights that share a scale
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear with integers for weights: weight = scale * integer + low.
+
+    int8: -127 to 127, a scale for each row, no `low`. weight: (d_out, d_in) int8.
+    int4: 0 to 15, scale and low for each GROUP weights of a row, the last group filled up with
+    zeros. weight: (d_out, d_in / 2) uint8, the first of each two in the low half of its byte.
+    Every weight is off by half of its scale at most. It can not be trained.
+    """
+
+    def __init__(self, linear, kind):
+        super().__init__()
+        w = linear.weight.detach().float()
+        self.kind, self.d_in, self.bias = kind, w.shape[1], linear.bias
+        if kind == "int8":
+            scale = (w.abs().amax(1) / 127).clamp(min=1e-30)
+            weight, low = (w / scale[:, None]).round().to(torch.int8), None
+        else:
+            w = F.pad(w, (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+            low, high = w.aminmax(dim=-1)
+            scale = ((high - low) / 15).clamp(min=1e-30)
+            weight = ((w - low[..., None]) / scale[..., None]).round().to(torch.uint8).flatten(1)
+            weight = weight[:, 0::2] | weight[:, 1::2] << 4
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", low)
+        self.packed = None  # int4: as PyTorch's CPU kernel wants it, made when it is first used
+        d_out, d_in = w.shape[:2]
+        self.fits = d_in % 32 == 0 if kind == "int8" else d_out % 16 == 0  # the kernel
+
+    def rows(self, ids=slice(None)):
+        """The weights of these outputs, as numbers again: (..., d_in) float32."""
+        weight, scale = self.weight[ids], self.scale[ids]
+        if self.kind == "int8":
+            return weight * scale[..., None]
+        weight = torch.stack((weight & 15, weight >> 4), -1).flatten(-2).unflatten(-1, (-1, GROUP))
+        weight = weight * scale[..., None] + self.low[ids][..., None]
+        return weight.flatten(-2)[..., : self.d_in]
+
+    def kernel(self, x):
+        """x W^T by PyTorch's CPU kernels for bfloat16 times integers: they read the integers
+        themselves. x: (N, d_in) -> (N, d_out) float32."""
+        x = x.bfloat16()
+        if self.kind == "int8":
+            one = torch.ones_like(self.scale, dtype=torch.bfloat16)  # the scale keeps its float32
+            return torch._weight_int8pack_mm(x, self.weight, one).float() * self.scale
+        if self.packed is None:
+            integers = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1).int()
+            self.packed = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1),
+                           torch.stack((self.scale, self.low + 8 * self.scale), -1)
+                           .transpose(0, 1).contiguous().bfloat16())  # (groups, d_out, 2)
+        x = F.pad(x, (0, self.weight.shape[1] * 2 - self.d_in))
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed[0], GROUP,
+                                                          self.packed[1]).float()
+
+    def forward(self, x):
+        """(..., d_in) -> (..., d_out)"""
+        few = x.numel() // self.d_in <= 8  # for more, the weights are worth turning into numbers
+        if few and self.fits and x.device.type == "cpu" and fast_integers(self.kind):
+            y = self.kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.rows().to(x.dtype), self.bias)
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """The table of a head that serves as embedding, too."""
+
+    def forward(self, ids):
+        """(...) int64 -> (..., d)"""
+        return self.rows(ids)
+
+
+@functools.lru_cache
+def fast_integers(kind):
+    """Whether this PyTorch has the kernels (they are not part of its documented interface)."""
+    try:
+        linear = nn.Linear(64, 32, bias=False)
+        ours, x = QuantizedLinear(linear, kind), torch.randn(2, 64)
+        return torch.allclose(ours.kernel(x), x @ ours.rows().T, atol=0.1)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def quantize(model, kind):
+    """Make the weights of a Transformer's linear layers int8 or int4, in place -> the model.
+
+    Gains, routers, Hyena's filters and embeddings stay as they are; the head, for which errors
+    count most, is int8 at least, and is one with the embedding if it was.
+    """
+    if kind not in ("int8", "int4"):
+        raise ValueError(f"a model can be quantized to int8 or int4, not {kind}")
+    if model.quantized:
+        raise ValueError(f"the model is quantized already, to {model.quantized}")
+    for parent in list(model.blocks.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, Linear) and child != "router" and "filter" not in child and \
+                    child not in ("k_up", "v_up"):  # of which LatentAttention uses the matrix
+                setattr(parent, child, QuantizedLinear(module, kind))
+    if model.config.tie_embeddings:
+        model.embedding = QuantizedEmbedding(model.head, "int8")
+    model.head = QuantizedLinear(model.head, "int8")
+    if model.config.tie_embeddings:
+        model.embedding.weight, model.embedding.scale = model.head.weight, model.head.scale
+    model.quantized = kind
+    return model.requires_grad_(False)
+
+
+# -----------------------------------------------------------------------------
 # Checkpoints.
 
 
@@ -1209,7 +1332,7 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
         "model": model.state_dict(),
         "optimizer": optimizer_state,
         "step": step, "best_val_loss": best_val_loss, "rng": rng, "args": args,
-        "tokenizer": tokenizer, "template": template,
+        "tokenizer": tokenizer, "template": template, "quantize": model.quantized,
     }
     temporary = os.fspath(path) + ".tmp"
     try:
@@ -1244,14 +1367,17 @@ def load_checkpoint(path, device="cpu"):
         if unknown := set(checkpoint["config"]) - known:
             raise ValueError(f"its config has {', '.join(sorted(map(str, unknown)))}")
         config = TransformerConfig(**checkpoint["config"])
+        kind = checkpoint.get("quantize")
         with torch.device("meta"):  # shapes first: the numbers need not fit into memory
             model = Transformer(config)
+            model = quantize(model, kind) if kind else model
         shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         found = {name: tuple(x.shape) for name, x in checkpoint["model"].items()}
         for name in sorted({*shapes, *found}):
             if shapes.get(name) != found.get(name):
                 raise ValueError(f"{name} is {found.get(name)}, by its config {shapes.get(name)}")
         model = Transformer(config).to(device)
+        model = quantize(model, kind) if kind else model
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no checkpoint of this model: {error}") from None
@@ -1347,6 +1473,426 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
 
 
 # -----------------------------------------------------------------------------
+# Chat. A template says how messages become one text: for each role a text with {content} in it,
+# where the message goes; "begin", what comes first; and "default_system", if nobody gives one.
+
+
+def chat_template(name="chatml", system=""):
+    """The templates that models in use have: chatml (Qwen, SmolLM2), llama3, llama2 (and Mistral),
+    and plain, which needs no special tokens."""
+    if name == "llama2":
+        return {"begin": "<s>", "system": "{content}\n\n", "user": "[INST] {content} [/INST]",
+                "assistant": " {content}</s>", "default_system": system}
+    one = {"chatml": "<|im_start|>ROLE\n{content}<|im_end|>\n",
+           "llama3": "<|start_header_id|>ROLE<|end_header_id|>\n\n{content}<|eot_id|>",
+           "plain": "ROLE: {content}\n"}[name]
+    template = {role: one.replace("ROLE", role) for role in ("system", "user", "assistant")}
+    return template | {"begin": "<|begin_of_text|>" if name == "llama3" else "",
+                       "default_system": system}
+
+
+def recognise_template(jinja_text):
+    """The template that a tokenizer_config.json's chat_template, a program, amounts to, or None.
+    It is looked at, not run."""
+    for mark, name in (("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama3"),
+                       ("[INST]", "llama2")):
+        if mark in jinja_text:
+            system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{}'\"]*?)<\|im_end\|>", jinja_text)
+            return chat_template(name, system[1] if system else "")
+    return None
+
+
+def jinja(template):
+    """The same as a chat_template for transformers."""
+    def show(text):
+        return "{{ " + json.dumps(text) + " }}"
+
+    out = show(template["begin"])
+    if template["default_system"]:
+        head, tail = template["system"].split("{content}")
+        out += ("{% if messages[0]['role'] != 'system' %}"
+                + show(head + template["default_system"] + tail) + "{% endif %}")
+    out += "{% for m in messages %}"
+    for role in ("system", "user", "assistant"):
+        head, tail = template[role].split("{content}")
+        out += (f"{{% if m['role'] == '{role}' %}}" + show(head) + "{{ m['content'] }}"
+                + show(tail) + "{% endif %}")
+    return (out + "{% endfor %}{% if add_generation_prompt %}"
+            + show(template["assistant"].split("{content}")[0]) + "{% endif %}")
+
+
+def encode_chat(tokenizer, template, messages, reply=True):
+    """Ids of a conversation, a list of {"role": ..., "content": ...}; with reply, up to where the
+    assistant's next message begins. Special tokens are recognised in the template only: what
+    someone writes can not end a message or begin another. Raises ValueError."""
+    if template["default_system"] and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": template["default_system"]}, *messages]
+    pieces = [template["begin"]]  # template and content in turn
+    for message in messages:
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"a message's role is system, user or assistant, not "
+                             f"{message['role']!r}")
+        head, tail = template[message["role"]].split("{content}")
+        pieces[-1] += head
+        pieces += [message["content"], tail]
+    if reply:
+        pieces[-1] += template["assistant"].split("{content}")[0]
+    special = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
+    ids, text = [], ""
+    for i, piece in enumerate(pieces):
+        for part in re.split(f"({special})", piece) if special and i % 2 == 0 else [piece]:
+            if i % 2 == 0 and part in tokenizer.special_tokens:
+                ids += tokenizer.encode_ordinary(text) if text else []
+                ids.append(tokenizer.special_tokens[part])
+                text = ""
+            else:
+                text += part
+    return ids + (tokenizer.encode_ordinary(text) if text else [])
+
+
+def chat_stops(tokenizer, template):
+    """Ids that end the assistant's message."""
+    tail = template["assistant"].split("{content}")[1]
+    stops = {i for text, i in tokenizer.special_tokens.items() if text in tail}
+    return stops | ({tokenizer.eot_id} - {None})
+
+
+# -----------------------------------------------------------------------------
+# Models from outside, and models for others: folders as Hugging Face's transformers has them, of
+# config.json, model.safetensors (or several, with an index) and tokenizer.json.
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_json(path):
+    """The dict in a JSON file. Raises ValueError, or OSError."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            data = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+    if type(data) is not dict:
+        raise ValueError(f"{path} holds no JSON object")
+    return data
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes, the length of a header of JSON, which says of
+    each tensor dtype, shape, and where its bytes are in the rest. Nothing in it is believed: raises
+    ValueError if a length, a shape or a place does not fit the file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        if size < 8 or n > min(size - 8, 100_000_000):
+            raise ValueError(f"{path} is no safetensors file: its header does not fit in it")
+        try:
+            header = json.loads(file.read(n))
+            header.pop("__metadata__", None)
+            places = []
+            for name, entry in header.items():
+                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+                begin, end = entry["data_offsets"]
+                if not all(type(x) is int and x >= 0 for x in (*shape, begin, end)):
+                    raise ValueError(f"{name} has a size that is no number")
+                if math.prod(shape) * dtype.itemsize != end - begin:
+                    raise ValueError(f"{name} of shape {shape} can not have {end - begin} bytes")
+                places.append((begin, end, name, dtype, shape))
+            places.sort(key=lambda place: place[:2])
+            ends = [0] + [end for _, end, *_ in places]
+            if [begin for begin, *_ in places] != ends[:-1] or ends[-1] != size - 8 - n:
+                raise ValueError("its tensors overlap, leave gaps, or end elsewhere than the file")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from None
+        tensors = {}
+        for begin, end, name, dtype, shape in places:  # in the order of their bytes
+            data = bytearray(end - begin)
+            if file.readinto(data) != end - begin:
+                raise ValueError(f"{path} ends too early")
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as a .safetensors file. Raises OSError."""
+    names, header, at = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    for name, x in tensors.items():
+        end = at + x.numel() * x.element_size()
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in tensors.values():
+            file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def their_names(config, family):
+    """{our name of a tensor: theirs} for all tensors of a model."""
+    if family == "gpt2":
+        block, top = "h.{}.", {"embedding": "wte", "positions": "wpe", "final_norm": "ln_f"}
+        parts = {"attn_norm": "ln_1", "ffn_norm": "ln_2", "attn.q_proj": "attn.c_attn.q",
+                 "attn.k_proj": "attn.c_attn.k", "attn.v_proj": "attn.c_attn.v",
+                 "attn.o_proj": "attn.c_proj", "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}
+    else:
+        block, top = "layers.{}.", {"embedding": "embed_tokens", "final_norm": "norm"}
+        parts = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+                 "ffn.w1": "mlp.gate_proj", "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj"}
+        if family == "olmo2":
+            parts |= {"attn_norm": "post_attention_layernorm",
+                      "ffn_norm": "post_feedforward_layernorm"}
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+            parts["attn." + part] = "self_attn." + part
+    prefix = "transformer." if family == "gpt2" else "model."
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    names = {}
+    for name in state:
+        module, _, kind = name.rpartition(".")
+        if module.startswith("blocks."):
+            _, i, part = module.split(".", 2)
+            names[name] = f"{prefix}{block.format(i)}{parts[part]}.{kind}"
+        else:
+            names[name] = "lm_head.weight" if module == "head" else f"{prefix}{top[module]}.{kind}"
+    return names
+
+
+def config_from(theirs):
+    """Their config.json, a dict -> (TransformerConfig, family, the parts that have biases).
+    Raises ValueError for what our model can not be."""
+    family = theirs.get("model_type")
+
+    def need(name, *values):  # what we take for granted
+        if theirs.get(name, values[0]) not in values:
+            raise ValueError(f"its {name} is {theirs[name]!r}, which is not supported")
+
+    if family == "gpt2":
+        need("scale_attn_weights", True)
+        need("scale_attn_by_inverse_layer_idx", False)
+        need("add_cross_attention", False)
+        f = theirs.get("activation_function", "gelu_new")
+        known = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+                 "relu": "relu", "silu": "silu", "swish": "silu"}
+        if f not in known:
+            raise ValueError(f"its activation_function is {f!r}, which is not supported")
+        n_embd = theirs.get("n_embd", 768)
+        return TransformerConfig(
+            vocab_size=theirs.get("vocab_size", 50257), block_size=theirs.get("n_positions", 1024),
+            n_layer=theirs.get("n_layer", 12), n_head=theirs.get("n_head", 12), n_embd=n_embd,
+            d_ff=theirs.get("n_inner") or 4 * n_embd, activation=known[f], position="learned",
+            norm="layernorm", norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True,
+            tie_embeddings=theirs.get("tie_word_embeddings", True)), family, ("attn", "ffn")
+    if family not in FAMILIES:
+        raise ValueError(f"its model_type is {family!r}; known are {', '.join(FAMILIES)}")
+    need("hidden_act", "silu", "swish")
+    need("clip_qkv", None)
+    rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 10000.0)}
+    for old_or_new in ("rope_scaling", "rope_parameters"):
+        rope |= theirs.get(old_or_new) or {}
+    kind = rope.get("type", "default") if rope["rope_type"] == "default" else rope["rope_type"]
+    scaling = {"default": lambda: "", "linear": lambda: f"linear:{rope['factor']}",
+               "llama3": lambda: f"llama3:{rope['factor']},{rope['low_freq_factor']},"
+               f"{rope['high_freq_factor']},{rope['original_max_position_embeddings']}"}
+    if kind not in scaling or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"its rotary positions are of type {kind!r}, which is not supported")
+    n_layer, heads = theirs["num_hidden_layers"], theirs["num_attention_heads"]
+    block_size, window = theirs["max_position_embeddings"], theirs.get("sliding_window")
+    if family in ("qwen2", "qwen3") and not theirs.get("use_sliding_window", False):
+        window = None
+    kinds = ["full"] * n_layer
+    if window and window < block_size and family != "llama":
+        first = theirs.get("max_window_layers", 28) if family != "mistral" else 0
+        layers = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full"
+                                               for i in range(n_layer)]
+        kinds = ["sliding" if kind == "sliding_attention" else "full" for kind in layers]
+    biased = [part for part, flag in (("attn", "attention_bias"), ("ffn", "mlp_bias"))
+              if theirs.get(flag) and family in ("llama", "qwen3", "olmo2")]
+    return TransformerConfig(
+        vocab_size=theirs["vocab_size"], block_size=block_size, n_layer=n_layer, n_head=heads,
+        n_kv_head=theirs.get("num_key_value_heads") or heads, n_embd=theirs["hidden_size"],
+        head_size=theirs.get("head_dim") or (128 if family == "qwen3" else 0),
+        d_ff=theirs["intermediate_size"], norm_eps=theirs.get("rms_norm_eps", 1e-6),
+        attention=",".join(kinds) if len(set(kinds)) > 1 else kinds[0],
+        **({"window": window} if window else {}), bias=bool(biased), qkv_bias=family == "qwen2",
+        rope_theta=float(rope["rope_theta"]), rope_scaling=scaling[kind](),
+        qk_norm=family == "qwen3", qk_norm_joint=family == "olmo2",
+        norm_place="res_post" if family == "olmo2" else "pre",
+        tie_embeddings=theirs.get("tie_word_embeddings", False),
+    ), family, ("attn.q", "attn.k", "attn.v") if family == "qwen2" else tuple(biased)
+
+
+FAMILIES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+
+
+def import_folder(folder):
+    """A folder as transformers writes it -> Transformer in eval mode, float32.
+
+    GPT-2, Llama 1 to 3, Mistral, Qwen 2, 2.5 and 3, OLMo 2, and what has their architecture. Their
+    rotary positions turn halves of a head, as ours do; no row has to change its place. Raises
+    ValueError for other models, and for tensors that are missing, left over or of another shape.
+    """
+    try:
+        config, family, biased = config_from(read_json(os.path.join(folder, "config.json")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"it lacks {error}" if type(error) is KeyError else error
+        raise ValueError(f"{folder} holds no model that can be imported: {what}") from None
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        files = read_json(index).get("weight_map")
+        files = sorted({str(name) for name in files.values()}) if type(files) is dict else []
+        if not files or any(os.path.basename(name) != name for name in files):
+            raise ValueError(f"{index} names no files of its own folder")
+    else:
+        files = ["model.safetensors"]
+    found = {}
+    for name in files:
+        if not os.path.exists(os.path.join(folder, name)):
+            raise ValueError(f"{folder} has no {name} (pickled weights, .bin, are not read: they "
+                             "could run code)")
+        found |= read_safetensors(os.path.join(folder, name))
+    if family == "gpt2":  # one matrix for queries, keys and values; and all of them transposed
+        found = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": x
+                 for name, x in found.items() if not name.endswith((".attn.bias", "masked_bias"))}
+        for name in [name for name in found if ".c_" in name]:
+            module, kind = name.rsplit(".", 1)
+            x = found.pop(name)
+            parts = zip((".q", ".k", ".v"), x.chunk(3, -1)) if "c_attn" in name else [("", x)]
+            found |= {f"{module}{part}.{kind}": y.T if y.ndim == 2 else y for part, y in parts}
+    model = Transformer(config).eval()
+    names, state = their_names(config, family), model.state_dict()
+    for ours, theirs in names.items():
+        has_bias = ours.partition(".")[2].partition(".")[2].startswith(biased) if biased else False
+        if ours == "head.weight" and config.tie_embeddings:
+            found.pop(theirs, None)
+        elif ours.endswith("bias") and not has_bias and "norm" not in ours and theirs not in found:
+            state[ours].zero_()
+        elif theirs not in found:
+            raise ValueError(f"{folder} lacks the tensor {theirs}")
+        elif found[theirs].shape != state[ours].shape or not found[theirs].is_floating_point():
+            raise ValueError(f"{theirs} is {tuple(found[theirs].shape)} of {found[theirs].dtype}; "
+                             f"by config.json it is {tuple(state[ours].shape)}")
+        else:
+            state[ours].copy_(found.pop(theirs))
+    if left := [name for name in found if not name.endswith("rotary_emb.inv_freq")]:
+        raise ValueError(f"{folder} holds {left[0]}, for which the model has no place")
+    return model
+
+
+def config_for(config):
+    """-> (their config.json as a dict, family). Raises ValueError if no family is so."""
+    c = config
+    kinds = {c.attention_of(i) for i in range(c.n_layer)}
+    common = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings,
+              "torch_dtype": "float32"}
+    plain = kinds <= {"full", "sliding"} and not c.logit_cap
+    if plain and kinds == {"full"} and c.norm == "layernorm" and c.position == "learned" and \
+            c.norm_place == "pre" and not (c.qk_norm or c.qk_norm_joint) and \
+            c.n_kv_head == c.n_head and c.head_size * c.n_head == c.n_embd and \
+            c.activation in ("gelu", "gelu_tanh", "relu", "silu"):
+        f = {"gelu_tanh": "gelu_new"}.get(c.activation, c.activation)
+        return common | {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+                         "n_head": c.n_head, "n_inner": c.d_ff, "activation_function": f,
+                         "layer_norm_epsilon": c.norm_eps}, "gpt2"
+    family = {("pre", False, False): "llama", ("pre", True, False): "qwen3",
+              ("res_post", False, True): "olmo2"}.get((c.norm_place, c.qk_norm, c.qk_norm_joint))
+    if family == "llama" and c.qkv_bias and not c.bias:
+        family = "qwen2"
+    if family == "llama" and "sliding" in kinds:  # Mistral has a window in all layers, or in none
+        family = "mistral" if kinds == {"sliding"} and not c.bias else "qwen2"
+    if not plain or c.norm != "rmsnorm" or c.position != "rope" or c.activation != "swiglu" or \
+            not family or ("sliding" in kinds and family in ("llama", "olmo2")):
+        raise ValueError("transformers has no family of this architecture among "
+                         f"{', '.join(FAMILIES)}")
+    out = common | {
+        "hidden_size": c.n_embd, "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.head_size, "max_position_embeddings": c.block_size, "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "attention_bias": c.bias,
+        "sliding_window": c.window if "sliding" in kinds else None}
+    if family == "llama":
+        out["mlp_bias"] = c.bias
+    if "sliding" in kinds and family != "mistral":
+        out |= {"use_sliding_window": True, "max_window_layers": 0, "layer_types": [
+            f"{c.attention_of(i)}_attention" for i in range(c.n_layer)]}
+    kind, _, numbers = c.rope_scaling.partition(":")
+    if kind:
+        names = ("factor", "low_freq_factor", "high_freq_factor",
+                 "original_max_position_embeddings")
+        out["rope_scaling"] = {"rope_type": kind} | dict(zip(names, map(float, numbers.split(","))))
+        if kind == "llama3":
+            out["rope_scaling"][names[3]] = int(out["rope_scaling"][names[3]])
+    return out, family
+
+
+def export_folder(model, folder, tokenizer=None, template=None):
+    """Write a model as a folder that transformers opens. tokenizer: the text of tokenizer.json.
+    Raises ValueError if it has no family there, or if the folder is there and not empty; OSError.
+    """
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ValueError(f"{folder} is there already")
+    if model.quantized:
+        raise ValueError("a quantized model can not be exported: take the one it was made from")
+    config, family = config_for(model.config)
+    state, tensors = model.state_dict(), {}
+    for ours, theirs in their_names(model.config, family).items():
+        unknown = ours.endswith("bias") and (
+            (family in ("qwen3", "olmo2") and ".ffn." in ours) or
+            (family == "qwen2" and (".ffn." in ours or "o_proj" in ours)))
+        if unknown and state[ours].any():
+            raise ValueError(f"{FAMILIES[family]} has no place for {ours}")
+        if not unknown and not (ours == "head.weight" and model.config.tie_embeddings):
+            tensors[theirs] = state[ours]
+    width = model.config.n_head * model.config.head_size
+    kv_width = model.config.n_kv_head * model.config.head_size
+    if family == "qwen2":
+        for i in range(model.config.n_layer):
+            for part, n in (("q", width), ("k", kv_width), ("v", kv_width)):
+                name = f"model.layers.{i}.self_attn.{part}_proj.bias"
+                tensors.setdefault(name, torch.zeros(n))
+    if family == "gpt2":
+        for name in [name for name in tensors if ".c_" in name and name.endswith("weight")]:
+            tensors[name] = tensors[name].T
+        for name in [name for name in tensors if name.endswith("weight") and "wte" not in name
+                     and "wpe" not in name and "lm_head" not in name]:  # they always have biases
+            x = tensors[name]
+            tensors.setdefault(name[:-6] + "bias", x.new_zeros(x.shape[-1]))
+        for name in [name for name in tensors if ".c_attn.q." in name]:
+            parts = [tensors.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+            tensors[name.replace(".q.", ".")] = torch.cat(parts, -1)
+    temporary = os.path.normpath(folder) + ".tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    try:
+        write_safetensors(os.path.join(temporary, "model.safetensors"), tensors)
+        files = {"config.json": config | {"model_type": family, "architectures": [FAMILIES[family]]}}
+        if tokenizer:
+            from bpe import Tokenizer
+
+            t = Tokenizer.from_json(tokenizer)
+            ends = [text for text, i in t.special_tokens.items() if i == t.eot_id]
+            files["tokenizer.json"] = json.loads(tokenizer)
+            files["tokenizer_config.json"] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": model.config.block_size,
+                **({"eos_token": ends[0], "bos_token": ends[0]} if ends else {}),
+                **({"chat_template": jinja(template)} if template else {})}
+            files["config.json"] |= {"eos_token_id": t.eot_id, "bos_token_id": t.eot_id}
+        for name, data in files.items():
+            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
+                json.dump(data, file, indent=2, ensure_ascii=False)
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# -----------------------------------------------------------------------------
 # Resource accounting: what a model costs.
 
 
@@ -1439,12 +1985,21 @@ def info(config, batch_size, tflops):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Sample from a model, or account for its costs.")
-    parser.add_argument("command", nargs="?", choices=("sample", "info", "prune"),
-                        default="sample")
-    parser.add_argument("--ckpt", default=None, metavar="FILE", help="default: out/ckpt.pt")
+    parser = argparse.ArgumentParser(description="Sample from a model, chat with it, make it "
+                                     "smaller, account for its costs, bring it in or out.")
+    parser.add_argument("command", nargs="?", default="sample", choices=(
+        "sample", "chat", "info", "prune", "quantize", "import", "export"))
+    parser.add_argument("paths", nargs="*", help="import: the folder; export: the checkpoint, and "
+                        "the folder to make")
+    parser.add_argument("--ckpt", default=os.path.join("out", "ckpt.pt"), metavar="FILE",
+                        help="default: out/ckpt.pt")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g = parser.add_argument_group("sample")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers")
+    parser.add_argument("--out", metavar="FILE", help="prune, quantize, import: the checkpoint to "
+                        "write (default out/COMMAND.pt)")
+    parser.add_argument("--text", metavar="FILE", help="quantize: text to measure the loss on "
+                        "(default: what the model writes itself)")
+    g = parser.add_argument_group("sample and chat")
     g.add_argument("--prompt", default=None, help="text to continue (default: a new document)")
     g.add_argument("--num_samples", type=int, default=1)
     g.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add (default 200)")
@@ -1452,10 +2007,16 @@ def main():
     g.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest tokens")
     g.add_argument("--top_p", type=float, default=None, help="draw from the likeliest tokens that "
                    "together have this probability")
+    g.add_argument("--min_p", type=float, default=None, help="draw from tokens at least so likely, "
+                   "compared with the likeliest")
     g.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--out", default="out/pruned.pt", metavar="FILE", help="prune: the smaller "
-                        "model, of --n_layer, --n_embd and --d_ff (default out/pruned.pt)")
-    g = parser.add_argument_group("info", "the costs of a checkpoint, or of a model of these sizes")
+    g.add_argument("--draft", metavar="CKPT", help="sample: a small model of the same tokenizer "
+                   "that guesses ahead; the distribution stays the same")
+    g.add_argument("--gamma", type=int, default=4, help="tokens that it guesses (default 4)")
+    g.add_argument("--system", default=None, help="chat: what the assistant is told to be")
+    g.add_argument("--template", choices=("chatml", "llama3", "llama2", "plain"), help="chat: in "
+                   "place of the one in the checkpoint")
+    g = parser.add_argument_group("info, prune", "of a checkpoint, or of a model of these sizes")
     for field in dataclasses.fields(TransformerConfig):
         if field.name == "top_k":  # the flag is there already
             continue
@@ -1469,8 +2030,16 @@ def main():
     if args.temperature < 0 or args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("--temperature must not be negative; --num_samples and --max_new_tokens "
                      "must be at least 1")
-    if (args.top_k is not None and args.top_k < 1) or not 0 < (args.top_p or 1) <= 1:
-        parser.error("--top_k must be at least 1, and --top_p above 0 and at most 1")
+    if args.top_k is not None and args.top_k < 1:
+        parser.error("--top_k must be at least 1")
+    if not 0 < (1 if args.top_p is None else args.top_p) <= 1 or not 0 <= (args.min_p or 0) <= 1:
+        parser.error("--top_p must be above 0 and at most 1, --min_p in 0 to 1")
+    if not 0 < args.gamma < SlidingWindowAttention.SLACK:
+        parser.error(f"--gamma must be in 1 to {SlidingWindowAttention.SLACK - 1}")
+    if len(args.paths) != {"import": 1, "export": 2}.get(args.command, 0):
+        parser.error({"import": "import takes one folder", "export": "export takes a checkpoint "
+                      "and a folder to make"}.get(args.command, f"{args.command} takes no paths: "
+                                                  "see --ckpt and --out"))
     try:
         run(args)
     except KeyboardInterrupt:
@@ -1485,21 +2054,29 @@ def main():
 
 def run(args):
     """Do what the command line asks for."""
-    default = os.path.join("out", "ckpt.pt")
     if args.command == "info":
         names = [field.name for field in dataclasses.fields(TransformerConfig)]
         sizes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-        if args.ckpt or (not sizes and os.path.exists(default)):
-            model, _ = load_checkpoint(args.ckpt or default)
-            sizes = dataclasses.asdict(model.config) | sizes
+        if not sizes or args.ckpt != os.path.join("out", "ckpt.pt"):
+            if sizes or os.path.exists(args.ckpt):
+                sizes = dataclasses.asdict(load_checkpoint(args.ckpt)[0].config) | sizes
         info(TransformerConfig(**sizes), args.batch_size, args.tflops)
         return
-
-    from bpe import EOT, Tokenizer
-
+    out = args.out or os.path.join("out", f"{args.command}.pt")
+    if args.command == "import":
+        import_command(args.paths[0], out)
+        return
     device = pick_device(args.device)
-    path = args.ckpt or default
+    path = args.paths[0] if args.command == "export" else args.ckpt
     model, checkpoint = load_checkpoint(path, device)
+    if args.command == "export":
+        export_folder(model, args.paths[1], checkpoint.get("tokenizer"), checkpoint.get("template"))
+        print(f"{args.paths[1]}: {config_for(model.config)[1]}, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters")
+        return
+
+    from bpe import Tokenizer
+
     if not checkpoint.get("tokenizer"):
         raise ValueError(f"{path} holds no tokenizer: it was trained on ids of unknown meaning")
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
@@ -1507,28 +2084,169 @@ def run(args):
     ids = start + tokenizer.encode(args.prompt or "")
     if not ids:
         raise ValueError("this tokenizer has no end-of-text token to begin with: give a --prompt")
-    ids = torch.tensor([ids], device=device)
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model takes "
+                         f"{model.config.block_size} at most")
     generator = torch.Generator(device).manual_seed(args.seed)
-    if args.command == "prune":  # importance is measured on text of the model's own
-        text = model.generate(ids.expand(16, -1), min(256, model.config.block_size) - ids.shape[1],
-                              generator=generator)
-        small = prune(model, text, args.n_layer or 0, args.n_embd or 0, args.d_ff or 0)
-        save_checkpoint(args.out, small, args=checkpoint.get("args"),
-                        tokenizer=checkpoint["tokenizer"], template=checkpoint.get("template"))
-        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
-        print(f"{args.out}: {sizes[1]:,} of {sizes[0]:,} parameters")
+    if args.command in ("prune", "quantize"):
+        smaller_command(args, model, checkpoint, tokenizer, ids, generator, out)
         return
+    if args.quantize and args.quantize != model.quantized:
+        quantize(model, args.quantize)
+    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+               generator=generator)
+    if args.command == "chat":
+        template = chat_template(args.template) if args.template else checkpoint.get("template")
+        chat(model, tokenizer, template, args.system, args.max_new_tokens, **how)
+        return
+    draft = None
+    if args.draft:
+        draft, theirs = load_checkpoint(args.draft, device)
+        if theirs.get("tokenizer") != checkpoint["tokenizer"]:
+            raise ValueError(f"{args.draft} has another tokenizer than {path}")
+        if args.quantize and args.quantize != draft.quantized:
+            quantize(draft, args.quantize)
+    total, seconds, tokens = {"proposed": 0, "accepted": 0, "calls": 0}, 0.0, 0
     for i in range(args.num_samples):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens can be half characters
-
-        def show(_, new):
-            if new != tokenizer.eot_id:
-                print(decoder.decode(tokenizer.decode_bytes([new])), end="", flush=True)
-
         print(args.prompt or "", end="", flush=True)
-        model.generate(ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                       tokenizer.eot_id, generator, show)
-        print(decoder.decode(b"", True) + ("\n---------------" if i + 1 < args.num_samples else ""))
+        show, finish = printer(tokenizer, {tokenizer.eot_id})
+        begin = time.perf_counter()
+        if draft:
+            text, counts = speculate(model, draft, torch.tensor([ids], device=device),
+                                     args.max_new_tokens, args.gamma, stop=tokenizer.eot_id,
+                                     on_token=show, **how)
+            total = {k: n + counts[k] for k, n in total.items()}
+        else:
+            text = model.generate([ids], args.max_new_tokens, stop=tokenizer.eot_id,
+                                  on_token=show, **how)
+        seconds, tokens = seconds + time.perf_counter() - begin, tokens + len(text[0]) - len(ids)
+        finish()
+        if i + 1 < args.num_samples:
+            print("---------------")
+    if draft:
+        print(f"{tokens / seconds:.1f} tokens/s, {total['accepted'] / max(1, total['proposed']):.0%} "
+              f"of guesses accepted, {tokens / max(1, total['calls']):.2f} tokens per call of the "
+              "target", file=sys.stderr)
+
+
+def printer(tokenizer, stops):
+    """-> (function for `on_token` that prints the text of ids as they come, function that ends the
+    line). A token can be half of a character, which waits for the rest."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(_, token):
+        if token not in stops:
+            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+
+    return show, lambda: print(decoder.decode(b"", True), flush=True)
+
+
+def chat(model, tokenizer, template, system, max_new_tokens, **how):
+    """Talk, line by line from standard input, until its end."""
+    if not template:
+        raise ValueError("this checkpoint holds no chat template (align.py sft makes models that "
+                         "chat): choose one with --template")
+    template = template | ({"default_system": system} if system is not None else {})
+    messages, stops = [], chat_stops(tokenizer, template)
+    limit = model.config.block_size
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = encode_chat(tokenizer, template, messages)
+        while len(ids) + min(max_new_tokens, limit // 2) > limit and len(messages) > 2:
+            messages = messages[2:]  # forget what was said first
+            ids = encode_chat(tokenizer, template, messages)
+        if len(ids) >= limit:
+            print(f"(that is {len(ids)} tokens, and the model takes {limit} at most: say less)")
+            messages.pop()
+            continue
+        show, finish = printer(tokenizer, stops)
+        text = model.generate([ids], min(max_new_tokens, limit - len(ids)), stop=stops,
+                              on_token=show, **how)[0]
+        finish()
+        new = text[len(ids) :]
+        reply = tokenizer.decode(new[:-1] if new[-1] in stops else new)
+        messages.append({"role": "assistant", "content": reply.strip()})
+
+
+@torch.no_grad()
+def smaller_command(args, model, checkpoint, tokenizer, ids, generator, out):
+    """`prune` and `quantize`: write a smaller checkpoint, and say what it is."""
+    before = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    length = model.config.block_size
+    own = model.generate([ids] * 16, min(256, length) - len(ids), generator=generator)
+    kept = dict(args=checkpoint.get("args"), tokenizer=checkpoint["tokenizer"],
+                template=checkpoint.get("template"))
+    if args.command == "prune":  # importance is measured on text of the model's own
+        small = prune(model, torch.tensor(own, device=generator.device), args.n_layer or 0,
+                      args.n_embd or 0, args.d_ff or 0)
+        save_checkpoint(out, small, **kept)
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
+        print(f"{out}: {sizes[1]:,} of {sizes[0]:,} parameters")
+        return
+    if args.text:
+        with open(args.text, encoding="utf-8") as file:
+            text = tokenizer.encode(file.read(100_000))
+        own = [text[i : i + min(512, length)] for i in range(0, min(8192, len(text)), 512)]
+
+    def measure():  # -> mean loss, tokens per second
+        total = count = 0
+        for row in own:
+            x = torch.tensor([row], device=generator.device)
+            if len(row) > 1:
+                total += F.cross_entropy(model(x)[0, :-1].float(), x[0, 1:], reduction="sum").item()
+                count += len(row) - 1
+        rates = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            model.generate([ids], 48, temperature=0)
+            rates.append(48 / (time.perf_counter() - begin))
+        return total / max(1, count), max(rates)
+
+    loss, rate = measure()
+    quantize(model, args.quantize or "int8")
+    new_loss, new_rate = measure()
+    save_checkpoint(out, model, **kept)
+    after = sum(x.numel() * x.element_size() for name, x in model.state_dict().items()
+                if not (model.config.tie_embeddings and name.startswith("embedding")))
+    print(f"{out}: {model.quantized}, {after:,} bytes instead of {before:,} | {new_rate:.1f} "
+          f"tokens/s instead of {rate:.1f} | loss {new_loss:.4f} nats instead of {loss:.4f} "
+          f"({new_loss - loss:+.4f})")
+
+
+def import_command(folder, out):
+    """`import`: a folder of transformers -> a checkpoint."""
+    model = import_folder(folder)
+    tokenizer, template = None, None
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.exists(path):
+        from bpe import Tokenizer
+
+        with open(path, encoding="utf-8") as file:
+            tokenizer = file.read()
+        try:
+            if Tokenizer.from_json(tokenizer).vocab_size > model.config.vocab_size:
+                raise ValueError("it has more tokens than the model")
+        except ValueError as error:
+            print(f"{path} is left out: {error}", file=sys.stderr)
+            tokenizer = None
+    text = ""
+    if os.path.exists(path := os.path.join(folder, "chat_template.jinja")):
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    elif os.path.exists(path := os.path.join(folder, "tokenizer_config.json")):
+        text = str(read_json(path).get("chat_template") or "")
+    template = recognise_template(text)
+    if text and not template:
+        print("its chat template is of an unknown kind, and is left out", file=sys.stderr)
+    save_checkpoint(out, model, tokenizer=tokenizer, template=template)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters"
+          f"{', a tokenizer' if tokenizer else ''}{', a chat template' if template else ''}")
 
 
 if __name__ == "__main__":
