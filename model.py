@@ -656,19 +656,18 @@ class Hyena(nn.Module):
         self.filter_out = Linear(self.WIDTH, C)
         self.skip = nn.Parameter(torch.ones(C))
         self.o_proj = Linear(C, C, config.bias)
-        # from a few steps to several hundred
-        decay = torch.linspace(math.log(1.0), math.log(5e-4), C).exp()
-        self.register_buffer("decay", decay, persistent=False)
 
     def filter(self, T):
         """h: (T, C)"""
-        t = torch.arange(T, device=self.decay.device, dtype=torch.float32)[:, None]
+        t = torch.arange(T, device=self.skip.device, dtype=torch.float32)[:, None]
         bands = torch.linspace(1e-4, self.BANDS - 1, self.BANDS, device=t.device)
         angles = 2 * math.pi * bands * t / self.block_size
         x = torch.cat((t / self.block_size, angles.cos(), angles.sin()), 1)
         h = torch.sin(10 * self.filter_in(x))  # high frequencies, or h would be too smooth
         h = self.filter_out(torch.sin(10 * self.filter_mid(h)))
-        return h * torch.exp(-self.decay * t)
+        # from one step to two thousand
+        decay = torch.linspace(0, math.log(5e-4), len(self.skip), device=t.device).exp()
+        return h * torch.exp(-decay * t)
 
     def new_cache(self, batch, length):
         """What the convolutions need of the past: the inputs of the short one, of the long one."""
@@ -764,7 +763,7 @@ class MixtureOfExperts(nn.Module):
             nn.ModuleList(SwiGLU(config.n_embd, config.d_ff, config.bias) for _ in range(n))
             for n in (config.n_expert, config.n_shared_expert))
         self.register_buffer("bias", torch.zeros(config.n_expert))
-        self.register_buffer("load", torch.zeros(config.n_expert), persistent=False)
+        self.load = 0.0  # tokens that went to each expert since the last step: (E,)
         self.loss = 0.0  # to be added to the model's, of the last forward pass in training
 
     def route(self, x):
@@ -791,7 +790,7 @@ class MixtureOfExperts(nn.Module):
         for expert in self.shared:
             y = y + expert(x)
         if self.training:
-            self.load += counts
+            self.load = self.load + counts
             self.loss = self.z_weight * torch.logsumexp(logits, -1).square().mean()
             if self.balance == "loss":
                 share = counts / counts.sum()
@@ -805,9 +804,9 @@ class MixtureOfExperts(nn.Module):
     @torch.no_grad()
     def update_bias(self):
         """After each step of the optimizer: move the bias against the load since the last."""
-        if self.balance == "bias":
+        if self.balance == "bias" and torch.is_tensor(self.load):
             self.bias += self.balance_weight * torch.sign(self.load.mean() - self.load)
-        self.load.zero_()
+        self.load = 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -940,15 +939,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.n_embd, std)
         if config.position == "learned":
             self.positions = Embedding(config.block_size, config.n_embd, std)
-        elif config.position == "sinusoidal":
-            table = std * sinusoids(config.block_size, config.n_embd)
-            self.register_buffer("sinusoids", table, persistent=False)
-        elif config.position == "rope":
-            at = torch.arange(config.block_size)
-            for size in {config.head_size, config.rope_size}:
-                cos, sin = rope_angles(at, size, config.rope_theta, config.rope_scaling)
-                self.register_buffer(f"cos{size}", cos, persistent=False)
-                self.register_buffer(f"sin{size}", sin, persistent=False)
+        self.make_tables()
         self.dropout = nn.Dropout(config.dropout)
         block = {"pre": Block, "post": PostNormBlock, "res_post": ResPostNormBlock}[config.norm_place]
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
@@ -956,12 +947,30 @@ class Transformer(nn.Module):
         if config.norm_place == "post":  # the last block has just done it
             self.final_norm = nn.Identity()
         self.head = Linear(config.n_embd, config.vocab_size)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie()
         # every block adds to the residual stream twice: start with small steps, as GPT-2 does
         for name, module in self.blocks.named_modules():
             if isinstance(module, Linear) and name.endswith((".o_proj", ".w2")):
                 module.weight.data.mul_(1 / math.sqrt(2 * config.n_layer))
+
+    def make_tables(self, device=None):
+        """Tables of positions that are not learned, and so not in checkpoints."""
+        c = self.config
+        if c.position == "sinusoidal":
+            std = 1 / math.sqrt(c.n_embd) if c.tie_embeddings else 1.0
+            table = std * sinusoids(c.block_size, c.n_embd)
+            self.register_buffer("sinusoids", table.to(device), persistent=False)
+        elif c.position == "rope":
+            for size in {c.head_size, c.rope_size}:
+                tables = rope_angles(torch.arange(c.block_size), size, c.rope_theta, c.rope_scaling)
+                for name, table in zip(("cos", "sin"), tables):
+                    self.register_buffer(f"{name}{size}", table.to(device), persistent=False)
+
+    def tie(self):
+        """Let head and embedding share one matrix, if they are to."""
+        if self.config.tie_embeddings:
+            for name in {"weight", "scale"} & set(self.head.state_dict()):
+                setattr(self.head, name, getattr(self.embedding, name))
 
     def rope(self, layer, at):
         """cos and sin for a layer at positions `at`, a slice or (B, T) of int64; or None."""
@@ -1259,7 +1268,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
-        few = x.numel() // self.d_in <= 8  # for more, the weights are worth turning into numbers
+        few = 0 < x.numel() <= 8 * self.d_in  # for more, turning weights into numbers is worth it
         if few and self.fits and x.device.type == "cpu" and fast_integers(self.kind):
             y = self.kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
@@ -1303,8 +1312,7 @@ def quantize(model, kind):
     if model.config.tie_embeddings:
         model.embedding = QuantizedEmbedding(model.head, "int8")
     model.head = QuantizedLinear(model.head, "int8")
-    if model.config.tie_embeddings:
-        model.embedding.weight, model.embedding.scale = model.head.weight, model.head.scale
+    model.tie()
     model.quantized = kind
     return model.requires_grad_(False)
 
@@ -1376,12 +1384,19 @@ def load_checkpoint(path, device="cpu"):
         for name in sorted({*shapes, *found}):
             if shapes.get(name) != found.get(name):
                 raise ValueError(f"{name} is {found.get(name)}, by its config {shapes.get(name)}")
-        model = Transformer(config).to(device)
-        model = quantize(model, kind) if kind else model
-        model.load_state_dict(checkpoint["model"])
+        model = fill(model, checkpoint["model"], device)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no checkpoint of this model: {error}") from None
-    return model.eval(), checkpoint
+    return model, checkpoint
+
+
+def fill(model, state, device):
+    """Give a model on the meta device the tensors of a state dict -> the model, in eval mode.
+    Random numbers that would be overwritten at once are never drawn."""
+    model.load_state_dict(state, assign=True)
+    model.tie()
+    model.make_tables(device)
+    return model.to(device).eval()
 
 
 def pick_device(name="auto"):
@@ -1762,24 +1777,26 @@ def import_folder(folder):
             x = found.pop(name)
             parts = zip((".q", ".k", ".v"), x.chunk(3, -1)) if "c_attn" in name else [("", x)]
             found |= {f"{module}{part}.{kind}": y.T if y.ndim == 2 else y for part, y in parts}
-    model = Transformer(config).eval()
-    names, state = their_names(config, family), model.state_dict()
+    with torch.device("meta"):
+        model = Transformer(config)
+    names, shapes, state = their_names(config, family), model.state_dict(), {}
     for ours, theirs in names.items():
         has_bias = ours.partition(".")[2].partition(".")[2].startswith(biased) if biased else False
         if ours == "head.weight" and config.tie_embeddings:
             found.pop(theirs, None)
+            state[ours] = state["embedding.weight"]
         elif ours.endswith("bias") and not has_bias and "norm" not in ours and theirs not in found:
-            state[ours].zero_()
+            state[ours] = torch.zeros(shapes[ours].shape)
         elif theirs not in found:
             raise ValueError(f"{folder} lacks the tensor {theirs}")
-        elif found[theirs].shape != state[ours].shape or not found[theirs].is_floating_point():
+        elif found[theirs].shape != shapes[ours].shape or not found[theirs].is_floating_point():
             raise ValueError(f"{theirs} is {tuple(found[theirs].shape)} of {found[theirs].dtype}; "
-                             f"by config.json it is {tuple(state[ours].shape)}")
+                             f"by config.json it is {tuple(shapes[ours].shape)}")
         else:
-            state[ours].copy_(found.pop(theirs))
+            state[ours] = found.pop(theirs).float().contiguous()
     if left := [name for name in found if not name.endswith("rotary_emb.inv_freq")]:
         raise ValueError(f"{folder} holds {left[0]}, for which the model has no place")
-    return model
+    return fill(model, state, "cpu")
 
 
 def config_for(config):
