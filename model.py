@@ -20,7 +20,6 @@ import argparse
 import codecs
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import re
 import shutil
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -67,6 +67,14 @@ class Embedding(nn.Module):
         """(...) int64 -> (..., d)"""
         # the same as self.weight[ids]; the backward pass of indexing is several times slower
         return F.embedding(ids, self.weight)
+
+
+class Dropout(nn.Dropout):
+    """Zeros in training, and no call that costs time otherwise."""
+
+    def forward(self, x):
+        """(...) -> (...)"""
+        return super().forward(x) if self.training and self.p else x
 
 
 def upcast(x):
@@ -116,8 +124,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """(..., d) -> (..., d)"""
-        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return (_RMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
+        if torch.compiler.is_compiling():
+            return rms_norm(x, self.weight, self.eps)
+        if not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one call: for tokens
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -183,7 +194,7 @@ def apply_rope(x, cos, sin, interleaved=False):
     """Turn pairs of channels of queries or keys by angles that grow with position, so that a dot
     product depends on the distance of two tokens only.
 
-    x: (..., T, D); cos, sin: (T, D / 2) of `rope_angles`.
+    x: (..., T, D); cos, sin: (T, D / 2) of `rope_angles`, or (T, D) of `whole_heads`.
     Which channels make pair i is a convention, and mixing up two of them ruins a model without
     any error: here it is i and i + D / 2, as in Hugging Face's Llama and in GPT-NeoX. The paper
     and the weights that Meta gave out pair 2 i and 2 i + 1: `interleaved`.
@@ -193,9 +204,15 @@ def apply_rope(x, cos, sin, interleaved=False):
         a, b = h[..., 0::2], h[..., 1::2]
         out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
     else:  # the same for a, b = h.chunk(2, -1), in few operations on whole heads
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        out = h * cos + h.roll(h.shape[-1] // 2, -1) * sin
+        if cos.shape[-1] < h.shape[-1]:
+            cos, sin = whole_heads(cos, sin)
+        out = torch.addcmul(h * cos, h.roll(h.shape[-1] // 2, -1), sin)
     return out.to(x.dtype)
+
+
+def whole_heads(cos, sin):
+    """(T, D / 2) -> (T, D): what `apply_rope` multiplies a head by, and its halves swapped."""
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def scaled_dot_product_attention(q, k, v, mask=None):
@@ -340,13 +357,17 @@ class TransformerConfig:
 # Attention, in five kinds. Each maps x: (B, T, C) to (B, T, C), and no position sees a later one.
 #
 # rope: cos and sin of the T positions (`rope_angles`), or None. For generation, token by token,
-# each kind keeps what it needs of the past in a cache, a dict of tensors made by `new_cache`;
-# start then is the position of x's first token, an int, or (B,) of int64 if sequences differ.
+# each kind keeps what it needs of the past in a cache, a dict of tensors made by `new_cache`, and
+# is told by `Places` where the tokens of x come.
 
 
-def positions(start, T, device):
-    """Positions of T tokens from start on: (1, T), or (B, T) if start is (B,)."""
-    return torch.as_tensor(start, device=device).view(-1, 1) + torch.arange(T, device=device)
+class Places(NamedTuple):
+    """Positions of the T tokens that come next in B sequences."""
+
+    start: int | None  # the first of them, if all sequences agree
+    at: torch.Tensor  # (B, T), or (1, T) if they agree
+    end: int  # one more than the last
+    mask: torch.Tensor  # (B or 1, 1, T, end) of bool: the positions up to a token's own
 
 
 def write(cache, new, at):
@@ -354,6 +375,15 @@ def write(cache, new, at):
     or (1, T), positions in the cache."""
     rows = torch.arange(len(new), device=new.device)[:, None]
     cache[rows, :, at] = new.transpose(1, 2).to(cache.dtype)
+
+
+def remember(cache, new, places):
+    """Write what is new, (B, H, T, D), to its places -> all up to there, (B, H, end, D)."""
+    if places.start is None:
+        write(cache, new, places.at)
+    else:
+        cache[:, :, places.start : places.end] = new
+    return cache[:, :, : places.end].to(new.dtype)
 
 
 def zeros_for(linear, *shape, dtype=None):
@@ -411,13 +441,13 @@ class CausalSelfAttention(nn.Module):
         return scaled_dot_product_attention(q, k, v, causal_mask(q.shape[2], q.device))
 
     def attend_masked(self, q, k, v, mask):
-        """Attention of T queries to S keys and values where mask, (B or 1, T, S), is True. The
+        """Attention of T queries to S keys and values where mask, (B or 1, 1, T, S), is True. The
         queries of a group are taken as further queries of one head: no key is copied."""
         B, H, T, D = q.shape
         n = self.n_head // self.n_kv_head
         q = q.reshape(B, self.n_kv_head, n * T, D)
-        mask = None if mask is None else mask.repeat(1, n, 1)[:, None]
-        k, v = k.to(q.dtype), v.to(q.dtype)
+        if mask is not None and T > 1:
+            mask = mask.repeat(1, 1, n, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
 
     def new_cache(self, batch, length):
@@ -425,27 +455,16 @@ class CausalSelfAttention(nn.Module):
         shape = batch, self.n_kv_head, length, self.head_size
         return {"k": zeros_for(self.k_proj, *shape), "v": zeros_for(self.v_proj, *shape)}
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """x: (B, T, C) -> (B, T, C)"""
-        B, T, C = x.shape
         q, k, v = self.project(x, rope)
-        if cache is None:
+        if cache is not None:
+            all_k, all_v = (remember(cache[name], a, places) for name, a in (("k", k), ("v", v)))
+        if cache is None or (places.start == 0 and x.shape[1] > 1):
             y = self.attend(q, k, v)
-        elif type(start) is int:
-            S = start + T
-            cache["k"][:, :, start:S], cache["v"][:, :, start:S] = k, v
-            if start == 0 and T > 1:
-                y = self.attend(q, k, v)
-            else:
-                mask = None if T == 1 else causal_mask(S, x.device)[None, start:]
-                y = self.attend_masked(q, cache["k"][:, :, :S], cache["v"][:, :, :S], mask)
-        else:
-            at = positions(start, T, x.device)
-            write(cache["k"], k, at)
-            write(cache["v"], v, at)
-            S = int(start.max()) + T
-            mask = torch.arange(S, device=x.device) <= at[..., None]
-            y = self.attend_masked(q, cache["k"][:, :, :S], cache["v"][:, :, :S], mask)
+        else:  # a single token may look at all there is
+            mask = None if x.shape[1] == 1 and places.start is not None else places.mask
+            y = self.attend_masked(q, all_k, all_v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
@@ -489,21 +508,20 @@ class SlidingWindowAttention(CausalSelfAttention):
         """A ring: position p lies in slot p % slots."""
         return super().new_cache(batch, min(length, self.window + self.SLACK))
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """x: (B, T, C) -> (B, T, C)"""
         if cache is None:
             return super().forward(x, rope)
-        B, T, C = x.shape
         q, k, v = self.project(x, rope)
-        at = positions(start, T, x.device)
-        slots = cache["k"].shape[2]
+        T, at, slots = x.shape[1], places.at, cache["k"].shape[2]
         slot = torch.arange(slots, device=x.device)
-        # what a slot holds: the last position before `start` with this remainder
+        # what a slot holds: the last position before these with this remainder
         held = at[:, :1] - 1 - (at[:, :1] - 1 - slot) % slots
-        keys, values = torch.cat((cache["k"], k), 2), torch.cat((cache["v"], v), 2)
+        keys, values = (torch.cat((cache[name].to(a.dtype), a), 2)
+                        for name, a in (("k", k), ("v", v)))
         key_at = torch.cat((held, at), 1)[:, None]  # (B, 1, slots + T)
         mask = (key_at >= 0) & (key_at <= at[..., None]) & (at[..., None] - key_at < self.window)
-        y = self.attend_masked(q, keys, values, mask)
+        y = self.attend_masked(q, keys, values, mask[:, None])
         kept = slice(max(0, T - slots), T)
         write(cache["k"], k[:, :, kept], at[:, kept] % slots)
         write(cache["v"], v[:, :, kept], at[:, kept] % slots)
@@ -549,9 +567,8 @@ class LinearAttention(CausalSelfAttention):
         return {"S": zeros_for(self.k_proj, batch, H, D, D, dtype=dtype),
                 "z": zeros_for(self.k_proj, batch, H, D, dtype=dtype)}
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """x: (B, T, C) -> (B, T, C)"""
-        B, T, C = x.shape
         q, k, v = self.project(x, None)
         k, v = self.repeat_heads(k, v)
         state = (cache["S"], cache["z"]) if cache else None
@@ -591,7 +608,7 @@ class LatentAttention(nn.Module):
         """(B, 1, length, rank + rope_size)"""
         return {"latent": zeros_for(self.k_up, batch, 1, length, self.rank + self.rope_size)}
 
-    def forward(self, x, rope=None, cache=None, start=0, absorb=None):
+    def forward(self, x, rope=None, cache=None, places=None, absorb=None):
         """x: (B, T, C) -> (B, T, C)"""
         B, T, C = x.shape
         H, D, R = self.n_head, self.head_size, self.rope_size
@@ -603,11 +620,8 @@ class LatentAttention(nn.Module):
             k_rope = apply_rope(k_rope, *rope)
         mask = None
         if cache is not None:
-            at = positions(start, T, x.device)
-            write(cache["latent"], torch.cat((latent, k_rope), -1), at)
-            S = (start if type(start) is int else int(start.max())) + T
-            latent, k_rope = cache["latent"][:, :, :S].to(q.dtype).split((self.rank, R), -1)
-            mask = (torch.arange(S, device=x.device) <= at[..., None])[:, None]
+            both = remember(cache["latent"], torch.cat((latent, k_rope), -1), places)
+            (latent, k_rope), mask = both.split((self.rank, R), -1), places.mask
         scale, dropout = 1 / math.sqrt(D + R), self.dropout if self.training else 0.0
         if cache is not None if absorb is None else absorb:
             # q . (U l) = (U^T q) . l, and the sum of p (U l) is U (sum of p l)
@@ -675,7 +689,7 @@ class Hyena(nn.Module):
         return {"short": zeros_for(linear, batch, 3, 2, C),
                 "long": zeros_for(linear, batch, 1, length, C)}
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """x: (B, T, C) -> (B, T, C)"""
         B, T, C = x.shape
         u = torch.stack([project(x) for project in self.in_proj], 1)  # (B, 3, T, C)
@@ -687,18 +701,14 @@ class Hyena(nn.Module):
         u = u[:, :, 2:] * taps[0] + u[:, :, 1:-1] * taps[1] + u[:, :, :-2] * taps[2]
         x0, x1, v = u.unbind(1)
         v = x1 * v
-        if cache is None or (type(start) is int and start == 0):
+        if cache is not None:
+            past = remember(cache["long"], v[:, None], places)[:, 0]
+        if cache is None or places.start == 0:
             y = fft_convolution(v, self.filter(T))
         else:  # for few tokens, the sum as it stands
-            at = positions(start, T, x.device)
-            write(cache["long"], v[:, None], at)
-            S = (start if type(start) is int else int(start.max())) + T
-            lag = at[..., None] - torch.arange(S, device=x.device)  # (B or 1, T, S)
-            h = self.filter(S)[lag.clamp(min=0)].masked_fill((lag < 0)[..., None], 0.0)
-            y = torch.einsum("btsc,bsc->btc", h.expand(B, -1, -1, -1).to(v.dtype),
-                             cache["long"][:, 0, :S].to(v.dtype))
-        if cache is not None and type(start) is int and start == 0:
-            cache["long"][:, 0, :T] = v
+            lag = places.at[..., None] - torch.arange(places.end, device=x.device)  # (B or 1, T, S)
+            h = self.filter(places.end)[lag.clamp(min=0)].masked_fill((lag < 0)[..., None], 0.0)
+            y = torch.einsum("btsc,bsc->btc", h.expand(B, -1, -1, -1).to(v.dtype), past)
         return self.o_proj(x0 * (y + self.skip.to(v.dtype) * v))
 
     def mixing_flops(self, T):
@@ -838,11 +848,11 @@ class Block(nn.Module):
             self.ffn = SwiGLU(config.n_embd, config.d_ff, config.bias)
         else:
             self.ffn = FeedForward(config.n_embd, config.d_ff, config.activation, config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, start))
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, places))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -850,9 +860,9 @@ class PostNormBlock(Block):
     """norm(x + attention(x)), then norm(x + feed_forward(x)): as in 2017. The norm lies in the way
     of the gradient, which makes deep models hard to train (Xiong et al. 2020)."""
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """(B, T, C) -> (B, T, C)"""
-        x = self.attn_norm(x + self.dropout(self.attn(x, rope, cache, start)))
+        x = self.attn_norm(x + self.dropout(self.attn(x, rope, cache, places)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
@@ -860,9 +870,9 @@ class ResPostNormBlock(Block):
     """x + norm(attention(x)), then x + norm(feed_forward(x)): what is added has a known size, and
     the way of the gradient stays free (Liu et al. 2021, Swin V2; OLMo 2)."""
 
-    def forward(self, x, rope=None, cache=None, start=0):
+    def forward(self, x, rope=None, cache=None, places=None):
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.dropout(self.attn_norm(self.attn(x, rope, cache, start)))
+        x = x + self.dropout(self.attn_norm(self.attn(x, rope, cache, places)))
         return x + self.dropout(self.ffn_norm(self.ffn(x)))
 
 
@@ -876,11 +886,13 @@ class Cache:
         self.lengths = [0] * batch  # tokens seen of each sequence
         self.device = model.embedding.weight.device
 
-    def start(self):
-        """Position of the next token: an int if all sequences agree, else (B,) of int64."""
-        if len(set(self.lengths)) == 1:
-            return self.lengths[0]
-        return torch.tensor(self.lengths, device=self.device)
+    def places(self, T):
+        """`Places` of the next T tokens."""
+        agree = len(set(self.lengths)) == 1
+        first = torch.tensor(self.lengths[: 1 if agree else None], device=self.device)[:, None]
+        at, end = first + torch.arange(T, device=self.device), max(self.lengths) + T
+        mask = torch.arange(end, device=self.device) <= at[..., None]
+        return Places(self.lengths[0] if agree else None, at, end, mask[:, None])
 
     def advance(self, n):
         """Count n more tokens of each sequence."""
@@ -940,9 +952,10 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.positions = Embedding(config.block_size, config.n_embd, std)
         self.make_tables()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         block = {"pre": Block, "post": PostNormBlock, "res_post": ResPostNormBlock}[config.norm_place]
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
+        self.kinds = [config.attention_of(i) for i in range(config.n_layer)]
         self.final_norm = make_norm(config, config.n_embd)
         if config.norm_place == "post":  # the last block has just done it
             self.final_norm = nn.Identity()
@@ -972,13 +985,12 @@ class Transformer(nn.Module):
             for name in {"weight", "scale"} & set(self.head.state_dict()):
                 setattr(self.head, name, getattr(self.embedding, name))
 
-    def rope(self, layer, at):
-        """cos and sin for a layer at positions `at`, a slice or (B, T) of int64; or None."""
-        if self.config.position != "rope":
+    def rope(self, kind, at):
+        """cos and sin for whole heads at positions `at`, a slice or (B, T) of int64; or None."""
+        if self.config.position != "rope" or kind == "hyena":
             return None
-        latent = self.config.attention_of(layer) == "latent"
-        size = self.config.rope_size if latent else self.config.head_size
-        tables = getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at]
+        size = self.config.rope_size if kind == "latent" else self.config.head_size
+        tables = whole_heads(getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at])
         return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
 
     def forward(self, ids, cache=None, last=0):
@@ -987,21 +999,23 @@ class Transformer(nn.Module):
         cache: a `Cache` that holds the tokens before these, and these afterwards.
         last: only the logits of so many last positions, (B, last, V); 0: all.
         """
-        T, start = ids.shape[1], 0 if cache is None else cache.start()
-        end = start + T if type(start) is int else max(cache.lengths) + T
-        if end > self.config.block_size:
+        T, places, at = ids.shape[1], None, slice(0, ids.shape[1])
+        if cache is not None:
+            places = cache.places(T)
+            at = places.at if places.start is None else slice(places.start, places.end)
+        if (end := places.end if places else T) > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
-        at = slice(start, end) if type(start) is int else positions(start, T, ids.device)
         x = self.embedding(ids)
         if self.config.position == "learned":
             x = x + self.positions.weight[at]
         elif self.config.position == "sinusoidal":
             x = x + self.sinusoids[at]
         x = self.dropout(x)
+        ropes = {kind: self.rope(kind, at) for kind in set(self.kinds)}
         for i, block in enumerate(self.blocks):
-            rope = self.rope(i, at)
+            rope = ropes[self.kinds[i]]
             if cache is not None:
-                x = block(x, rope, cache.layers[i], start)
+                x = block(x, rope, cache.layers[i], places)
             elif self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
@@ -1026,21 +1040,32 @@ class Transformer(nn.Module):
 
     def prefill(self, prompts, length):
         """Read prompts, lists of ids of unequal lengths -> (Cache for `length` tokens, logits of
-        the next ids (B, V)). Prompts of one length are read together, equal ones once: no padding,
-        so that nothing depends on what else is in the batch."""
+        the next ids (B, V)). Equal prompts are read once."""
+        device = self.embedding.weight.device
         distinct = sorted({tuple(prompt) for prompt in prompts}, key=lambda p: (len(p), p))
-        cache, logits = None, []
-        for _, group in itertools.groupby(distinct, len):
-            group = torch.tensor(list(group), device=self.embedding.weight.device)
-            part = Cache(self, len(group), length)
-            logits.append(self(group, part, last=1)[:, 0])
-            if cache is None:
-                cache = part
-            else:
-                cache.append(part)
         rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        same = len(distinct[0]) == len(distinct[-1])
+        # keys and values of what fills up a shorter text lie behind it, where no token looks until
+        # the text itself has written there; a state or a ring would have taken it in
+        can_fill = set(self.kinds) <= {"full", "latent"}
+        cache, group = Cache(self, 0, length), []
+        for i, prompt in enumerate(distinct):
+            group.append(prompt if same else prompt[:-1])
+            nxt = len(distinct[i + 1]) if i + 1 < len(distinct) else math.inf
+            if nxt == len(prompt) or (can_fill and 2 * nxt < 3 * len(group[0]) + 32):
+                continue
+            part, longest = Cache(self, len(group), length), len(group[-1])
+            filled = [ids + (0,) * (longest - len(ids)) for ids in group]
+            if longest:
+                logits = self(torch.tensor(filled, device=device), part, last=1)[:, 0]
+                part.lengths = [len(ids) for ids in group]
+            cache.append(part)
+            group = []
+        if not same:  # the last token of each, then, is the first that all read together
+            last = torch.tensor([prompt[-1:] for prompt in distinct], device=device)
+            logits = self(last, cache, last=1)[:, 0]
         cache.select(rows)
-        return cache, torch.cat(logits)[rows]
+        return cache, logits[rows]
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
