@@ -79,15 +79,20 @@ class Dropout(nn.Dropout):
 
 def upcast(x):
     """x in float32, or as it is if that is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). x: (..., d), weight: (d,).
     Computed in float32 at least: squares of bfloat16 lose too much."""
     h = upcast(x)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h * weight).to(x.dtype)
+    return (h * inverse_rms(h, eps) * weight).to(x.dtype)
+
+
+def inverse_rms(h, eps):
+    """1 / sqrt(mean(h^2) + eps): (..., d) -> (..., 1)"""
+    n = torch.linalg.vector_norm(h, dim=-1, keepdim=True)  # of squares, sum and root in one call
+    return torch.rsqrt(n * n / h.shape[-1] + eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -98,8 +103,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         h = upcast(x)
-        r = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_()
-        r = r.div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = inverse_rms(h, eps)
         ctx.save_for_backward(x, weight, r)
         return (h * r * weight).to(x.dtype)
 
@@ -124,11 +128,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """(..., d) -> (..., d)"""
-        if torch.compiler.is_compiling():
-            return rms_norm(x, self.weight, self.eps)
-        if not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one call: for tokens
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (_RMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -367,7 +368,7 @@ class Places(NamedTuple):
     start: int | None  # the first of them, if all sequences agree
     at: torch.Tensor  # (B, T), or (1, T) if they agree
     end: int  # one more than the last
-    mask: torch.Tensor  # (B or 1, 1, T, end) of bool: the positions up to a token's own
+    mask: torch.Tensor | None  # (B or 1, 1, T, end) of bool: positions up to a token's own; or all
 
 
 def write(cache, new, at):
@@ -391,6 +392,17 @@ def zeros_for(linear, *shape, dtype=None):
     return getattr(linear, "scale", linear.weight).new_zeros(shape, dtype=dtype)
 
 
+def join(linears):
+    """-> (weight, bias) of one product in place of several of the same input, where the matrices
+    are so small that calls cost more than what they do; else None."""
+    if any(type(linear) is not Linear for linear in linears) or \
+            sum(linear.weight.numel() for linear in linears) > 2**20:
+        return None
+    bias = [linear.bias for linear in linears if linear.bias is not None]
+    weight = torch.cat([linear.weight for linear in linears])
+    return weight, torch.cat(bias) if bias else None
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries,
     each serves a group of queries (Ainslie et al. 2023), which makes a smaller cache.
@@ -409,14 +421,26 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
         self.o_proj = Linear(width, config.n_embd, config.bias)
         self.qk_norm, self.qk_norm_joint = config.qk_norm, config.qk_norm_joint
+        self.joined = None
         if self.qk_norm or self.qk_norm_joint:  # (Henry et al. 2020): scores can not grow freely
             joint = self.qk_norm_joint
             self.q_norm = RMSNorm(width if joint else self.head_size, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if joint else self.head_size, config.norm_eps)
 
+    def join(self, on):
+        """Before generation, on; and off after it: compute q, k and v as one."""
+        can = on and not (self.qk_norm or self.qk_norm_joint)
+        self.joined = join((self.q_proj, self.k_proj, self.v_proj)) if can else None
+
     def project(self, x, rope):
         """x -> q: (B, H, T, D); k, v: (B, n_kv_head, T, D)"""
         B, T, _ = x.shape
+        if self.joined:
+            heads = self.n_head + self.n_kv_head
+            y = F.linear(x, *self.joined).view(B, T, -1, self.head_size).transpose(1, 2)
+            qk, v = y[:, :heads], y[:, heads:]
+            qk = qk if rope is None else apply_rope(qk, *rope)
+            return qk[:, : self.n_head], qk[:, self.n_head :], v
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -462,9 +486,8 @@ class CausalSelfAttention(nn.Module):
             all_k, all_v = (remember(cache[name], a, places) for name, a in (("k", k), ("v", v)))
         if cache is None or (places.start == 0 and x.shape[1] > 1):
             y = self.attend(q, k, v)
-        else:  # a single token may look at all there is
-            mask = None if x.shape[1] == 1 and places.start is not None else places.mask
-            y = self.attend_masked(q, all_k, all_v, mask)
+        else:
+            y = self.attend_masked(q, all_k, all_v, places.mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
@@ -629,14 +652,14 @@ class LatentAttention(nn.Module):
             q = torch.cat((q[..., :D] @ up, q[..., D:]), -1)  # (B, H, T, rank + R)
             k = torch.cat((latent, k_rope), -1).expand(B, H, -1, -1)
             v = latent.expand(B, H, -1, -1)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, cache is None, scale=scale)
             y = y @ self.v_up.weight.view(H, D, self.rank).mT.to(q.dtype)
         else:
             S = latent.shape[2]
             k, v = (up(latent[:, 0]).view(B, S, H, D).transpose(1, 2)
                     for up in (self.k_up, self.v_up))
             k = torch.cat((k, k_rope.expand(B, H, S, R)), -1)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, cache is None, scale=scale)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
@@ -728,9 +751,17 @@ class SwiGLU(nn.Module):
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
         self.w3 = Linear(d, d_ff, bias)
+        self.joined = None
+
+    def join(self, on):
+        """Before generation, on; and off after it: compute w1 x and w3 x as one."""
+        self.joined = join((self.w1, self.w3)) if on else None
 
     def forward(self, x):
         """(..., d) -> (..., d)"""
+        if self.joined:
+            gate, up = F.linear(x, *self.joined).chunk(2, -1)
+            return self.w2(F.silu(gate) * up)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # silu(x) = x * sigmoid(x)
 
 
@@ -891,6 +922,8 @@ class Cache:
         agree = len(set(self.lengths)) == 1
         first = torch.tensor(self.lengths[: 1 if agree else None], device=self.device)[:, None]
         at, end = first + torch.arange(T, device=self.device), max(self.lengths) + T
+        if agree and T == 1:
+            return Places(self.lengths[0], at, end, None)
         mask = torch.arange(end, device=self.device) <= at[..., None]
         return Places(self.lengths[0] if agree else None, at, end, mask[:, None])
 
@@ -1038,6 +1071,13 @@ class Transformer(nn.Module):
             if isinstance(block.ffn, MixtureOfExperts):
                 block.ffn.update_bias()
 
+    def join(self, on):
+        """Before generation, on, and after it, off: fewer and larger matrix products."""
+        for block in self.blocks:
+            for part in (block.attn, block.ffn):
+                if hasattr(part, "join"):
+                    part.join(on)
+
     def prefill(self, prompts, length):
         """Read prompts, lists of ids of unequal lengths -> (Cache for `length` tokens, logits of
         the next ids (B, V)). Equal prompts are read once."""
@@ -1095,6 +1135,7 @@ class Transformer(nn.Module):
         rows = [i for i, text in enumerate(texts) if len(text) < ends[i]]  # still to be written
         was_training = self.training
         self.eval()
+        self.join(True)
         if rows:
             cache, logits = self.prefill([texts[i][-limit:] for i in rows],
                                          min(limit, max(ends[i] for i in rows)))
@@ -1122,6 +1163,7 @@ class Transformer(nn.Module):
                 window = torch.tensor([texts[i][-limit:] for i in uncached], device=cache.device)
                 logits += [self(window, last=1)[:, 0]]
             logits = torch.cat(logits) if rows else None
+        self.join(False)
         self.train(was_training)
         if torch.is_tensor(ids):
             length = max(map(len, texts))
@@ -1199,6 +1241,8 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
         return token_probabilities(logits, *how)
 
     done = False
+    for model in (target, draft):
+        model.join(True)
     while not done and len(text) < limit:
         n = min(gamma, limit - len(text) - 1)
         saved = [cache.copy() for cache in caches]
@@ -1223,6 +1267,8 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
                 break
         caches = [cache.rewind(model, old, text[:-1])
                   for model, cache, old in zip((target, draft), caches, saved)]
+    for model in (target, draft):
+        model.join(False)
     if not done and len(text) < end:  # no room in the window is left for guesses
         ids = target.generate([text], end - len(text), temperature, top_k, top_p, stop, generator,
                               on_token, min_p)
@@ -1293,7 +1339,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
-        few = 0 < x.numel() <= 8 * self.d_in  # for more, turning weights into numbers is worth it
+        few = 0 < x.numel() <= 32 * self.d_in  # for more, turning weights into numbers is worth it
         if few and self.fits and x.device.type == "cpu" and fast_integers(self.kind):
             y = self.kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias

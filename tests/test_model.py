@@ -464,7 +464,9 @@ def test_generate():
 
 
 def test_generate_stops_each_sequence_at_its_stop():
-    model, ids, seen = tiny(), torch.randint(50, (3, 4)), []
+    model, ids, seen = tiny(bias=True), torch.randint(50, (3, 4)), []
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)  # biases, too
     stop = int(model.generate(ids, 1, temperature=0)[0, -1])
     out = model.generate(ids, 12, temperature=0, stop=stop, on_token=lambda i, new: seen.append((i, new)))
     assert (out[0, 4:] == stop).all()
