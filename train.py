@@ -24,6 +24,7 @@ TinyStories, on one GPU:
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -105,6 +106,16 @@ def backward(model, batches, autocast, loss_fn=None, norms=None):
                    if p.grad is not None]
             norms.append(((total / max(1, count)) ** 2 * sum(g.square().sum() for g in own)).item())
     return loss
+
+
+def move_state(optimizers, device):
+    """Move the state of optimizers, a list, to a device: to the CPU's memory between steps
+    (`--offload optimizer`), so that on a GPU it and the activations need not fit at one time."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            for name, x in state.items():
+                if torch.is_tensor(x):
+                    state[name] = x.to(device)
 
 
 def gradient_noise_scale(small_norms, big_norms, small, big):
@@ -566,6 +577,9 @@ def build_parser():
                    help="of matrix products; auto: bfloat16 where the device is fast at it")
     g.add_argument("--activation_checkpointing", action="store_true", help="keep only each block's "
                    "input, and compute the rest again in the backward pass: less memory")
+    g.add_argument("--offload", choices=("none", "activations", "optimizer", "both"),
+                   default="none", help="what a GPU keeps in the CPU's memory meanwhile (default "
+                   "none): slower, and the same losses")
     g.add_argument("--compile", action="store_true", help="torch.compile: pays on long runs")
     g.add_argument("--peak_flops", type=float, help="of the device in TFLOP/s, for MFU")
     g.add_argument("--seed", type=int, default=1337)
@@ -632,6 +646,14 @@ def make_autocast(device, dtype):
     return functools.partial(
         torch.autocast, kind, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=True
     ), dtype
+
+
+@contextlib.contextmanager
+def keep_on_cpu(autocast, pin_memory):
+    """autocast's context, in which what the backward pass will need goes to the CPU's memory, and
+    comes back for it (`--offload activations`)."""
+    with autocast(), torch.autograd.graph.save_on_cpu(pin_memory=pin_memory):
+        yield
 
 
 def known_peak(device):
@@ -709,6 +731,8 @@ def run(args):
     start = path if args.resume else None if args.init_from == "scratch" else args.init_from
     if start:
         model, checkpoint = load_checkpoint(start, device)
+        if model.quantized and not args.eval_only:
+            raise ValueError(f"{start} is quantized: train the checkpoint that it was made from")
         config = dataclasses.asdict(model.config)
         for name, value in given.items():
             if config[name] != value and name != "dropout":
@@ -765,6 +789,9 @@ def run(args):
         return
 
     # optimizer and schedule
+    offload = {"both": ("activations", "optimizer")}.get(args.offload, (args.offload,))
+    if "activations" in offload:
+        autocast = functools.partial(keep_on_cpu, autocast, torch.device(device).type == "cuda")
     optimizers = make_optimizers(raw_model, args.optimizer, args.learning_rate, args.weight_decay,
                                  (args.beta1, args.beta2), args.momentum)
     warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
@@ -840,9 +867,13 @@ def run(args):
                 kept = f"; {path} is from before it" if os.path.exists(path) else ""
                 raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
                                  f"{norm}{kept}: try a smaller --learning_rate")
+            if "optimizer" in offload:
+                move_state(optimizers, device)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if "optimizer" in offload:
+                move_state(optimizers, "cpu")
             raw_model.update_router_bias()
             step += 1
 

@@ -5,6 +5,7 @@ train.py beside nanoGPT, on the same machine and text, and beside itself. Run by
     python tests/bench_train.py --nanogpt nanoGPT --text tinyshakespeare/input.txt --repeat 5
     python tests/bench_train.py --nanogpt nanoGPT --bins data/ts
     python tests/bench_train.py --ablations data/ts --results ablations.jsonl --repeat 2
+    python tests/bench_train.py --machine
 
 1. The same architecture (GPT-2's), batch and precision, step for step in turn: time and memory.
 2. The CPU demonstration of nanoGPT's README (character-level tiny Shakespeare, 4 layers, 4 heads,
@@ -13,6 +14,7 @@ train.py beside nanoGPT, on the same machine and text, and beside itself. Run by
    seconds from the start of the process to its end, and losses.
 3. nanoGPT's model and train.py's on the same bins (of bpe.py) for the same wall time.
 4. One change at a time from the default model and optimizer, at an equal number of tokens.
+5. What bfloat16, --compile and --activation_checkpointing do on this machine.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import re
 import resource
 import shutil
@@ -235,6 +238,126 @@ def ablations(bins, results, repeat):
         print(f"| {name} | {mean:.3f} | {mean - default:+.3f} | {max(found) - min(found):.3f} | {speed:.2f} |")
 
 
+def tinystories(nanogpt, bins, repeat):
+    """Part 3. Both are judged on all of val.bin, each window from its own beginning."""
+    import torch
+
+    import model as M
+    import train as T
+
+    header = T.open_bin(os.path.join(bins, "val.bin"))[1]
+    vocab, text_bytes = int(header[3]), int(header[5])
+    sizes = "--n_layer=4 --n_head=4 --n_embd=256 --block_size=256 --batch_size=8".split()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(nanogpt, os.path.join(folder, "nanoGPT"))
+        data = os.path.join(copy, "data", "stories")
+        os.makedirs(data)
+        for name in ("train.bin", "val.bin"):  # its format has no header
+            pathlib.Path(data, name).write_bytes(pathlib.Path(bins, name).read_bytes()[1024:])
+        pathlib.Path(data, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab}))
+        spec = importlib.util.spec_from_file_location("their_model", os.path.join(nanogpt, "model.py"))
+        theirs = sys.modules["their_model"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+
+        def judge(model):
+            val = T.open_bin(os.path.join(bins, "val.bin"))[0]
+            loss = T.evaluate(model, val, 8, 256, "cpu", T.make_autocast("cpu", "float32")[0])
+            return loss / 0.6931471805599453 * len(val) / text_bytes
+
+        def their_run(rate, steps, seed):
+            pathlib.Path(copy, "train.py").write_text(pathlib.Path(nanogpt, "train.py").read_text().replace(
+                "torch.manual_seed(1337", f"torch.manual_seed({seed}"))
+            command = [sys.executable, "train.py", *sizes, "--dataset=stories", "--device=cpu", "--compile=False",
+                       "--eval_iters=1", "--eval_interval=100000", "--always_save_checkpoint=True",
+                       "--gradient_accumulation_steps=1", "--dropout=0.0", f"--max_iters={steps}",
+                       f"--eval_interval={steps}", f"--lr_decay_iters={steps}", "--warmup_iters=50", "--beta2=0.99",
+                       f"--learning_rate={rate}", f"--min_lr={rate / 10}", f"--out_dir={folder}/theirs"]
+            seconds, _ = timed(command, cwd=copy)
+            checkpoint = torch.load(f"{folder}/theirs/ckpt.pt", weights_only=True)
+            model = theirs.GPT(theirs.GPTConfig(**checkpoint["model_args"]))
+            model.load_state_dict(checkpoint["model"])
+
+            class All(torch.nn.Module):  # nanoGPT gives all logits only where it is given targets
+                def forward(self, ids):
+                    return model(ids, ids)[0]
+            return seconds, judge(All())
+
+        def our_run(steps, seed):
+            command = [sys.executable, os.path.join(ROOT, "train.py"), *sizes, "--data", bins, "--device=cpu",
+                       f"--max_iters={steps}", "--optimizer=muon", "--learning_rate=1e-2", "--decay_fraction=0.6",
+                       "--eval_interval=100000", f"--out_dir={folder}/ours", f"--seed={seed}"]
+            seconds, _ = timed(command)
+            return seconds, judge(M.load_checkpoint(f"{folder}/ours/ckpt.pt")[0])
+
+        steps, rates = 600, (1e-3, 2e-3, 4e-3)
+        tuned = {rate: their_run(rate, steps, 1) for rate in rates}
+        for rate, (seconds, bits) in tuned.items():
+            print(f"  nanoGPT, {steps} steps at {rate:g}: {seconds:.0f} s, {bits:.4f} bits per byte", flush=True)
+        best = min(rates, key=lambda rate: tuned[rate][1])
+        pace = our_run(100, 1)[0], our_run(200, 1)[0]
+        for seed in range(1, repeat + 1):
+            seconds, bits = tuned[best] if seed == 1 else their_run(best, steps, seed)
+            n = int(100 + (0.97 * seconds - pace[0]) / (pace[1] - pace[0]) * 100)
+            our_seconds, our_bits = our_run(n, seed)
+            print(f"  seed {seed}: nanoGPT at {best:g} {seconds:.0f} s, {bits:.4f} bits per byte; train.py, {n} steps, "
+                  f"{our_seconds:.0f} s, {our_bits:.4f} ({our_bits - bits:+.4f})", flush=True)
+
+
+def machine():
+    """Part 5."""
+    import torch
+
+    import model as M
+    import train as T
+
+    print("| 4 layers, batch | float32 | bfloat16 | float32, compiled | bfloat16, compiled |\n|---|---|---|---|---|")
+    for width, batch, T_, vocab in ((128, 12, 64, 65), (128, 32, 64, 65), (256, 8, 256, 2048), (512, 8, 256, 2048)):
+        steps, times = [], []
+        x, y = torch.randint(0, vocab, (2, batch, T_))
+        for compiled in (False, True):
+            for dtype in ("float32", "bfloat16"):
+                config = M.TransformerConfig(vocab_size=vocab, block_size=T_, n_embd=width)
+                model = M.Transformer(config)
+                optimizer = T.AdamW(T.parameter_groups(model, 0.1))
+                steps.append((torch.compile(model) if compiled else model, optimizer, T.make_autocast("cpu", dtype)[0]))
+                times.append([])
+        for i in range(13):
+            for (model, optimizer, autocast), found in zip(steps, times):
+                start = time.perf_counter()
+                T.backward(model, [(x, y)], autocast)
+                optimizer.step()
+                optimizer.zero_grad()
+                if i >= 3:
+                    found.append(1e3 * (time.perf_counter() - start))
+        print(f"| width {width}, {batch} x {T_}, vocabulary {vocab:,} | "
+              + " | ".join(f"{statistics.median(found):.0f}" for found in times) + " |", flush=True)
+    for kind in ("kept", "checkpointed"):
+        megabytes = json.loads(timed([sys.executable, __file__, "--memory", kind])[1].splitlines()[-1])
+        print(f"activations {kind}: {megabytes[0]:.0f} MB above the model, {megabytes[1]:.2f} s a step")
+
+
+def activations(kind):
+    """Peak memory above what is there before the first step, and seconds of a step: 12 layers of width
+    256, 8 sequences of 512, bfloat16 where it is fast."""
+    import torch
+
+    import model as M
+    import train as T
+
+    model = M.Transformer(M.TransformerConfig(vocab_size=2048, block_size=512, n_layer=12))
+    model.activation_checkpointing = kind == "checkpointed"
+    x, y = torch.randint(0, 2048, (2, 8, 512))
+    autocast = T.make_autocast("cpu", "auto")[0]
+    unit = 1 << (20 if sys.platform == "darwin" else 10)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        T.backward(model, [(x, y)], autocast)
+        times.append(time.perf_counter() - start)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit - before, statistics.median(times[1:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--nanogpt", metavar="DIR")
@@ -243,14 +366,22 @@ def main():
     parser.add_argument("--ablations", metavar="DIR", help="train.bin and val.bin: part 4")
     parser.add_argument("--results", default="ablations.jsonl", metavar="FILE", help="of part 4")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--machine", action="store_true", help="part 5")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory in ("kept", "checkpointed"):
+        print(json.dumps(activations(args.memory)))
+        return
     if args.memory:
         step = steps(args.memory, args.nanogpt)
         for _ in range(30):
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10)))
         return
+    if args.machine:
+        machine()
+    if args.bins:
+        tinystories(args.nanogpt, args.bins, args.repeat)
     if args.ablations:
         ablations(args.ablations, args.results, args.repeat)
     if args.text:

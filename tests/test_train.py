@@ -479,6 +479,29 @@ def test_architectures_train_and_sample(data, tmp_path, flags):
         torch.testing.assert_close(chosen, expected.amax(-1), atol=1e-4, rtol=0)
 
 
+def test_offloading_and_checkpointing_change_no_loss(data, tmp_path):
+    found = []
+    for i, flags in enumerate(("", "--offload both", "--offload activations --activation_checkpointing")):
+        result = run("--data", data, "--max_iters", 12, "--dropout", 0.1, "--optimizer", "muon", *flags.split(),
+                     "--out_dir", f"o{i}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        found.append(losses(tmp_path / f"o{i}"))
+    assert found[0] == found[1] == found[2]
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    w.grad = torch.ones(2, 2)
+    optimizer = T.AdamW([w])
+    optimizer.step()
+    T.move_state([optimizer], "meta")  # another device than the one it is on
+    assert optimizer.state[w]["m"].is_meta and optimizer.state[w]["v"].is_meta and optimizer.state[w]["step"] == 1
+
+
+def test_quantized_checkpoints_are_not_trained(data, tmp_path):
+    model = M.quantize(M.Transformer(M.TransformerConfig(vocab_size=257, block_size=16, n_embd=32)), "int8")
+    M.save_checkpoint(tmp_path / "q.pt", model)
+    result = run("--data", data, "--init_from", "q.pt", cwd=tmp_path)
+    assert result.returncode == 1 and "quantized" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_evaluating_more_often_changes_no_loss(data, tmp_path):
     for interval in (3, 12):
         flags = ("--data", data, "--max_iters", 12, "--eval_interval", interval, "--dropout", 0.2)

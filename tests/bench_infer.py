@@ -1,0 +1,143 @@
+"""
+model.py's generation beside transformers', on the same machine, weights and prompts. By hand:
+
+    pip install transformers
+    python tests/bench_infer.py --ckpt out-ts/ckpt.pt                 # a model of our own
+    python tests/bench_infer.py --folder SmolLM2-135M-Instruct --batch 1 16 --tokens 64
+    python tests/bench_infer.py --ckpt big.pt --draft small.pt --repeat 7
+
+Greedy, float32, with caches, in turn in one process; ratios are medians over the turns. The ids
+have to be equal, but where two logits are closer than rounding. --draft: plain and speculative
+decoding of ours alone, greedy and at temperature 0.8.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import model as M
+
+
+def in_turn(contestants, repeat):
+    """{name: function that returns a number of tokens and a result} -> ({name: tokens per second of
+    each turn}, {name: its last result}), the first turn being a rehearsal."""
+    rates, results = {name: [] for name in contestants}, {}
+    for turn in range(repeat + 1):
+        for name, run in contestants.items():
+            begin = time.perf_counter()
+            n, results[name] = run()
+            if turn:
+                rates[name].append(n / (time.perf_counter() - begin))
+    return rates, results
+
+
+def report(rates, first):
+    for name, found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, rates[first]))
+        print(f"    {name:28} {statistics.median(found):8.1f} tokens/s   {ratio:5.2f} x {first}", flush=True)
+
+
+def beside_transformers(model, folder, prompts, tokens, repeat):
+    """Ours, ours in int8 and int4, and theirs."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+
+    def their_run():
+        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return out[:, length:].numel(), out[:, length:].tolist()
+
+    def ours(model):
+        def run():
+            out = model.generate(prompts, tokens, temperature=0)
+            return tokens * len(prompts), [text[len(p):] for text, p in zip(out, prompts)]
+        return run
+
+    contestants = {"transformers": their_run, "model.py": ours(model)}
+    for kind in ("int8", "int4"):
+        with torch.device("meta"):
+            copy = M.Transformer(model.config)
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        contestants[f"model.py, {kind}"] = ours(M.quantize(M.fill(copy, state, "cpu"), kind))
+    with torch.no_grad():
+        rates, results = in_turn(contestants, repeat)
+    report(rates, "transformers")
+    int8, ours = rates["model.py, int8"], rates["model.py"]
+    print(f"    int8 beside our float32: {statistics.median(a / b for a, b in zip(int8, ours)):.2f} x")
+    same = sum(a == b for a, b in zip(results["transformers"], results["model.py"]))
+    print(f"    the same ids in {same} of {len(prompts)} texts")
+    for prompt, a, b in zip(prompts, results["transformers"], results["model.py"]):
+        if a != b:  # how close was it?
+            i = next(i for i in range(tokens) if a[i] != b[i])
+            two = model(torch.tensor([prompt + a[:i]]))[0, -1, [a[i], b[i]]]
+            print(f"    at token {i}: logits {two.tolist()}")
+
+
+def with_draft(model, draft, prompt, tokens, gamma, repeat):
+    for temperature in (0, 0.8):
+        counts = {"proposed": 0, "accepted": 0, "calls": 0}
+
+        def plain():
+            out = model.generate([prompt], tokens, temperature, generator=torch.Generator().manual_seed(1))
+            return len(out[0]) - len(prompt), out[0]
+
+        def speculative():
+            out, found = M.speculate(model, draft, torch.tensor([prompt]), tokens, gamma, temperature,
+                                     generator=torch.Generator().manual_seed(1))
+            for k in counts:
+                counts[k] += found[k]
+            return out.shape[1] - len(prompt), out[0].tolist()
+
+        rates, results = in_turn({"plain": plain, "speculative": speculative}, repeat)
+        print(f"  temperature {temperature}, gamma {gamma}: {counts['accepted'] / counts['proposed']:.0%} accepted, "
+              f"{(repeat + 1) * tokens / counts['calls']:.2f} tokens per call of the target"
+              + (f", the same ids: {results['plain'] == results['speculative']}" if not temperature else ""))
+        report(rates, "plain")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ckpt", metavar="FILE")
+    parser.add_argument("--folder", metavar="DIR", help="as transformers has them")
+    parser.add_argument("--draft", metavar="FILE")
+    parser.add_argument("--gamma", type=int, nargs="+", default=[4])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    if not (args.ckpt or args.folder):
+        parser.error("give --ckpt or --folder")
+    torch.manual_seed(0)
+    model = M.load_checkpoint(args.ckpt)[0] if args.ckpt else M.import_folder(args.folder)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{n / 1e6:.1f} million parameters, {torch.get_num_threads()} threads, {args.tokens} new tokens")
+    # prompts of 8 to 38 tokens that the model itself finds likely
+    texts = model.generate([[i] for i in range(max(args.batch))], 38, generator=torch.Generator().manual_seed(0))
+    prompts = [text[: 8 + 2 * (7 * i % 16)] for i, text in enumerate(texts)]
+    if args.draft:
+        draft = M.load_checkpoint(args.draft)[0]
+        for gamma in args.gamma:
+            with_draft(model, draft, prompts[0], args.tokens, gamma, args.repeat)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or os.path.join(temporary, "exported")
+        if not args.folder:
+            M.export_folder(model, folder)
+        for batch in args.batch:
+            print(f"  batch {batch}")
+            beside_transformers(model, folder, prompts[:batch], args.tokens, args.repeat)
+
+
+if __name__ == "__main__":
+    main()
