@@ -1,0 +1,987 @@
+"""
+GPU kernels in Triton: the cost of a computation is moving its data.
+
+    python kernels.py check      # every kernel against float64; without a GPU in Triton's interpreter
+    python kernels.py bench      # time, bandwidth and peak memory beside PyTorch, on a GPU; else counts
+    python kernels.py profile    # where the time of one training step goes, with and without them
+    python kernels.py ptx        # what the compiler makes of them: registers, spills, tensor cores
+
+A GPU computes far faster than it reads: an H100 does some 300 operations on bfloat16 in the time
+that its memory takes to deliver one. PyTorch's eager operations each read their input from memory
+and write their output to it. A fused kernel reads once, does all there is to do in registers, and
+writes once. To copy one of these into a project of your own, copy this file: each is a function.
+
+In the comments: B batch, H heads, T queries, S keys, D head size, V vocabulary; N rows of anything.
+A program is what Triton runs many of, each on its own block of the output; tl.constexpr are known
+when a kernel is compiled, and each of their values makes a kernel of its own.
+"""
+
+import argparse
+import functools
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+# must be set before triton is imported: without a GPU kernels run in numpy, slowly, but they run
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+
+def tuned(configs, key):
+    """Decorator: try these settings when a kernel first meets a value of `key`, and keep the
+    fastest (triton.autotune); in the interpreter, where none is fast, take the first."""
+    if INTERPRETED:
+        return triton.heuristics({name: lambda args, value=value: value
+                                  for name, value in configs[0].kwargs.items()})
+    return triton.autotune(configs, key)
+
+
+def config(warps, stages=3, **sizes):
+    """One setting: warps (groups of 32 threads) in a program, and loads kept in flight."""
+    return triton.Config(sizes, num_warps=warps, num_stages=stages)
+
+
+def expect(condition, message, error=ValueError):
+    """Raise the error unless the condition holds."""
+    if not condition:
+        raise error(message)
+
+
+def same_kind(*tensors):
+    """Raise unless all have one dtype, of floating point, and one device that Triton can use."""
+    first = tensors[0]
+    for x in tensors:
+        expect(torch.is_tensor(x), f"expected a tensor, not {type(x).__name__}", TypeError)
+        expect(x.dtype == first.dtype, f"dtypes differ: {first.dtype} and {x.dtype}", TypeError)
+        expect(x.device == first.device, f"devices differ: {first.device} and {x.device}")
+    expect(first.dtype in (torch.float32, torch.float16, torch.bfloat16),
+           f"{first.dtype} is not supported: use float32, float16 or bfloat16", TypeError)
+    expect(first.is_cuda or INTERPRETED, f"tensors on {first.device} need TRITON_INTERPRET=1, set "
+           "before Triton is imported")
+
+
+def warps_for(block):
+    """A thread should have some 16 numbers of a row: more, and its registers do not suffice."""
+    return min(32, max(4, block // 512))
+
+
+# -----------------------------------------------------------------------------
+# Softmax, the first warm-up: one program per row, which is read once and written once. Eager
+# PyTorch, spelled out as exp(x - max) / sum, moves each row five times.
+
+
+@triton.jit
+def softmax_forward(x, y, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # a row number times n can be more than 2^31
+    i = tl.arange(0, BLOCK)  # a power of two, so the end of the row has to be masked
+    v = tl.load(x + row * n + i, mask=i < n, other=-float("inf")).to(tl.float32)
+    e = tl.exp(v - tl.max(v, 0))
+    tl.store(y + row * n + i, (e / tl.sum(e, 0)).to(y.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def softmax_backward(y, g, dx, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    p = tl.load(y + row * n + i, mask=i < n, other=0.0).to(tl.float32)
+    d = tl.load(g + row * n + i, mask=i < n, other=0.0).to(tl.float32)
+    d = p * (d - tl.sum(p * d, 0))
+    tl.store(dx + row * n + i, d.to(dx.dtype.element_ty), mask=i < n)
+
+
+class Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y, n = torch.empty_like(x), x.shape[-1]
+        if x.numel():
+            block = triton.next_power_of_2(n)
+            softmax_forward[(x.numel() // n,)](x, y, n, block, num_warps=warps_for(block))
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        g, dx, n = g.contiguous(), torch.empty_like(y), y.shape[-1]
+        if y.numel():
+            block = triton.next_power_of_2(n)
+            softmax_backward[(y.numel() // n,)](y, g, dx, n, block, num_warps=warps_for(block))
+        return dx
+
+
+def softmax(x):
+    """exp(x) / sum(exp(x)) over the last dimension, of up to 65,536. x: (..., n) -> (..., n)"""
+    same_kind(x)
+    expect(x.ndim and x.shape[-1] <= 65536, f"rows of at most 65,536, not {tuple(x.shape)}")
+    return Softmax.apply(x.contiguous())
+
+
+# -----------------------------------------------------------------------------
+# Matrix product, the second warm-up: a program computes one tile of the result, and walks along K.
+
+
+@triton.jit
+def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    # Row by row, the programs that run at one time would need all of b. In this order they form
+    # a block of GROUP rows of tiles, which share their tiles of a and of b in the L2 cache.
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    group = pid // (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    inside = pid % (GROUP * columns)
+    return group * GROUP + inside % height, inside // height
+
+
+@tuned([config(4, 3, BM=64, BN=64, BK=32), config(8, 3, BM=128, BN=256, BK=64),
+        config(8, 4, BM=128, BN=128, BK=64), config(4, 4, BM=128, BN=64, BK=64),
+        config(4, 4, BM=64, BN=128, BK=64), config(4, 5, BM=32, BN=64, BK=64)], ["M", "N", "K"])
+@triton.jit
+def matmul_kernel(a, b, c, M, N, K, am, ak, bk, bn,  # strides
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
+    i, j, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    i, j = i.to(tl.int64), j.to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        inside = start + k < K
+        x = tl.load(a + i[:, None] * am + (start + k)[None, :] * ak,
+                    mask=(i < M)[:, None] & inside[None, :], other=0.0)
+        y = tl.load(b + (start + k)[:, None] * bk + j[None, :] * bn,
+                    mask=inside[:, None] & (j < N)[None, :], other=0.0)
+        acc = tl.dot(x, y, acc, input_precision="ieee")  # float32 stays float32, not TF32
+    tl.store(c + i[:, None] * N + j[None, :], acc.to(c.dtype.element_ty),
+             mask=(i < M)[:, None] & (j < N)[None, :])
+
+
+def product(a, b):
+    """a @ b of two matrices with any strides."""
+    (M, K), N = a.shape, b.shape[1]
+    c = torch.zeros((M, N), device=a.device, dtype=a.dtype)
+    if c.numel() and K:
+        matmul_kernel[lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)](
+            a, b, c, M, N, K, *a.stride(), *b.stride())
+    return c
+
+
+class MatMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return product(a, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return product(g, b.T), product(a.T, g)  # a transpose is a matter of strides
+
+
+def matmul(a, b):
+    """a @ b. a: (M, K), b: (K, N) -> (M, N), summed in float32."""
+    same_kind(a, b)
+    expect(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0],
+           f"can not multiply {tuple(a.shape)} by {tuple(b.shape)}")
+    return MatMul.apply(a, b)
+
+
+# -----------------------------------------------------------------------------
+# RMSNorm, with the addition to the residual stream that comes before it in most models.
+
+
+@triton.jit
+def rms_norm_forward(x, residual, weight, y, total, inverse, n, eps, BLOCK: tl.constexpr,
+                     ADD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < n
+    h = tl.load(x + row * n + i, mask=inside, other=0.0)
+    if ADD:  # rounded as an addition in eager PyTorch is
+        h = h + tl.load(residual + row * n + i, mask=inside, other=0.0)
+        tl.store(total + row * n + i, h, mask=inside)
+    h = h.to(tl.float32)
+    r = 1 / tl.sqrt(tl.sum(h * h, 0) / n + eps)
+    tl.store(inverse + row, r)
+    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * n + i, (h * r * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_backward(h, weight, inverse, g, g_total, dx, partial, rows, n, BLOCK: tl.constexpr,
+                      ADD: tl.constexpr):
+    # with r = 1 / rms: dx = r g w - x r^3 mean(g w x). The gradient of the weight is a sum over
+    # rows; each program sums the rows it has into one row of `partial`, and those are summed
+    # afterwards: two stages, no atomic additions, the same result every time.
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    i = tl.arange(0, BLOCK)
+    inside = i < n
+    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    at = program.to(tl.int64) * n + i
+    for row in range(program, rows, programs):
+        v = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(inverse + row)
+        dw += d * v * r
+        d = d * w
+        out = r * d - v * (r * r * r * (tl.sum(d * v, 0) / n))
+        if ADD:
+            out += tl.load(g_total + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+        at += programs * n
+    tl.store(partial + program.to(tl.int64) * n + i, dw, mask=inside)
+
+
+@triton.jit
+def sum_rows(x, y, rows, n, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        acc += tl.sum(tl.load(x + row[:, None] * n + i[None, :],
+                              mask=(row < rows)[:, None] & (i < n)[None, :], other=0.0), 0)
+    tl.store(y + i, acc.to(y.dtype.element_ty), mask=i < n)
+
+
+def programs_for(device):
+    """Enough programs to fill a GPU: a few for each of its multiprocessors."""
+    if device.type != "cuda":
+        return 3
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual):
+        n, add = x.shape[-1], residual is not None
+        rows, block = x.numel() // max(1, n), triton.next_power_of_2(n)
+        y, total = torch.empty_like(x), torch.empty_like(x) if add else x
+        inverse = torch.empty(rows, device=x.device, dtype=torch.float32)
+        if rows:
+            rms_norm_forward[(rows,)](x, residual if add else x, weight, y, total, inverse, n, eps,
+                                      block, add, num_warps=warps_for(block))
+        ctx.save_for_backward(total, weight, inverse)
+        return (y, total) if add else y
+
+    @staticmethod
+    def backward(ctx, g, g_total=None):
+        h, weight, inverse = ctx.saved_tensors
+        n, rows, add = h.shape[-1], len(inverse), g_total is not None
+        programs, block = min(rows, programs_for(h.device)), triton.next_power_of_2(n)
+        dx, dw = torch.empty_like(h), torch.zeros_like(weight)
+        if rows:
+            partial = torch.empty((programs, n), device=h.device, dtype=torch.float32)
+            rms_norm_backward[(programs,)](h, weight, inverse, g.contiguous(),
+                                           g_total.contiguous() if add else h, dx, partial, rows, n,
+                                           block, add, num_warps=warps_for(block))
+            sum_rows[(triton.cdiv(n, 64),)](partial, dw, programs, n, 32, 64)
+        return dx, dw, None, dx if add else None
+
+
+def rms_norm(x, weight, eps=1e-5, residual=None):
+    """h / sqrt(mean(h^2) + eps) * weight with h = x, or with a residual h = x + residual.
+
+    x, residual: (..., n), n at most 65,536; weight: (n,) -> (..., n), or (that, h).
+    """
+    same_kind(x, weight, *([] if residual is None else [residual]))
+    expect(x.ndim and weight.shape == x.shape[-1:] and x.shape[-1] <= 65536,
+           f"x of {tuple(x.shape)} and weight of {tuple(weight.shape)} do not fit")
+    expect(residual is None or residual.shape == x.shape, "residual and x must have one shape")
+    residual = residual if residual is None else residual.contiguous()
+    return RMSNorm.apply(x.contiguous(), weight.contiguous(), eps, residual)
+
+
+# -----------------------------------------------------------------------------
+# SwiGLU: silu(gate) * up. Eager PyTorch keeps silu(gate) for the backward pass; here it is computed
+# again, which costs nothing while memory is what one waits for.
+
+
+@triton.jit
+def swiglu_forward(a, b, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(a + i, mask=i < n).to(tl.float32)
+    v = tl.load(b + i, mask=i < n).to(tl.float32)
+    tl.store(y + i, (u * tl.sigmoid(u) * v).to(y.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def swiglu_backward(a, b, g, da, db, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(a + i, mask=i < n).to(tl.float32)
+    v = tl.load(b + i, mask=i < n).to(tl.float32)
+    d = tl.load(g + i, mask=i < n).to(tl.float32)
+    s = tl.sigmoid(u)
+    tl.store(da + i, (d * v * s * (1 + u * (1 - s))).to(da.dtype.element_ty), mask=i < n)
+    tl.store(db + i, (d * u * s).to(db.dtype.element_ty), mask=i < n)
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        y, n = torch.empty_like(gate), gate.numel()
+        if n:
+            swiglu_forward[(triton.cdiv(n, 1024),)](gate, up, y, n, 1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        da, db, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+        if n:
+            swiglu_backward[(triton.cdiv(n, 1024),)](gate, up, g.contiguous(), da, db, n, 1024)
+        return da, db
+
+
+def swiglu(gate, up):
+    """silu(gate) * up = gate * sigmoid(gate) * up, element by element."""
+    same_kind(gate, up)
+    expect(gate.shape == up.shape, f"shapes differ: {tuple(gate.shape)} and {tuple(up.shape)}")
+    return SwiGLU.apply(gate.contiguous(), up.contiguous())
+
+
+# -----------------------------------------------------------------------------
+# Cross-entropy over a vocabulary. The gradient, softmax - onehot, is written by the forward pass:
+# what it needs is at hand, and the logits (for V = 131,072 the largest tensor of all) are not read
+# a third time. In place, it takes no memory either.
+
+
+@triton.jit
+def cross_entropy_kernel(logits, grad, targets, losses, V, scale, ignore_index, BLOCK: tl.constexpr,
+                         GRAD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    logits += row * V
+    grad += row * V
+    if target == ignore_index:
+        tl.store(losses + row, 0.0)
+        if GRAD:
+            for start in range(0, V, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                tl.store(grad + i, tl.zeros((BLOCK,), grad.dtype.element_ty), mask=i < V)
+    else:
+        at_target = tl.load(logits + target).to(tl.float32)
+        # online: where a larger maximum comes, what was summed before shrinks by the difference
+        m = tl.full((), -float("inf"), tl.float32)
+        total = tl.zeros((), tl.float32)
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            v = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
+            larger = tl.maximum(m, tl.max(v, 0))
+            total = total * tl.exp(m - larger) + tl.sum(tl.exp(v - larger), 0)
+            m = larger
+        lse = m + tl.log(total)
+        tl.store(losses + row, lse - at_target)
+        if GRAD:
+            for start in range(0, V, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                v = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
+                p = tl.exp(v - lse) - tl.where(i == target, 1.0, 0.0)
+                tl.store(grad + i, (p * scale).to(grad.dtype.element_ty), mask=i < V)
+
+
+def check_targets(targets, shape, V, ignore_index):
+    """Raise unless targets are ids below V, or ignore_index, one for each row."""
+    expect(targets.shape == shape, f"targets are {tuple(targets.shape)}, not {tuple(shape)}")
+    expect(targets.dtype == torch.int64, f"targets are {targets.dtype}, not int64", TypeError)
+    outside = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+    expect(not outside.any(), f"a target is not in 0 to {V - 1}, nor ignore_index {ignore_index}",
+           IndexError)
+
+
+def losses_of(logits, targets, ignore_index, scale, grad):
+    """Losses of rows (N,) in float32; their gradient, times scale, is written to grad if given."""
+    N, V = logits.shape
+    losses = torch.zeros(N, device=logits.device, dtype=torch.float32)
+    if N and V:
+        block = min(4096, triton.next_power_of_2(V))
+        cross_entropy_kernel[(N,)](logits, logits if grad is None else grad, targets, losses, V,
+                                   scale, ignore_index, block, grad is not None,
+                                   num_warps=warps_for(2 * block))
+    return losses
+
+
+class CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, reduction, inplace):
+        n = int((targets != ignore_index).sum()) if reduction == "mean" else 1
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = logits if inplace else torch.empty_like(logits)
+        losses = losses_of(logits.detach(), targets, ignore_index, 1 / max(1, n),
+                           grad if grad is None else grad.detach())
+        ctx.save_for_backward(grad)
+        return losses.sum() / max(1, n)
+
+    @staticmethod
+    def backward(ctx, g):
+        (grad,) = ctx.saved_tensors
+        # a gradient of 1, as of loss.backward(), needs no further pass through memory
+        return (grad if g == 1 else grad * g.to(grad.dtype)), None, None, None, None
+
+
+def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", inplace=False):
+    """Negative log-likelihood of the targets in nats: their mean, or "sum".
+
+    logits: (..., V); targets: (...) int64. Targets of ignore_index do not count; with none that
+    counts the loss is 0. inplace: the logits, which nothing else may use then, become the gradient.
+    Raises IndexError for a target that is no id.
+    """
+    same_kind(logits)
+    expect(logits.ndim >= 2, f"logits are {tuple(logits.shape)}, not (..., V)")
+    expect(reduction in ("mean", "sum"), f"reduction is mean or sum, not {reduction}")
+    V = logits.shape[-1]
+    check_targets(targets, logits.shape[:-1], V, ignore_index)
+    return CrossEntropy.apply(logits.contiguous().view(-1, V), targets.contiguous().view(-1),
+                              ignore_index, reduction, inplace and logits.is_contiguous())
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, reduction, chunk):
+        n = max(1, int((targets != ignore_index).sum())) if reduction == "mean" else 1
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        dx = torch.zeros_like(x) if need_x else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        loss = torch.zeros((), device=x.device, dtype=torch.float32)
+        for i in range(0, len(x), chunk):
+            part = x[i : i + chunk]
+            logits = part @ weight.T  # all there ever is of them: (chunk, V)
+            losses = losses_of(logits, targets[i : i + chunk], ignore_index, 1 / n,
+                               logits if need_x or need_weight else None)
+            loss += losses.sum() / n
+            if need_x:
+                dx[i : i + chunk] = logits @ weight  # logits are their gradient by now
+            if need_weight:
+                dw += logits.T @ part
+        ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        return *(d if d is None or g == 1 else d * g.to(d.dtype) for d in ctx.saved_tensors), \
+            None, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean", chunk=None):
+    """cross_entropy(x @ weight.T, targets), of which the logits are never all in memory: they are
+    made, and turned into gradients, `chunk` rows at a time (Wijmans et al. 2024; Hsu et al. 2024).
+
+    x: (..., C), weight: (V, C), targets: (...) int64. chunk: by default so many rows that their
+    logits take as much memory as x does, and at least 64.
+    """
+    same_kind(x, weight)
+    expect(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:],
+           f"x of {tuple(x.shape)} and weight of {tuple(weight.shape)} do not fit")
+    expect(reduction in ("mean", "sum"), f"reduction is mean or sum, not {reduction}")
+    check_targets(targets, x.shape[:-1], len(weight), ignore_index)
+    rows = x.contiguous().view(-1, x.shape[-1])
+    chunk = chunk or max(64, triton.next_power_of_2(max(1, rows.numel() // max(1, len(weight)))))
+    return LinearCrossEntropy.apply(rows, weight, targets.contiguous().view(-1), ignore_index,
+                                    reduction, chunk)
+
+
+# -----------------------------------------------------------------------------
+# FlashAttention-2 (Dao 2023): softmax(q k^T scale) v without the (T, S) matrix ever in memory. A
+# tile of queries stays in registers while tiles of keys and values pass by; the softmax is kept up
+# to date as larger scores come (an online softmax: m the maximum so far, l the sum). For the
+# backward pass only the output and the logarithm of the sum, one number a row, are kept; the
+# probabilities are computed anew.
+#
+# Query i has position i + S - T among the keys: if there are fewer queries than keys, they are the
+# last. A causal query sees keys up to its own position, with a window only the last `window` of
+# them. A query that sees no key at all has output 0 and moves nothing.
+
+
+def flash_attention_torch(q, k, v, causal=True, window=None, scale=None, tile=64):
+    """The algorithm in PyTorch, tile by tile, to be read before the kernels. See
+    `flash_attention` for the arguments; tile: queries, and keys, at a time."""
+    check_attention(q, k, v, causal, window)
+    return FlashAttentionTorch.apply(q, k, v, causal, window, scale or q.shape[-1] ** -0.5, tile)
+
+
+def seen(i, j, offset, causal, window):
+    """Whether queries i see keys j, (len(i), len(j)) of bool."""
+    distance = (i + offset)[:, None] - j[None, :]
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        mask &= distance >= 0
+    if window:
+        mask &= distance < window
+    return mask
+
+
+class FlashAttentionTorch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, causal, window, scale, tile):
+        (B, H, T, D), S = q.shape, k.shape[2]
+        group = H // k.shape[1]
+        kk, vv = (x.repeat_interleave(group, 1).float() for x in (k, v))
+        o = torch.zeros_like(q)
+        lse = torch.full((B, H, T), -math.inf, device=q.device)
+        for i in torch.arange(T, device=q.device).split(tile):
+            qi = q[:, :, i].float() * scale
+            m = torch.full((B, H, len(i), 1), -math.inf, device=q.device)
+            l, acc = torch.zeros_like(m), torch.zeros_like(qi)
+            for j in torch.arange(S, device=q.device).split(tile):
+                mask = seen(i, j, S - T, causal, window)
+                if not mask.any():
+                    continue
+                s = (qi @ kk[:, :, j].mT).masked_fill(~mask, -math.inf)
+                larger = torch.maximum(m, s.amax(-1, keepdim=True))
+                base = larger.masked_fill(larger == -math.inf, 0.0)  # nothing seen so far
+                p, shrink = torch.exp(s - base), torch.exp(m - base)
+                l, acc, m = l * shrink + p.sum(-1, keepdim=True), acc * shrink + p @ vv[:, :, j], \
+                    larger
+            o[:, :, i] = (acc / l.masked_fill(l == 0, 1.0)).to(q.dtype)
+            lse[:, :, i] = (m + torch.log(l))[..., 0]  # -inf where nothing was seen
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.options = causal, window, scale, tile
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, o, lse = ctx.saved_tensors
+        causal, window, scale, tile = ctx.options
+        (T, D), (K, S) = q.shape[2:], k.shape[1:3]
+        group = q.shape[1] // K
+        kk, vv = (x.repeat_interleave(group, 1).float() for x in (k, v))
+        dq, dk, dv = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(kk), \
+            torch.zeros_like(vv)
+        delta = (g.float() * o.float()).sum(-1, keepdim=True)  # sum over keys of p dp
+        for j in torch.arange(S, device=q.device).split(tile):
+            for i in torch.arange(T, device=q.device).split(tile):
+                mask = seen(i, j, S - T, causal, window)
+                if not mask.any():
+                    continue
+                qi, gi = q[:, :, i].float(), g[:, :, i].float()
+                p = torch.exp(qi @ kk[:, :, j].mT * scale - lse[:, :, i, None])
+                p = p.masked_fill(~mask, 0.0)
+                dv[:, :, j] += p.mT @ gi
+                ds = p * (gi @ vv[:, :, j].mT - delta[:, :, i]) * scale
+                dq[:, :, i] += ds @ kk[:, :, j]
+                dk[:, :, j] += ds.mT @ qi
+        dk, dv = (x.unflatten(1, (K, group)).sum(2) for x in (dk, dv))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+# Tiles. q (BM, D) and the accumulator (BM, D), in float32, live in registers all the time: with
+# BM = 128 and D = 128 these are 128 x 128 x 6 bytes = 96 kB of a multiprocessor's 256 kB, which
+# leaves room for the scores (BM, BN) with 8 warps. Tiles of k and v wait in shared memory, 2 stages
+# x 2 x BN x D x 2 bytes: 64 kB for BN = 64. At D = 256 everything doubles, so tiles halve.
+FORWARD = [config(8, 3, BM=128, BN=64), config(4, 3, BM=64, BN=64), config(8, 3, BM=128, BN=128),
+           config(4, 4, BM=128, BN=64), config(4, 2, BM=64, BN=32), config(8, 2, BM=64, BN=64)]
+# The backward pass holds two accumulators (dk and dv) and two tiles more: smaller tiles.
+BACKWARD = [config(8, 2, BM=64, BN=64), config(8, 2, BM=64, BN=128), config(4, 2, BM=32, BN=64),
+            config(4, 2, BM=32, BN=32), config(8, 3, BM=64, BN=64), config(4, 2, BM=64, BN=32)]
+
+
+@triton.jit
+def load_tile(base, row, rows, stride, d, D: tl.constexpr, BD: tl.constexpr):
+    # rows of a (rows, D) matrix, zeros outside
+    mask = (row < rows)[:, None]
+    if D != BD:
+        mask = mask & (d < D)[None, :]
+    return tl.load(base + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def visible(i, j, T, S, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    mask = (i < T)[:, None] & (j < S)[None, :]
+    distance = (i + S - T)[:, None] - j[None, :]
+    if CAUSAL:
+        mask = mask & (distance >= 0)
+    if WINDOW:
+        mask = mask & (distance < WINDOW)
+    return mask
+
+
+@triton.jit
+def attend(acc, m, l, q, k, v, start, stop, i, d, T, S, sk, sv, scale, D: tl.constexpr,
+           BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+           MASKED: tl.constexpr):
+    # keys start to stop, for the queries i; scale holds log2(e): exp2 is what the hardware has
+    for n in range(start, stop, BN):
+        j = n + tl.arange(0, BN)
+        kj = load_tile(k, j, S, sk, d, D, BD)
+        s = tl.dot(q, tl.trans(kj), input_precision="ieee") * scale
+        if MASKED:
+            s = tl.where(visible(i, j, T, S, CAUSAL, WINDOW), s, -float("inf"))
+        larger = tl.maximum(m, tl.max(s, 1))
+        base = larger
+        if MASKED:
+            base = tl.where(larger == -float("inf"), 0.0, larger)
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(m - base)
+        l = l * shrink + tl.sum(p, 1)
+        vj = load_tile(v, j, S, sv, d, D, BD)
+        acc = tl.dot(p.to(vj.dtype), vj, acc * shrink[:, None], input_precision="ieee")
+        m = larger
+    return acc, m, l
+
+
+@tuned(FORWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"])
+@triton.jit
+def flash_forward(q, k, v, o, lse, scale, T, S, H, group, qb, qh, qt, kb, kh, kt, vb, vh, vt,
+                  D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr):
+    # long tiles first: with a causal mask the last queries have the most keys
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    q += b * qb + h * qh
+    k += b * kb + h // group * kh
+    v += b * vb + h // group * vh
+    i, d = tile * BM + tl.arange(0, BM), tl.arange(0, BD)
+    qi = load_tile(q, i, T, qt, d, D, BD)
+    m = tl.full((BM,), -float("inf"), tl.float32)
+    l = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    # keys that some query of the tile sees, [lo, hi), and those that all see, [full_lo, full_hi):
+    # only the tiles at the edges need a mask
+    first, last = tile * BM + S - T, tile * BM + BM - 1 + S - T  # positions of the queries
+    lo, hi = 0, S
+    full_lo, full_hi = 0, S // BN * BN
+    if CAUSAL:
+        hi = tl.maximum(0, tl.minimum(S, last + 1))
+        full_hi = tl.maximum(0, tl.minimum(full_hi, (first + 1) // BN * BN))
+    if WINDOW:
+        lo = tl.maximum(0, first - WINDOW + 1) // BN * BN
+        full_lo = tl.maximum(0, last - WINDOW + BN) // BN * BN
+    full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+    full_hi = tl.maximum(full_hi, full_lo)
+    if WINDOW:
+        acc, m, l = attend(acc, m, l, qi, k, v, lo, full_lo, i, d, T, S, kt, vt, scale, D, BD, BN,
+                           CAUSAL, WINDOW, True)
+    acc, m, l = attend(acc, m, l, qi, k, v, full_lo, full_hi, i, d, T, S, kt, vt, scale, D, BD, BN,
+                       CAUSAL, WINDOW, False)
+    acc, m, l = attend(acc, m, l, qi, k, v, full_hi, hi, i, d, T, S, kt, vt, scale, D, BD, BN,
+                       CAUSAL, WINDOW, True)
+    l = tl.where(l == 0, 1.0, l)  # saw nothing: acc is 0, and m -inf
+    acc = acc / l[:, None]
+    at = (bh * T + i)[:, None] * D + d[None, :]
+    tl.store(o + at, acc.to(o.dtype.element_ty), mask=(i < T)[:, None] & (d < D)[None, :])
+    tl.store(lse + bh * T + i, m + tl.log2(l), mask=i < T)  # in base 2, as the scores are
+
+
+@triton.jit
+def flash_delta(o, g, delta, T, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
+    # sum over d of o g, which is the sum over keys of p dp: (B H, T)
+    i, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BD)
+    bh = tl.program_id(1).to(tl.int64)
+    oi = load_tile(o + bh * T * D, i, T, D, d, D, BD).to(tl.float32)
+    gi = load_tile(g + bh * T * D, i, T, D, d, D, BD).to(tl.float32)
+    tl.store(delta + bh * T + i, tl.sum(oi * gi, 1), mask=i < T)
+
+
+@tuned(BACKWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"])
+@triton.jit
+def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, H, group, qb, qh, qt, kb, kh,
+                        kt, vb, vh, vt, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
+                        WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    # one tile of keys and values stays; the queries of all heads of its group pass by
+    tile, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    heads = H // group
+    b, head = bk // heads, bk % heads
+    j, d = tile * BN + tl.arange(0, BN), tl.arange(0, BD)
+    kj = load_tile(k + b * kb + head * kh, j, S, kt, d, D, BD)
+    vj = load_tile(v + b * vb + head * vh, j, S, vt, d, D, BD)
+    dk_acc = tl.zeros((BN, BD), tl.float32)
+    dv_acc = tl.zeros((BN, BD), tl.float32)
+    lo, hi = 0, T
+    if CAUSAL:
+        lo = tl.maximum(0, tile * BN - (S - T)) // BM * BM
+    if WINDOW:
+        hi = tl.maximum(0, tl.minimum(T, tile * BN + BN - 1 - (S - T) + WINDOW))
+    for h in range(head * group, head * group + group):
+        bh = b * H + h
+        for start in range(lo, hi, BM):
+            i = start + tl.arange(0, BM)
+            qi = load_tile(q + b * qb + h * qh, i, T, qt, d, D, BD)
+            gi = load_tile(g + bh * T * D, i, T, D, d, D, BD)
+            lse_i = tl.load(lse + bh * T + i, mask=i < T, other=0.0)
+            delta_i = tl.load(delta + bh * T + i, mask=i < T, other=0.0)
+            s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
+            # masked entries are 0, also in rows that see nothing, where lse is -inf
+            p = tl.where(visible(i, j, T, S, CAUSAL, WINDOW), tl.exp2(s - lse_i[:, None]), 0.0)
+            dv_acc = tl.dot(tl.trans(p).to(gi.dtype), gi, dv_acc, input_precision="ieee")
+            dp = tl.dot(gi, tl.trans(vj), input_precision="ieee")
+            ds = p * (dp - delta_i[:, None])
+            dk_acc = tl.dot(tl.trans(ds).to(qi.dtype), qi, dk_acc, input_precision="ieee")
+    at = (bk * S + j)[:, None] * D + d[None, :]
+    mask = (j < S)[:, None] & (d < D)[None, :]
+    tl.store(dk + at, (dk_acc * scale).to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + at, dv_acc.to(dv.dtype.element_ty), mask=mask)
+
+
+@tuned(BACKWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"])
+@triton.jit
+def flash_backward_queries(q, k, v, g, lse, delta, dq, scale, T, S, H, group, qb, qh, qt, kb, kh,
+                           kt, vb, vh, vt, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
+                           WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    # one tile of queries stays; keys and values pass by
+    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    i, d = tile * BM + tl.arange(0, BM), tl.arange(0, BD)
+    qi = load_tile(q + b * qb + h * qh, i, T, qt, d, D, BD)
+    gi = load_tile(g + bh * T * D, i, T, D, d, D, BD)
+    lse_i = tl.load(lse + bh * T + i, mask=i < T, other=0.0)
+    delta_i = tl.load(delta + bh * T + i, mask=i < T, other=0.0)
+    acc = tl.zeros((BM, BD), tl.float32)
+    lo, hi = 0, S
+    if CAUSAL:
+        hi = tl.maximum(0, tl.minimum(S, tile * BM + BM + S - T))
+    if WINDOW:
+        lo = tl.maximum(0, tile * BM + S - T - WINDOW + 1) // BN * BN
+    for start in range(lo, hi, BN):
+        j = start + tl.arange(0, BN)
+        kj = load_tile(k + b * kb + h // group * kh, j, S, kt, d, D, BD)
+        vj = load_tile(v + b * vb + h // group * vh, j, S, vt, d, D, BD)
+        s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
+        p = tl.where(visible(i, j, T, S, CAUSAL, WINDOW), tl.exp2(s - lse_i[:, None]), 0.0)
+        dp = tl.dot(gi, tl.trans(vj), input_precision="ieee")
+        ds = p * (dp - delta_i[:, None])
+        acc = tl.dot(ds.to(kj.dtype), kj, acc, input_precision="ieee")
+    at = (bh * T + i)[:, None] * D + d[None, :]
+    tl.store(dq + at, (acc * scale).to(dq.dtype.element_ty),
+             mask=(i < T)[:, None] & (d < D)[None, :])
+
+
+class FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, causal, window, scale):
+        (B, H, T, D), S = q.shape, k.shape[2]
+        o = torch.empty((B, H, T, D), device=q.device, dtype=q.dtype)
+        lse = torch.empty((B, H, T), device=q.device, dtype=torch.float32)
+        BD = max(16, triton.next_power_of_2(D))
+        strides = [s for x in (q, k, v) for s in x.stride()[:3]]
+        options = {"D": D, "BD": BD, "CAUSAL": causal, "WINDOW": window or 0}
+        if o.numel():
+            flash_forward[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
+                q, k, v, o, lse, scale * math.log2(math.e), T, S, H, H // k.shape[1], *strides,
+                **options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.options = scale, strides, options
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, o, lse = ctx.saved_tensors
+        scale, strides, options = ctx.options
+        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+        g, delta = g.contiguous(), torch.empty_like(lse)
+        dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+        if o.numel() and dk.numel():
+            flash_delta[(triton.cdiv(T, 64), B * H)](o, g, delta, T, D, options["BD"], 64)
+            flash_backward_keys[lambda meta: (triton.cdiv(S, meta["BN"]), B * K)](
+                q, k, v, g, lse, delta, dk, dv, scale, T, S, H, H // K, *strides, **options)
+            flash_backward_queries[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
+                q, k, v, g, lse, delta, dq, scale, T, S, H, H // K, *strides, **options)
+        return dq, dk, dv, None, None, None
+
+
+def check_attention(q, k, v, causal, window):
+    """Raise unless these are queries, keys and values that fit together."""
+    same_kind(q, k, v)
+    expect(q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and
+           q.shape[3] == k.shape[3] and k.shape[1] and q.shape[1] % k.shape[1] == 0,
+           f"q, k and v of {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit: "
+           "(B, H, T, D) and twice (B, H / n, S, D) are needed")
+    expect(0 < q.shape[3] <= 256, f"head size {q.shape[3]} is not in 1 to 256")
+    expect(window is None or (causal and window > 0),
+           "a window is a positive number of keys, of causal attention")
+
+
+def flash_attention(q, k, v, causal=True, window=None, scale=None):
+    """softmax(q k^T scale) v in memory proportional to T.
+
+    q: (B, H, T, D); k, v: (B, H / n, S, D), each serving n heads of queries -> (B, H, T, D).
+    causal: query i sees keys up to i + S - T; window: only the last so many of them. scale: default
+    1 / sqrt(D). Any T and S, D up to 256 (a power of two wastes nothing), any strides but of D.
+    """
+    check_attention(q, k, v, causal, window)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return FlashAttention.apply(q, k, v, causal, window, scale or q.shape[-1] ** -0.5)
+
+
+# -----------------------------------------------------------------------------
+# AdamW over many tensors in one launch. A model has hundreds of parameters, many of them small, and
+# a launch takes several microseconds however little it does. A table of addresses tells each
+# program which piece of which tensor is its own.
+
+
+@triton.jit
+def adamw_kernel(table, lr, beta1, beta2, eps, decay, correction1, correction2,
+                 DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    entry = table + tl.program_id(0) * 6  # addresses of p, g, m, v; numbers left, and before
+    p = tl.load(entry).to(tl.pointer_type(DTYPE))
+    g = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
+    m = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    v = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    left = tl.load(entry + 4)
+    i = tl.load(entry + 5) + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < left
+    x = tl.load(p + i, mask=inside).to(tl.float32)
+    d = tl.load(g + i, mask=inside).to(tl.float32)
+    first = tl.load(m + i, mask=inside)
+    second = tl.load(v + i, mask=inside)
+    first += (1 - beta1) * (d - first)
+    second += (1 - beta2) * (d * d - second)
+    x *= 1 - lr * decay
+    x -= lr / correction1 * first / (tl.sqrt(second) / correction2 + eps)
+    tl.store(p + i, x.to(DTYPE), mask=inside)
+    tl.store(m + i, first, mask=inside)
+    tl.store(v + i, second, mask=inside)
+
+
+@torch.no_grad()
+def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
+               weight_decay=0.01):
+    """One step of AdamW (Loshchilov & Hutter 2019) for lists of tensors, in place; see AdamW in
+    train.py. params and grads of one dtype, the two running means in float32, all contiguous; step
+    counts from 1."""
+    expect(len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs), "lists differ in length")
+    expect(step >= 1, f"step counts from 1, and is {step}")
+    if not params:
+        return
+    same_kind(*params, *grads)
+    same_kind(torch.empty(0, device=params[0].device), *exp_avgs, *exp_avg_sqs)
+    BLOCK, rows = 1024, []
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs):
+        expect(len({x.shape for x in tensors}) == 1, "a parameter, its gradient and means differ "
+               f"in shape: {[tuple(x.shape) for x in tensors]}")
+        expect(all(x.is_contiguous() for x in tensors), "tensors must be contiguous")
+        pointers, n = [x.data_ptr() for x in tensors], tensors[0].numel()
+        rows += [[*pointers, min(BLOCK, n - i), i] for i in range(0, n, BLOCK)]
+    if rows:
+        table = torch.tensor(rows, dtype=torch.int64).to(params[0].device, non_blocking=True)
+        dtype = {torch.float32: tl.float32, torch.float16: tl.float16,
+                 torch.bfloat16: tl.bfloat16}[params[0].dtype]
+        adamw_kernel[(len(rows),)](table, lr, betas[0], betas[1], eps, weight_decay,
+                                   1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step),
+                                   dtype, BLOCK)
+
+
+# -----------------------------------------------------------------------------
+# Products with quantized weights, in the formats of QuantizedLinear in model.py. The integers become
+# numbers in registers, so that memory moves one byte for a weight, or half of one, and not two.
+
+FEW = [config(4, 4, BM=16, BN=64), config(4, 5, BM=16, BN=32), config(4, 4, BM=32, BN=64),
+       config(8, 3, BM=64, BN=128), config(8, 3, BM=128, BN=128)]
+
+
+@tuned(FEW, ["M", "N", "K"])
+@triton.jit
+def int8_kernel(x, w, scale, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
+    i, j, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    i, j = i.to(tl.int64), j.to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        inside = start + k < K
+        a = tl.load(x + i[:, None] * K + (start + k)[None, :],
+                    mask=(i < M)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(w + j[None, :] * K + (start + k)[:, None],
+                    mask=inside[:, None] & (j < N)[None, :], other=0)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    acc *= tl.load(scale + j, mask=j < N, other=0.0)[None, :]  # one for a row: after the sum
+    tl.store(y + i[:, None] * N + j[None, :], acc.to(y.dtype.element_ty),
+             mask=(i < M)[:, None] & (j < N)[None, :])
+
+
+@tuned(FEW, ["M", "N", "K"])
+@triton.jit
+def int4_kernel(x, w, scale, low, y, M, N, K, groups, BM: tl.constexpr, BN: tl.constexpr,
+                GROUP: tl.constexpr):
+    # of each byte the low half is an even k, the high half the odd one after it: two products of
+    # half the length, and no shuffling of numbers between threads
+    m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
+    i, j = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+    i, j, half = i.to(tl.int64), j.to(tl.int64), tl.arange(0, GROUP // 2)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for group in range(0, groups):
+        k = group * GROUP + 2 * half
+        even = tl.load(x + i[:, None] * K + k[None, :],
+                       mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
+        odd = tl.load(x + i[:, None] * K + k[None, :] + 1,
+                      mask=(i < M)[:, None] & (k + 1 < K)[None, :], other=0.0)
+        byte = tl.load(w + j[None, :] * (groups * (GROUP // 2)) + group * (GROUP // 2)
+                       + half[:, None], mask=(j < N)[None, :], other=0)
+        s = tl.load(scale + j * groups + group, mask=j < N, other=0.0)
+        l = tl.load(low + j * groups + group, mask=j < N, other=0.0)
+        part = tl.dot(even, (byte & 15).to(even.dtype), input_precision="ieee")
+        part = tl.dot(odd, (byte >> 4).to(odd.dtype), part, input_precision="ieee")
+        total = tl.sum(even.to(tl.float32), 1) + tl.sum(odd.to(tl.float32), 1)
+        acc += part * s[None, :] + total[:, None] * l[None, :]
+    tl.store(y + i[:, None] * N + j[None, :], acc.to(y.dtype.element_ty),
+             mask=(i < M)[:, None] & (j < N)[None, :])
+
+
+class IntegerMatMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, scale, low, group):
+        (M, K), N = x.shape, len(weight)
+        ctx.save_for_backward(weight, scale, low)
+        y = torch.zeros((M, N), device=x.device, dtype=x.dtype)
+
+        def grid(meta):
+            return (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
+
+        if y.numel() and low is None:
+            int8_kernel[grid](x, weight, scale, y, M, N, K, BK=64)
+        elif y.numel():
+            int4_kernel[grid](x, weight, scale, low, y, M, N, K, scale.shape[1], GROUP=group)
+        ctx.columns, ctx.group = K, group
+        return y
+
+    @staticmethod
+    def backward(ctx, g):  # the weights are fixed, but what came before them may be trained
+        weight, scale, low = ctx.saved_tensors
+        w = dequantize(weight, scale, low, ctx.group)[:, : ctx.columns]
+        return g @ w.to(g.dtype), None, None, None, None
+
+
+def dequantize(weight, scale, low=None, group=32):
+    """The numbers that integers stand for, (N, K) float32: see `int8_matmul`, `int4_matmul`."""
+    if low is None:
+        return weight * scale[:, None]
+    weight = torch.stack((weight & 15, weight >> 4), -1).flatten(1).unflatten(1, (-1, group))
+    return (weight * scale[..., None] + low[..., None]).flatten(1)
+
+
+def int8_matmul(x, weight, scale):
+    """x @ (weight * scale[:, None]).T. x: (..., K); weight: (N, K) int8; scale: (N,) float32."""
+    same_kind(x)
+    expect(weight.dtype == torch.int8 and scale.dtype == torch.float32, "weight must be int8 and "
+           f"scale float32, not {weight.dtype} and {scale.dtype}", TypeError)
+    expect(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and scale.shape == weight.shape[:1],
+           f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, scale {tuple(scale.shape)} do not fit")
+    y = IntegerMatMul.apply(x.contiguous().view(-1, x.shape[-1]), weight.contiguous(),
+                            scale.contiguous(), None, 0)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def int4_matmul(x, weight, scale, low, group=32):
+    """x @ w.T with w = integer * scale + low, where each `group` numbers of a row share these two.
+
+    x: (..., K); weight: (N, groups * group / 2) uint8, the first of each two integers of 0 to 15 in
+    the low half of its byte; scale, low: (N, groups) float32, groups = K / group rounded up.
+    """
+    same_kind(x)
+    expect(weight.dtype == torch.uint8 and scale.dtype == low.dtype == torch.float32,
+           f"weight must be uint8, scale and low float32, not {weight.dtype}, {scale.dtype} and "
+           f"{low.dtype}", TypeError)
+    groups = triton.cdiv(x.shape[-1], group)
+    expect(group in (32, 64, 128), f"groups of 32, 64 or 128, not {group}")
+    expect(weight.ndim == 2 and weight.shape[1] == groups * group // 2 and
+           scale.shape == low.shape == (len(weight), groups),
+           f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, scale {tuple(scale.shape)} and low "
+           f"{tuple(low.shape)} do not fit")
+    y = IntegerMatMul.apply(x.contiguous().view(-1, x.shape[-1]), weight.contiguous(),
+                            scale.contiguous(), low.contiguous(), group)
+    return y.view(*x.shape[:-1], len(weight))
