@@ -20,28 +20,41 @@ import argparse
 import functools
 import math
 import os
-import statistics
+import re
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 
-# must be set before triton is imported: without a GPU kernels run in numpy, slowly, but they run
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+# without a GPU kernels run in numpy, slowly, but they run
+if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in [name for name in sys.modules if re.match(r"triton($|\.(?!_C))", name)]:
+        del sys.modules[name]  # torch's optimizers may have imported it by now, for a GPU
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def tuned(configs, key):
+def tuned(configs, key, room=None):
     """Decorator: try these settings when a kernel first meets a value of `key`, and keep the
-    fastest (triton.autotune); in the interpreter, where none is fast, take the first."""
+    fastest (triton.autotune); in the interpreter, where none is fast, take the first. room: see
+    `roomy`."""
     if INTERPRETED:
         return triton.heuristics({name: lambda args, value=value: value
                                   for name, value in configs[0].kwargs.items()})
-    return triton.autotune(configs, key)
+    prune = {"early_config_prune": lambda configs, args, **more: roomy(configs, room, more["BD"])}
+    return triton.autotune(configs, key, prune_configs_by=prune if room else None)
+
+
+def roomy(configs, room, BD):
+    """Settings of attention with at most `room` numbers of the two tiles per warp. With more,
+    registers do not suffice and are spilled to memory: `python kernels.py ptx` shows it."""
+    kept = [c for c in configs if (c.kwargs["BM"] + c.kwargs["BN"]) * BD <= room * c.num_warps]
+    return kept or configs[-1:]
 
 
 def config(warps, stages=3, **sizes):
@@ -575,10 +588,10 @@ class FlashAttentionTorch(torch.autograd.Function):
 # leaves room for the scores (BM, BN) with 8 warps. Tiles of k and v wait in shared memory, 2 stages
 # x 2 x BN x D x 2 bytes: 64 kB for BN = 64. At D = 256 everything doubles, so tiles halve.
 FORWARD = [config(8, 3, BM=128, BN=64), config(4, 3, BM=64, BN=64), config(8, 3, BM=128, BN=128),
-           config(4, 4, BM=128, BN=64), config(4, 2, BM=64, BN=32), config(8, 2, BM=64, BN=64)]
+           config(4, 4, BM=128, BN=64), config(8, 2, BM=64, BN=64), config(4, 2, BM=64, BN=32)]
 # The backward pass holds two accumulators (dk and dv) and two tiles more: smaller tiles.
-BACKWARD = [config(8, 2, BM=64, BN=64), config(8, 2, BM=64, BN=128), config(4, 2, BM=32, BN=64),
-            config(4, 2, BM=32, BN=32), config(8, 3, BM=64, BN=64), config(4, 2, BM=64, BN=32)]
+BACKWARD = [config(8, 2, BM=64, BN=64), config(4, 2, BM=32, BN=64), config(4, 2, BM=64, BN=32),
+            config(4, 2, BM=32, BN=32), config(8, 2, BM=32, BN=32)]
 
 
 @triton.jit
@@ -625,7 +638,7 @@ def attend(acc, m, l, q, k, v, start, stop, i, d, T, S, sk, sv, scale, D: tl.con
     return acc, m, l
 
 
-@tuned(FORWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"])
+@tuned(FORWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"], room=4096)
 @triton.jit
 def flash_forward(q, k, v, o, lse, scale, T, S, H, group, qb, qh, qt, kb, kh, kt, vb, vh, vt,
                   D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -679,7 +692,7 @@ def flash_delta(o, g, delta, T, D: tl.constexpr, BD: tl.constexpr, BM: tl.conste
     tl.store(delta + bh * T + i, tl.sum(oi * gi, 1), mask=i < T)
 
 
-@tuned(BACKWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"])
+@tuned(BACKWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"], room=2048)
 @triton.jit
 def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, H, group, qb, qh, qt, kb, kh,
                         kt, vb, vh, vt, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
@@ -719,7 +732,7 @@ def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, H, group, q
     tl.store(dv + at, dv_acc.to(dv.dtype.element_ty), mask=mask)
 
 
-@tuned(BACKWARD, ["T", "S", "BD", "CAUSAL", "WINDOW"])
+@tuned([config(8, 2, BM=64, BN=128), *BACKWARD], ["T", "S", "BD", "CAUSAL", "WINDOW"], room=3072)
 @triton.jit
 def flash_backward_queries(q, k, v, g, lse, delta, dq, scale, T, S, H, group, qb, qh, qt, kb, kh,
                            kt, vb, vh, vt, D: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr,
@@ -872,7 +885,7 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
 # numbers in registers, so that memory moves one byte for a weight, or half of one, and not two.
 
 FEW = [config(4, 4, BM=16, BN=64), config(4, 5, BM=16, BN=32), config(4, 4, BM=32, BN=64),
-       config(8, 3, BM=64, BN=128), config(8, 3, BM=128, BN=128)]
+       config(8, 3, BM=64, BN=128)]
 
 
 @tuned(FEW, ["M", "N", "K"])
@@ -985,3 +998,423 @@ def int4_matmul(x, weight, scale, low, group=32):
     y = IntegerMatMul.apply(x.contiguous().view(-1, x.shape[-1]), weight.contiguous(),
                             scale.contiguous(), low.contiguous(), group)
     return y.view(*x.shape[:-1], len(weight))
+
+
+# -----------------------------------------------------------------------------
+# check: every kernel against float64.
+
+
+def reference_attention(q, k, v, causal, window):
+    """softmax(q k^T / sqrt(D)) v with the matrix of scores in memory."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    T, S = q.shape[2], k.shape[2]
+    i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
+    mask = seen(i, j, S - T, causal, window)
+    p = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -1e300).softmax(-1)
+    return p.masked_fill(~mask, 0.0) @ v
+
+
+def reference_norm(x, weight, residual=None, eps=1e-5):
+    h = x if residual is None else x + residual
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
+    return y if residual is None else (y, h)
+
+
+def reference_cross_entropy(logits, targets, reduction="mean"):
+    logits, targets = logits.view(-1, logits.shape[-1]), targets.view(-1)
+    total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return total / ((targets != -100).sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def check_cases(device):
+    """Yield (kernel, what is special, function, reference, shapes of its inputs)."""
+    sizes = (1, 7, 129, 1000) if INTERPRETED else (1, 7, 129, 1000, 5000, 32768)
+    for n in sizes:
+        yield "softmax", f"n {n}", softmax, lambda x: x.softmax(-1), [(3, 2, n)]
+        yield "rms_norm", f"n {n}", rms_norm, reference_norm, [(5, 3, n), (n,)]
+        yield ("rms_norm", f"n {n}, residual", lambda x, w, r: rms_norm(x, w, residual=r),
+               reference_norm, [(5, 3, n), (n,), (5, 3, n)])
+        yield "swiglu", f"n {n}", swiglu, lambda a, b: torch.nn.functional.silu(a) * b, \
+            [(3, n), (3, n)]
+    for M, K, N in ((1, 1, 1), (64, 64, 64), (65, 33, 130), (5, 200, 17)):
+        yield "matmul", f"{M} x {K} x {N}", matmul, lambda a, b: a @ b, [(M, K), (K, N)]
+        yield ("matmul", f"{M} x {K} x {N}, transposed", lambda a, b: matmul(a.T, b.T),
+               lambda a, b: a.T @ b.T, [(K, M), (N, K)])
+    for V in sizes[1:] if INTERPRETED else (*sizes[1:], 131072):
+        targets = torch.randint(V, (3, 5), device=device)
+        targets[0, :2] = -100
+        for reduction in ("mean", "sum"):
+            for place in (False, True):
+                def loss(x, targets=targets, reduction=reduction, place=place):
+                    return cross_entropy(x * 1.0, targets, reduction=reduction, inplace=place)
+                yield ("cross_entropy", f"V {V}, {reduction}{', in place' * place}", loss,
+                       functools.partial(reference_cross_entropy, targets=targets,
+                                         reduction=reduction), [(3, 5, V)])
+
+            def linear_loss(x, w, targets=targets, reduction=reduction):
+                return linear_cross_entropy(x, w, targets, reduction=reduction, chunk=4)
+
+            def linear_reference(x, w, targets=targets, reduction=reduction):
+                return reference_cross_entropy(x @ w.T, targets, reduction)
+            yield ("linear_cross_entropy", f"V {V}, {reduction}", linear_loss, linear_reference,
+                   [(3, 5, 24), (V, 24)])
+    shapes = [  # B, H, heads of k and v, T, S, D, causal, window
+        (1, 2, 2, 64, 64, 64, True, None), (2, 4, 2, 100, 100, 16, True, None),
+        (1, 3, 1, 129, 129, 32, True, None), (1, 2, 2, 65, 65, 80, False, None),
+        (1, 1, 1, 37, 101, 64, True, None), (1, 1, 1, 101, 37, 32, True, None),
+        (1, 2, 1, 37, 101, 24, False, None), (1, 2, 2, 150, 150, 32, True, 1),
+        (1, 2, 1, 200, 200, 16, True, 70), (1, 1, 1, 130, 190, 16, True, 33),
+        (1, 1, 1, 40, 40, 128, True, None), (1, 1, 1, 33, 33, 256, True, None),
+        (1, 1, 1, 1, 1, 16, True, None), (1, 1, 1, 1, 90, 32, True, 20)]
+    if not INTERPRETED:
+        shapes += [(2, 16, 4, 1023, 1023, 128, True, None), (1, 8, 8, 2048, 2048, 64, True, 500)]
+    for B, H, K, T, S, D, causal, window in shapes:
+        name = f"B {B}, H {H}/{K}, T {T}, S {S}, D {D}{', causal' * causal}" + \
+            (f", window {window}" if window else "")
+        for f in (flash_attention, flash_attention_torch):
+            yield (f.__name__, name, functools.partial(f, causal=causal, window=window),
+                   functools.partial(reference_attention, causal=causal, window=window),
+                   [(B, H, T, D), (B, K, S, D), (B, K, S, D)])
+    for N, K in ((1, 32), (50, 70), (64, 256)):
+        w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
+        w4 = torch.randint(0, 256, (N, triton.cdiv(K, 32) * 16), dtype=torch.uint8, device=device)
+        scale, low = (torch.rand(N, triton.cdiv(K, 32), device=device) + 0.5 for _ in range(2))
+        full = dequantize(w4, scale, low)[:, :K]
+        for rows in (1, 5, 70):
+            yield ("int8_matmul", f"{rows} x {K} x {N}",
+                   lambda x, w=w8, s=scale: int8_matmul(x, w, s[:, 0].contiguous()),
+                   lambda x, w=w8, s=scale: x @ (w * s[:, :1]).T.double(), [(rows, K)])
+            yield ("int4_matmul", f"{rows} x {K} x {N}",
+                   lambda x, w=w4, s=scale, z=low: int4_matmul(x, w, s, z),
+                   lambda x, w=full: x @ w.T.double(), [(rows, K)])
+
+
+def errors(f, reference, shapes, dtype, device, seed=0):
+    """Largest error of the outputs and of the gradients, relative to the largest of them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    worst = []
+    outs, refs = f(*inputs), reference(*exact)
+    outs, refs = ((x if type(x) is tuple else (x,)) for x in (outs, refs))
+    g = [torch.randn(y.shape, generator=generator).to(device, dtype) for y in refs]
+    grads = torch.autograd.grad(outs, inputs, [a.to(y.dtype) for a, y in zip(g, outs)])
+    expected = torch.autograd.grad(refs, exact, [a.double() for a in g])
+    for found, wanted in ((outs, refs), (grads, expected)):
+        size = max(b.abs().max().item() for b in wanted)
+        worst.append(max((a.double() - b).abs().max().item() for a, b in zip(found, wanted)) / size)
+        if any(a.shape != b.shape or not a.isfinite().all() for a, b in zip(found, wanted)):
+            worst[-1] = math.inf
+    return worst
+
+
+def check_adamw(dtype, device):
+    """20 steps of tensors of odd sizes beside float64 -> (kernel, case, error, none)."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 700), (1,), (1024,), (1025,), ()]
+    params = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+    exact = [p.double() for p in params]
+    ours = [[torch.zeros(s, device=device) for s in shapes] for _ in range(2)]
+    means = [[torch.zeros_like(p) for p in exact] for _ in range(2)]
+    for t in range(1, 21):
+        grads = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+        adamw_step(params, grads, *ours, t, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+        for p, g, m, v in zip(exact, grads, *means):
+            m.lerp_(g.double(), 1 - 0.9)
+            v.lerp_(g.double().square(), 1 - 0.95)
+            p.mul_(1 - 1e-2 * 0.1)
+            p.sub_(1e-2 * m / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8))
+    size = max(e.abs().max().item() for e in exact)
+    return max((p.double() - e).abs().max().item() for p, e in zip(params, exact)) / size
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def check(device, verbose=True):
+    """Compare all kernels with float64 -> number of failures."""
+    # (the interpreter multiplies bfloat16 wrongly: there it is left to a GPU)
+    dtypes = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+    found, begin, failures = {}, time.perf_counter(), 0
+
+    def record(name, case, dtype, out, grad):
+        nonlocal failures
+        good = max(out, grad) <= TOLERANCE[dtype]
+        failures += not good
+        old = found.get((name, dtype), (0.0, 0.0, 0))
+        found[name, dtype] = max(old[0], out), max(old[1], grad), old[2] + 1
+        if not good:
+            print(f"FAILED {name}, {case}, {dtype}: {out:.1e}, gradients {grad:.1e}", flush=True)
+
+    for name, case, f, reference, shapes in check_cases(device):
+        for dtype in dtypes:
+            record(name, case, dtype, *errors(f, reference, shapes, dtype, device))
+    for dtype in dtypes:
+        record("adamw_step", "", dtype, check_adamw(dtype, device), 0.0)
+    if verbose:
+        print(f"{'kernel':24}{'dtype':10}{'cases':>6}{'largest error':>16}{'of gradients':>16}")
+        for (name, dtype), (out, grad, n) in found.items():
+            print(f"{name:24}{str(dtype)[6:]:10}{n:6}{out:16.1e}{grad:16.1e}")
+        where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
+        print(f"{failures} failures, {time.perf_counter() - begin:.0f} s, {where}; errors are "
+              "relative to the largest number")
+    return failures
+
+
+# -----------------------------------------------------------------------------
+# bench: how far from the roofline (Williams et al. 2009). A kernel takes at least the time its bytes
+# need at the memory's speed, and at least the time its operations need at the processor's.
+
+
+def bench_cases(device, dtype):
+    """Yield (kernel, size, function, the same in PyTorch, inputs, bytes, FLOPs). The functions take
+    the inputs; bytes and FLOPs are the least that forward and, after a comma, both passes need."""
+    F = torch.nn.functional
+
+    def new(*shape):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+    small = device == "cpu"  # only counted, not run
+    e = dtype.itemsize
+    for N, n in ((32768, 1024), (32768, 8192)):
+        x = () if small else (new(N, n), new(n))
+        yield ("rms_norm", f"{N} x {n}", rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x,
+               (2 * N * n * e, 5 * N * n * e), (4 * N * n, 12 * N * n))
+        yield ("softmax", f"{N} x {n}", softmax, lambda x: x.softmax(-1), x[:1],
+               (2 * N * n * e, 5 * N * n * e), (5 * N * n, 9 * N * n))
+        x = () if small else (new(N, n), new(N, n))
+        yield ("swiglu", f"{N} x {n}", swiglu, lambda a, b: F.silu(a) * b, x,
+               (3 * N * n * e, 8 * N * n * e), (5 * N * n, 15 * N * n))
+    for N, V in ((8192, 32768), (8192, 131072)):
+        x = () if small else (new(N, V),)
+        t = None if small else torch.randint(V, (N,), device=device)
+        yield ("cross_entropy", f"{N} x {V}", lambda x, t=t: cross_entropy(x, t),
+               lambda x, t=t: F.cross_entropy(x, t), x, (N * V * e, 3 * N * V * e),
+               (4 * N * V, 7 * N * V))
+    N, C, V = 16384, 2048, 131072
+    x = () if small else (new(N, C), new(V, C))
+    t = None if small else torch.randint(V, (N,), device=device)
+    yield ("linear_cross_entropy", f"{N} x {C} x {V}", lambda x, w: linear_cross_entropy(x, w, t),
+           lambda x, w: F.cross_entropy(x @ w.T, t), x, ((N + V) * C * e, 2 * (N + V) * C * e),
+           (2 * N * C * V, 6 * N * C * V))
+    for B, H, T, D in ((4, 16, 4096, 64), (1, 16, 16384, 64), (4, 16, 8192, 128)):
+        x = () if small else tuple(new(B, H, T, D) for _ in range(3))
+        flops = 2 * B * H * T * T * D  # two products, of which the causal mask leaves half
+        yield ("flash_attention", f"{B} x {H} x {T} x {D}", flash_attention,
+               lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), x,
+               (4 * B * H * T * D * e, 12 * B * H * T * D * e), (flops, 3.5 * flops))
+    for n in (4096, 8192):
+        x = () if small else (new(n, n), new(n, n))
+        yield ("matmul", f"{n} x {n} x {n}", matmul, lambda a, b: a @ b, x,
+               (3 * n * n * e, 8 * n * n * e), (2 * n**3, 6 * n**3))
+    for M, K, N in ((1, 4096, 14336), (16, 4096, 14336)):
+        x = () if small else (torch.randn(M, K, device=device, dtype=dtype),)
+        w = None if small else torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
+        w4 = None if small else torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, device=device)
+        s = None if small else torch.rand(N, K // 32, device=device)
+        s1 = None if small else s[:, 0].contiguous()
+        full = None if small else torch.randn(N, K, device=device, dtype=dtype)
+        least = (M * K + M * N) * e
+        yield ("int8_matmul", f"{M} x {K} x {N}", lambda x, w=w, s=s1: int8_matmul(x, w, s),
+               lambda x, w=full: x @ w.T, x, (least + N * K, 0), (2 * M * N * K, 0))
+        yield ("int4_matmul", f"{M} x {K} x {N}", lambda x, w=w4, s=s: int4_matmul(x, w, s, s),
+               lambda x, w=full: x @ w.T, x, (least + N * K * (1 / 2 + 8 / 32), 0),
+               (2 * M * N * K, 0))
+
+
+def measured_roofline():
+    """-> (bytes per second of a large copy, FLOPs per second of a large product in bfloat16)."""
+    from triton.testing import do_bench
+
+    x = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * x.numel() / do_bench(x.clone) * 1e3, 2 * 8192**3 / do_bench(lambda: a @ a) * 1e3
+
+
+def liger(name):
+    """The same kernel of Liger, if that is installed, or None."""
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError:
+        return None
+    return {"rms_norm": lambda x, w: functional.liger_rms_norm(x, w, 1e-5),
+            "swiglu": functional.liger_swiglu, "softmax": functional.liger_softmax}.get(name)
+
+
+def bench():
+    """Print the table: on a GPU times, without one what each kernel has to move and to compute."""
+    if INTERPRETED:
+        print("no GPU: these are the bytes and FLOPs of each kernel in bfloat16, not times\n")
+        print(f"{'kernel':22}{'size':24}{'forward':>26}{'forward + backward':>28}{'FLOP/byte':>11}")
+        for name, size, _, _, _, moved, flops in bench_cases("cpu", torch.bfloat16):
+            counts = "".join(f"{b / 1e6:11,.1f} MB{f / 1e9:9,.1f} GFLOP" for b, f in
+                             zip(moved, flops) if b)
+            print(f"{name:22}{size:24}{counts:56}{flops[0] / moved[0]:9,.1f}")
+        return
+    from triton.testing import do_bench
+
+    memory, compute = measured_roofline()
+    print(f"{torch.cuda.get_device_name()}: a copy moves {memory / 1e12:.2f} TB/s, a product in "
+          f"bfloat16 does {compute / 1e12:.0f} TFLOP/s\n")
+    print(f"{'kernel':22}{'size':22}{'pass':9}{'contestant':14}{'ms':>9}{'TB/s':>7}{'TFLOP/s':>9}"
+          f"{'roofline':>10}{'peak MB':>9}")
+    for name, size, ours, eager, inputs, moved, flops in bench_cases("cuda", torch.bfloat16):
+        contestants = {"ours": ours, "eager": eager, "compiled": torch.compile(eager)}
+        if theirs := liger(name):
+            contestants["liger"] = theirs
+        for which in ("forward", "both") if moved[1] else ("forward",):
+            for contestant, f in contestants.items():
+                def run(f=f):
+                    y = f(*inputs)
+                    if which == "both":
+                        y.backward(torch.ones_like(y) if y.ndim else None)
+                        for x in inputs:
+                            x.grad = None
+                try:
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    run()
+                    peak = torch.cuda.max_memory_allocated() - before
+                    ms = do_bench(run)
+                except torch.OutOfMemoryError:
+                    print(f"{name:22}{size:22}{which:9}{contestant:14}  out of memory")
+                    continue
+                b, n = moved[which == "both"], flops[which == "both"]
+                least = max(b / memory, n / compute)
+                print(f"{name:22}{size:22}{which:9}{contestant:14}{ms:9.3f}{b / ms / 1e9:7.2f}"
+                      f"{n / ms / 1e9:9.0f}{least * 1e3 / ms:10.0%}{peak / 1e6:9,.0f}", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# profile, and what the compiler makes of the kernels.
+
+
+def profile(device):
+    """Print where the time of a training step of model.py goes, with and without these kernels."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from model import Transformer, TransformerConfig
+
+    gpu = device == "cuda"
+    sizes = dict(vocab_size=32768, block_size=1024, n_layer=12, n_head=12, n_embd=768) if gpu else \
+        dict(vocab_size=1024, block_size=32, n_layer=1, n_head=2, n_embd=64)
+    x, y = torch.randint(1024, (2, 8 if gpu else 1, sizes["block_size"]), device=device)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
+    for use in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(TransformerConfig(**sizes)).to(device)
+        model.use_kernels(use)
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def step():
+            with torch.autocast(device, torch.bfloat16, enabled=gpu):
+                if use:
+                    hidden = model(x, hidden=True)
+                    loss = linear_cross_entropy(hidden, model.head.weight, y)
+                else:
+                    logits = model(x)
+                    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        for _ in range(3 if gpu else 1):
+            step()
+        with profiler(activities=activities) as result:
+            loss = step()
+        key = "self_device_time_total" if gpu else "self_cpu_time_total"
+        table = result.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=48)
+        print(f"{'with' if use else 'without'} these kernels, loss {loss:.4f}\n{table}")
+
+
+def ptx():
+    """Compile the kernels for an H100, which needs no GPU, and print what became of them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    places = "scale:fp32 T:i32 S:i32 H:i32 group:i32 qb:i32 qh:i32 qt:i32 kb:i32 kh:i32 kt:i32 " \
+             "vb:i32 vh:i32 vt:i32"
+    kernels = []
+    for D in (64, 128, 256):
+        c = {"D": D, "BD": D, "CAUSAL": True, "WINDOW": 0}
+        kernels += [
+            (flash_forward, "q:*bf16 k:*bf16 v:*bf16 o:*bf16 lse:*fp32 " + places, c),
+            (flash_backward_keys, "q:*bf16 k:*bf16 v:*bf16 g:*bf16 lse:*fp32 delta:*fp32 dk:*bf16 "
+             "dv:*bf16 " + places, c),
+            (flash_backward_queries, "q:*bf16 k:*bf16 v:*bf16 g:*bf16 lse:*fp32 delta:*fp32 "
+             "dq:*bf16 " + places, c)]
+    kernels += [
+        (matmul_kernel, "a:*bf16 b:*bf16 c:*bf16 M:i32 N:i32 K:i32 am:i32 ak:i32=1 bk:i32 bn:i32=1",
+         {}),
+        (int8_kernel, "x:*bf16 w:*i8 scale:*fp32 y:*bf16 M:i32 N:i32 K:i32", {"BK": 64}),
+        (int4_kernel, "x:*bf16 w:*u8 scale:*fp32 low:*fp32 y:*bf16 M:i32 N:i32 K:i32 groups:i32",
+         {"GROUP": 32}),
+        (rms_norm_forward, "x:*bf16 residual:*bf16 weight:*bf16 y:*bf16 total:*bf16 inverse:*fp32 "
+         "n:i32 eps:fp32", {"BLOCK": 8192, "ADD": False}),
+        (rms_norm_backward, "h:*bf16 weight:*bf16 inverse:*fp32 g:*bf16 g_total:*bf16 dx:*bf16 "
+         "partial:*fp32 rows:i32 n:i32", {"BLOCK": 8192, "ADD": False}),
+        (cross_entropy_kernel, "logits:*bf16 grad:*bf16 targets:*i64 losses:*fp32 V:i32 scale:fp32 "
+         "ignore_index:i32", {"BLOCK": 4096, "GRAD": True}),
+        (swiglu_forward, "a:*bf16 b:*bf16 y:*bf16 n:i32", {"BLOCK": 1024}),
+    ]
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    # numbers that do not fit into registers are spilled to a stack in memory
+    print(f"{'kernel':26}{'settings':32}{'registers':>10}{'stack':>9}{'shared kB':>11}"
+          f"{'tensor cores':>14}")
+    for kernel, signature, constants in kernels:
+        configs = getattr(kernel, "configs", None) or [config(warps_for(constants["BLOCK"]))]
+        if prune := getattr(kernel, "early_config_prune", None):
+            configs = prune(configs, {}, **constants) if "BD" in constants else configs
+        for setting in configs:
+            constexprs = constants | setting.kwargs
+            types = dict(entry.split(":") for entry in signature.split())
+            ones = {name: 1 for name, kind in types.items() if kind.endswith("=1")}
+            types = {name: "constexpr" if name in ones else kind for name, kind in types.items()}
+            # as at run time, where Triton sees that addresses and sizes are multiples of 16
+            fn = kernel.fn if hasattr(kernel, "configs") else kernel
+            names = fn.arg_names
+            attributes = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in
+                          types.items() if kind[0] == "*" or (kind == "i32" and name not in
+                                                              ("H", "group", "groups", "rows"))}
+            types |= {name: "constexpr" for name in constexprs}
+            source = ASTSource(fn, types, constexprs | ones, attributes)
+            options = {"num_warps": setting.num_warps, "num_stages": setting.num_stages}
+            built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            text = built.asm["ptx"]
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(built.asm["cubin"])
+                file.flush()
+                said = subprocess.run([tool, "-res-usage", file.name], capture_output=True,
+                                      text=True).stdout
+            registers, stack = (re.search(name + r":(\d+)", said) for name in ("REG", "STACK"))
+            cores = "wgmma" if "wgmma.mma" in text else "mma" if "mma.sync" in text else "-"
+            shown = " ".join(f"{k}={v}" for k, v in {**constexprs}.items() if k in (
+                "D", "BM", "BN", "BK", "BLOCK"))
+            print(f"{fn.__name__:26}{shown + f' warps={setting.num_warps}':32}"
+                  f"{registers[1] if registers else '?':>10}{stack[1] if stack else '?':>9}"
+                  f"{built.metadata.shared / 1024:>11.0f}{cores:>14}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Triton kernels: check, bench, profile, ptx.")
+    parser.add_argument("command", choices=("check", "bench", "profile", "ptx"), nargs="?",
+                        default="check")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.command == "check":
+        sys.exit(1 if check(device) else 0)
+    elif args.command == "bench":
+        bench()
+    elif args.command == "profile":
+        profile(device)
+    elif INTERPRETED:  # the compiler is to see the kernels, not the interpreter
+        sys.exit(subprocess.run([sys.executable, __file__, "ptx"],
+                                env=os.environ | {"TRITON_INTERPRET": "0"}).returncode)
+    else:
+        ptx()
+
+
+if __name__ == "__main__":
+    main()

@@ -124,10 +124,14 @@ class RMSNorm(nn.Module):
     def __init__(self, d, eps=1e-5, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d, device=device, dtype=dtype))
-        self.eps = eps
+        self.eps, self.kernels = eps, False
 
     def forward(self, x):
         """(..., d) -> (..., d)"""
+        if self.kernels and x.dtype == self.weight.dtype:
+            import kernels
+
+            return kernels.rms_norm(x, self.weight, self.eps)
         by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return (_RMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
 
@@ -421,7 +425,7 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
         self.o_proj = Linear(width, config.n_embd, config.bias)
         self.qk_norm, self.qk_norm_joint = config.qk_norm, config.qk_norm_joint
-        self.joined = None
+        self.joined, self.kernels = None, False
         if self.qk_norm or self.qk_norm_joint:  # (Henry et al. 2020): scores can not grow freely
             joint = self.qk_norm_joint
             self.q_norm = RMSNorm(width if joint else self.head_size, config.norm_eps)
@@ -459,6 +463,10 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q, k, v):
         """Attention among T tokens."""
+        if self.kernels and not (self.training and self.dropout):
+            import kernels
+
+            return kernels.flash_attention(q, k, v, causal=True)
         k, v = self.repeat_heads(k, v)
         if self.fast:
             return fast_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
@@ -507,6 +515,10 @@ class SlidingWindowAttention(CausalSelfAttention):
 
     def attend(self, q, k, v):
         """In chunks as long as the window: a query's keys lie in its own and the previous one."""
+        if self.kernels:
+            import kernels
+
+            return kernels.flash_attention(q, k, v, causal=True, window=self.window)
         k, v = self.repeat_heads(k, v)
         B, H, T, D = q.shape
         W = self.window
@@ -751,7 +763,7 @@ class SwiGLU(nn.Module):
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
         self.w3 = Linear(d, d_ff, bias)
-        self.joined = None
+        self.joined, self.kernels = None, False
 
     def join(self, on):
         """Before generation, on; and off after it: compute w1 x and w3 x as one."""
@@ -762,6 +774,10 @@ class SwiGLU(nn.Module):
         if self.joined:
             gate, up = F.linear(x, *self.joined).chunk(2, -1)
             return self.w2(F.silu(gate) * up)
+        if self.kernels:
+            import kernels
+
+            return self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # silu(x) = x * sigmoid(x)
 
 
@@ -1026,11 +1042,18 @@ class Transformer(nn.Module):
         tables = whole_heads(getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at])
         return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
 
-    def forward(self, ids, cache=None, last=0):
+    def use_kernels(self, on=True):
+        """Compute norms, attention and SwiGLU by kernels.py, or as it is written here."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = on
+
+    def forward(self, ids, cache=None, last=0, hidden=False):
         """ids: (B, T) int64, T at most block_size -> logits: (B, T, V)
 
         cache: a `Cache` that holds the tokens before these, and these afterwards.
         last: only the logits of so many last positions, (B, last, V); 0: all.
+        hidden: in place of logits, what the head would take, (B, T, C).
         """
         T, places, at = ids.shape[1], None, slice(0, ids.shape[1])
         if cache is not None:
@@ -1055,7 +1078,10 @@ class Transformer(nn.Module):
                 x = block(x, rope)
         if cache is not None:
             cache.advance(T)
-        logits = self.head(self.final_norm(x[:, -last:]))
+        x = self.final_norm(x[:, -last:])
+        if hidden:
+            return x
+        logits = self.head(x)
         if self.config.logit_cap:
             logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
         return logits

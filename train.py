@@ -78,13 +78,15 @@ def distillation_loss(logits, teacher_logits, targets, temperature=1.0, ignore_i
     return temperature**2 * losses.masked_fill(targets == ignore_index, 0.0).sum()
 
 
-def backward(model, batches, autocast, loss_fn=None, norms=None):
+def backward(model, batches, autocast, loss_fn=None, norms=None, head=None):
     """Add to the gradients those of the mean loss over all targets of several batches (gradient
     accumulation), and return that loss, a tensor.
 
     batches: list of (ids, targets). The sum is divided once by the number of all targets that
     count: a mean of the batches' means would give the tokens of a short batch more weight.
     loss_fn(logits, ids, targets): the sum of the loss over targets; default: cross_entropy.
+    head: with a weight (V, C), logits are not computed by the model, but a piece at a time together
+    with their loss: see linear_cross_entropy in kernels.py.
     norms: a list, to which the squared gradient norm of each batch's own mean loss is added.
     """
     counts = [int((y != -100).sum()) for _, y in batches]
@@ -95,8 +97,14 @@ def backward(model, batches, autocast, loss_fn=None, norms=None):
         before = [p.grad.clone() if p.grad is not None else None for p in params] if \
             norms is not None else ()
         with autocast():
-            logits = model(x)
-            part = loss_fn(logits, x, y) if loss_fn else cross_entropy(logits, y, reduction="sum")
+            if head is not None:
+                import kernels
+
+                part = kernels.linear_cross_entropy(model(x, hidden=True), head, y, reduction="sum")
+            else:
+                logits = model(x)
+                part = loss_fn(logits, x, y) if loss_fn else \
+                    cross_entropy(logits, y, reduction="sum")
         # what experts add is a mean over tokens, and no part of the loss that is reported
         extra = getattr(model, "_orig_mod", model).auxiliary_loss() * (count / total)
         (part / total + extra).backward()
@@ -152,13 +160,16 @@ class AdamW(torch.optim.Optimizer):
     p <- p - lr * decay * p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     The lines of `step` work on all tensors of a group at once (torch._foreach_*), which on a GPU
-    is one kernel instead of hundreds. Equal to torch.optim.AdamW step by step (see the tests).
+    is one kernel instead of hundreds, per line; with fused, that of kernels.py, one for all lines.
+    Equal to torch.optim.AdamW step by step (see the tests).
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+                 fused=False):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError("lr, eps and weight_decay must not be negative, and betas in [0, 1)")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.fused = fused
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -178,6 +189,12 @@ class AdamW(torch.optim.Optimizer):
                 ps = [p for p in params if self.state[p]["step"] == t]
                 gs = [p.grad for p in ps]
                 ms, vs = ([self.state[p][name] for p in ps] for name in "mv")
+                if self.fused:
+                    import kernels
+
+                    kernels.adamw_step(ps, [g.contiguous() for g in gs], ms, vs, t, lr,
+                                       (beta1, beta2), group["eps"], group["weight_decay"])
+                    continue
                 if group["weight_decay"]:
                     torch._foreach_mul_(ps, 1 - lr * group["weight_decay"])
                 torch._foreach_lerp_(ms, gs, 1 - beta1)
@@ -580,6 +597,8 @@ def build_parser():
     g.add_argument("--offload", choices=("none", "activations", "optimizer", "both"),
                    default="none", help="what a GPU keeps in the CPU's memory meanwhile (default "
                    "none): slower, and the same losses")
+    g.add_argument("--kernels", action="store_true", help="norms, attention, SwiGLU, loss and "
+                   "AdamW by the Triton kernels of kernels.py; on a CPU far slower")
     g.add_argument("--compile", action="store_true", help="torch.compile: pays on long runs")
     g.add_argument("--peak_flops", type=float, help="of the device in TFLOP/s, for MFU")
     g.add_argument("--seed", type=int, default=1337)
@@ -772,6 +791,10 @@ def run(args):
                              f"less than {block_size}")
     raw_model = model
     raw_model.activation_checkpointing = args.activation_checkpointing
+    raw_model.use_kernels(args.kernels)
+    # the fused loss knows nothing of these
+    plain_loss = args.z_loss or args.teacher or config.logit_cap
+    head = raw_model.head.weight if args.kernels and not plain_loss else None
     if args.compile:
         model = torch.compile(model)
 
@@ -794,6 +817,9 @@ def run(args):
         autocast = functools.partial(keep_on_cpu, autocast, torch.device(device).type == "cuda")
     optimizers = make_optimizers(raw_model, args.optimizer, args.learning_rate, args.weight_decay,
                                  (args.beta1, args.beta2), args.momentum)
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamW):
+            optimizer.fused = args.kernels
     warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
     step, best_val_loss = 0, math.inf
     if args.resume:
@@ -857,7 +883,7 @@ def run(args):
                 batches = [(x[i : i + half], y[i : i + half]) for x, y in batches
                            for i in (0, half)]
             part_norms = [] if args.noise_scale else None
-            loss = backward(model, batches, autocast, loss_fn, part_norms)
+            loss = backward(model, batches, autocast, loss_fn, part_norms, head)
             norm = clip_grad_norm(raw_model.parameters(), args.grad_clip)
             loss, norm = loss.item(), norm.item()
             if args.noise_scale:
