@@ -1101,7 +1101,7 @@ def errors(f, reference, shapes, dtype, device, seed=0):
     grads = torch.autograd.grad(outs, inputs, [a.to(y.dtype) for a, y in zip(g, outs)])
     expected = torch.autograd.grad(refs, exact, [a.double() for a in g])
     for found, wanted in ((outs, refs), (grads, expected)):
-        size = max(b.abs().max().item() for b in wanted)
+        size = max(1e-2, *(b.abs().max().item() for b in wanted))
         worst.append(max((a.double() - b).abs().max().item() for a, b in zip(found, wanted)) / size)
         if any(a.shape != b.shape or not a.isfinite().all() for a, b in zip(found, wanted)):
             worst[-1] = math.inf

@@ -1,0 +1,282 @@
+"""kernels.py against PyTorch in float64, in Triton's interpreter or on a GPU, and what it refuses."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import kernels as K
+import model as M
+import train as T
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_interpreter = pytest.mark.skipif(not K.INTERPRETED, reason="what the interpreter does")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def rand(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+
+
+def agree(f, reference, *inputs, tolerance=1e-5):
+    """f and, on the same inputs in float64, reference: outputs and gradients."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, wanted = f(*inputs), reference(*exact)
+    g = torch.randn_like(wanted)
+    grads = torch.autograd.grad(out, inputs, g.to(out.dtype))
+    for a, b in zip((out, *grads), (wanted, *torch.autograd.grad(wanted, exact, g))):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+
+
+def test_check_finds_no_error():
+    assert K.check(DEVICE) == 0
+
+
+def test_check_finds_errors(capsys, monkeypatch):
+    """The check can fail: a norm without its eps, a loss that forgets a row."""
+    monkeypatch.setattr(K, "check_cases", lambda device: [
+        ("rms_norm", "", lambda x, w: K.rms_norm(x, w, 0.1), K.reference_norm, [(3, 8), (8,)]),
+        ("swiglu", "", K.swiglu, lambda a, b: F.silu(a) * b, [(3, 8), (3, 8)])])
+    assert K.check(DEVICE, verbose=False) >= 2 and "FAILED rms_norm" in capsys.readouterr().out
+
+
+def attention(q, k, v, mask):
+    """PyTorch's own, where mask says what is seen; a query that sees nothing gets 0."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0).nan_to_num(0.0) @ v
+
+
+@pytest.mark.parametrize("f", [K.flash_attention, K.flash_attention_torch])
+@pytest.mark.parametrize("T_, S, causal, window", [
+    (70, 70, True, None), (70, 70, False, None), (90, 40, True, None), (40, 90, True, None), (100, 100, True, 37)])
+def test_mistake_5_attention_gradients_under_masks(f, T_, S, causal, window):
+    """Masked columns, rows that see nothing (T > S), the causal flag, and the window."""
+    position = torch.arange(T_)[:, None] + S - T_
+    mask = torch.ones(T_, S, dtype=torch.bool)
+    if causal:
+        mask &= torch.arange(S) <= position
+    if window:
+        mask &= position - torch.arange(S) < window
+    q, k, v = rand(1, 4, T_, 20), rand(1, 2, S, 20), rand(1, 2, S, 20)
+    agree(lambda q, k, v: f(q, k, v, causal, window), lambda q, k, v: attention(q, k, v, mask.to(DEVICE)), q, k, v)
+    if T_ > S and causal:  # the first queries: output 0, and they move nothing
+        out = f(q, k, v, causal, window)
+        assert (out[:, :, : T_ - S] == 0).all()
+        grads = torch.autograd.grad(out[:, :, : T_ - S].sum(), (q, k, v))
+        assert all((g == 0).all() for g in grads)
+
+
+def test_attention_saves_the_output_and_one_number_a_row():
+    q, k, v = rand(1, 2, 50, 16), rand(1, 1, 50, 16), rand(1, 1, 50, 16)
+    for f in (K.flash_attention, K.flash_attention_torch):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            out = f(q, k, v)
+        own = [x for x in saved if x.shape not in (q.shape, k.shape)] + [x for x in saved if x.shape == out.shape]
+        lse = own[0]
+        assert len(saved) == 5 and lse.shape == (1, 2, 50)
+        scores = (q @ k.mT / 4).masked_fill(torch.ones(50, 50, device=DEVICE).triu(1).bool(), -math.inf)
+        scale = math.log2(math.e) if f is K.flash_attention else 1
+        torch.testing.assert_close(lse, torch.logsumexp(scores, -1) * scale, atol=1e-4, rtol=1e-4)
+
+
+def test_any_strides_are_taken():
+    q = rand(2, 30, 4, 16).transpose(1, 2)
+    k, v = rand(2, 2, 16, 30).mT, rand(2, 30, 2, 16).transpose(1, 2)
+    agree(lambda q, k, v: K.flash_attention(q, k, v), lambda q, k, v: attention(
+        q, k, v, torch.ones(30, 30, device=DEVICE).tril().bool()), q, k, v)
+    x, w = rand(12, 5).T, rand(24)[::2]
+    agree(K.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x, w)
+    agree(K.softmax, lambda x: x.softmax(-1), x)
+    agree(K.swiglu, lambda a, b: F.silu(a) * b, x, rand(12, 5).T)
+    agree(K.matmul, lambda a, b: a @ b, x, rand(7, 12).T)
+    targets = torch.tensor([3, 11, -100, 0, 2], device=DEVICE)
+    agree(lambda x: K.cross_entropy(x, targets), lambda x: F.cross_entropy(x, targets), x)
+    agree(lambda x: K.cross_entropy(x, targets, inplace=True), lambda x: F.cross_entropy(x, targets), x)
+
+
+def test_cross_entropy_in_place_uses_the_memory_of_the_logits():
+    leaf, targets = rand(6, 33), torch.arange(6, device=DEVICE)
+    logits = leaf * 1.0
+    before = logits.detach().clone()
+    K.cross_entropy(logits, targets).backward()
+    assert torch.equal(logits, before)
+    logits = leaf * 1.0
+    loss = K.cross_entropy(logits, targets, reduction="sum", inplace=True)
+    expected = before.softmax(-1) - F.one_hot(targets, 33)
+    torch.testing.assert_close(logits.detach(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(loss, F.cross_entropy(before, targets, reduction="sum"), atol=1e-5, rtol=1e-5)
+    none = torch.full((6,), -100, device=DEVICE)
+    logits = rand(6, 33)
+    loss = K.cross_entropy(logits, none)
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+    big = (1e4 * torch.randn(3, 50, device=DEVICE)).requires_grad_()  # nothing overflows
+    torch.testing.assert_close(K.cross_entropy(big, targets[:3]), F.cross_entropy(big, targets[:3]))
+
+
+def test_linear_cross_entropy_never_has_all_logits():
+    x, w, targets = rand(64, 8), rand(500, 8), torch.randint(500, (64,), device=DEVICE)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.append(out.numel() if torch.is_tensor(out) else 0)
+            return out
+
+    with Watch():
+        loss = K.linear_cross_entropy(x, w, targets, chunk=16)
+        loss.backward()
+    assert max(seen) == 16 * 500 * 4
+    torch.testing.assert_close(loss, F.cross_entropy(x @ w.T, targets))
+    for chunk in (1, 7, 64, 1000, None):
+        agree(lambda x, w: 3 * K.linear_cross_entropy(x, w, targets, chunk=chunk),
+              lambda x, w: 3 * F.cross_entropy(x @ w.T, targets), x, w)
+
+
+def test_norm_gradients_need_no_atomics():
+    x, w = rand(40, 9), rand(9)
+    grads = [torch.autograd.grad(K.rms_norm(x, w).square().sum(), w)[0] for _ in range(3)]
+    assert all(torch.equal(g, grads[0]) for g in grads)
+    source = open(K.__file__, encoding="utf-8").read()
+    assert "tl.atomic" not in source
+
+
+def test_adamw_equals_torch():
+    shapes = [(5, 7), (3000,), (), (1, 1)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in xs] for xs in [[torch.randn(s, device=DEVICE) for s in shapes]] * 2)
+    reference = torch.optim.AdamW(theirs, lr=3e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    m, v = ([torch.zeros(s, device=DEVICE) for s in shapes] for _ in range(2))
+    for t in range(1, 12):
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn_like(b)
+            a.grad = b.grad.clone()
+        reference.step()
+        K.adamw_step(ours, [p.grad for p in ours], m, v, t, 3e-2, (0.8, 0.9), 1e-6, 0.3)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    K.adamw_step([], [], [], [], 1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integer_products_take_the_formats_of_model_py(kind):
+    linear = M.QuantizedLinear(M.Linear(70, 50), kind).to(DEVICE)
+    parts = [linear.weight, linear.scale] + ([linear.low] if kind == "int4" else [])
+    f = K.int8_matmul if kind == "int8" else K.int4_matmul
+    w = linear.rows().double()
+    agree(lambda x: f(x, *parts), lambda x: x @ w.T, rand(2, 3, 70))
+    agree(lambda x: f(x, *parts), lambda x: x @ w.T, rand(70))
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "sliding", "window": 5, "n_kv_head": 1}, {"qk_norm": True}])
+def test_training_with_the_kernels_gives_the_same_losses(changes):
+    config = M.TransformerConfig(vocab_size=40, block_size=18, n_layer=1, n_head=2, n_embd=32, **changes)
+    x, y = torch.randint(40, (2, 2, 18), device=DEVICE)
+    y[0, :4] = -100
+    losses = []
+    for use in (False, True):
+        torch.manual_seed(1)
+        model = M.Transformer(config).to(DEVICE)
+        model.use_kernels(use)
+        optimizer = T.AdamW(model.parameters(), lr=1e-2, fused=use)
+        losses.append([])
+        for _ in range(3):
+            loss = T.backward(model, [(x, y)], lambda: torch.autocast(DEVICE, enabled=False),
+                              head=model.head.weight if use else None)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][2] < losses[0][0]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-5, rtol=1e-5)
+
+
+def test_empty_inputs():
+    for f, shapes in ((K.softmax, [(0, 5)]), (K.softmax, [(3, 0)]), (K.rms_norm, [(0, 5), (5,)]),
+                      (K.swiglu, [(0,), (0,)]), (K.matmul, [(0, 3), (3, 4)]), (K.matmul, [(2, 0), (0, 4)]),
+                      (K.flash_attention, [(1, 2, 0, 16), (1, 2, 0, 16), (1, 2, 0, 16)]),
+                      (K.flash_attention, [(1, 2, 3, 16), (1, 2, 0, 16), (1, 2, 0, 16)])):
+        inputs = [rand(*s) for s in shapes]
+        out = f(*inputs)
+        assert (out == 0).all()
+        for x, g in zip(inputs, torch.autograd.grad(out.sum(), inputs)):
+            assert g.shape == x.shape and (g == 0).all()
+    assert K.matmul(rand(0, 3), rand(3, 4)).shape == (0, 4)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+IDS = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize("call, error", [
+    (lambda: K.softmax(zeros(2, 3).int()), TypeError), (lambda: K.softmax(zeros(1, 70000)), ValueError),
+    (lambda: K.softmax([1.0]), TypeError), (lambda: K.softmax(zeros(2, dtype=torch.float64)), TypeError),
+    (lambda: K.matmul(zeros(2, 3), zeros(2, 3)), ValueError), (lambda: K.matmul(zeros(2, 3), zeros(3)), ValueError),
+    (lambda: K.matmul(zeros(2, 3), zeros(3, 2).half()), TypeError),
+    (lambda: K.rms_norm(zeros(2, 3), zeros(4)), ValueError), (lambda: K.rms_norm(zeros(2, 3), zeros(3).half()), TypeError),
+    (lambda: K.rms_norm(zeros(2, 3), zeros(3), residual=zeros(2, 2)), ValueError),
+    (lambda: K.swiglu(zeros(2, 3), zeros(3, 2)), ValueError),
+    (lambda: K.cross_entropy(zeros(2, 5), IDS + 5), IndexError), (lambda: K.cross_entropy(zeros(2, 5), IDS - 1), IndexError),
+    (lambda: K.cross_entropy(zeros(2, 5), IDS[:1]), ValueError), (lambda: K.cross_entropy(zeros(2, 5), IDS.int()), TypeError),
+    (lambda: K.cross_entropy(zeros(2, 5), IDS, reduction="none"), ValueError),
+    (lambda: K.linear_cross_entropy(zeros(2, 5), zeros(7, 4), IDS), ValueError),
+    (lambda: K.linear_cross_entropy(zeros(2, 5), zeros(7, 5), IDS + 7), IndexError),
+    (lambda: K.flash_attention(zeros(1, 3, 4, 16), *[zeros(1, 2, 4, 16)] * 2), ValueError),
+    (lambda: K.flash_attention(*[zeros(1, 1, 4, 257)] * 3), ValueError),
+    (lambda: K.flash_attention(*[zeros(1, 4, 16)] * 3), ValueError),
+    (lambda: K.flash_attention(*[zeros(1, 1, 4, 16)] * 3, window=0), ValueError),
+    (lambda: K.flash_attention(*[zeros(1, 1, 4, 16)] * 3, causal=False, window=3), ValueError),
+    (lambda: K.flash_attention(zeros(1, 1, 4, 16).half(), *[zeros(1, 1, 4, 16)] * 2), TypeError),
+    (lambda: K.flash_attention_torch(*[zeros(1, 4, 16)] * 3), ValueError),
+    (lambda: K.adamw_step([zeros(2)], [zeros(3)], [zeros(2)], [zeros(2)], 1), ValueError),
+    (lambda: K.adamw_step([zeros(2)], [], [], [], 1), ValueError),
+    (lambda: K.adamw_step([zeros(2)], [zeros(2)], [zeros(2)], [zeros(2)], 0), ValueError),
+    (lambda: K.adamw_step([zeros(2)], [zeros(2)], [zeros(2).half()], [zeros(2)], 1), TypeError),
+    (lambda: K.adamw_step([zeros(2, 3).T], [zeros(3, 2)], [zeros(3, 2)], [zeros(3, 2)], 1), ValueError),
+    (lambda: K.int8_matmul(zeros(2, 4), zeros(3, 4), zeros(3)), TypeError),
+    (lambda: K.int8_matmul(zeros(2, 4), zeros(3, 5, dtype=torch.int8), zeros(3)), ValueError),
+    (lambda: K.int4_matmul(zeros(2, 40), zeros(3, 16, dtype=torch.uint8), zeros(3, 1), zeros(3, 1)), ValueError),
+    (lambda: K.int4_matmul(zeros(2, 40), zeros(3, 32, dtype=torch.uint8), zeros(3, 2), zeros(3, 2), group=7), ValueError)])
+def test_wrong_inputs_are_refused(call, error):
+    with pytest.raises(error):
+        call()
+
+
+@needs_interpreter
+def test_bench_without_a_gpu_counts():
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "kernels.py"), "bench"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    row = re.search(r"flash_attention +1 x 16 x 16384 x 64 +([\d.,]+) MB +([\d.,]+) GFLOP", result.stdout)
+    assert float(row[1]) == pytest.approx(4 * 16 * 16384 * 64 * 2 / 1e6, abs=0.1)  # q, k, v, o in two bytes
+    assert float(row[2]) == pytest.approx(2 * 2 * 16 * 16384**2 * 64 / 2 / 1e9, abs=0.1)
+
+
+def test_attention_compiles_for_an_h100_without_spills():
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "kernels.py"), "ptx"], capture_output=True, text=True,
+                            env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert result.returncode == 0, result.stderr[-500:]
+    rows = [row for row in result.stdout.splitlines() if re.match(r"flash_\w+ +D=(64|128) ", row)]
+    assert len(rows) > 10
+    by_name = {}
+    for row in rows:
+        name, *_, registers, stack, _, cores = row.split()
+        by_name.setdefault((name, row.split()[1]), []).append((int(registers), int(stack), cores))
+    for found in by_name.values():
+        assert any(stack == 0 and cores == "wgmma" for _, stack, cores in found)
+        assert all(stack == 0 for _, stack, _ in found), found
