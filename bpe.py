@@ -476,6 +476,8 @@ def parallel(worker, blocks, num_proc, finish=False):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        if INTERRUPTS:
+            raise KeyboardInterrupt
         for link in links if finish else ():
             yield ask(None, link)
     finally:
@@ -1624,6 +1626,16 @@ def show(text, tokenizer):
         print(f"{kind:12}{size:12,}{n:10,}{ratio:18.2f}")
 
 
+INTERRUPTS = []
+
+
+def interrupted(number, frame):
+    """Ctrl-C or SIGTERM: clean up and leave. Python loses an exception that comes up in a callback,
+    so that it is kept in mind, too: see `parallel`."""
+    INTERRUPTS.append(number)
+    raise KeyboardInterrupt
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Byte-level BPE: train a tokenizer, encode text files to .bin, and back. "
@@ -1671,7 +1683,8 @@ def main():
         parser.error(f"--vocab_size must be at least {least}: 256 bytes and the special tokens")
     if args.command == "encode" and not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up, as after Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
     try:
         run(args)
     except KeyboardInterrupt:

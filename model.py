@@ -993,6 +993,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.first_position = 0  # another one if ids are pieces of longer texts, as in ddp.py --sp
         self.quantized = None  # or int8, int4: see `quantize`
         self.activation_checkpointing = False  # True: keep only each block's input for backward
         # a unit variance suits the norms; as output weights it would make logits too large
@@ -1055,18 +1056,14 @@ class Transformer(nn.Module):
         last: only the logits of so many last positions, (B, last, V); 0: all.
         hidden: in place of logits, what the head would take, (B, T, C).
         """
-        T, places, at = ids.shape[1], None, slice(0, ids.shape[1])
+        T, first, places = ids.shape[1], self.first_position, None
+        at = slice(first, first + T)
         if cache is not None:
             places = cache.places(T)
             at = places.at if places.start is None else slice(places.start, places.end)
-        if (end := places.end if places else T) > self.config.block_size:
+        if (end := places.end if places else at.stop) > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
-        x = self.embedding(ids)
-        if self.config.position == "learned":
-            x = x + self.positions.weight[at]
-        elif self.config.position == "sinusoidal":
-            x = x + self.sinusoids[at]
-        x = self.dropout(x)
+        x = self.embed(ids, at)
         ropes = {kind: self.rope(kind, at) for kind in set(self.kinds)}
         for i, block in enumerate(self.blocks):
             rope = ropes[self.kinds[i]]
@@ -1078,10 +1075,21 @@ class Transformer(nn.Module):
                 x = block(x, rope)
         if cache is not None:
             cache.advance(T)
-        x = self.final_norm(x[:, -last:])
-        if hidden:
-            return x
-        logits = self.head(x)
+        x = x[:, -last:]
+        return self.final_norm(x) if hidden else self.predict(x)
+
+    def embed(self, ids, at):
+        """What goes into the first block: ids (B, T) at positions `at` -> (B, T, C)"""
+        x = self.embedding(ids)
+        if self.config.position == "learned":
+            x = x + self.positions.weight[at]
+        elif self.config.position == "sinusoidal":
+            x = x + self.sinusoids[at]
+        return self.dropout(x)
+
+    def predict(self, x):
+        """What comes out of the last block -> logits. (B, T, C) -> (B, T, V)"""
+        logits = self.head(self.final_norm(x))
         if self.config.logit_cap:
             logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
         return logits

@@ -1,0 +1,863 @@
+"""
+Training on many processes, from collectives up.
+
+    torchrun --nproc_per_node=2 ddp.py                       # data parallel: train.py, on 2 processes
+    torchrun --nproc_per_node=2 ddp.py --scheme zero1        # or naive, flat, ddp, zero2, fsdp
+    torchrun --nproc_per_node=4 ddp.py --tp 2                # 2 copies of a model split in 2
+    torchrun --nproc_per_node=2 ddp.py --pp 2 --microbatches 4
+    torchrun --nproc_per_node=2 ddp.py --sp 2                # each sequence split in 2
+    torchrun --nproc_per_node=2 ddp.py --impl torch          # PyTorch's own DDP and FSDP2
+    torchrun --nproc_per_node=2 ddp.py bench                 # time, bytes and memory of each scheme
+    python ddp.py plan --params 70e9 --gpus 1024             # what fits, and what it waits for
+
+NCCL on GPUs, gloo on CPUs. The flags, files and losses are those of train.py: a run can be resumed
+here on another number of processes, or there. Several machines, each with 8 GPUs:
+
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ddp.py ...
+
+In the comments: W processes, each with its rank; P bytes of parameters. What collectives cost, in
+bytes sent by all ranks together: all-gather and reduce-scatter (W - 1) P, all-reduce, which is one
+of each, 2 (W - 1) P.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as model_py
+import train
+
+# -----------------------------------------------------------------------------
+# Collectives. All work on a group of processes (None: all), and on a world of one, too.
+
+
+def world(group=None):
+    """Number of processes in a group; 1 without torch.distributed."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def rank(group=None):
+    """This process's number in a group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def flatten(tensors):
+    """Tensors of one dtype, one after the other: (n,)"""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def unflatten(flat, tensors):
+    """Views into a flat tensor with the shapes of these."""
+    return [x.view_as(t) for x, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def exchange(send, send_sizes, receive_sizes, group=None):
+    """all-to-all: send[r], of send_sizes[r] numbers, goes to rank r -> what came, one after the
+    other. (n,) -> (sum of receive_sizes,)"""
+    out = send.new_empty(sum(receive_sizes))
+    if world(group) == 1:
+        return out.copy_(send)
+    dist.all_to_all_single(out, send, receive_sizes, send_sizes, group=group)
+    return out
+
+
+def reduce_scatter(x, sizes, group=None):
+    """Sum over ranks, of which rank r gets its part of sizes[r] numbers: (sum of sizes,) -> (own,).
+    Gloo's own sends as much as an all-reduce; an exchange and a sum of what came send the least.
+    The order of the sum is that of the ranks, the same everywhere."""
+    own = sizes[rank(group)]
+    parts = exchange(x, sizes, [own] * world(group), group)
+    return parts.view(world(group), own).sum(0) if own else parts
+
+
+def all_gather(x, sizes, group=None):
+    """Parts of all ranks, one after the other: (sizes[own],) -> (sum of sizes,)."""
+    if world(group) == 1:
+        return x.clone()
+    if len(set(sizes)) == 1:
+        out = x.new_empty(sum(sizes))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+    return exchange(x.repeat(world(group)), [len(x)] * world(group), sizes, group)
+
+
+def broadcast(tensors, group=None):
+    """Give all ranks the tensors of the first."""
+    if world(group) > 1:
+        source = dist.get_global_rank(group, 0) if group is not None else 0
+        for x in tensors:
+            dist.broadcast(x.detach(), source, group=group)
+
+
+# -----------------------------------------------------------------------------
+# Data parallel: every rank has the whole model and a part of the batch; gradients are averaged.
+
+
+class DDP(nn.Module):
+    """Wrap a module so that gradients become the mean over ranks.
+
+    bucket_mb: gradients travel together in buckets of about this size: 0, each parameter alone
+    (naive); math.inf, all in one (flat). overlap: a bucket leaves as soon as its gradients are
+    there, while the backward pass still computes those of earlier layers.
+
+        model = DDP(model); loss = ...; loss.backward(); model.finish_gradient_synchronization()
+
+    Parameters that get no gradient on any rank keep none; on a rank where one has none it counts as
+    0. Use `with model.no_sync()` around the backward passes of a step but the last.
+    """
+
+    def __init__(self, module, bucket_mb=25.0, overlap=True, group=None):
+        super().__init__()
+        self.module, self.group, self.overlap, self.sync = module, group, overlap, True
+        broadcast([*module.parameters(), *module.buffers()], group)
+        self.buckets, size = [], 0
+        for p in reversed([p for p in module.parameters() if p.requires_grad]):
+            # the last layers come first, as they do in the backward pass
+            n = p.numel() * p.element_size()
+            if not self.buckets or size + n > bucket_mb * 2**20 or \
+                    self.buckets[-1][0].dtype != p.dtype:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(p)
+            size += n
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.events = []  # (what happened, bucket, time): shows the overlap
+        self._begin()
+        for p in self.bucket_of:
+            p.register_post_accumulate_grad_hook(self._ready)
+
+    def _begin(self):
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.seen, self.work, self.next = set(), [], 0
+
+    def _ready(self, p):
+        """A gradient is there. Buckets leave in the same order on all ranks."""
+        if not (self.sync and self.overlap) or p in self.seen:
+            return
+        self.seen.add(p)
+        self.missing[self.bucket_of[p]] -= 1
+        while self.next < len(self.buckets) and self.missing[self.next] == 0:
+            self._send()
+
+    def _send(self):
+        """Start the all-reduce of the next bucket."""
+        bucket = self.buckets[self.next]
+        has = torch.tensor([p.grad is not None for p in bucket])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        # at the end, which parameters have a gradient at all
+        flat = torch.cat((flatten(grads), has.to(grads[0].device, grads[0].dtype)))
+        work = None
+        if world(self.group) > 1:
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+        self.work.append((work, flat, grads))
+        self.events.append(("sent", self.next, time.perf_counter()))
+        self.next += 1
+
+    def finish_gradient_synchronization(self):
+        """After the backward pass: wait until all gradients are the mean over ranks."""
+        self.events.append(("backward done", None, time.perf_counter()))
+        while self.next < len(self.buckets):
+            self._send()
+        for i, (work, flat, grads) in enumerate(self.work):
+            if work is not None:
+                work.wait()
+            self.events.append(("arrived", i, time.perf_counter()))
+            flat, has = flat[: -len(grads)], flat[-len(grads) :]
+            flat /= world(self.group)
+            for p, g, some in zip(self.buckets[i], unflatten(flat, grads), has.tolist()):
+                if p.grad is not None:
+                    p.grad.copy_(g)
+                elif some:
+                    p.grad = g.clone()
+        self._begin()
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Backward passes in here only add to this rank's own gradients."""
+        self.sync = False
+        try:
+            yield
+        finally:
+            self.sync = True
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+# -----------------------------------------------------------------------------
+# ZeRO (Rajbhandari et al. 2020): W copies of the same optimizer state are W - 1 too many.
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer of any class whose state is divided: each parameter has one owner, which alone
+    keeps its state and updates it, and then sends it to the others (ZeRO-1).
+
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
+
+    Gradients can be averaged before by DDP; or by `reduce_gradients`, which gives each only to its
+    owner, so that with the parameters that come back no more is sent than for DDP alone. With
+    shard_gradients that happens in the backward pass, and what a rank does not own it frees at once
+    (ZeRO-2).
+    """
+
+    def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, **kwargs):
+        self.group, self.optimizer_cls, self.kwargs = group, optimizer_cls, kwargs
+        self.owner, self.load, self.local = {}, [0] * world(group), None
+        super().__init__(params, dict(kwargs))
+        self.reduced = {} if shard_gradients else None  # gradients summed so far, of own parameters
+        self.ready, self.next = set(), 0
+        self.order = [p for group in self.param_groups for p in group["params"]
+                      if p in self.owner][::-1]
+        for p in self.order if shard_gradients else ():
+            p.register_post_accumulate_grad_hook(self._ready)
+
+    def add_param_group(self, group):
+        """Take in further parameters; each goes to the rank that has the least so far."""
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        for p in sorted((p for p in group["params"] if p.requires_grad), key=lambda p: -p.numel()):
+            owner = self.load.index(min(self.load))
+            self.owner[p] = owner
+            self.load[owner] += p.numel()
+        own = [p for p in group["params"] if self.owner.get(p) == rank(self.group)]
+        mine = {**{k: v for k, v in group.items() if k != "params"}, "params": own}
+        if self.local is not None:
+            self.local.add_param_group(mine)
+        else:
+            self.local = self.optimizer_cls([mine], **self.kwargs)
+        for name, value in self.local.param_groups[-1].items():
+            group.setdefault(name, value)  # the class's defaults
+        # what a scheduler changes here must reach the optimizer that steps
+        self.local.param_groups[-1] = _Linked(self.local.param_groups[-1], group)
+
+    def _ready(self, p):
+        """ZeRO-2: a gradient is there. They leave in one order on all ranks, the last layer's
+        first; one that some rank does not have lets the others wait for the end of the step."""
+        self.ready.add(p)
+        while self.next < len(self.order) and self.order[self.next] in self.ready:
+            self._reduce([self.order[self.next]])
+            self.next += 1
+        if self.next == len(self.order):
+            self.ready, self.next = set(), 0
+
+    def _by_owner(self, params):
+        order = [[p for p in params if self.owner[p] == r] for r in range(world(self.group))]
+        return order, [sum(p.numel() for p in part) for part in order]
+
+    @torch.no_grad()
+    def _reduce(self, params):
+        """Sum the gradients of these parameters at their owners; the others lose them."""
+        for dtype in sorted({p.dtype for p in params}, key=str):
+            order, sizes = self._by_owner([p for p in params if p.dtype == dtype])
+            every = [p for part in order for p in part]
+            flat = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in every])
+            has = torch.tensor([float(p.grad is not None) for p in every], device=flat.device)
+            if world(self.group) > 1:  # which have a gradient on any rank
+                dist.all_reduce(has, group=self.group)
+            own = reduce_scatter(flat, sizes, self.group) / world(self.group)
+            for p in every:
+                p.grad = None
+            mine, some = order[rank(self.group)], dict(zip(every, has.tolist()))
+            for p, g in zip(mine, unflatten(own, mine)):
+                if not some[p]:
+                    continue
+                if self.reduced is not None:  # ZeRO-2: of several backward passes, the sum
+                    g = g + self.reduced[p] if p in self.reduced else g.clone()
+                    self.reduced[p] = g
+                else:
+                    p.grad = g
+
+    def reduce_gradients(self):
+        """Average the gradients over ranks, each at its owner; all others are freed."""
+        if self.reduced is None:
+            self._reduce(list(self.owner))
+        else:  # the backward pass has done it, but for what was missing somewhere
+            for p in self.order[self.next :] if self.ready else ():
+                self._reduce([p])
+            self.ready, self.next = set(), 0
+            for p, g in self.reduced.items():
+                p.grad = g
+            self.reduced = {}
+
+    def clip_grad_norm(self, max_norm, eps=1e-6):
+        """As in train.py, of gradients that are divided among their owners -> norm before."""
+        own = [p.grad for p, r in self.owner.items() if r == rank(self.group) and p.grad is not None]
+        return clip_shared(own, [], max_norm, self.group, eps)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update own parameters, then take over those of the other ranks."""
+        loss = train.loss_of(closure)
+        if any(group["params"] for group in self.local.param_groups):
+            self.local.step()
+        if world(self.group) > 1:
+            for dtype in sorted({p.dtype for p in self.owner}, key=str):
+                order, sizes = self._by_owner([p for p in self.owner if p.dtype == dtype])
+                mine = order[rank(self.group)]
+                device = next(iter(self.owner)).device
+                own = flatten(mine) if mine else torch.zeros(0, dtype=dtype, device=device)
+                flat = all_gather(own, sizes, self.group)
+                every = [p for part in order for p in part]
+                for p, x in zip(every, unflatten(flat, every)):
+                    p.copy_(x)
+        return loss
+
+    def full_state_dict(self):
+        """The state of all ranks' parts, as the optimizer's own on one process would have it."""
+        parts = [None] * world(self.group)
+        state = {self._index(p): s for p, s in self.local.state.items()}
+        if world(self.group) > 1:
+            dist.all_gather_object(parts, state, group=self.group)
+        else:
+            parts = [state]
+        groups, n = [], 0
+        for group in self.param_groups:
+            ids = list(range(n, n + len(group["params"])))
+            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": ids})
+            n += len(ids)
+        return {"state": {i: s for part in parts for i, s in part.items()}, "param_groups": groups}
+
+    def load_full_state_dict(self, state):
+        """Take this rank's part of what `full_state_dict` gave, on any number of ranks."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for ours, theirs in zip(self.param_groups, state["param_groups"], strict=True):
+            ours.update({k: v for k, v in theirs.items() if k != "params"})
+        for i, s in state["state"].items():
+            if self.owner.get(params[i]) == rank(self.group):
+                self.local.state[params[i]] = {
+                    k: v.to(params[i].device).clone() if torch.is_tensor(v) else v
+                    for k, v in s.items()}
+
+    def _index(self, p):
+        params = [q for group in self.param_groups for q in group["params"]]
+        return next(i for i, q in enumerate(params) if q is p)
+
+
+class _Linked(dict):
+    """A parameter group of the local optimizer, which takes all but its parameters from another."""
+
+    def __init__(self, own, outer):
+        super().__init__(own)
+        self.outer = outer
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if key == "params" else self.outer[key]
+
+
+def clip_shared(own, common, max_norm, group=None, eps=1e-6):
+    """Clip gradients of which each rank has its own part, `own`, and those that all have, `common`,
+    by their norm together -> the norm before, a tensor."""
+    grads = own + common
+    device = grads[0].device if grads else None
+    total = torch.zeros((), device=device, dtype=grads[0].dtype if grads else None)
+    for g in own:
+        total += g.square().sum()
+    if world(group) > 1:
+        dist.all_reduce(total, group=group)
+    for g in common:
+        total += g.square().sum()
+    norm = total.sqrt()
+    if max_norm and grads:
+        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
+    return norm
+
+
+# -----------------------------------------------------------------------------
+# Fully sharded: no rank has a whole matrix but while it is used (ZeRO-3; Zhao et al. 2023).
+
+
+class Gather(torch.autograd.Function):
+    """Shards of all ranks -> the whole matrix; backward: its gradient, averaged, -> own shard."""
+
+    @staticmethod
+    def forward(ctx, shard, shape, dtype, group):
+        ctx.group, ctx.dtype, ctx.n = group, shard.dtype, math.prod(shape)
+        full = all_gather(shard.to(dtype), [len(shard)] * world(group), group)
+        return full[: ctx.n].view(shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        W = world(ctx.group)
+        size = -(-ctx.n // W)
+        flat = F.pad(g.reshape(-1), (0, size * W - ctx.n))
+        return (reduce_scatter(flat, [size] * W, ctx.group) / W).to(ctx.dtype), None, None, None
+
+
+LINEAR_OR_EMBEDDING = (nn.Linear, nn.Embedding, model_py.Linear, model_py.Embedding)
+
+
+class FSDP(nn.Module):
+    """Wrap a module so that each rank keeps 1/W of every Linear's and Embedding's weight, as a flat
+    parameter; gathers it just ahead of its use, in the forward pass and again in the backward pass,
+    and frees it afterwards. Other parameters are small, and stay whole.
+
+    compute_dtype: of gathered weights and their gradients; the shards stay as they are (float32
+    masters). Optimizers are given FSDP's parameters(): AdamW, which looks at each number by itself,
+    works on shards; Muon, which needs matrices, does not.
+    """
+
+    def __init__(self, module, compute_dtype=None, group=None):
+        super().__init__()
+        self.module, self.group, self.compute_dtype = module, group, compute_dtype
+        broadcast([*module.parameters(), *module.buffers()], group)
+        W, r = world(group), rank(group)
+        self.shards = {}  # whole parameter -> its shard; of tied ones there is one
+        self.shapes = {}  # shard -> shape of the whole
+        for part in module.modules():
+            if isinstance(part, LINEAR_OR_EMBEDDING):
+                p = part.weight
+                if p not in self.shards:
+                    size = -(-p.numel() // W)
+                    flat = F.pad(p.detach().reshape(-1), (0, size * W - p.numel()))
+                    shard = nn.Parameter(flat[r * size : (r + 1) * size].clone(), p.requires_grad)
+                    self.shards[p] = shard
+                    self.shapes[shard] = p.shape
+                part.weight = self.shards[p]
+                part.forward = self._wrap(part, part.forward)
+        self.shards = {}  # the whole ones can go
+
+    def _wrap(self, part, forward):
+        def run(*args, **kwargs):
+            shard = part.weight
+            dtype = self.compute_dtype or shard.dtype
+            shape = self.shapes[shard]
+            full = Gather.apply(shard, shape, dtype, self.group)
+            address = full.data_ptr()
+
+            def pack(x):  # in place of the whole matrix the graph keeps a note to gather it again
+                whole = x.data_ptr() == address and x.numel() == full_numel
+                return (x.shape, x.stride()) if whole else x
+
+            def unpack(x):
+                if torch.is_tensor(x):
+                    return x
+                again = all_gather(shard.detach().to(dtype), [len(shard)] * world(self.group),
+                                   self.group)
+                return again.as_strided(*x)
+
+            full_numel = full.numel()
+            part.__dict__["weight"] = full  # found before the parameter of this name
+            try:
+                if self.compute_dtype and args[0].is_floating_point():
+                    args = (args[0].to(dtype), *args[1:])
+                    if part.bias is not None:
+                        part.__dict__["bias"] = part.bias.to(dtype)
+                with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                    return forward(*args, **kwargs)
+            finally:
+                del part.__dict__["weight"]
+                part.__dict__.pop("bias", None)
+        return run
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def common(self):
+        """Parameters that are whole on every rank."""
+        return [p for p in self.module.parameters() if p.requires_grad and p not in self.shapes]
+
+    def finish_gradient_synchronization(self):
+        """After the backward pass: average the gradients of the whole parameters. Those of shards
+        are averaged already."""
+        grads = [p.grad for p in self.common() if p.grad is not None]
+        for dtype in sorted({g.dtype for g in grads}, key=str):
+            some = [g for g in grads if g.dtype == dtype]
+            flat = flatten(some)
+            if world(self.group) > 1:
+                dist.all_reduce(flat, group=self.group)
+            for g, x in zip(some, unflatten(flat / world(self.group), some)):
+                g.copy_(x)
+
+    def clip_grad_norm(self, max_norm, eps=1e-6):
+        """As in train.py, of gradients in shards -> norm before."""
+        own = [p.grad for p in self.shapes if p.grad is not None]
+        common = [p.grad for p in self.common() if p.grad is not None]
+        return clip_shared(own, common, max_norm, self.group, eps)
+
+    @torch.no_grad()
+    def gather(self, shard, like=None):
+        """The whole of a shard, or of something of its size, `like`, such as optimizer state."""
+        x = shard if like is None else like
+        full = all_gather(x.detach(), [len(shard)] * world(self.group), self.group)
+        shape = self.shapes[shard]
+        return full[: math.prod(shape)].view(shape)
+
+    def gather_full_params(self):
+        """{name: whole tensor} as the wrapped module's own state_dict() would be on one rank."""
+        state, params = {}, dict(self.module.named_parameters(remove_duplicate=False))
+        for name, x in self.module.state_dict().items():
+            p = params.get(name)
+            state[name] = self.gather(p) if p in self.shapes else x.detach().clone()
+        return state
+
+
+# -----------------------------------------------------------------------------
+# Tensor parallel (Shoeybi et al. 2019): every matrix is split. Of two in a row the first is split by
+# columns (each rank computes some of the units), the second by rows (each rank sums over its units);
+# only then are the sums added up: one all-reduce forward, and one backward.
+
+
+class _Copy(torch.autograd.Function):
+    """The same input for all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.contiguous()
+        if world(ctx.group) > 1:
+            g = g.clone()
+            dist.all_reduce(g, group=ctx.group)
+        return g, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of all ranks' outputs; each has the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        x = x.clone()
+        if world(group) > 1:
+            dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+def part_of(n, group, what="size"):
+    """This rank's slice of n things. Raises ValueError if they can not be divided evenly."""
+    W = world(group)
+    if n % W:
+        raise ValueError(f"{what} {n} can not be divided by {W} processes")
+    return slice(rank(group) * n // W, (rank(group) + 1) * n // W)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b of which each rank computes d_out / W columns: (..., d_in) -> (..., d_out / W).
+    copied: the input's gradient is summed over ranks elsewhere, once for several such layers."""
+
+    def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
+                 copied=False):
+        super().__init__()
+        self.group, self.copied, part = group, copied, part_of(d_out, group, "d_out")
+        whole = model_py.Linear(d_in, d_out, bias)
+        weight = whole.weight if weight is None else weight
+        self.weight = nn.Parameter(weight.detach()[part].clone())
+        self.bias = nn.Parameter((whole.bias if bias_value is None else bias_value).detach()
+                                 [part].clone()) if bias else None
+
+    def forward(self, x):
+        x = x if self.copied else _Copy.apply(x, self.group)
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b of which each rank has d_in / W inputs: (..., d_in / W) -> (..., d_out)."""
+
+    def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None):
+        super().__init__()
+        self.group, part = group, part_of(d_in, group, "d_in")
+        whole = model_py.Linear(d_in, d_out, bias)
+        weight = whole.weight if weight is None else weight
+        self.weight = nn.Parameter(weight.detach()[:, part].clone())
+        self.bias = nn.Parameter((whole.bias if bias_value is None else bias_value).detach()
+                                 .clone()) if bias else None
+
+    def forward(self, x):
+        y = _Sum.apply(F.linear(x, self.weight), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding of which each rank has n / W rows: ids of others give 0 here, and the sum is all
+    ranks' together. (...) int64 -> (..., d)"""
+
+    def __init__(self, n, d, group=None, weight=None):
+        super().__init__()
+        self.group, self.part = group, part_of(n, group, "vocabulary")
+        weight = model_py.Embedding(n, d).weight if weight is None else weight
+        self.weight = nn.Parameter(weight.detach()[self.part].clone())
+
+    def forward(self, ids):
+        own = (ids >= self.part.start) & (ids < self.part.stop)
+        x = F.embedding((ids - self.part.start).masked_fill(~own, 0), self.weight)
+        return _Sum.apply(x * own[..., None], self.group)
+
+
+def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100):
+    """Sum of the losses, where each rank has the logits of its own ids: (..., V / W). Only a maximum,
+    a sum and the target's logit of each position travel, not the logits."""
+    part = part_of(logits.shape[-1] * world(group), group)
+    logits = model_py.upcast(logits)
+    m = logits.detach().amax(-1)
+    if world(group) > 1:
+        dist.all_reduce(m, dist.ReduceOp.MAX, group=group)
+    total = _Sum.apply((logits - m[..., None]).exp().sum(-1), group)
+    own = (targets >= part.start) & (targets < part.stop)
+    at = logits.gather(-1, (targets - part.start).masked_fill(~own, 0)[..., None])[..., 0]
+    picked = _Sum.apply(at * own, group)
+    losses = m + total.log() - picked
+    return losses.masked_fill(targets == ignore_index, 0.0).sum()
+
+
+def split_tensors(model, group):
+    """Make a Transformer tensor parallel, in place -> the model. Raises ValueError."""
+    c, W = model.config, world(group)
+    if set(c.attention.split(",")) - {"full", "sliding"} or c.activation == "moe":
+        raise ValueError("--tp is for full and sliding attention, without experts")
+    if c.norm_place != "pre" or c.tie_embeddings or c.qk_norm_joint or c.dropout or c.logit_cap:
+        raise ValueError("--tp is for norms before the parts, and goes with no tied embeddings, "
+                         "qk_norm_joint, dropout or logit_cap")
+    for n, what in ((c.n_head, "n_head"), (c.n_kv_head, "n_kv_head"), (c.d_ff, "d_ff"),
+                    (c.vocab_size, "vocab_size")):
+        part_of(n, group, what)
+
+    def split(linear, kind, **more):
+        return kind(linear.weight.shape[1], linear.weight.shape[0], linear.bias is not None, group,
+                    linear.weight, linear.bias, **more)
+
+    def copy(module, args, y):
+        return _Copy.apply(y, group)
+
+    def add_up(g):  # each rank's heads give a part of the gradient
+        return _Sum.apply(g, group)
+
+    for block in model.blocks:
+        # queries, keys and values have one input, as have w1 and w3: one all-reduce for all
+        block.attn_norm.register_forward_hook(copy)
+        block.ffn_norm.register_forward_hook(copy)
+        for norm in ("q_norm", "k_norm"):
+            if hasattr(block.attn, norm):
+                getattr(block.attn, norm).weight.register_hook(add_up)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = split(getattr(block.attn, name), ColumnParallelLinear, copied=True)
+            setattr(block.attn, name, linear)
+        block.attn.o_proj = split(block.attn.o_proj, RowParallelLinear)
+        block.attn.n_head, block.attn.n_kv_head = c.n_head // W, c.n_kv_head // W
+        for name in ("w1", "w3"):
+            if hasattr(block.ffn, name):
+                linear = split(getattr(block.ffn, name), ColumnParallelLinear, copied=True)
+                setattr(block.ffn, name, linear)
+        block.ffn.w2 = split(block.ffn.w2, RowParallelLinear)
+    model.embedding = VocabParallelEmbedding(c.vocab_size, c.n_embd, group, model.embedding.weight)
+    model.head = split(model.head, ColumnParallelLinear)
+    return model
+
+
+def tensor_axis(model):
+    """{name of a split parameter: the axis along which it is split}."""
+    axes = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            axes |= {f"{prefix}.weight": 0, f"{prefix}.bias": 0}
+        elif isinstance(module, RowParallelLinear):
+            axes[f"{prefix}.weight"] = 1
+    return axes
+
+
+# -----------------------------------------------------------------------------
+# Pipeline parallel: every rank has some of the layers, and a batch passes in pieces, so that all have
+# something to do. GPipe (Huang et al. 2019) does all forward passes, then all backward passes; 1F1B
+# (Narayanan et al. 2019) begins each backward pass as soon as it can, and keeps the activations of W
+# pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
+
+
+def send_tensor(x, to, group=None):
+    """Send a tensor of any shape -> handles to be waited for."""
+    codes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
+    head = [codes.index(x.dtype), x.ndim, *x.shape]
+    head = torch.tensor(head + [0] * (8 - len(head)), device=x.device)
+    x = x.contiguous()
+    return [(dist.isend(y, to, group=group), y) for y in (head, x)]
+
+
+def receive_tensor(source, device, group=None):
+    """Receive what `send_tensor` sent."""
+    codes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
+    head = torch.zeros(8, dtype=torch.int64, device=device)
+    dist.recv(head, source, group=group)
+    head = head.tolist()
+    x = torch.empty(head[2 : 2 + head[1]], dtype=codes[head[0]], device=device)
+    dist.recv(x, source, group=group)
+    return x
+
+
+def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="cpu"):
+    """Forward and backward passes of several micro-batches through the stages of a group's ranks.
+
+    stage: this rank's module; batches: list of (x, y), of which the first stage takes x and the last
+    y; loss_fn(output, y): a micro-batch's share of the loss, in the last stage. Adds to gradients.
+    -> the sum of the losses, a tensor (on the last rank; 0 elsewhere). Raises ValueError.
+    """
+    if schedule not in ("gpipe", "1f1b"):
+        raise ValueError(f"schedule is gpipe or 1f1b, not {schedule}")
+    W, r = world(group), rank(group)
+    first, last = r == 0, r == W - 1
+
+    def peer(i):
+        return i if group is None else dist.get_global_rank(group, i)
+
+    under_way, sent, loss = [], [], torch.zeros((), device=device)
+
+    def forward(i):
+        nonlocal loss
+        x, y = batches[i]
+        if not first:
+            x = receive_tensor(peer(r - 1), device, group).requires_grad_()
+        out = stage(x)
+        if last:
+            out = loss_fn(out, y)
+            loss = loss + out.detach()
+        else:
+            sent.extend(send_tensor(out.detach(), peer(r + 1), group))
+        under_way.append((x, out))
+
+    def backward():
+        x, out = under_way.pop(0)
+        out.backward(None if last else receive_tensor(peer(r + 1), device, group))
+        if not first:
+            sent.extend(send_tensor(x.grad, peer(r - 1), group))
+
+    ahead = len(batches) if schedule == "gpipe" else min(len(batches), W - 1 - r)
+    for i in range(ahead):
+        forward(i)
+    for i in range(ahead, len(batches)):
+        forward(i)
+        backward()
+    while under_way:
+        backward()
+    for handle, _ in sent:
+        handle.wait()
+    return loss
+
+
+class Stage(nn.Module):
+    """Some of the layers of a Transformer, under their own names: with the embedding if they are
+    the first ones, with the head if they are the last. Raises ValueError."""
+
+    def __init__(self, model, group=None):
+        super().__init__()
+        c, W, r = model.config, world(group), rank(group)
+        if c.tie_embeddings or c.activation == "moe":
+            raise ValueError("--pp does not go with tied embeddings or experts")
+        if c.n_layer < W:
+            raise ValueError(f"{c.n_layer} layers are too few for {W} stages")
+        self.config, self.first, self.last = c, r == 0, r == W - 1
+        layers = range(r * c.n_layer // W, (r + 1) * c.n_layer // W)
+        self.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers})
+        self._model = [model]  # in a list, so that its other parts are no parts of ours
+        if self.first:
+            self.embedding = model.embedding
+            if c.position == "learned":
+                self.positions = model.positions
+        if self.last:
+            self.final_norm, self.head = model.final_norm, model.head
+
+    def forward(self, x):
+        """ids (B, T), or (B, T, C) -> (B, T, C), or logits"""
+        model, at = self._model[0], slice(0, x.shape[1])
+        if self.first:
+            x = model.embed(x, at)
+        for i, block in self.blocks.items():
+            x = block(x, model.rope(model.kinds[int(i)], at))
+        return model.predict(x) if self.last else x
+
+
+# -----------------------------------------------------------------------------
+# Sequence parallel: every rank has a part of each sequence. All parts of a model work on tokens one
+# by one, but for attention: there keys and values go around in a ring, and each rank keeps an online
+# softmax of what it has seen (Liu et al. 2023).
+
+
+def rotate(tensors, group=None):
+    """Send tensors to the next rank, receive those of the one before."""
+    if world(group) == 1:
+        return tensors
+    W, r = world(group), rank(group)
+    flat = flatten(tensors)
+    out = torch.empty_like(flat)
+
+    def peer(i):
+        return i % W if group is None else dist.get_global_rank(group, i % W)
+
+    work = [dist.isend(flat, peer(r + 1), group=group), dist.irecv(out, peer(r - 1), group=group)]
+    for handle in work:
+        handle.wait()
+    return unflatten(out, tensors)
+
+
+class RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, group, causal):
+        W, r = world(group), rank(group)
+        T, n, scale = q.shape[2], q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+        ctx.save_for_backward(q, k, v)
+        m = torch.full((*q.shape[:3], 1), -math.inf, device=q.device, dtype=q.dtype)
+        l, acc = torch.zeros_like(m), torch.zeros_like(q)
+        for step in range(W):
+            source = (r - step) % W  # whose keys these are
+            if not (causal and source > r):
+                s = q @ k.repeat_interleave(n, 1).mT * scale
+                if causal and source == r:
+                    s = s.masked_fill(~model_py.causal_mask(T, q.device), -math.inf)
+                larger = torch.maximum(m, s.amax(-1, keepdim=True))
+                p, shrink = (s - larger).exp(), (m - larger).exp()
+                l, m = l * shrink + p.sum(-1, keepdim=True), larger
+                acc = acc * shrink + p @ v.repeat_interleave(n, 1)
+            if step + 1 < W:
+                k, v = rotate((k, v), group)
+        o, lse = acc / l, m + l.log()
+        ctx.o, ctx.lse, ctx.options = o, lse, (group, causal, n, scale)
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v = ctx.saved_tensors
+        group, causal, n, scale = ctx.options
+        W, r, T = world(group), rank(group), q.shape[2]
+        delta = (g * ctx.o).sum(-1, keepdim=True)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for step in range(W):  # the gradients travel with their keys, and are home after W steps
+            source = (r - step) % W
+            if not (causal and source > r):
+                kk, vv = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)
+                p = (q @ kk.mT * scale - ctx.lse).exp()
+                if causal and source == r:
+                    p = p.masked_fill(~model_py.causal_mask(T, q.device), 0.0)
+                ds = p * (g @ vv.mT - delta) * scale
+                dq += ds @ kk
+                dk += (ds.mT @ q).unflatten(1, (-1, n)).sum(2)
+                dv += (p.mT @ g).unflatten(1, (-1, n)).sum(2)
+            k, v, dk, dv = rotate((k, v, dk, dv), group)
+        return dq, dk, dv, None, None
+
+
+def ring_attention(q, k, v, group=None, causal=True):
+    """Attention over sequences of which each rank of a group has T consecutive positions, the first
+    rank the first. q: (B, H, T, D); k, v: (B, H / n, T, D) -> (B, H, T, D). Exact; no rank ever has
+    more than its own and one other rank's keys."""
+    return RingAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), group, causal)
+
+
+def split_sequence(model, T, group):
+    """Let a Transformer work on this rank's T positions of each sequence, in place -> the model."""
+    c = model.config
+    if set(c.attention.split(",")) != {"full"} or c.activation == "moe" or c.dropout:
+        raise ValueError("--sp is for full attention, without experts and dropout")
+    model.first_position = rank(group) * T
+    for block in model.blocks:
+        block.attn.attend = lambda q, k, v: ring_attention(q, k, v, group)
+    return model

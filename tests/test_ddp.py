@@ -1,0 +1,358 @@
+"""ddp.py: every scheme against one process, over gloo."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import ddp as D
+import model as M
+import train as T
+
+
+def child(rank, world, path, f, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    torch.manual_seed(rank)  # different weights, until they are broadcast
+    try:
+        f(rank, world, *args)
+        dist.barrier()  # or a rank that is ready first takes the connection away from the others
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(tmp_path, world, f, *args):
+    """Run f(rank, world, *args) in `world` processes; an assertion that fails in one fails here."""
+    path = tmp_path / f"rendezvous{len(list(tmp_path.iterdir()))}"
+    mp.spawn(child, (world, str(path), f, args), nprocs=world)
+
+
+class Odd(nn.Module):
+    """Odd sizes, a tied matrix, a frozen one, and one that is never used."""
+
+    def __init__(self, linear=nn.Linear):
+        super().__init__()
+        self.unused = linear(3, 3)
+        self.embedding = nn.Embedding(11, 7)
+        self.a = linear(7, 13)
+        self.b = linear(13, 7)
+        self.norm = nn.LayerNorm(7)
+        self.frozen = linear(7, 7)
+        self.frozen.weight.requires_grad_(False)
+        self.head = linear(7, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        x = x + self.b(torch.tanh(self.a(self.frozen(x))))
+        return self.head(self.norm(x))
+
+
+def loss_of(module, ids):
+    return F.cross_entropy(module(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+def reference(steps, dtype, world, optimizer_cls=torch.optim.AdamW, accumulate=1):
+    """Losses and parameters of one process that has all the data."""
+    torch.manual_seed(0)
+    module = Odd().to(dtype)
+    optimizer = optimizer_cls(module.parameters(), lr=1e-2)
+    data = torch.randint(11, (steps, accumulate, world, 3, 6))
+    start = copy.deepcopy(module.state_dict())
+    for batches in data:
+        for ids in batches:
+            (loss_of(module, ids.flatten(0, 1)) / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return start, data, module.state_dict()
+
+
+def close(a, b, dtype):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=tolerance, msg=name)
+
+
+def data_parallel(rank, world):
+    for dtype in (torch.float64, torch.float32):
+        for bucket_mb, overlap, accumulate in ((0, False, 1), (math.inf, False, 1), (0.0003, True, 1), (25, True, 3)):
+            start, data, expected = reference(3, dtype, world, accumulate=accumulate)
+            module = Odd().to(dtype)
+            if rank == 0:
+                module.load_state_dict(start)
+            wrapped = D.DDP(module, bucket_mb=bucket_mb, overlap=overlap)
+            assert wrapped.module is module
+            optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+            for batches in data:
+                for i, ids in enumerate(batches):
+                    if i + 1 < accumulate:
+                        with wrapped.no_sync():
+                            (loss_of(wrapped, ids[rank]) / accumulate).backward()
+                            assert not wrapped.work
+                    else:
+                        (loss_of(wrapped, ids[rank]) / accumulate).backward()
+                wrapped.finish_gradient_synchronization()
+                assert module.unused.weight.grad is None and module.frozen.weight.grad is None
+                optimizer.step()
+                optimizer.zero_grad()
+            close(module.state_dict(), expected, dtype)
+            if bucket_mb == 0.0003:  # the first bucket left before the backward pass was over
+                names = [event[0] for event in wrapped.events]
+                assert len(wrapped.buckets) > 2 and names.index("sent") < names.index("backward done")
+
+
+def test_data_parallel(tmp_path):
+    spawn(tmp_path, 2, data_parallel)
+    spawn(tmp_path, 3, data_parallel)
+
+
+def used_on_one_rank(rank, world):
+    module = Odd()
+    wrapped = D.DDP(module, bucket_mb=0.0003)
+    loss_of(wrapped, torch.randint(11, (2, 5))).backward()
+    if rank == 0:
+        module.unused(torch.ones(1, 3)).sum().backward()
+    expected = torch.ones(3, 3) / world
+    wrapped.finish_gradient_synchronization()
+    if rank == 0:
+        torch.testing.assert_close(module.unused.weight.grad, expected)
+    torch.testing.assert_close(module.unused.weight.grad, expected)
+
+
+def test_a_parameter_used_on_one_rank_only(tmp_path):
+    spawn(tmp_path, 2, used_on_one_rank)
+
+
+def sharded_optimizer(rank, world):
+    for dtype in (torch.float64, torch.float32):
+        for cls in (torch.optim.AdamW, T.AdamW, torch.optim.SGD):
+            for how in ("ddp", "zero1", "zero2"):
+                accumulate = 2 if how == "zero2" else 1
+                start, data, expected = reference(3, dtype, world, cls, accumulate)
+                module = Odd().to(dtype)
+                module.load_state_dict(start)
+                optimizer = D.ShardedOptimizer(module.parameters(), cls, lr=1e-2, shard_gradients=how == "zero2")
+                wrapped = D.DDP(module) if how == "ddp" else module
+                for batches in data:
+                    for i, ids in enumerate(batches):
+                        (loss_of(wrapped, ids[rank]) / accumulate).backward()
+                        if how == "zero2" and i == 0:
+                            others = [p for p, r in optimizer.owner.items() if r != rank]
+                            assert others and all(p.grad is None for p in others)
+                    if how == "ddp":
+                        wrapped.finish_gradient_synchronization()
+                    else:
+                        optimizer.reduce_gradients()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                close(module.state_dict(), expected, dtype)
+                numbers = sum(x.numel() for s in optimizer.local.state.values() for x in s.values()
+                              if torch.is_tensor(x) and x.numel() > 1)
+                total = 2 * sum(p.numel() for p in module.parameters() if p.requires_grad and p.numel() > 1)
+                if cls is not torch.optim.SGD:
+                    assert numbers <= 0.62 * total if world == 2 else numbers < 0.45 * total
+    # a schedule, further parameters, and its state in one piece
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    assert all(group["lr"] == 0.5 for group in optimizer.local.param_groups)
+    before = len(optimizer.owner)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.1})
+    assert len(optimizer.owner) == before + 1
+
+
+def test_sharded_optimizer(tmp_path):
+    spawn(tmp_path, 2, sharded_optimizer)
+    spawn(tmp_path, 3, sharded_optimizer)
+
+
+def state_in_one_piece(rank, world):
+    start, data, expected = reference(4, torch.float64, world, T.AdamW)
+    module = Odd().double()
+    module.load_state_dict(start)
+
+    def steps(optimizer, batches):
+        for ids in batches[:, 0]:
+            loss_of(module, ids[rank]).backward()
+            optimizer.reduce_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first = D.ShardedOptimizer(module.parameters(), T.AdamW, lr=1e-2)
+    steps(first, data[:2])
+    state = first.full_state_dict()
+    whole = T.AdamW(module.parameters(), lr=1.0)
+    whole.load_state_dict(state)  # what train.py would resume with
+    assert whole.param_groups[0]["lr"] == 1e-2 and len(whole.state) == len(first.owner) - 2
+    second = D.ShardedOptimizer(module.parameters(), T.AdamW, lr=7.0)
+    second.load_full_state_dict(state)
+    steps(second, data[2:])
+    close(module.state_dict(), expected, torch.float64)
+
+
+def test_sharded_state_travels_in_one_piece(tmp_path):
+    spawn(tmp_path, 2, state_in_one_piece)
+
+
+def fully_sharded(rank, world):
+    for dtype in (torch.float64, torch.float32):
+        start, data, expected = reference(3, dtype, world)
+        module = Odd().to(dtype)
+        if rank == 0:
+            module.load_state_dict(start)
+        wrapped = D.FSDP(module)
+        assert module.a.weight.shape == (-(-7 * 13 // world),) and module.head.weight is module.embedding.weight
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+        for batches in data:
+            loss = loss_of(wrapped, batches[0, rank])
+            assert module.a.weight.ndim == 1  # freed after use
+            loss.backward()
+            wrapped.finish_gradient_synchronization()
+            optimizer.step()
+            optimizer.zero_grad()
+        full = wrapped.gather_full_params()
+        assert set(full) == set(expected)
+        close(full, expected, dtype)
+    half = D.FSDP(Odd(), compute_dtype=torch.bfloat16)
+    out = half.module.a(torch.randn(2, 7))
+    assert out.dtype == torch.bfloat16 and half.module.a.weight.dtype == torch.float32
+    out.sum().backward()
+    assert half.module.a.weight.grad.dtype == torch.float32
+
+
+def test_fully_sharded(tmp_path):
+    spawn(tmp_path, 2, fully_sharded)
+    spawn(tmp_path, 3, fully_sharded)
+
+
+CONFIG = dict(vocab_size=24, block_size=12, n_layer=4, n_head=4, n_kv_head=2, n_embd=16, d_ff=32)
+
+
+def transformer_reference(**changes):
+    torch.manual_seed(0)
+    model = M.Transformer(M.TransformerConfig(**CONFIG | changes)).double()
+    ids = torch.randint(24, (8, 13))
+    logits = model(ids[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return model, ids, logits.detach(), loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def tensor_parallel(rank, world):
+    for changes in ({}, {"qk_norm": True, "bias": True}, {"attention": "sliding", "window": 3, "activation": "gelu"}):
+        model, ids, logits, loss, grads = transformer_reference(**changes)
+        split = D.split_tensors(copy.deepcopy(model), None)
+        split.zero_grad()
+        out = split(ids[:, :-1])
+        part = D.part_of(24, None)
+        torch.testing.assert_close(out, logits[..., part], atol=1e-10, rtol=1e-10)
+        targets = ids[:, 1:].clone()
+        ours = D.vocab_parallel_cross_entropy(out, targets) / targets.numel()
+        torch.testing.assert_close(ours, loss, atol=1e-10, rtol=1e-10)
+        ours.backward()
+        axes = D.tensor_axis(split)
+        for name, p in split.named_parameters():
+            expected = grads[name]
+            if name in axes:
+                expected = expected.tensor_split(world, axes[name])[rank]
+            torch.testing.assert_close(p.grad, expected, atol=1e-10, rtol=1e-10, msg=name)
+        targets[:, :5] = -100
+        some = D.vocab_parallel_cross_entropy(out.detach(), targets)
+        torch.testing.assert_close(some, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+    # the layers by themselves, on torch.nn's weights
+    torch.manual_seed(1)
+    a, b, x = nn.Linear(6, 8).double(), nn.Linear(8, 6).double(), torch.randn(3, 6).double().requires_grad_()
+    column = D.ColumnParallelLinear(6, 8, True, weight=a.weight, bias_value=a.bias)
+    row = D.RowParallelLinear(8, 6, True, weight=b.weight, bias_value=b.bias)
+    g = torch.autograd.grad(row(column(x).relu()).square().sum(), x)[0]
+    expected = torch.autograd.grad(b(a(x).relu()).square().sum(), x)[0]
+    torch.testing.assert_close(g, expected, atol=1e-10, rtol=1e-10)
+    table = nn.Embedding(10, 4).double()
+    ids = torch.tensor([[0, 9, 5], [4, 4, 1]])
+    own = D.VocabParallelEmbedding(10, 4, weight=table.weight)
+    torch.testing.assert_close(own(ids), table(ids))
+    for wrong in (lambda: D.ColumnParallelLinear(6, 7), lambda: D.RowParallelLinear(7, 6),
+                  lambda: D.VocabParallelEmbedding(9, 4)):
+        with pytest.raises(ValueError, match="divided"):
+            wrong()
+
+
+def test_tensor_parallel(tmp_path):
+    spawn(tmp_path, 2, tensor_parallel)
+
+
+def pipeline(rank, world):
+    for changes in ({}, {"position": "learned", "norm": "layernorm"}):
+        model, ids, _, loss, grads = transformer_reference(**changes)
+        model.zero_grad()
+        for schedule in ("gpipe", "1f1b"):
+            for n in (1, 2, 8):
+                stage = D.Stage(copy.deepcopy(model))
+                batches = [(b[:, :-1], b[:, 1:]) for b in ids.chunk(n)]
+                held = []
+                stage.register_forward_hook(lambda *_: held.append(1))
+
+                def share(out, y):
+                    return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / (8 * 12)
+
+                ours = D.pipeline_step(stage, batches, share, schedule=schedule)
+                if rank == world - 1:
+                    torch.testing.assert_close(ours, loss, atol=1e-10, rtol=1e-10)
+                assert len(held) == n
+                names = dict(stage.named_parameters())
+                assert names and set(names) <= set(grads)
+                for name, p in names.items():
+                    torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=1e-10, msg=name)
+    every = [None] * world
+    dist.all_gather_object(every, list(names))
+    assert sorted(sum(every, [])) == sorted(grads)
+    with pytest.raises(ValueError, match="schedule"):
+        D.pipeline_step(stage, batches, share, schedule="later")
+
+
+def test_pipeline(tmp_path):
+    spawn(tmp_path, 2, pipeline)
+    spawn(tmp_path, 4, pipeline)
+
+
+def ring(rank, world):
+    torch.manual_seed(0)
+    for causal in (True, False):
+        q, k, v, g = (torch.randn(2, h, 5 * world, 6, dtype=torch.float64) for h in (4, 2, 2, 4))
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        kk, vv = (x.repeat_interleave(2, 1) for x in whole[1:])
+        out = F.scaled_dot_product_attention(whole[0], kk, vv, is_causal=causal)
+        expected = torch.autograd.grad(out, whole, g)
+        own = slice(5 * rank, 5 * rank + 5)
+        parts = [x[:, :, own].clone().requires_grad_() for x in (q, k, v)]
+        ours = D.ring_attention(*parts, causal=causal)
+        torch.testing.assert_close(ours, out[:, :, own], atol=1e-10, rtol=1e-10)
+        for a, b in zip(torch.autograd.grad(ours, parts, g[:, :, own]), expected):
+            torch.testing.assert_close(a, b[:, :, own], atol=1e-10, rtol=1e-10)
+    for position in ("rope", "learned"):
+        model, ids, logits, _, grads = transformer_reference(position=position)
+        model.zero_grad()
+        n = 12 // world
+        own = slice(rank * n, rank * n + n)
+        split = D.split_sequence(model, n, None)
+        wrapped = D.DDP(split)
+        out = wrapped(ids[:, :-1][:, own])
+        torch.testing.assert_close(out, logits[:, own], atol=1e-10, rtol=1e-10)
+        F.cross_entropy(out.flatten(0, 1), ids[:, 1:][:, own].flatten()).backward()
+        wrapped.finish_gradient_synchronization()
+        for name, p in split.named_parameters():
+            torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=1e-10, msg=name)
+
+
+def test_ring_attention(tmp_path):
+    spawn(tmp_path, 2, ring)
+    spawn(tmp_path, 3, ring)
