@@ -282,6 +282,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         else:  # the backward pass has done it, but for what was missing somewhere
             for p in self.order[self.next :] if self.ready else ():
                 self._reduce([p])
+            # of a second backward pass in which others had to wait
+            left = torch.tensor(float(any(p.grad is not None for p in self.order)),
+                                device=self.order[0].device)
+            if world(self.group) > 1:
+                dist.all_reduce(left, group=self.group)
+            for p in self.order if left else ():
+                self._reduce([p])
             self.ready, self.next = set(), 0
             for p, g in self.reduced.items():
                 p.grad = g
