@@ -22,11 +22,14 @@ of each, 2 (W - 1) P.
 
 import argparse
 import contextlib
+import datetime
 import math
 import os
+import signal
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -451,17 +454,18 @@ class FSDP(nn.Module):
                 return again.as_strided(*x)
 
             full_numel = full.numel()
-            part.__dict__["weight"] = full  # found before the parameter of this name
+            swapped = {"weight": full}
+            if self.compute_dtype and args[0].is_floating_point():
+                args = (args[0].to(dtype), *args[1:])
+                if part.bias is not None:
+                    swapped["bias"] = part.bias.to(dtype)
+            part.__dict__.update(swapped)  # found before the parameters of these names
             try:
-                if self.compute_dtype and args[0].is_floating_point():
-                    args = (args[0].to(dtype), *args[1:])
-                    if part.bias is not None:
-                        part.__dict__["bias"] = part.bias.to(dtype)
                 with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
                     return forward(*args, **kwargs)
             finally:
-                del part.__dict__["weight"]
-                part.__dict__.pop("bias", None)
+                for name in swapped:
+                    del part.__dict__[name]
         return run
 
     def forward(self, *args, **kwargs):
@@ -868,3 +872,558 @@ def split_sequence(model, T, group):
     for block in model.blocks:
         block.attn.attend = lambda q, k, v: ring_attention(q, k, v, group)
     return model
+
+
+# -----------------------------------------------------------------------------
+# The training run: train.py's, on several processes.
+
+SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
+
+
+class Parallel:
+    """A Transformer on several processes: what the loop of `run` needs to know of it.
+
+    Ranks are numbered so that those of one copy of the model are neighbours. A copy has tp, pp or
+    sp ranks; the same rank of all copies forms a group for data parallelism.
+    """
+
+    def __init__(self, model, args, device):
+        self.args, self.device, self.model = args, device, model
+        self.n = n = args.tp * args.pp * args.sp  # ranks of one copy
+        W, r = world(), rank()
+        self.dp, self.copy_rank = W // n, r // n
+        self.dp_group = self.group = None
+        if W > 1:
+            for i in range(n):  # every rank has to take part in the making of every group
+                group = dist.new_group(list(range(i, W, n)))
+                self.dp_group = group if r % n == i else self.dp_group
+            for i in range(0, W, n):
+                group = dist.new_group(list(range(i, i + n)))
+                self.group = group if r // n == i // n else self.group
+        self.config = model.config
+        self.autocast, self.dtype = train.make_autocast(device, args.dtype)
+        self.scheme = args.scheme
+        kind, lr, decay, betas = args.optimizer, args.learning_rate, args.weight_decay, \
+            (args.beta1, args.beta2)
+
+        def optimizers_of(module):
+            return train.make_optimizers(module, kind, lr, decay, betas, args.momentum)
+
+        with torch.device("meta"):  # the order of parameters in a checkpoint
+            whole = model_py.Transformer(model.config)
+        name_of = {id(p): name for name, p in whole.named_parameters()}
+        theirs = optimizers_of(whole)
+        self.order = [[name_of[id(p)] for group in o.param_groups for p in group["params"]]
+                      for o in theirs]
+        self.axes = {}
+        if args.tp > 1:
+            model = split_tensors(model, self.group)
+            self.axes = tensor_axis(model)
+        elif args.pp > 1:
+            model = Stage(model, self.group)
+        elif args.sp > 1:
+            model = split_sequence(model, part_of(model.config.block_size, self.group,
+                                                  "block_size").stop // (rank(self.group) + 1),
+                                   self.group)
+        # with sequence parallelism all ranks have the same parameters and different tokens
+        grads = None if args.sp > 1 else self.dp_group
+        self.module = model
+        if self.scheme == "fsdp":
+            if args.optimizer != "adamw" and args.optimizer != "sgd":
+                raise ValueError("--scheme fsdp splits matrices, which muon and soap need whole")
+            if args.impl == "torch":
+                from torch.distributed.fsdp import fully_shard
+
+                for block in model.blocks:
+                    fully_shard(block)
+                self.wrapped = fully_shard(model)
+            else:
+                self.wrapped = FSDP(model, group=grads)
+            params = dict(model.named_parameters())
+            # grouped as the whole matrices would be: shards are vectors, and look like gains
+            self.optimizers = [type(o)([{**group, "params": [params[name_of[id(p)]] for p in
+                                                             group["params"]]}
+                                        for group in o.param_groups], **o.defaults) for o in theirs]
+        elif self.scheme in ("zero1", "zero2"):
+            self.wrapped = model
+            broadcast([*model.parameters(), *model.buffers()], grads)
+            self.optimizers = [ShardedOptimizer(
+                [dict(group) for group in o.param_groups], type(o), grads, self.scheme == "zero2",
+                **{**o.defaults}) for o in optimizers_of(model)]
+        else:
+            if args.impl == "torch":
+                gpu = torch.device(device).type == "cuda"
+                self.wrapped = nn.parallel.DistributedDataParallel(
+                    model, [torch.device(device)] if gpu else None, process_group=grads,
+                    bucket_cap_mb=args.bucket_mb) if W > 1 else model
+            else:
+                size = {"naive": 0, "flat": math.inf}.get(self.scheme, args.bucket_mb)
+                # a pipeline has several backward passes, of which only the last may send
+                self.wrapped = DDP(model, size, self.scheme == "ddp" and args.pp == 1, grads)
+            self.optimizers = optimizers_of(model)
+        self.grads = grads
+
+    def own_part(self, x):
+        """This rank's positions of sequences: all, but for sequence parallelism."""
+        if self.args.sp == 1:
+            return x
+        n = x.shape[1] // self.args.sp
+        return x[:, rank(self.group) * n : (rank(self.group) + 1) * n]
+
+    def loss_sum(self, module, x, y):
+        """Sum of the losses of this rank's part of a batch."""
+        with self.autocast():
+            logits = module(self.own_part(x))
+            if self.args.tp > 1:
+                return vocab_parallel_cross_entropy(logits, y, self.group)
+            return train.cross_entropy(logits, self.own_part(y), reduction="sum",
+                                       z_loss=self.args.z_loss if module.training else 0.0)
+
+    def backward(self, batches):
+        """Gradients of the mean loss over all tokens of all ranks -> that loss, a number."""
+        total = sum(int((self.own_part(y) != -100).sum()) for _, y in batches)
+        loss = torch.zeros((), device=self.device)
+        if self.args.pp > 1:
+            pieces = [(a, b) for x, y in batches for a, b in
+                      zip(x.chunk(self.args.microbatches), y.chunk(self.args.microbatches))]
+
+            def share(logits, y):
+                return train.cross_entropy(logits, y, reduction="sum") / total
+
+            with self.autocast():
+                loss = pipeline_step(self.module, pieces, share, self.group, self.args.pp_schedule,
+                                     self.device)
+        else:
+            for i, (x, y) in enumerate(batches):
+                last = i + 1 == len(batches)
+                quiet = getattr(self.wrapped, "no_sync", None)
+                with contextlib.nullcontext() if last or quiet is None else quiet():
+                    part = self.loss_sum(self.wrapped, x, y) / total
+                    extra = self.auxiliary() / len(batches)
+                    (part + extra).backward()
+                loss = loss + part.detach()
+        self.synchronize()
+        return self.mean(loss)
+
+    def auxiliary(self):
+        return self.module.auxiliary_loss() if hasattr(self.module, "auxiliary_loss") else 0.0
+
+    def mean(self, loss):
+        """Of what ranks say about their own parts, the mean; of a pipeline the last one knows."""
+        loss = loss.detach().clone()
+        if world() > 1:
+            dist.all_reduce(loss)
+            loss /= self.dp * (self.args.sp if self.args.sp > 1 else 1)
+            loss /= self.args.tp  # all of which say the same
+        return loss.item()
+
+    def synchronize(self):
+        """Average gradients, after the backward passes."""
+        if self.scheme in ("zero1", "zero2"):
+            for optimizer in self.optimizers:
+                optimizer.reduce_gradients()
+        elif hasattr(self.wrapped, "finish_gradient_synchronization"):
+            self.wrapped.finish_gradient_synchronization()
+
+    def clip(self, max_norm):
+        """Clip all gradients by their norm together -> the norm before, a number."""
+        params = [p for p in self.module.parameters() if p.grad is not None]
+        if self.scheme == "fsdp" and self.args.impl == "torch":
+            norm = nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+            return getattr(norm, "full_tensor", lambda: norm)().item()
+        if self.scheme == "fsdp":
+            return self.wrapped.clip_grad_norm(max_norm).item()
+        if self.scheme in ("zero1", "zero2"):
+            own = [p.grad for o in self.optimizers for p, r in o.owner.items()
+                   if r == rank(self.grads) and p.grad is not None]
+            if not own:
+                own = [torch.zeros(1, device=self.device)]
+            return clip_shared(own, [], max_norm, self.grads).item()
+        if self.args.pp > 1:
+            return clip_shared([p.grad for p in params], [], max_norm, self.group).item()
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        own = [p.grad for p in params if names[id(p)] in self.axes]
+        common = [p.grad for p in params if names[id(p)] not in self.axes]
+        return clip_shared(own, common, max_norm, self.group).item()
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.module, "update_router_bias"):
+            for block in self.module.blocks:
+                if world() > 1 and torch.is_tensor(getattr(block.ffn, "load", None)):
+                    dist.all_reduce(block.ffn.load, group=self.grads)
+            self.module.update_router_bias()
+
+    @torch.no_grad()
+    def evaluate(self, data, batch_size, max_batches=None):
+        """As train.evaluate; copies of the model share the windows out among themselves."""
+        T = self.config.block_size
+        self.module.eval()
+        starts = np.arange(0, len(data) - 1, T)
+        if max_batches and len(starts) > max_batches * batch_size:
+            starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
+        full = [s for s in starts if s + T < len(data)]
+        rest = [s for s in starts if s + T >= len(data)]
+        batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
+        batches += [[s] for s in rest] if self.args.sp == 1 else []  # pieces would be of no length
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        rounds = -(-len(batches) // self.dp)
+        for i in range(rounds):  # every copy as often, since each pass is an affair of all its ranks
+            at = i * self.dp + self.copy_rank
+            batch = batches[min(at, len(batches) - 1)]
+            rows = torch.stack([torch.from_numpy(data[s : s + T + 1].astype("int64"))
+                                for s in batch]).to(self.device)
+            x, y = rows[:, :-1], rows[:, 1:]
+            if self.args.pp > 1:
+                loss = self.pipeline_loss(x, y)
+            else:
+                loss = self.loss_sum(self.wrapped if self.scheme == "fsdp" else self.module, x, y)
+            if at < len(batches):
+                share = self.args.tp  # whose ranks all say the same
+                counted = self.args.pp == 1 or rank(self.group) == self.args.pp - 1
+                sums += torch.tensor([loss.item() / share,
+                                      self.own_part(y).numel() / share if counted else 0.0],
+                                     device=self.device)
+        if world() > 1:
+            dist.all_reduce(sums)
+        self.module.train()
+        return (sums[0] / sums[1]).item()
+
+    def pipeline_loss(self, x, y):
+        """A forward pass through all stages."""
+        r, W = rank(self.group), world(self.group)
+        if r:
+            x = receive_tensor(dist.get_global_rank(self.group, r - 1), self.device, self.group)
+        with self.autocast():
+            out = self.module(x)
+            if r == W - 1:
+                return train.cross_entropy(out, y, reduction="sum")
+        for handle, _ in send_tensor(out, dist.get_global_rank(self.group, r + 1), self.group):
+            handle.wait()
+        return torch.zeros(())
+
+    # ---- checkpoints, which are those of one process
+
+    def whole(self, name, x):
+        """The whole of this rank's part of a parameter, or of something of its shape."""
+        if self.scheme == "fsdp" and self.args.impl == "torch":
+            return x.full_tensor() if hasattr(x, "full_tensor") else x
+        if self.scheme == "fsdp":
+            p = dict(self.module.named_parameters())[name]
+            return self.wrapped.gather(p, x) if p in self.wrapped.shapes and \
+                x.shape == p.shape else x
+        if name in self.axes and x.ndim > self.axes[name]:
+            parts = [torch.empty_like(x) for _ in range(world(self.group))]
+            dist.all_gather(parts, x.contiguous(), group=self.group)
+            return torch.cat(parts, self.axes[name])
+        return x
+
+    def part(self, name, x, like):
+        """What this rank keeps of something whole."""
+        if self.scheme == "fsdp" and self.args.impl == "torch" and hasattr(like, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            return distribute_tensor(x, like.device_mesh, like.placements)
+        if self.scheme == "fsdp" and like in getattr(self.wrapped, "shapes", ()) and x.ndim:
+            size = len(like)
+            flat = F.pad(x.reshape(-1), (0, size * world(self.grads) - x.numel()))
+            return flat[rank(self.grads) * size : (rank(self.grads) + 1) * size].clone()
+        if name in self.axes and x.ndim > self.axes[name]:
+            return x.tensor_split(world(self.group), self.axes[name])[rank(self.group)].clone()
+        return x.clone()
+
+    @torch.no_grad()
+    def full_state(self):
+        """-> (state dict of the whole model, state of each optimizer as on one process); all ranks
+        take part, the first has them."""
+        module = self.module
+        state = {name: self.whole(name, x.detach()) for name, x in module.state_dict().items()}
+        if self.config.tie_embeddings:
+            state["head.weight"] = state["embedding.weight"]
+        found = []
+        for i, optimizer in enumerate(self.optimizers):
+            names = {id(p): name for name, p in module.named_parameters()}
+            local = optimizer.local if isinstance(optimizer, ShardedOptimizer) else optimizer
+            by_name = {names[id(p)]: s for p, s in local.state.items()}
+            by_name = {name: {k: self.whole(name, x) if torch.is_tensor(x) else x
+                              for k, x in sorted(s.items())} for name, s in sorted(by_name.items())}
+            found.append(by_name)
+        if world() > 1 and (self.args.pp > 1 or self.scheme in ("zero1", "zero2")):
+            group = self.group if self.args.pp > 1 else self.grads
+            parts = [None] * world(group)
+            dist.all_gather_object(parts, (state, found), group=group)
+            state = {name: x for part, _ in parts for name, x in part.items()}
+            found = [{name: s for _, part in parts for name, s in part[i].items()}
+                     for i in range(len(found))]
+        result = []
+        for optimizer, names, by_name in zip(self.optimizers, self.order, found):
+            groups, at = [], 0
+            for group, n in zip(optimizer.param_groups, self.group_sizes(optimizer)):
+                groups.append({**{k: v for k, v in group.items() if k != "params"},
+                               "params": list(range(at, at + n))})
+                at += n
+            result.append({"state": {j: by_name[name] for j, name in enumerate(names)
+                                     if name in by_name}, "param_groups": groups})
+        return state, result
+
+    def group_sizes(self, optimizer):
+        """Number of parameters of the whole model in each group of an optimizer."""
+        i = next(i for i, o in enumerate(self.optimizers) if o is optimizer)
+        if self.args.pp == 1:
+            return [len(group["params"]) for group in optimizer.param_groups]
+        # of a stage, which has only some of them: as make_optimizers orders them, by their dimension
+        with torch.device("meta"):
+            whole = model_py.Transformer(self.config)
+        names = dict(whole.named_parameters())
+        if len(optimizer.param_groups) == 1:
+            return [len(self.order[i])]
+        wide = sum(names[name].ndim >= 2 for name in self.order[i])
+        return [wide, len(self.order[i]) - wide]
+
+    def load_optimizers(self, states):
+        """Take this rank's part of the optimizers' state in a checkpoint. Raises ValueError."""
+        try:
+            for optimizer, names, saved in zip(self.optimizers, self.order, states, strict=True):
+                params = dict(self.module.named_parameters())
+                for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                    group.update({k: v for k, v in theirs.items() if k != "params"})
+                target = optimizer.local if isinstance(optimizer, ShardedOptimizer) else optimizer
+                for i, s in saved["state"].items():
+                    p = params.get(names[i])
+                    if p is None or (isinstance(optimizer, ShardedOptimizer)
+                                     and optimizer.owner.get(p) != rank(self.grads)):
+                        continue
+                    target.state[p] = {k: self.part(names[i], x.to(self.device), p)
+                                       if torch.is_tensor(x) else x for k, x in s.items()}
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"the checkpoint's optimizer can not be resumed: {error}") from None
+
+
+def setup(args):
+    """Join the other processes -> this one's device. Raises ValueError."""
+    W = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ:
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ValueError(f"RANK is set, but not {name}: start me with torchrun")
+        gpu = torch.cuda.is_available() and args.device in ("auto", "cuda")
+        dist.init_process_group("nccl" if gpu else "gloo",
+                                timeout=datetime.timedelta(seconds=args.timeout))
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"
+    else:
+        device = model_py.pick_device(args.device)
+    n = args.tp * args.pp * args.sp
+    if sum(size > 1 for size in (args.tp, args.pp, args.sp)) > 1:
+        raise ValueError("--tp, --pp and --sp go with --dp, but not with one another")
+    if W % n or (args.dp and args.dp * n != W):
+        raise ValueError(f"--dp {args.dp or 'any'} x --tp {args.tp} x --pp {args.pp} x --sp {args.sp} "
+                         f"is not the number of processes, {W}")
+    if n > 1 and args.scheme in ("zero1", "zero2", "fsdp"):
+        raise ValueError(f"--scheme {args.scheme} is for data parallelism alone")
+    if args.impl == "torch" and (n > 1 or args.scheme not in ("ddp", "fsdp")):
+        raise ValueError("--impl torch has --scheme ddp and fsdp, without --tp, --pp and --sp")
+    if args.batch_size % (W // n):
+        raise ValueError(f"--batch_size {args.batch_size}, of all ranks together, can not be divided "
+                         f"by {W // n}")
+    if args.pp > 1 and (args.batch_size // (W // n)) % args.microbatches:
+        raise ValueError(f"the {args.batch_size // (W // n)} sequences of a rank can not be divided "
+                         f"into {args.microbatches} micro-batches")
+    for flag in ("teacher", "noise_scale", "kernels", "compile"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} is train.py's")
+    return device
+
+
+def run(args):
+    """Train as train.py does, on all processes together."""
+    device = setup(args)
+    torch.manual_seed(args.seed)  # all ranks begin with the same numbers
+    path = os.path.join(args.out_dir, "ckpt.pt")
+    model, checkpoint, train_data, val_data, tokenizer, bytes_per_token = \
+        train.open_model(args, device)
+    config = model.config
+    if args.vocab_size is None and args.tp > 1 and config.vocab_size % args.tp:
+        raise ValueError(f"the vocabulary, {config.vocab_size}, can not be divided by --tp {args.tp}")
+    tokens_per_step = args.batch_size * args.gradient_accumulation_steps * config.block_size
+    if len(train_data) <= config.block_size * args.batch_size:
+        raise ValueError(f"{args.data}/train.bin has {len(train_data):,} tokens, fewer than the "
+                         f"{config.block_size * args.batch_size:,} of one batch of all ranks")
+    parallel = Parallel(model, args, device)
+    main_rank = rank() == 0
+
+    def say(*text):
+        if main_rank:
+            print(*text, flush=True)
+
+    def bits(loss):
+        return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+    def say_eval(step, loss):
+        extra = f" | {bits(loss):.4f} bits per byte" if bytes_per_token else ""
+        say(f"step {step:6d} | val loss {loss:.4f} | perplexity {math.exp(min(loss, 700)):.2f}{extra}")
+
+    batch_size = args.batch_size // parallel.dp
+    if args.eval_only:
+        say_eval(checkpoint["step"] if checkpoint else 0, parallel.evaluate(val_data, batch_size))
+        return
+    step, best_val_loss = 0, math.inf
+    if args.resume:
+        step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        parallel.load_optimizers(checkpoint["optimizer"])
+        train.set_rng(checkpoint["rng"])
+    log_path = os.path.join(args.out_dir, "log.csv")
+    rows = train.read_log(log_path, step) if args.resume else []
+    if main_rank:
+        os.makedirs(args.out_dir, exist_ok=True)
+    if parallel.copy_rank:  # dropout is to differ among copies
+        torch.manual_seed(args.seed + parallel.copy_rank)
+    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
+    say(f"{world()} processes: dp {parallel.dp}, tp {args.tp}, pp {args.pp}, sp {args.sp} | "
+        f"{args.impl} {args.scheme} | {len(train_data):,} training tokens | {tokens_per_step:,} "
+        f"tokens per step | {device}, {parallel.dtype}")
+
+    def save():
+        state, optimizers = parallel.full_state()
+        if main_rank:
+            whole = Whole(config, state)
+            model_py.save_checkpoint(path, whole, [Whole(None, o) for o in optimizers], step,
+                                     best_val_loss, train.get_rng(), vars(args), tokenizer)
+            train.write_log(log_path, rows)
+        if world() > 1:
+            dist.barrier()
+
+    stopped = torch.zeros((), device=device)
+    previous = {s: signal.signal(s, lambda *_: stopped.fill_(1))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    begin = interval = time.perf_counter()
+    before = float(rows[-1]["seconds"] or 0) if rows else 0.0
+    done, stop = step, False
+    parallel.module.train()
+    try:
+        while step < args.max_iters and not stop:
+            lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
+                              args.schedule, args.decay_fraction)
+            for optimizer in parallel.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            n = args.gradient_accumulation_steps
+            batches = [train.get_batch(train_data, batch_size, config.block_size, device, i,
+                                       args.seed, parallel.copy_rank, parallel.dp)
+                       for i in range(step * n, (step + 1) * n)]
+            loss = parallel.backward(batches)
+            norm = parallel.clip(args.grad_clip)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
+                                 f"{norm}: try a smaller --learning_rate")
+            parallel.step()
+            step += 1
+            anyone = stopped.clone()
+            if world() > 1:
+                dist.all_reduce(anyone)
+            stop, last_step = bool(anyone), step == args.max_iters
+            if step % args.log_interval == 0 or last_step or stop:
+                now = time.perf_counter()
+                rate = (step - done) * tokens_per_step / (now - interval)
+                eta = (args.max_iters - step) * tokens_per_step / rate
+                say(f"step {step:6d}/{args.max_iters} ({step / args.max_iters:4.0%}) | "
+                    f"loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {rate:,.0f} tok/s | "
+                    f"{eta / 60:.1f} min left")
+                interval, done = now, step
+                rows.append({"step": step, "tokens": step * tokens_per_step, "loss": f"{loss:.6f}",
+                             "seconds": f"{before + now - begin:.2f}", "learning_rate": f"{lr:.6g}",
+                             "grad_norm": f"{norm:.4f}"})
+            if (step % args.eval_interval == 0 or last_step) and not stop:
+                val_loss = parallel.evaluate(val_data, batch_size,
+                                             None if last_step else args.eval_iters)
+                best_val_loss = min(best_val_loss, val_loss)
+                say_eval(step, val_loss)
+                if not rows or rows[-1]["step"] != step:
+                    rows.append({"step": step, "tokens": step * tokens_per_step,
+                                 "seconds": f"{before + time.perf_counter() - begin:.2f}"})
+                rows[-1] |= {"val_loss": f"{val_loss:.6f}"}
+                if bytes_per_token:
+                    rows[-1] |= {"val_bpb": f"{bits(val_loss):.6f}"}
+                save()
+                interval, done = time.perf_counter(), step
+        if stop:
+            save()
+            say(f"stopped after step {step}; --resume goes on from {path}")
+            sys.exit(130)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if rows and rows[-1].get("val_loss"):
+        say(f"\nval_loss: {float(rows[-1]['val_loss']):.4f}")
+        if rows[-1].get("val_bpb"):
+            say(f"val_bits_per_byte: {float(rows[-1]['val_bpb']):.4f}")
+        say(f"tokens: {step * tokens_per_step}\nseconds: {float(rows[-1]['seconds']):.1f}\n"
+            f"ckpt: {path}")
+    else:
+        say(f"{path} is already at step {step}: nothing to do for --max_iters {args.max_iters}")
+
+
+class Whole:
+    """Something with the state_dict() that save_checkpoint asks for."""
+
+    quantized = None
+
+    def __init__(self, config, state):
+        self.config, self.state = config, state
+
+    def state_dict(self):
+        return self.state
+
+
+def build_parser():
+    """train.py's flags, and ours."""
+    parser = train.build_parser()
+    parser.description = "Train a Transformer language model on several processes."
+    g = parser.add_argument_group("processes")
+    g.add_argument("--scheme", choices=SCHEMES, default="ddp", help="data parallelism: naive, flat "
+                   "and ddp (in buckets, while the backward pass goes on) average gradients; zero1 "
+                   "divides the optimizer's state, zero2 gradients, too, fsdp parameters, too")
+    g.add_argument("--bucket_mb", type=float, default=25.0, help="of ddp (default 25)")
+    g.add_argument("--dp", type=int, default=0, help="copies of the model (default: as many as fit)")
+    g.add_argument("--tp", type=int, default=1, help="processes that share each matrix")
+    g.add_argument("--pp", type=int, default=1, help="processes that share the layers")
+    g.add_argument("--sp", type=int, default=1, help="processes that share each sequence")
+    g.add_argument("--microbatches", type=int, default=4, help="of a pipeline (default 4)")
+    g.add_argument("--pp_schedule", choices=("gpipe", "1f1b"), default="1f1b")
+    g.add_argument("--impl", choices=("own", "torch"), default="own", help="torch: PyTorch's DDP, "
+                   "and FSDP2 for --scheme fsdp")
+    g.add_argument("--timeout", type=float, default=600, help="seconds that a process waits for the "
+                   "others (default 600)")
+    return parser
+
+
+def main():
+    command = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in ("bench", "plan") else None
+    try:
+        if command:
+            del sys.argv[1]
+            return {"bench": bench, "plan": plan}[command]()
+        fresh = "scheme", "dp", "tp", "pp", "sp", "microbatches", "pp_schedule", "impl", "device"
+        args = train.parse_args(parser := build_parser(), fresh)
+        if min(args.tp, args.pp, args.sp, args.microbatches) < 1 or args.dp < 0 or \
+                args.bucket_mb < 0:
+            parser.error("--tp, --pp, --sp and --microbatches must be at least 1, --dp and "
+                         "--bucket_mb not negative")
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if rank():  # what all ranks find wrong, the first one says, and torchrun ends the others
+            time.sleep(3)
+        print(f"ddp.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the others may be waiting for us: no farewell to wait for
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -737,16 +737,13 @@ def plot_log(path, rows):
     pyplot.close()
 
 
-def run(args):
-    """Train (or evaluate) as the arguments say."""
-    device = pick_device(args.device)
-    autocast, dtype = make_autocast(device, args.dtype)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+def open_model(args, device):
+    """The data, and the model from scratch, from a checkpoint, or from where a run was stopped.
+    -> (model, checkpoint or None, train ids, val ids, text of tokenizer.json, bytes per token)
+    Raises ValueError if they do not go together."""
     path = os.path.join(args.out_dir, "ckpt.pt")
-
-    # model: from scratch, from a checkpoint, or where the run was stopped
     given = {name: getattr(args, name) for name in ARCHITECTURE if getattr(args, name) is not None}
+    checkpoint = None
     start = path if args.resume else None if args.init_from == "scratch" else args.init_from
     if start:
         model, checkpoint = load_checkpoint(start, device)
@@ -779,7 +776,19 @@ def run(args):
         # GPT-2's 50,257 to a multiple of 64, if nothing says what the ids are: as nanoGPT does
         given["vocab_size"] = args.vocab_size or vocab_size or 50304
         model = Transformer(TransformerConfig(**given)).to(device)
-    config = model.config
+    return model, checkpoint, train_data, val_data, tokenizer, bytes_per_token
+
+
+def run(args):
+    """Train (or evaluate) as the arguments say."""
+    device = pick_device(args.device)
+    autocast, dtype = make_autocast(device, args.dtype)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    path = os.path.join(args.out_dir, "ckpt.pt")
+
+    model, checkpoint, train_data, val_data, tokenizer, bytes_per_token = open_model(args, device)
+    config, block_size = model.config, model.config.block_size
     teacher = None
     if args.teacher:
         teacher, theirs = load_checkpoint(args.teacher, device)
@@ -808,7 +817,7 @@ def run(args):
 
     if args.eval_only:
         loss = evaluate(model, val_data, args.batch_size, block_size, device, autocast)
-        say_eval(checkpoint["step"] if start else 0, loss)
+        say_eval(checkpoint["step"] if checkpoint else 0, loss)
         return
 
     # optimizer and schedule
@@ -953,21 +962,26 @@ def run(args):
     print(f"ckpt: {path}")
 
 
-def main():
-    parser = build_parser()
+def parse_args(parser, fresh=()):
+    """The command line; for a run that is resumed its flags hold where none are given now, but for
+    those named in `fresh`."""
     args = parser.parse_args()
     if args.init_from == "resume":
         args.resume = True
+    if args.resume:
+        saved = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"))[1].get("args") or {}
+        skip = {"resume", "init_from", "out_dir", "eval_only", *ARCHITECTURE, *fresh}
+        names = {action.dest for action in parser._actions} - skip
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in names})
+        args = parser.parse_args()
+        args.resume = True
+    check_usage(parser, args)
+    return args
+
+
+def main():
     try:
-        if args.resume:  # the flags of the stopped run hold, where none are given now
-            saved = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"))[1].get("args") or {}
-            skip = {"resume", "init_from", "out_dir", "eval_only", *ARCHITECTURE}
-            names = {action.dest for action in parser._actions} - skip
-            parser.set_defaults(**{k: v for k, v in saved.items() if k in names})
-            args = parser.parse_args()
-            args.resume = True
-        check_usage(parser, args)
-        run(args)
+        run(parse_args(build_parser()))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

@@ -356,3 +356,96 @@ def ring(rank, world):
 def test_ring_attention(tmp_path):
     spawn(tmp_path, 2, ring)
     spawn(tmp_path, 3, ring)
+
+
+# ---- the command line
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    text = "".join(f"{i} and {i} are {2 * i}.\n" for i in range(2000))
+    (folder / "a.txt").write_text(text)
+    for command in (("train", "--vocab_size", "264"), ("encode", "--tokenizer", str(folder), "--val_fraction", "0.02")):
+        subprocess.run([sys.executable, os.path.join(ROOT, "bpe.py"), *command, "--input", str(folder / "a.txt"),
+                        "--out", str(folder)], check=True, capture_output=True)
+    return folder
+
+
+FLAGS = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --log_interval 1 --eval_interval 4 "
+         "--eval_iters 2 --dtype float32 --learning_rate 1e-2").split()
+
+
+def run(processes, data, out, *args):
+    command = [sys.executable, os.path.join(ROOT, "train.py")]
+    if processes:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                   "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", os.path.join(ROOT, "ddp.py")]
+    return subprocess.run([*command, "--data", str(data), "--out_dir", str(out), *FLAGS, *map(str, args)],
+                          capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def rows_of(out):
+    return [[float(row[k]) for k in ("loss", "grad_norm")] for row in T.read_log(out / "log.csv", 10**9)]
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """train.py's losses of 8 steps, and its checkpoint."""
+    out = tmp_path_factory.mktemp("alone")
+    assert run(0, data, out, "--max_iters", 8).returncode == 0
+    return rows_of(out), M.load_checkpoint(out / "ckpt.pt")[0].state_dict()
+
+
+@pytest.mark.parametrize("first, then", [
+    ((0, ""), (2, "--scheme fsdp")), ((2, "--scheme zero1"), (0, "")), ((2, "--tp 2"), (2, "--pp 2 --microbatches 2")),
+    ((2, "--pp 2 --microbatches 2 --pp_schedule gpipe"), (2, "--scheme zero2")), ((2, "--scheme fsdp"), (2, "--tp 2"))])
+def test_runs_go_on_elsewhere_with_equal_losses(data, alone, tmp_path, first, then):
+    """4 of 8 steps by one scheme, the others by another: as train.py alone."""
+    result = run(first[0], data, tmp_path, *first[1].split(), "--max_iters", 4, "--warmup_iters", 0, "--schedule", "constant")
+    assert result.returncode == 0, result.stderr[-2000:]
+    result = run(then[0], data, tmp_path, *then[1].split(), "--max_iters", 8, "--resume")
+    assert result.returncode == 0, result.stderr[-2000:]
+    whole = tmp_path / "whole"
+    assert run(0, data, whole, "--max_iters", 8, "--warmup_iters", 0, "--schedule", "constant").returncode == 0
+    torch.testing.assert_close(torch.tensor(rows_of(tmp_path)), torch.tensor(rows_of(whole)), atol=2e-4, rtol=2e-4)
+    a, b = (M.load_checkpoint(out / "ckpt.pt")[0].state_dict() for out in (tmp_path, whole))
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("flags", ["--sp 2", "--scheme naive", "--scheme zero2 --gradient_accumulation_steps 1"])
+def test_schemes_train_like_one_process(data, alone, tmp_path, flags):
+    result = run(2, data, tmp_path, *flags.split(), "--max_iters", 8)
+    assert result.returncode == 0, result.stderr[-2000:]
+    torch.testing.assert_close(torch.tensor(rows_of(tmp_path)), torch.tensor(alone[0]), atol=2e-4, rtol=2e-4)
+
+
+def test_two_copies_of_a_split_model(data, alone, tmp_path):
+    result = run(4, data, tmp_path, "--tp", 2, "--dp", 2, "--max_iters", 8)
+    assert result.returncode == 0, result.stderr[-2000:]
+    torch.testing.assert_close(torch.tensor(rows_of(tmp_path)), torch.tensor(alone[0]), atol=2e-4, rtol=2e-4)
+
+
+def test_plain_python_is_a_world_of_one(data, alone, tmp_path):
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "ddp.py"), "--data", str(data), "--out_dir",
+                             str(tmp_path), *FLAGS, "--max_iters", "8"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(torch.tensor(rows_of(tmp_path)), torch.tensor(alone[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--tp 2 --pp 2", "not with one another"), ("--dp 3", "is not the number of processes"), ("--batch_size 3", "divided"),
+    ("--scheme fsdp --tp 2", "alone"), ("--impl torch --scheme zero1", "impl torch"), ("--tp 2 --n_head 1", "divided"),
+    ("--block_size 2000 --batch_size 64", "fewer"), ("--pp 2 --microbatches 3", "micro-batches")])
+def test_what_does_not_divide_is_one_clear_line(data, tmp_path, flags, message):
+    result = run(2, data, tmp_path, *flags.split(), "--max_iters", 2)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("ddp.py: error:")]
+    assert result.returncode and len(errors) == 1 and message in errors[0], result.stderr[-1500:]
+
+
+def test_an_unset_rendezvous_is_one_clear_line(data, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"} | {"RANK": "0", "WORLD_SIZE": "2"}
+    result = subprocess.run([sys.executable, os.path.join(ROOT, "ddp.py"), "--data", str(data)], capture_output=True,
+                            text=True, env=environment)
+    assert result.returncode == 1 and "torchrun" in result.stderr and "Traceback" not in result.stderr
