@@ -23,9 +23,11 @@ of each, 2 (W - 1) P.
 import argparse
 import contextlib
 import datetime
+import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 
@@ -87,7 +89,9 @@ def all_gather(x, sizes, group=None):
         return x.clone()
     if len(set(sizes)) == 1:
         out = x.new_empty(sum(sizes))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        # (its new name, where PyTorch has that)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(out, x.contiguous(), group=group)
         return out
     return exchange(x.repeat(world(group)), [len(x)] * world(group), sizes, group)
 
@@ -1398,6 +1402,213 @@ def build_parser():
     g.add_argument("--timeout", type=float, default=600, help="seconds that a process waits for the "
                    "others (default 600)")
     return parser
+
+
+# -----------------------------------------------------------------------------
+# bench: what the schemes send, take and keep on this machine.
+
+
+def sent_bytes():
+    """Bytes that went through the loopback interface so far: all that the processes of one machine
+    sent each other. None where /proc does not tell."""
+    try:
+        with open("/proc/net/dev", encoding="ascii") as file:
+            line = next(line for line in file if line.strip().startswith("lo:"))
+        return int(line.split(":")[1].split()[8])
+    except (OSError, StopIteration):
+        return None
+
+
+def held(parallel):
+    """MB of parameters, gradients and optimizer state on this rank."""
+    def size(tensors):
+        tensors = [getattr(x, "_local_tensor", x) for x in tensors if torch.is_tensor(x)]
+        return sum(x.numel() * x.element_size() for x in tensors) / 1e6
+
+    params = list(parallel.module.parameters())
+    locals_ = [getattr(o, "local", o) for o in parallel.optimizers]
+    grads = [p.grad for p in params] + [g for o in parallel.optimizers for g in
+                                        (getattr(o, "reduced", None) or {}).values()]
+    return size(params), size(grads), size(x for o in locals_ for s in o.state.values()
+                                           for x in s.values())
+
+
+def write_trace(events, path):
+    """A Chrome trace (chrome://tracing, ui.perfetto.dev) of when buckets left and arrived."""
+    begin, out = events[0][2], []
+    for what, bucket, at in events:
+        if what == "sent":
+            arrived = next(t for w, b, t in events if w == "arrived" and b == bucket and t >= at)
+            out.append({"name": f"bucket {bucket}", "ph": "X", "pid": rank(), "tid": "all-reduce",
+                        "ts": 1e6 * (at - begin), "dur": 1e6 * (arrived - at)})
+        elif what in ("forward", "backward done"):
+            out.append({"name": what, "ph": "i", "pid": rank(), "tid": "step",
+                        "ts": 1e6 * (at - begin), "s": "p"})
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump({"traceEvents": out}, file)
+    os.replace(path + ".tmp", path)
+
+
+def bench():
+    """Print tables of all-reduce and of each scheme."""
+    parser = argparse.ArgumentParser(prog="ddp.py bench", description="What the schemes cost here.")
+    parser.add_argument("--max_mb", type=int, default=256, help="the largest all-reduce, of 1, 4, "
+                        "16, ... MB (default 256)")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--n_embd", type=int, default=256)
+    parser.add_argument("--n_layer", type=int, default=4)
+    parser.add_argument("--trace", default="trace.json", help="of ddp (default trace.json)")
+    own = parser.parse_args()
+    common = ["--n_embd", str(own.n_embd), "--n_layer", str(own.n_layer), "--dtype", "float32",
+              "--bucket_mb", "4"]
+    args = build_parser().parse_args(common)
+    device = setup(args)
+    W = world()
+    if W == 1:
+        raise ValueError("bench needs several processes: torchrun --nproc_per_node=2 ddp.py bench")
+
+    def say(text):
+        if rank() == 0:
+            print(text, flush=True)
+
+    def barrier():
+        dist.barrier()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    say(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank")
+    size = 1
+    while size <= own.max_mb:
+        x, times = torch.ones(size * 2**18, device=device), []
+        for _ in range(own.repeat):
+            barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(x)
+            barrier()
+            times.append(time.perf_counter() - begin)
+        seconds = statistics.median(times)
+        say(f"{size:14} {1e3 * seconds:11.2f} {2 * (W - 1) / W * size * 2**20 / seconds / 1e9:16.2f}")
+        size *= 4
+    config = model_py.TransformerConfig(vocab_size=2048, n_embd=own.n_embd, n_layer=own.n_layer)
+    x, y = torch.randint(2048, (2, 2, 256), device=device)
+    say(f"\n{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}   MB of parameters, gradients, "
+        "optimizer state on a rank\n" + " " * 45 + f"{'at the start':>24}{'before the step':>24}"
+        f"{'after it':>24}")
+    contestants = [("own", scheme) for scheme in SCHEMES] + [("torch", "ddp"), ("torch", "fsdp")]
+    for impl, scheme in contestants:
+        args = build_parser().parse_args([*common, "--scheme", scheme, "--impl", impl])
+        torch.manual_seed(0)
+        parallel = Parallel(model_py.Transformer(config).to(device), args, device)
+        n = sum(p.numel() for p in model_py.Transformer(config).parameters()) * 4
+        memory, times, counted = [held(parallel)], [], []
+        for i in range(own.repeat + 2):
+            barrier()
+            before, begin = sent_bytes(), time.perf_counter()
+            if isinstance(parallel.wrapped, DDP):
+                parallel.wrapped.events = [("forward", None, begin)]
+            parallel.backward([(x, y)])
+            if i == 1:
+                memory.append(held(parallel))
+            parallel.step()
+            barrier()
+            times.append(time.perf_counter() - begin)
+            if before is not None:
+                time.sleep(0.05)
+                counted.append((sent_bytes() - before) / n)
+        memory.append(held(parallel))
+        formula = (3 if scheme == "fsdp" else 2) * (W - 1)
+        sent = f"{statistics.median(counted[2:]):9.2f}" if counted else "        -"
+        name = f"torch {'FSDP2' if scheme == 'fsdp' else 'DDP'}" if impl == "torch" else scheme
+        say(f"{name:14}{1e3 * statistics.median(times[2:]):10.1f}{sent}{formula:8}P   "
+            + "".join(f"{a:9.1f}{b:7.1f}{c:8.1f}" for a, b, c in memory))
+        if (impl, scheme) == ("own", "ddp") and rank() == 0:
+            write_trace(parallel.wrapped.events, own.trace)
+        del parallel
+    say(f"\n{own.trace}: when the buckets of ddp left and arrived (ui.perfetto.dev)")
+
+
+# -----------------------------------------------------------------------------
+# plan: the same on paper, for machines one does not have.
+
+
+def estimate(params, gpus, tp, pp, scheme, a):
+    """What a configuration needs, by formula -> dict of GB and seconds of a step.
+
+    The model has L layers of width h = 128 L, so that 12 L h^2 are its parameters. In bytes per
+    parameter: 2 for bfloat16, 2 for its gradient, 12 for the optimizer (float32 weights and the two
+    means of Adam). Activations of a layer take some 34 h bytes per token (Korthikanti et al. 2022),
+    or with checkpointing the 2 h of its input.
+    """
+    L = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
+    h = math.sqrt(params / (12 * L))
+    dp = gpus // (tp * pp)
+    own = params / (tp * pp)  # parameters of a rank's part of the model
+    share = {"ddp": (1, 1, 1), "zero1": (1, 1, dp), "zero2": (1, dp, dp), "fsdp": (dp, dp, dp)}[scheme]
+    memory = {"parameters": 2 * own / share[0], "gradients": 2 * own / share[1],
+              "optimizer": 12 * own / share[2]}
+    tokens = a.batch_tokens / dp  # of a copy of the model, in a.microbatches pieces
+    piece = tokens / a.microbatches
+    alive = min(a.microbatches, pp)  # pieces under way in 1F1B
+    memory["activations"] = alive * piece * L / pp * (2 if a.checkpoint else 34) * h / tp
+    if scheme == "fsdp":  # two layers at a time are whole
+        memory["parameters"] += 2 * 2 * 12 * h * h / tp
+    compute = 6 * params * a.batch_tokens / (gpus * a.tflops * 1e12 * a.mfu)
+    compute *= 4 / 3 if a.checkpoint else 1
+    bubble = (pp - 1) / (a.microbatches + pp - 1)
+    fast, slow = a.node_gbs * 1e9, a.net_gbs * 1e9  # bytes/s inside a machine, and between them
+    rounds = 3 if scheme == "fsdp" else 2
+    time_dp = rounds * 2 * own * (dp - 1) / dp / (fast if gpus <= a.node else slow)
+    time_tp = 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / (fast if tp <= a.node else slow)
+    return {"memory": memory, "total": sum(memory.values()), "compute": compute / (1 - bubble),
+            "communication": time_dp + time_tp, "bubble": bubble, "L": L, "h": h, "dp": dp}
+
+
+def plan():
+    """Print memory and time of each way to divide a model and its batch among GPUs."""
+    parser = argparse.ArgumentParser(prog="ddp.py plan", description="Napkin arithmetic of large "
+                                     "runs: what fits, and what waits for what.")
+    parser.add_argument("--params", type=float, default=7e9)
+    parser.add_argument("--gpus", type=int, default=64)
+    parser.add_argument("--gpu_gb", type=float, default=80, help="memory of one (default 80)")
+    parser.add_argument("--tflops", type=float, default=989, help="of one (default 989, H100)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of that in practice")
+    parser.add_argument("--node", type=int, default=8, help="GPUs in a machine (default 8)")
+    parser.add_argument("--node_gbs", type=float, default=450, help="GB/s of a GPU inside a machine")
+    parser.add_argument("--net_gbs", type=float, default=50, help="GB/s of a GPU between machines")
+    parser.add_argument("--batch_tokens", type=float, default=4e6, help="of a step (default 4e6)")
+    parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
+    a = parser.parse_args()
+    if min(a.params, a.gpu_gb, a.tflops, a.mfu, a.node_gbs, a.net_gbs, a.batch_tokens) <= 0 or \
+            min(a.gpus, a.node, a.microbatches) < 1:
+        parser.error("all numbers must be positive")
+    shape = estimate(a.params, a.gpus, 1, 1, "ddp", a)
+    print(f"{a.params:.3g} parameters (about {shape['L']} layers of width {shape['h']:.0f}), "
+          f"{a.gpus} GPUs of {a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n")
+    print(f"{'scheme':8}{'dp':>6}{'tp':>4}{'pp':>4}  GB: {'params':>7}{'grads':>8}{'optim':>8}"
+          f"{'activ':>8}{'total':>8}   s: {'compute':>8}{'bubble':>8}{'comm':>8}{'exposed':>9}"
+          f"{'largest':>10}")
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4, 8, 16):
+            if tp > a.node or a.gpus % (tp * pp) or pp > shape["L"]:
+                continue
+            for scheme in ("ddp", "zero1", "zero2", "fsdp"):
+                if pp > 1 and scheme in ("zero2", "fsdp"):
+                    continue  # gradients and weights would travel for every piece
+                e = estimate(a.params, a.gpus, tp, pp, scheme, a)
+                low, high = 1e6, 1e15  # the largest model that fits
+                while high / low > 1.01:
+                    middle = math.sqrt(low * high)
+                    fits = estimate(middle, a.gpus, tp, pp, scheme, a)["total"] <= a.gpu_gb * 1e9
+                    low, high = (middle, high) if fits else (low, middle)
+                m = [x / 1e9 for x in e["memory"].values()]
+                mark = " " if e["total"] <= a.gpu_gb * 1e9 else "!"  # does not fit
+                # gradients leave during the backward pass, two thirds of the computation
+                exposed = max(0.0, e["communication"] - 2 / 3 * e["compute"])
+                print(f"{scheme:8}{e['dp']:6}{tp:4}{pp:4}      {m[0]:7.1f}{m[1]:8.1f}{m[2]:8.1f}"
+                      f"{m[3]:8.1f}{e['total'] / 1e9:8.1f}{mark}     {e['compute']:8.2f}"
+                      f"{e['bubble']:8.0%}{e['communication']:8.2f}{exposed:9.2f}{low:10.2g}")
+    print("\n! does not fit; comm: all of it, of which `exposed` has no computation to hide behind")
 
 
 def main():
