@@ -54,6 +54,11 @@ def rank(group=None):
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
+def peer(i, group=None):
+    """The number that rank i of a group has among all."""
+    return i if group is None else dist.get_global_rank(group, i)
+
+
 def flatten(tensors):
     """Tensors of one dtype, one after the other: (n,)"""
     return torch.cat([x.reshape(-1) for x in tensors])
@@ -99,9 +104,8 @@ def all_gather(x, sizes, group=None):
 def broadcast(tensors, group=None):
     """Give all ranks the tensors of the first."""
     if world(group) > 1:
-        source = dist.get_global_rank(group, 0) if group is not None else 0
         for x in tensors:
-            dist.broadcast(x.detach(), source, group=group)
+            dist.broadcast(x.detach(), peer(0, group), group=group)
 
 
 # -----------------------------------------------------------------------------
@@ -722,29 +726,26 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
     W, r = world(group), rank(group)
     first, last = r == 0, r == W - 1
 
-    def peer(i):
-        return i if group is None else dist.get_global_rank(group, i)
-
     under_way, sent, loss = [], [], torch.zeros((), device=device)
 
     def forward(i):
         nonlocal loss
         x, y = batches[i]
         if not first:
-            x = receive_tensor(peer(r - 1), device, group).requires_grad_()
+            x = receive_tensor(peer(r - 1, group), device, group).requires_grad_()
         out = stage(x)
         if last:
             out = loss_fn(out, y)
             loss = loss + out.detach()
         else:
-            sent.extend(send_tensor(out.detach(), peer(r + 1), group))
+            sent.extend(send_tensor(out.detach(), peer(r + 1, group), group))
         under_way.append((x, out))
 
     def backward():
         x, out = under_way.pop(0)
-        out.backward(None if last else receive_tensor(peer(r + 1), device, group))
+        out.backward(None if last else receive_tensor(peer(r + 1, group), device, group))
         if not first:
-            sent.extend(send_tensor(x.grad, peer(r - 1), group))
+            sent.extend(send_tensor(x.grad, peer(r - 1, group), group))
 
     ahead = len(batches) if schedule == "gpipe" else min(len(batches), W - 1 - r)
     for i in range(ahead):
@@ -804,11 +805,8 @@ def rotate(tensors, group=None):
     W, r = world(group), rank(group)
     flat = flatten(tensors)
     out = torch.empty_like(flat)
-
-    def peer(i):
-        return i % W if group is None else dist.get_global_rank(group, i % W)
-
-    work = [dist.isend(flat, peer(r + 1), group=group), dist.irecv(out, peer(r - 1), group=group)]
+    work = [dist.isend(flat, peer((r + 1) % W, group), group=group),
+            dist.irecv(out, peer((r - 1) % W, group), group=group)]
     for handle in work:
         handle.wait()
     return unflatten(out, tensors)
@@ -896,8 +894,8 @@ class Parallel:
         self.n = n = args.tp * args.pp * args.sp  # ranks of one copy
         W, r = world(), rank()
         self.dp, self.copy_rank = W // n, r // n
-        self.dp_group = self.group = None
-        if W > 1:
+        self.dp_group = self.group = None  # all, or (there is but one copy, or one rank in each) none
+        if n > 1 and self.dp > 1:
             for i in range(n):  # every rank has to take part in the making of every group
                 group = dist.new_group(list(range(i, W, n)))
                 self.dp_group = group if r % n == i else self.dp_group
@@ -955,11 +953,13 @@ class Parallel:
                 [dict(group) for group in o.param_groups], type(o), grads, self.scheme == "zero2",
                 **{**o.defaults}) for o in optimizers_of(model)]
         else:
-            if args.impl == "torch":
+            if self.dp == 1 and args.sp == 1:  # one copy has nobody to agree with
+                self.wrapped = model
+            elif args.impl == "torch":
                 gpu = torch.device(device).type == "cuda"
                 self.wrapped = nn.parallel.DistributedDataParallel(
                     model, [torch.device(device)] if gpu else None, process_group=grads,
-                    bucket_cap_mb=args.bucket_mb) if W > 1 else model
+                    bucket_cap_mb=args.bucket_mb)
             else:
                 size = {"naive": 0, "flat": math.inf}.get(self.scheme, args.bucket_mb)
                 # a pipeline has several backward passes, of which only the last may send
@@ -1099,12 +1099,12 @@ class Parallel:
         """A forward pass through all stages."""
         r, W = rank(self.group), world(self.group)
         if r:
-            x = receive_tensor(dist.get_global_rank(self.group, r - 1), self.device, self.group)
+            x = receive_tensor(peer(r - 1, self.group), self.device, self.group)
         with self.autocast():
             out = self.module(x)
             if r == W - 1:
                 return train.cross_entropy(out, y, reduction="sum")
-        for handle, _ in send_tensor(out, dist.get_global_rank(self.group, r + 1), self.group):
+        for handle, _ in send_tensor(out, peer(r + 1, self.group), self.group):
             handle.wait()
         return torch.zeros(())
 
@@ -1617,6 +1617,11 @@ def main():
         if command:
             del sys.argv[1]
             return {"bench": bench, "plan": plan}[command]()
+        # torchrun --max_restarts starts all ranks again when one has died: go on where they were
+        out_dir = build_parser().parse_known_args()[0].out_dir
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and \
+                os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+            sys.argv.append("--resume")
         fresh = "scheme", "dp", "tp", "pp", "sp", "microbatches", "pp_schedule", "impl", "device"
         args = train.parse_args(parser := build_parser(), fresh)
         if min(args.tp, args.pp, args.sp, args.microbatches) < 1 or args.dp < 0 or \
@@ -1626,7 +1631,11 @@ def main():
         run(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):  # of torch.distributed, when another process has died
+            if not dist.is_initialized() or "onnection" not in str(error):
+                raise
+            error = f"the connection to another process is lost: {str(error).splitlines()[0]}"
         if rank():  # what all ranks find wrong, the first one says, and torchrun ends the others
             time.sleep(3)
         print(f"ddp.py: error: {error}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -449,3 +450,33 @@ def test_an_unset_rendezvous_is_one_clear_line(data, tmp_path):
     result = subprocess.run([sys.executable, os.path.join(ROOT, "ddp.py"), "--data", str(data)], capture_output=True,
                             text=True, env=environment)
     assert result.returncode == 1 and "torchrun" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_dies(data, alone, tmp_path, restarts):
+    """Without a restart the others end within seconds; with one the run goes on from its checkpoint."""
+    script = tmp_path / "dies.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {ROOT!r})
+import ddp, train
+get_batch = train.get_batch
+def dies(data, batch_size, block_size, device, step, *more):
+    if step == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(9)
+    return get_batch(data, batch_size, block_size, device, step, *more)
+train.get_batch = dies
+ddp.main()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", str(restarts),
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), "--data", str(data),
+               "--out_dir", str(tmp_path / "out"), *FLAGS, "--max_iters", "8"]
+    begin = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert M.load_checkpoint(tmp_path / "out/ckpt.pt")[1]["step"] == (8 if restarts else 4)
+    if restarts:
+        assert result.returncode == 0, result.stderr[-2000:]
+        torch.testing.assert_close(torch.tensor(rows_of(tmp_path / "out")), torch.tensor(alone[0]), atol=2e-4, rtol=2e-4)
+    else:
+        assert result.returncode != 0 and time.monotonic() - begin < 60
+        assert "exitcode  : 9" in result.stderr or "connection to another process is lost" in result.stderr
