@@ -1213,8 +1213,12 @@ def setup(args):
             if name not in os.environ:
                 raise ValueError(f"RANK is set, but not {name}: start me with torchrun")
         gpu = torch.cuda.is_available() and args.device in ("auto", "cuda")
-        dist.init_process_group("nccl" if gpu else "gloo",
-                                timeout=datetime.timedelta(seconds=args.timeout))
+        timeout = datetime.timedelta(seconds=args.timeout)
+        store, number, W = next(dist.rendezvous("env://", timeout=timeout))
+        # after a restart the store still has the addresses of those that have died
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=W,
+                                timeout=timeout)
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         device = f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"

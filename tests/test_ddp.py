@@ -398,19 +398,27 @@ def alone(data, tmp_path_factory):
     return rows_of(out), M.load_checkpoint(out / "ckpt.pt")[0].state_dict()
 
 
+CONSTANT = "--warmup_iters", 0, "--schedule", "constant"  # the same whatever --max_iters is
+
+
+@pytest.fixture(scope="module")
+def constant(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("constant")
+    assert run(0, data, out, "--max_iters", 8, *CONSTANT).returncode == 0
+    return out
+
+
 @pytest.mark.parametrize("first, then", [
-    ((0, ""), (2, "--scheme fsdp")), ((2, "--scheme zero1"), (0, "")), ((2, "--tp 2"), (2, "--pp 2 --microbatches 2")),
-    ((2, "--pp 2 --microbatches 2 --pp_schedule gpipe"), (2, "--scheme zero2")), ((2, "--scheme fsdp"), (2, "--tp 2"))])
-def test_runs_go_on_elsewhere_with_equal_losses(data, alone, tmp_path, first, then):
+    ((0, ""), (2, "--scheme zero2")), ((2, "--scheme zero1"), (0, "")), ((2, "--tp 2"), (2, "--pp 2 --microbatches 2")),
+    ((2, "--pp 2 --microbatches 2 --pp_schedule gpipe"), (2, "--scheme fsdp"))])
+def test_runs_go_on_elsewhere_with_equal_losses(data, constant, tmp_path, first, then):
     """4 of 8 steps by one scheme, the others by another: as train.py alone."""
-    result = run(first[0], data, tmp_path, *first[1].split(), "--max_iters", 4, "--warmup_iters", 0, "--schedule", "constant")
+    result = run(first[0], data, tmp_path, *first[1].split(), "--max_iters", 4, *CONSTANT)
     assert result.returncode == 0, result.stderr[-2000:]
     result = run(then[0], data, tmp_path, *then[1].split(), "--max_iters", 8, "--resume")
     assert result.returncode == 0, result.stderr[-2000:]
-    whole = tmp_path / "whole"
-    assert run(0, data, whole, "--max_iters", 8, "--warmup_iters", 0, "--schedule", "constant").returncode == 0
-    torch.testing.assert_close(torch.tensor(rows_of(tmp_path)), torch.tensor(rows_of(whole)), atol=2e-4, rtol=2e-4)
-    a, b = (M.load_checkpoint(out / "ckpt.pt")[0].state_dict() for out in (tmp_path, whole))
+    torch.testing.assert_close(torch.tensor(rows_of(tmp_path)), torch.tensor(rows_of(constant)), atol=2e-4, rtol=2e-4)
+    a, b = (M.load_checkpoint(out / "ckpt.pt")[0].state_dict() for out in (tmp_path, constant))
     for name in b:
         torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=2e-3, msg=name)
 
@@ -436,13 +444,26 @@ def test_plain_python_is_a_world_of_one(data, alone, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--tp 2 --pp 2", "not with one another"), ("--dp 3", "is not the number of processes"), ("--batch_size 3", "divided"),
-    ("--scheme fsdp --tp 2", "alone"), ("--impl torch --scheme zero1", "impl torch"), ("--tp 2 --n_head 1", "divided"),
-    ("--block_size 2000 --batch_size 64", "fewer"), ("--pp 2 --microbatches 3", "micro-batches")])
+    ("--dp 3", "is not the number of processes"), ("--batch_size 3", "divided"), ("--tp 2 --n_head 1", "divided"),
+    ("--pp 2 --microbatches 3", "micro-batches")])
 def test_what_does_not_divide_is_one_clear_line(data, tmp_path, flags, message):
     result = run(2, data, tmp_path, *flags.split(), "--max_iters", 2)
     errors = [line for line in result.stderr.splitlines() if line.startswith("ddp.py: error:")]
     assert result.returncode and len(errors) == 1 and message in errors[0], result.stderr[-1500:]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--tp 2 --pp 2", "not with one another"), ("--impl torch --scheme zero1", "impl torch"),
+    ("--teacher x", "train.py's"), ("--tp 2", "is not the number")])
+def test_what_makes_no_sense_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        D.setup(D.build_parser().parse_args(flags.split()))
+
+
+def test_a_bin_too_short_is_refused(data, tmp_path):
+    args = ["--data", str(data), "--out_dir", str(tmp_path), "--block_size", "2000", "--batch_size", "64"]
+    with pytest.raises(ValueError, match="fewer"):
+        D.run(D.build_parser().parse_args(args))
 
 
 def test_an_unset_rendezvous_is_one_clear_line(data, tmp_path):
