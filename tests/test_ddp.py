@@ -28,6 +28,7 @@ def child(rank, world, path, f, args):
     try:
         f(rank, world, *args)
         dist.barrier()  # or a rank that is ready first takes the connection away from the others
+        time.sleep(0.3)
     finally:
         dist.destroy_process_group()
 
