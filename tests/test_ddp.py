@@ -1,6 +1,7 @@
 """ddp.py: every scheme against one process, over gloo."""
 
 import copy
+import importlib
 import math
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import ddp as D
 import model as M
 import train as T
 
-multiprocessing.set_forkserver_preload(["torch._dynamo"])  # imported once for all processes
+multiprocessing.set_forkserver_preload(["torch._dynamo", "ddp"])  # once for all processes
 
 
 def child(rank, world, path, f, args):
@@ -32,7 +33,7 @@ def child(rank, world, path, f, args):
     try:
         f(rank, world, *args)
         dist.barrier()  # or a rank that is ready first takes the connection away from the others
-        time.sleep(0.3)
+        time.sleep(0.1)
         open(f"{path}.{rank}", "x").close()
     finally:
         dist.destroy_process_group()
@@ -44,6 +45,10 @@ def spawn(tmp_path, world, f, *args):
     path = tmp_path / f"rendezvous{len(list(tmp_path.iterdir()))}"
     mp.start_processes(child, (world, str(path), f, args), world, start_method="forkserver")
     return [rank for rank in range(world) if os.path.exists(f"{path}.{rank}")]
+
+
+def equal(a, b, tolerance=1e-10, msg=None):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=msg)
 
 
 class Odd(nn.Module):
@@ -89,23 +94,22 @@ def reference(steps, dtype, world, optimizer_cls=torch.optim.AdamW, accumulate=1
 def close(a, b, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
     for name in b:
-        torch.testing.assert_close(a[name], b[name], atol=tolerance, rtol=tolerance, msg=name)
+        equal(a[name], b[name], tolerance, name)
 
 
 def data_parallel(rank, world):
     for dtype in (torch.float64, torch.float32):
-        for bucket_mb, overlap, accumulate in (
-            (0, False, 1),
-            (math.inf, False, 1),
-            (0.0003, True, 1),
-            (25, True, 3),
-        ):
+        for bucket_mb, overlap, accumulate in ((0, False, 1), (math.inf, False, 1),
+                                               (0.0003, True, 1), (25, True, 3)):
             start, data, expected = reference(3, dtype, world, accumulate=accumulate)
             module = Odd().to(dtype)
             if rank == 0:
                 module.load_state_dict(start)
             wrapped = D.DDP(module, bucket_mb=bucket_mb, overlap=overlap)
             assert wrapped.module is module
+            on_the_way = []  # buckets that have left when the last gradient is there
+            module.embedding.weight.register_post_accumulate_grad_hook(
+                lambda _: on_the_way.append(len(wrapped.work)))
             optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
             for batches in data:
                 for i, ids in enumerate(batches):
@@ -121,10 +125,9 @@ def data_parallel(rank, world):
                 optimizer.zero_grad()
             close(module.state_dict(), expected, dtype)
             if bucket_mb == 0.0003:  # the first bucket left before the backward pass was over
-                names = [event[0] for event in wrapped.events]
-                assert len(wrapped.buckets) > 2 and names.index("sent") < names.index(
-                    "backward done"
-                )
+                assert len(wrapped.buckets.buckets) > 2 and min(on_the_way) > 0
+            elif not overlap:
+                assert max(on_the_way) == 0
 
 
 def test_data_parallel(tmp_path):
@@ -138,11 +141,8 @@ def used_on_one_rank(rank, world):
     loss_of(wrapped, torch.randint(11, (2, 5))).backward()
     if rank == 0:
         module.unused(torch.ones(1, 3)).sum().backward()
-    expected = torch.ones(3, 3) / world
     wrapped.finish_gradient_synchronization()
-    if rank == 0:
-        torch.testing.assert_close(module.unused.weight.grad, expected)
-    torch.testing.assert_close(module.unused.weight.grad, expected)
+    torch.testing.assert_close(module.unused.weight.grad, torch.ones(3, 3) / world)
 
 
 def test_a_parameter_used_on_one_rank_only(tmp_path):
@@ -157,9 +157,8 @@ def sharded_optimizer(rank, world):
                 start, data, expected = reference(3, dtype, world, cls, accumulate)
                 module = Odd().to(dtype)
                 module.load_state_dict(start)
-                optimizer = D.ShardedOptimizer(
-                    module.parameters(), cls, lr=1e-2, shard_gradients=how == "zero2"
-                )
+                optimizer = D.ShardedOptimizer(module.parameters(), cls, lr=1e-2,
+                                               shard_gradients=how == "zero2")
                 wrapped = D.DDP(module) if how == "ddp" else module
                 for batches in data:
                     for i, ids in enumerate(batches):
@@ -174,57 +173,32 @@ def sharded_optimizer(rank, world):
                     optimizer.step()
                     optimizer.zero_grad()
                 close(module.state_dict(), expected, dtype)
-                numbers = sum(
-                    x.numel()
-                    for s in optimizer.local.state.values()
-                    for x in s.values()
-                    if torch.is_tensor(x) and x.numel() > 1
-                )
-                total = 2 * sum(
-                    p.numel() for p in module.parameters() if p.requires_grad and p.numel() > 1
-                )
+                numbers = sum(x.numel() for s in optimizer.state.values() for x in s.values()
+                              if torch.is_tensor(x) and x.numel() > 1)
+                total = 2 * sum(p.numel() for p in module.parameters()
+                                if p.requires_grad and p.numel() > 1)
                 if cls is not torch.optim.SGD:
                     assert numbers <= 0.62 * total if world == 2 else numbers < 0.45 * total
-    # a schedule, further parameters, and its state in one piece
+    # a schedule, and further parameters
     for group in optimizer.param_groups:
         group["lr"] = 0.5
-    assert all(group["lr"] == 0.5 for group in optimizer.local.param_groups)
     before = len(optimizer.owner)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.1})
+    more = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [more], "lr": 0.1})
     assert len(optimizer.owner) == before + 1
+    start = module.norm.bias.detach().clone()
+    for p in (module.norm.bias, more):
+        p.grad = torch.ones_like(p)
+    optimizer.reduce_gradients()
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.local.param_groups] == [0.5, 0.1]
+    torch.testing.assert_close(module.norm.bias, start - 0.5)
+    torch.testing.assert_close(more, torch.full((2,), 0.9))
 
 
 def test_sharded_optimizer(tmp_path):
     assert spawn(tmp_path, 2, sharded_optimizer) == [0, 1]
     assert spawn(tmp_path, 3, sharded_optimizer) == [0, 1, 2]
-
-
-def state_in_one_piece(rank, world):
-    start, data, expected = reference(4, torch.float64, world, T.AdamW)
-    module = Odd().double()
-    module.load_state_dict(start)
-
-    def steps(optimizer, batches):
-        for ids in batches[:, 0]:
-            loss_of(module, ids[rank]).backward()
-            optimizer.reduce_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    first = D.ShardedOptimizer(module.parameters(), T.AdamW, lr=1e-2)
-    steps(first, data[:2])
-    state = first.full_state_dict()
-    whole = T.AdamW(module.parameters(), lr=1.0)
-    whole.load_state_dict(state)  # what train.py would resume with
-    assert whole.param_groups[0]["lr"] == 1e-2 and len(whole.state) == len(first.owner) - 2
-    second = D.ShardedOptimizer(module.parameters(), T.AdamW, lr=7.0)
-    second.load_full_state_dict(state)
-    steps(second, data[2:])
-    close(module.state_dict(), expected, torch.float64)
-
-
-def test_sharded_state_travels_in_one_piece(tmp_path):
-    assert spawn(tmp_path, 2, state_in_one_piece) == [0, 1]
 
 
 def fully_sharded(rank, world):
@@ -234,10 +208,8 @@ def fully_sharded(rank, world):
         if rank == 0:
             module.load_state_dict(start)
         wrapped = D.FSDP(module)
-        assert (
-            module.a.weight.shape == (-(-7 * 13 // world),)
-            and module.head.weight is module.embedding.weight
-        )
+        assert module.a.weight.shape == (-(-7 * 13 // world),)
+        assert module.head.weight is module.embedding.weight
         optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
         for batches in data:
             loss = loss_of(wrapped, batches[0, rank])
@@ -271,69 +243,53 @@ def transformer_reference(**changes):
     logits = model(ids[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
-    return (
-        model,
-        ids,
-        logits.detach(),
-        loss.detach(),
-        {n: p.grad for n, p in model.named_parameters()},
-    )
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return model, ids, logits.detach(), loss.detach(), grads
 
 
 def tensor_parallel(rank, world):
-    for changes in (
-        {},
-        {"qk_norm": True, "bias": True},
-        {"attention": "sliding", "window": 3, "activation": "gelu"},
-    ):
+    for changes in ({}, {"qk_norm": True, "bias": True},
+                    {"attention": "sliding", "window": 3, "activation": "gelu"}):
         model, ids, logits, loss, grads = transformer_reference(**changes)
         split = D.split_tensors(copy.deepcopy(model), None)
         split.zero_grad()
         out = split(ids[:, :-1])
         part = D.part_of(24, None)
-        torch.testing.assert_close(out, logits[..., part], atol=1e-10, rtol=1e-10)
+        equal(out, logits[..., part])
         targets = ids[:, 1:].clone()
         ours = D.vocab_parallel_cross_entropy(out, targets) / targets.numel()
-        torch.testing.assert_close(ours, loss, atol=1e-10, rtol=1e-10)
+        equal(ours, loss)
         ours.backward()
         axes = D.tensor_axis(split)
         for name, p in split.named_parameters():
             expected = grads[name]
             if name in axes:
                 expected = expected.tensor_split(world, axes[name])[rank]
-            torch.testing.assert_close(p.grad, expected, atol=1e-10, rtol=1e-10, msg=name)
+            equal(p.grad, expected, msg=name)
         targets[:, :5] = -100
         some = D.vocab_parallel_cross_entropy(out.detach(), targets)
-        torch.testing.assert_close(
-            some, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        )
+        expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        torch.testing.assert_close(some, expected)
         some = D.vocab_parallel_cross_entropy(out.detach(), targets, z_loss=0.1)
-        torch.testing.assert_close(
-            some, T.cross_entropy(logits, targets, reduction="sum", z_loss=0.1)
-        )
+        expected = T.cross_entropy(logits, targets, reduction="sum", z_loss=0.1)
+        torch.testing.assert_close(some, expected)
     # the layers by themselves, on torch.nn's weights
     torch.manual_seed(1)
-    a, b, x = (
-        nn.Linear(6, 8).double(),
-        nn.Linear(8, 6).double(),
-        torch.randn(3, 6).double().requires_grad_(),
-    )
+    a, b = nn.Linear(6, 8).double(), nn.Linear(8, 6).double()
+    x = torch.randn(3, 6).double().requires_grad_()
     column = D.ColumnParallelLinear(6, 8, True, weight=a.weight, bias_value=a.bias)
     row = D.RowParallelLinear(8, 6, True, weight=b.weight, bias_value=b.bias)
     g = torch.autograd.grad(row(column(x).relu()).square().sum(), x)[0]
     expected = torch.autograd.grad(b(a(x).relu()).square().sum(), x)[0]
-    torch.testing.assert_close(g, expected, atol=1e-10, rtol=1e-10)
+    equal(g, expected)
     table = nn.Embedding(10, 4).double()
     ids = torch.tensor([[0, 9, 5], [4, 4, 1]])
     own = D.VocabParallelEmbedding(10, 4, weight=table.weight)
     torch.testing.assert_close(own(ids), table(ids))
-    for wrong in (
-        lambda: D.ColumnParallelLinear(6, 7),
-        lambda: D.RowParallelLinear(7, 6),
-        lambda: D.VocabParallelEmbedding(9, 4),
-    ):
+    for kind, sizes in ((D.ColumnParallelLinear, (6, 7)), (D.RowParallelLinear, (7, 6)),
+                        (D.VocabParallelEmbedding, (9, 4))):
         with pytest.raises(ValueError, match="divided"):
-            wrong()
+            kind(*sizes)
 
 
 def test_tensor_parallel(tmp_path):
@@ -352,20 +308,17 @@ def pipeline(rank, world):
                 stage.register_forward_hook(lambda *_: held.append(1))
 
                 def share(out, y):
-                    return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / (
-                        8 * 12
-                    )
+                    loss = F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum")
+                    return loss / (8 * 12)
 
                 ours = D.pipeline_step(stage, batches, share, schedule=schedule)
                 if rank == world - 1:
-                    torch.testing.assert_close(ours, loss, atol=1e-10, rtol=1e-10)
+                    equal(ours, loss)
                 assert len(held) == n
                 names = dict(stage.named_parameters())
                 assert names and set(names) <= set(grads)
                 for name, p in names.items():
-                    torch.testing.assert_close(
-                        p.grad, grads[name], atol=1e-10, rtol=1e-10, msg=name
-                    )
+                    equal(p.grad, grads[name], msg=name)
     every = [None] * world
     dist.all_gather_object(every, list(names))
     assert sorted(sum(every, [])) == sorted(grads)
@@ -389,9 +342,9 @@ def ring(rank, world):
         own = slice(5 * rank, 5 * rank + 5)
         parts = [x[:, :, own].clone().requires_grad_() for x in (q, k, v)]
         ours = D.ring_attention(*parts, causal=causal)
-        torch.testing.assert_close(ours, out[:, :, own], atol=1e-10, rtol=1e-10)
+        equal(ours, out[:, :, own])
         for a, b in zip(torch.autograd.grad(ours, parts, g[:, :, own]), expected):
-            torch.testing.assert_close(a, b[:, :, own], atol=1e-10, rtol=1e-10)
+            equal(a, b[:, :, own])
     for position in ("rope", "learned"):
         model, ids, logits, _, grads = transformer_reference(position=position)
         model.zero_grad()
@@ -400,11 +353,11 @@ def ring(rank, world):
         split = D.split_sequence(model, n, None)
         wrapped = D.DDP(split)
         out = wrapped(ids[:, :-1][:, own])
-        torch.testing.assert_close(out, logits[:, own], atol=1e-10, rtol=1e-10)
+        equal(out, logits[:, own])
         F.cross_entropy(out.flatten(0, 1), ids[:, 1:][:, own].flatten()).backward()
         wrapped.finish_gradient_synchronization()
         for name, p in split.named_parameters():
-            torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=1e-10, msg=name)
+            equal(p.grad, grads[name], msg=name)
 
 
 def test_ring_attention(tmp_path):
@@ -415,220 +368,171 @@ def test_ring_attention(tmp_path):
 # ---- the command line
 
 
+def script(rank, name, environment, output, args):
+    """One process of `run`: a script's main(), as torchrun would start it."""
+    torch.set_num_threads(1)
+    with open(f"{output}.{rank}", "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment, RANK=str(rank))
+    if not environment:
+        del os.environ["RANK"]
+    sys.argv = [f"{name}.py", *args]
+    importlib.import_module(name).main()
+
+
+def run(processes, tmp_path, *args, name="ddp"):
+    """Run a script in so many processes (0: it needs no others) -> (whether all ended well, what
+    they printed)."""
+    environment, world = {}, max(1, processes)
+    if processes:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    output, good = tmp_path / f"output{len(list(tmp_path.iterdir()))}", True
+    try:
+        mp.start_processes(script, (name, environment, str(output), [str(a) for a in args]), world,
+                           start_method="forkserver")
+    except mp.ProcessExitedException:
+        good = False
+    return good, "".join(open(f"{output}.{rank}").read() for rank in range(world))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    text = "".join(f"{i} and {i} are {2 * i}.\n" for i in range(2000))
-    (folder / "a.txt").write_text(text)
-    for command in (
-        ("train", "--vocab_size", "264"),
-        ("encode", "--tokenizer", str(folder), "--val_fraction", "0.02"),
-    ):
-        subprocess.run(
-            [
-                sys.executable,
-                os.path.join(ROOT, "bpe.py"),
-                *command,
-                "--input",
-                str(folder / "a.txt"),
-                "--out",
-                str(folder),
-            ],
-            check=True,
-            capture_output=True,
-        )
+    (folder / "a.txt").write_text("".join(f"{i} and {i} are {2 * i}.\n" for i in range(2000)))
+    for command in (("train", "--vocab_size", 264),
+                    ("encode", "--tokenizer", folder, "--val_fraction", 0.02)):
+        files = "--input", folder / "a.txt", "--out", folder
+        assert run(0, folder, *command, *files, name="bpe")[0]
     return folder
 
 
-FLAGS = (
-    "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --log_interval 1 --eval_interval 4 "
-    "--eval_iters 2 --dtype float32 --learning_rate 1e-2"
-).split()
+FLAGS = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --log_interval 1 "
+         "--eval_interval 4 --eval_iters 0 --dtype float32 --learning_rate 1e-2").split()
+CONSTANT = "--warmup_iters", 0, "--schedule", "constant"  # the same whatever --max_iters is
 
 
-def run(processes, data, out, *args):
-    command = [sys.executable, os.path.join(ROOT, "train.py")]
-    if processes:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-            os.path.join(ROOT, "ddp.py"),
-        ]
-    return subprocess.run(
-        [*command, "--data", str(data), "--out_dir", str(out), *FLAGS, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def train(processes, data, out, *args, name="ddp"):
+    """Run ddp.py, or in no processes train.py, and expect it to end well."""
+    good, printed = run(processes, out, "--data", data, "--out_dir", out, *FLAGS, *args,
+                        name=name if processes else "train")
+    assert good, printed[-2000:]
 
 
 def rows_of(out):
-    return [
-        [float(row[k]) for k in ("loss", "grad_norm")]
-        for row in T.Log(out / "log.csv", 10**9, 1, 1, None).rows
-    ]
+    """Losses, gradient norms and validation losses of a run, a tensor."""
+    rows = T.Log(out / "log.csv", 10**9, 1, 1, None).rows
+    return torch.tensor([[float(row[k] or 0) for k in ("loss", "grad_norm", "val_loss")]
+                         for row in rows])
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """train.py's losses of 8 steps, and its checkpoint."""
+    """train.py's losses of 8 steps."""
     out = tmp_path_factory.mktemp("alone")
-    assert run(0, data, out, "--max_iters", 8).returncode == 0
-    return rows_of(out), M.load_checkpoint(out / "ckpt.pt")[0].state_dict()
-
-
-CONSTANT = "--warmup_iters", 0, "--schedule", "constant"  # the same whatever --max_iters is
+    train(0, data, out, "--max_iters", 8, "--eval_iters", 2)
+    return rows_of(out)
 
 
 @pytest.fixture(scope="module")
 def constant(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("constant")
-    assert run(0, data, out, "--max_iters", 8, *CONSTANT).returncode == 0
+    train(0, data, out, "--max_iters", 8, *CONSTANT)
     return out
 
 
-@pytest.mark.parametrize(
-    "first, then",
-    [
-        ((0, ""), (2, "--scheme zero2")),
-        ((2, "--scheme zero1"), (0, "")),
-        ((2, "--tp 2"), (2, "--pp 2 --microbatches 2")),
-        ((2, "--pp 2 --microbatches 2 --pp_schedule gpipe"), (2, "--scheme fsdp")),
-    ],
-)
+@pytest.mark.parametrize("first, then", [
+    ((0, ""), (2, "--scheme zero2")),
+    ((2, "--scheme zero1"), (0, "")),
+    ((2, "--tp 2"), (2, "--pp 2 --microbatches 2")),
+    ((2, "--pp 2 --microbatches 2 --pp_schedule gpipe"), (2, "--scheme fsdp")),
+    ((2, "--scheme fsdp --impl torch"), (4, "--scheme fsdp")),
+])
 def test_runs_go_on_elsewhere_with_equal_losses(data, constant, tmp_path, first, then):
     """4 of 8 steps by one scheme, the others by another: as train.py alone."""
-    result = run(first[0], data, tmp_path, *first[1].split(), "--max_iters", 4, *CONSTANT)
-    assert result.returncode == 0, result.stderr[-2000:]
-    result = run(then[0], data, tmp_path, *then[1].split(), "--max_iters", 8, "--resume")
-    assert result.returncode == 0, result.stderr[-2000:]
-    torch.testing.assert_close(
-        torch.tensor(rows_of(tmp_path)), torch.tensor(rows_of(constant)), atol=2e-4, rtol=2e-4
-    )
+    train(first[0], data, tmp_path, *first[1].split(), "--max_iters", 4, *CONSTANT)
+    train(then[0], data, tmp_path, *then[1].split(), "--max_iters", 8, "--resume")
+    equal(rows_of(tmp_path), rows_of(constant), 2e-4)
     a, b = (M.load_checkpoint(out / "ckpt.pt")[0].state_dict() for out in (tmp_path, constant))
     for name in b:
-        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=2e-3, msg=name)
+        equal(a[name], b[name], 2e-3, name)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--sp 2",
-        "--scheme naive --activation_checkpointing",
-        "--scheme zero2 --gradient_accumulation_steps 1",
-    ],
-)
-def test_schemes_train_like_one_process(data, alone, tmp_path, flags):
-    result = run(2, data, tmp_path, *flags.split(), "--max_iters", 8)
-    assert result.returncode == 0, result.stderr[-2000:]
-    torch.testing.assert_close(
-        torch.tensor(rows_of(tmp_path)), torch.tensor(alone[0]), atol=2e-4, rtol=2e-4
-    )
-
-
-def test_two_copies_of_a_split_model(data, alone, tmp_path):
-    result = run(4, data, tmp_path, "--tp", 2, "--dp", 2, "--max_iters", 8)
-    assert result.returncode == 0, result.stderr[-2000:]
-    torch.testing.assert_close(
-        torch.tensor(rows_of(tmp_path)), torch.tensor(alone[0]), atol=2e-4, rtol=2e-4
-    )
+@pytest.mark.parametrize("processes, flags", [
+    (2, "--sp 2"),
+    (2, "--scheme naive --activation_checkpointing"),
+    (2, "--scheme zero2 --gradient_accumulation_steps 1"),
+    (4, "--tp 2 --dp 2"),
+])
+def test_schemes_train_like_one_process(data, alone, tmp_path, processes, flags):
+    train(processes, data, tmp_path, *flags.split(), "--max_iters", 8, "--eval_iters", 2)
+    equal(rows_of(tmp_path), alone, 2e-4)
 
 
 def test_plain_python_is_a_world_of_one(data, alone, tmp_path):
-    result = subprocess.run(
-        [
-            sys.executable,
-            os.path.join(ROOT, "ddp.py"),
-            "--data",
-            str(data),
-            "--out_dir",
-            str(tmp_path),
-            *FLAGS,
-            "--max_iters",
-            "8",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, os.path.join(ROOT, "ddp.py"), "--data", data, "--out_dir", tmp_path]
+    result = subprocess.run([*command, *FLAGS, "--max_iters", "8", "--eval_iters", "2"],
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    torch.testing.assert_close(
-        torch.tensor(rows_of(tmp_path)), torch.tensor(alone[0]), atol=1e-5, rtol=1e-5
-    )
+    equal(rows_of(tmp_path), alone, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--dp 3", "is not the number of processes"),
-        ("--batch_size 3", "divided"),
-        ("--tp 2 --n_head 1", "divided"),
-        ("--pp 2 --microbatches 3", "micro-batches"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    ("--dp 3", "is not the number of processes"),
+    ("--batch_size 3", "divided"),
+    ("--tp 2 --n_head 1", "divided"),
+    ("--pp 2 --microbatches 3", "micro-batches"),
+])
 def test_what_does_not_divide_is_one_clear_line(data, tmp_path, flags, message):
-    result = run(2, data, tmp_path, *flags.split(), "--max_iters", 2)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("ddp.py: error:")]
-    assert result.returncode and len(errors) == 1 and message in errors[0], result.stderr[-1500:]
+    good, printed = run(2, tmp_path, "--data", data, "--out_dir", tmp_path, *FLAGS, *flags.split(),
+                        "--max_iters", 2)
+    errors = [line for line in printed.splitlines() if line.startswith("ddp.py: error:")]
+    assert not good and len(errors) == 1 and message in errors[0], printed[-1500:]
+    assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--tp 2 --pp 2", "not with one another"),
-        ("--impl torch --scheme zero1", "impl torch"),
-        ("--teacher x", "train.py's"),
-        ("--tp 2", "is not the number"),
-        ("--offload optimizer", "train.py's"),
-        ("--activation_checkpointing --scheme fsdp", "none of"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    ("--tp 2 --pp 2", "not with one another"),
+    ("--impl torch --scheme zero1", "impl torch"),
+    ("--teacher x", "train.py's"),
+    ("--tp 2", "is not the number"),
+    ("--offload optimizer", "train.py's"),
+    ("--activation_checkpointing --scheme fsdp", "none of"),
+    ("--scheme fsdp --optimizer muon", "need whole"),
+])
 def test_what_makes_no_sense_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         D.setup(D.build_parser().parse_args(flags.split()))
 
 
 def test_a_bin_too_short_is_refused(data, tmp_path):
-    args = [
-        "--data",
-        str(data),
-        "--out_dir",
-        str(tmp_path),
-        "--block_size",
-        "2000",
-        "--batch_size",
-        "64",
-    ]
+    flags = f"--data {data} --out_dir {tmp_path} --block_size 2000 --batch_size 64"
     with pytest.raises(ValueError, match="fewer"):
-        D.run(D.build_parser().parse_args(args))
+        D.run(D.build_parser().parse_args(flags.split()))
 
 
 @pytest.mark.parametrize("given", [{"RANK": "0", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "2"}])
-def test_an_unset_rendezvous_is_one_clear_line(data, tmp_path, given):
-    environment = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "RANK")} | given
-    result = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "ddp.py"), "--data", str(data)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert (
-        result.returncode == 1 and "torchrun" in result.stderr and "Traceback" not in result.stderr
-    )
+def test_an_unset_rendezvous_is_one_clear_line(data, monkeypatch, capsys, given):
+    for name in ("MASTER_ADDR", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["ddp.py", "--data", str(data)])
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    D.main()
+    error = capsys.readouterr().err
+    assert left == [1] and "torchrun" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_rank_that_dies(data, alone, tmp_path, restarts):
-    """Without a restart the others end within seconds; with one the run goes on from its checkpoint."""
-    script = tmp_path / "dies.py"
-    script.write_text(f"""
+    """Without a restart the others end within seconds; with one the run goes on from its
+    checkpoint."""
+    dies = tmp_path / "dies.py"
+    dies.write_text(f"""
 import os, sys
 sys.path.insert(0, {ROOT!r})
 import ddp, train
@@ -640,44 +544,18 @@ def dies(data, batch_size, block_size, device, step, *more):
 train.get_batch = dies
 ddp.main()
 """)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--max_restarts",
-        str(restarts),
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(script),
-        "--data",
-        str(data),
-        "--out_dir",
-        str(tmp_path / "out"),
-        *FLAGS,
-        "--max_iters",
-        "8",
-    ]
-    begin = time.monotonic()
+    torchrun = ("-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d "
+                f"--rdzv_endpoint localhost:0 --max_restarts {restarts}").split()
+    out, begin = tmp_path / "out", time.monotonic()
     result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert M.load_checkpoint(tmp_path / "out/ckpt.pt")[1]["step"] == (8 if restarts else 4)
+        [sys.executable, *torchrun, dies, "--data", data, "--out_dir", out, *FLAGS, "--max_iters",
+         "8", "--eval_iters", "2"], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert M.load_checkpoint(out / "ckpt.pt")[1]["step"] == (8 if restarts else 4)
     if restarts:
         assert result.returncode == 0, result.stderr[-2000:]
-        torch.testing.assert_close(
-            torch.tensor(rows_of(tmp_path / "out")), torch.tensor(alone[0]), atol=2e-4, rtol=2e-4
-        )
+        equal(rows_of(out), alone, 2e-4)
     else:
         assert result.returncode != 0 and time.monotonic() - begin < 60
-        assert (
-            "exitcode  : 9" in result.stderr
-            or "connection to another process is lost" in result.stderr
-        )
+        assert "exitcode  : 9" in result.stderr or \
+            "connection to another process is lost" in result.stderr
