@@ -29,13 +29,8 @@ def seed():
 
 
 def char_tokenizer(characters="0123456789+= abcdefghijklmnopqrstuvwxyz.,:?AB\n"):
-    return bpe.Tokenizer(
-        {i: c.encode() for i, c in enumerate(characters)},
-        [],
-        ["<|endoftext|>"],
-        r"[\s\S]",
-        ignore_merges=True,
-    )
+    return bpe.Tokenizer({i: c.encode() for i, c in enumerate(characters)}, [], ["<|endoftext|>"],
+                         r"[\s\S]", ignore_merges=True)
 
 
 def tiny(vocab_size=60, block_size=32, **more):
@@ -45,10 +40,11 @@ def tiny(vocab_size=60, block_size=32, **more):
     )
 
 
-@pytest.fixture
-def base(tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
     tokenizer = char_tokenizer()
-    path = str(tmp_path / "base.pt")
+    path = tmp_path_factory.mktemp("base") / "base.pt"
     M.save_checkpoint(path, tiny(tokenizer.vocab_size, 48), tokenizer=tokenizer.to_json())
     return path
 
@@ -58,19 +54,22 @@ def write(path, rows):
     return path
 
 
-def cli(*args):
-    A.run(A.parse_args(list(map(str, args))))
+def cli(line):
+    args = A.parse_args(line.split())
+    A.COMMANDS[args.command][0](args)
 
 
-def fails(capsys, *args):
-    """Exit code and message of a command that does not succeed."""
-    before, sys.argv = sys.argv, ["align.py", *map(str, args)]
+def fails(capsys, line, out=None):
+    """Exit code and message of a command that does not succeed; what it prints comes into out."""
+    before, sys.argv = sys.argv, ["align.py", *line.split()]
     try:
         with pytest.raises(SystemExit) as stopped:
             A.main()
     finally:
         sys.argv = before
-    return stopped.value.code, capsys.readouterr().err
+    printed = capsys.readouterr()
+    out is None or out.append(printed.out)
+    return stopped.value.code, printed.err
 
 
 def batch(B=6, T=9):
@@ -130,9 +129,8 @@ def test_response_log_probs():
     torch.testing.assert_close(out["token_entropy"], A.entropy(model(ids)))
     assert set(A.response_log_probs(model, ids, labels)) == {"log_probs"}
     colder = A.response_log_probs(model, ids, labels, temperature=0.5)["log_probs"]
-    torch.testing.assert_close(
-        colder, -F.cross_entropy((2 * model(ids)).transpose(1, 2), labels, reduction="none")
-    )
+    torch.testing.assert_close(colder, -F.cross_entropy((2 * model(ids)).transpose(1, 2), labels,
+                                                        reduction="none"))
 
 
 # ---- losses, by the formulae of the papers, TRL and Liger
@@ -177,17 +175,8 @@ def test_mistake_2_grpo_normaliser_under_accumulation(loss_type):
     advantages = torch.randn(6, dtype=torch.float64)
 
     def loss(s, normalizer=None):
-        return A.grpo_loss(
-            new[s],
-            old[s],
-            advantages[s],
-            mask[s],
-            ref[s],
-            0.1,
-            loss_type=loss_type,
-            max_length=20,
-            normalizer=normalizer,
-        )
+        return A.grpo_loss(new[s], old[s], advantages[s], mask[s], ref[s], 0.1,
+                           loss_type=loss_type, max_length=20, normalizer=normalizer)
 
     whole = loss(slice(None))
     expected = torch.autograd.grad(whole, new)[0]
@@ -213,19 +202,13 @@ def test_grpo_equals_the_published_formulae(beta, high):
     for clip in (True, False):
         term = -torch.min(c1 * A_[:, None], c2 * A_[:, None]) if clip else -c1 * A_[:, None]
         l = term + beta * (torch.exp(ref - new) - (ref - new) - 1)
-        expected = {
-            "grpo": ((l * m).sum(-1) / m.sum(-1).clamp(min=1)).mean(),
-            "dr_grpo": (l * m).sum() / (6 * 9),
-            "dapo": (l * m).sum() / m.sum(),
-        }
+        expected = {"grpo": ((l * m).sum(-1) / m.sum(-1).clamp(min=1)).mean(), "dr_grpo":
+                    (l * m).sum() / (6 * 9), "dapo": (l * m).sum() / m.sum()}
         for kind, value in expected.items():
             ours = A.grpo_loss(new, old, A_, mask, ref, beta, 0.2, high, kind, clip=clip)
             assert abs(ours.item() - value.item()) < 1e-9
-            torch.testing.assert_close(
-                *(torch.autograd.grad(x, new, retain_graph=True)[0] for x in (ours, value)),
-                atol=1e-9,
-                rtol=0,
-            )
+            torch.testing.assert_close(*(torch.autograd.grad(x, new, retain_graph=True)[0] for x in
+                                         (ours, value)), atol=1e-9, rtol=0)
     with pytest.raises(ValueError, match="loss_type"):
         A.grpo_loss(new, old, A_, mask, loss_type="gpro")
 
@@ -256,19 +239,13 @@ def test_ppo_equals_the_published_formula():
     vf = 0.5 * torch.max((v - R) ** 2, (near - R) ** 2)[mask].mean()
     ours = A.ppo_loss(new, old, A_, mask, v, v_old, R, clip=0.2, value_clip=0.3, value_weight=0.1)
     for x in (new, v):
-        torch.testing.assert_close(
-            torch.autograd.grad(ours, x, retain_graph=True)[0],
-            torch.autograd.grad(pg + 0.1 * vf, x, retain_graph=True)[0],
-        )
+        torch.testing.assert_close(torch.autograd.grad(ours, x, retain_graph=True)[0],
+                                   torch.autograd.grad(pg + 0.1 * vf, x, retain_graph=True)[0])
     assert abs(ours.item() - (pg + 0.1 * vf).item()) < 1e-9
     assert abs(A.ppo_loss(new, old, A_, mask).item() - pg.item()) < 1e-9
-    total, _ = gradient_in_parts(
-        lambda s: A.ppo_loss(
-            new[s], old[s], A_[s], mask[s], v[s], v_old[s], R[s], 0.2, 0.3, 0.1, mask.sum()
-        ),
-        new,
-        (4, 2),
-    )
+    total, _ = gradient_in_parts(lambda s: A.ppo_loss(new[s], old[s], A_[s], mask[s], v[s],
+                                                      v_old[s], R[s], 0.2, 0.3, 0.1, mask.sum()),
+                                 new, (4, 2))
     assert abs(total - ours.item()) < 1e-9
 
 
@@ -299,10 +276,8 @@ def test_dpo():
     assert abs(A.dpo_loss(rc, rr, rc, rr).item() - math.log(2)) < 1e-7
     far = A.dpo_loss(torch.tensor([-1e4]), torch.tensor([0.0]), *torch.zeros(2, 1), beta=1.0)
     assert far.item() == 1e4  # no log(0)
-    parts = sum(
-        A.dpo_loss(pc[s], pr[s], rc[s], rr[s], 0.3) * n / 5
-        for s, n in ((slice(0, 1), 1), (slice(1, 5), 4))
-    )
+    parts = sum(A.dpo_loss(pc[s], pr[s], rc[s], rr[s], 0.3) * n / 5 for s, n in
+                ((slice(0, 1), 1), (slice(1, 5), 4)))
     torch.testing.assert_close(parts, expected, atol=1e-6, rtol=0)
 
 
@@ -341,12 +316,9 @@ def test_policy_gradient_loss():
     torch.testing.assert_close(loss, -torch.min(r * a, r.clamp(0.9, 1.1) * a))
     assert (more["clipped"] == (((r > 1.1) & (a > 0)) | ((r < 0.9) & (a < 0)))).all()
     # at the old policy, clipping changes nothing, and the gradient is that of REINFORCE
-    g1 = torch.autograd.grad(
-        A.policy_gradient_loss(
-            new, "grpo_clip", advantages=a, old_log_probs=new.detach(), cliprange=0.2
-        )[0].sum(),
-        new,
-    )[0]
+    g1 = torch.autograd.grad(A.policy_gradient_loss(new, "grpo_clip", advantages=a,
+                                                    old_log_probs=new.detach(),
+                                                    cliprange=0.2)[0].sum(), new)[0]
     torch.testing.assert_close(g1, -a.expand_as(new))
     with pytest.raises(ValueError, match="old_log_probs"):
         A.policy_gradient_loss(new, "grpo_clip", advantages=a, cliprange=0.1)
@@ -361,10 +333,8 @@ def test_policy_gradient_is_that_of_the_expected_reward():
     expected = torch.autograd.grad(-(logits.softmax(0) * rewards).sum(), logits)[0]
     says = torch.multinomial(logits.detach().softmax(0), 200_000, replacement=True)
     log_probs = logits.log_softmax(0)[says][:, None]
-    for kind, weights in (
-        ("no_baseline", {"raw_rewards": rewards[says]}),
-        ("reinforce_with_baseline", {"advantages": rewards[says] - 0.6}),
-    ):
+    for kind, weights in (("no_baseline", {"raw_rewards": rewards[says]}),
+                          ("reinforce_with_baseline", {"advantages": rewards[says] - 0.6})):
         loss, _ = A.policy_gradient_loss(log_probs, kind, **weights)
         gradient = torch.autograd.grad(loss.mean(), logits, retain_graph=True)[0]
         torch.testing.assert_close(gradient, expected, atol=3e-3, rtol=0)
@@ -401,9 +371,8 @@ def test_packed_losses_equal_unpacked_ones(more):
     examples = []
     for _ in range(15):
         n = rng.randrange(2, 20)
-        examples.append(
-            ([rng.randrange(60) for _ in range(n)], [int(rng.random() < 0.6) for _ in range(n)])
-        )
+        examples.append(([rng.randrange(60) for _ in range(n)],
+                         [int(rng.random() < 0.6) for _ in range(n)]))
     packed, padded = A.pack_sequences(examples, 32), A.collate(examples)
     assert len(packed["labels"]) < 8
 
@@ -425,13 +394,9 @@ def test_packed_losses_equal_unpacked_ones(more):
 
 def test_masks_cover_what_the_assistant_says():
     tokenizer = char_tokenizer("abcdefghijklmnopqrstuvwxyz: \n")
-    chat = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "yes"},
-        {"role": "user", "content": "really"},
-        {"role": "assistant", "content": "no"},
-    ]
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yes"}, {"role": "user", "content": "really"},
+            {"role": "assistant", "content": "no"}]
     for name in ("plain", "raw"):
         template = A.make_template(name, tokenizer)
         ids, mask = A.encode_conversation(tokenizer, template, chat)
@@ -499,14 +464,8 @@ def test_formats_of_data(tmp_path):
         (["u"], "c", "r"),
         (["u"], "c", "r"),
     ]
-    problems = A.read_problems(
-        str(
-            write(
-                tmp_path / "g.jsonl",
-                [{"question": "q", "answer": "so 1+1\n#### 2"}, {"problem": "q", "answer": 3}],
-            )
-        )
-    )
+    rows = [{"question": "q", "answer": "so 1+1\n#### 2"}, {"problem": "q", "answer": 3}]
+    problems = A.read_problems(str(write(tmp_path / "g.jsonl", rows)))
     assert [p["answer"] for p in problems] == ["2", "3"]
 
 
@@ -531,18 +490,7 @@ def test_formats_of_data(tmp_path):
 def test_malformed_data_is_reported_with_its_line(tmp_path, base, capsys, text, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
-    code, error = fails(
-        capsys,
-        "sft",
-        "--ckpt",
-        base,
-        "--data",
-        path,
-        "--out_dir",
-        tmp_path / "o",
-        "--device",
-        "cpu",
-    )
+    code, error = fails(capsys, f"sft --ckpt {base} --data {path} --out_dir {tmp_path}/o")
     assert code == 1 and message in error and "bad.jsonl" in error and error.count("\n") == 1
 
 
@@ -552,94 +500,50 @@ def test_binary_and_truncated_files(tmp_path, base, capsys):
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:40])
     (tmp_path / "no.jsonl.gz").write_bytes(b"no gzip")
     for name in ("bad.jsonl", "cut.jsonl.gz", "no.jsonl.gz", "missing.jsonl"):
-        code, error = fails(
-            capsys, "sft", "--ckpt", base, "--data", tmp_path / name, "--out_dir", tmp_path / "o"
-        )
+        code, error = fails(capsys, f"sft --ckpt {base} --data {tmp_path}/{name} --out_dir o")
         assert code == 1 and name in error and error.count("\n") == 1
 
 
 # ---- verifiers
 
 
-@pytest.mark.parametrize(
-    "answer, truth",
-    [
-        ("1/2", "0.5"),
-        (r"\frac{1}{2}", "0.5"),
-        (r"The answer is \boxed{\dfrac12}.", "1/2"),
-        ("1,234", "1234"),
-        ("$1,234.00", "1234"),
-        ("50%", "0.5"),
-        (r"50\%", "50"),
-        ("(1, 2)", "(1,2)"),
-        ("2x+3", "3+2x"),
-        (r"\frac{\sqrt{2}}{2}", r"1/\sqrt{2}"),
-        ("x = 5", "5"),
-        ("5 apples", "5"),
-        ("she has 18 left.\n#### 18", "18"),
-        ("-3", "-3.0"),
-        ("1e5", "100000"),
-        (r"1.5\times 10^{3}", "1500"),
-        (r"\{1,2\}", r"\{2,1\}"),
-        (r"\text{Yes}", "Yes"),
-        (r"3\frac{1}{2}", "3.5"),
-        ("The answer is 42.", "42"),
-        ("10^{10}", "10000000000"),
-        (r"90^\circ", "90"),
-        ("Tom has 5 and 7, total 12.", "12"),
-        (" 007", "7"),
-        ("1{,}000", "1000"),
-        (r"first \boxed{1}, then \boxed{\frac{3}{4}}", "0.75"),
-        ("<answer>7</answer>", "7"),
-        ("**Answer: 12**", "12"),
-        (r"\left( 1, \frac{1}{2} \right)", "(1, 0.5)"),
-        ("3 + 4 = 7", "7"),
-        ("It costs $1,250.", "1250"),
-        ("−5", "-5"),
-        ("The answer is 5 dollars per day", "5"),
-        ("so 72", "it is\n#### 72"),
-        ("12\n", "12"),
-        (r"2\pi", r"\pi 2"),
-    ],
-)
+@pytest.mark.parametrize("answer, truth", [("1/2", "0.5"), (r"\frac{1}{2}", "0.5"),
+                                           (r"The answer is \boxed{\dfrac12}.", "1/2"),
+                                           ("1,234", "1234"), ("$1,234.00", "1234"),
+                                           ("50%", "0.5"), (r"50\%", "50"), ("(1, 2)", "(1,2)"),
+                                           ("2x+3", "3+2x"),
+                                           (r"\frac{\sqrt{2}}{2}", r"1/\sqrt{2}"), ("x = 5", "5"),
+                                           ("5 apples", "5"), ("she has 18 left.\n#### 18", "18"),
+                                           ("-3", "-3.0"), ("1e5", "100000"),
+                                           (r"1.5\times 10^{3}", "1500"), (r"\{1,2\}", r"\{2,1\}"),
+                                           (r"\text{Yes}", "Yes"), (r"3\frac{1}{2}", "3.5"),
+                                           ("The answer is 42.", "42"), ("10^{10}", "10000000000"),
+                                           (r"90^\circ", "90"),
+                                           ("Tom has 5 and 7, total 12.", "12"), (" 007", "7"),
+                                           ("1{,}000", "1000"),
+                                           (r"first \boxed{1}, then \boxed{\frac{3}{4}}", "0.75"),
+                                           ("<answer>7</answer>", "7"), ("**Answer: 12**", "12"),
+                                           (r"\left( 1, \frac{1}{2} \right)", "(1, 0.5)"),
+                                           ("3 + 4 = 7", "7"), ("It costs $1,250.", "1250"),
+                                           ("−5", "-5"), ("The answer is 5 dollars per day", "5"),
+                                           ("so 72", "it is\n#### 72"), ("12\n", "12"),
+                                           (r"2\pi", r"\pi 2")])
 def test_equal_answers(answer, truth):
     assert A.grade_math(answer, truth)
 
 
-@pytest.mark.parametrize(
-    "answer, truth",
-    [
-        ("9^9^9^9", "1"),
-        ("2", "3"),
-        ("10**10**10", "1"),
-        ("", "5"),
-        ("", ""),
-        ("0.333", "1/3"),
-        ("18 19", "18"),
-        (r"\boxed{5", "6"),
-        ("1/0", "0"),
-        ("dog", "god"),
-        ("9" * 5000, "9"),
-        ("0^{-1}", "0"),
-        ("1e999999999", "1"),
-        ("(-1)^{0.5}", "1"),
-        ("A", "B"),
-        ("(1,2)", "(2,1)"),
-        ("[1,2]", "(1,2)"),
-        (r"\boxed{18} no, \boxed{17}", "18"),
-        ("{" * 900, "1"),
-        ("-" * 900, "1"),
-        (r"\boxed{" * 3000, "1"),
-        ("\\sqrt{" * 150 + "}" * 150, "1"),
-        ("__import__('os').system('id')", "0"),
-        ("nan", "1"),
-        ("inf", "1"),
-        ("1" + "0" * 900 + "^" + "9" * 90, "1"),
-        ("(((2^60)^60)^60)^60", "1"),
-        (None, "1"),
-        ("5", None),
-    ],
-)
+@pytest.mark.parametrize("answer, truth", [("9^9^9^9", "1"), ("2", "3"), ("10**10**10", "1"),
+                                           ("", "5"), ("", ""), ("0.333", "1/3"), ("18 19", "18"),
+                                           (r"\boxed{5", "6"), ("1/0", "0"), ("dog", "god"),
+                                           ("9" * 5000, "9"), ("0^{-1}", "0"),
+                                           ("1e999999999", "1"), ("(-1)^{0.5}", "1"), ("A", "B"),
+                                           ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"),
+                                           (r"\boxed{18} no, \boxed{17}", "18"), ("{" * 900, "1"),
+                                           ("-" * 900, "1"), (r"\boxed{" * 3000, "1"),
+                                           ("\\sqrt{" * 150 + "}" * 150, "1"),
+                                           ("__import__('os').system('id')", "0"), ("nan", "1"),
+                                           ("inf", "1"), ("1" + "0" * 900 + "^" + "9" * 90, "1"),
+                                           ("(((2^60)^60)^60)^60", "1"), (None, "1"), ("5", None)])
 def test_unequal_or_hostile_answers(answer, truth):
     begin = time.perf_counter()
     assert A.grade_math(answer, truth) is False
@@ -649,15 +553,11 @@ def test_unequal_or_hostile_answers(answer, truth):
 def test_extract_answer():
     assert A.extract_answer(r"so \boxed{\frac{1}{2}} it is 3") == r"\frac{1}{2}"
     assert A.extract_answer("a 5, b 6 ate 2.") == "2" and A.extract_answer("nothing") is None
-    assert (
-        A.extract_answer("Thus 12.5%.") == "12.5%"
-        and A.extract_answer("cost: $1,200.50") == "$1,200.50"
-    )
+    assert (A.extract_answer("Thus 12.5%.") == "12.5%" and A.extract_answer("cost: $1,200.50") ==
+            "$1,200.50")
     assert A.extract_answer("x <answer> 4 </answer> y 5") == "4"
-    assert (
-        A.extract_answer("the answer is 7. Then 8") == "7"
-        and A.extract_answer("work 1\n#### -3") == "-3"
-    )
+    assert (A.extract_answer("the answer is 7. Then 8") == "7" and
+            A.extract_answer("work 1\n#### -3") == "-3")
 
 
 @pytest.mark.parametrize(
@@ -791,7 +691,6 @@ def test_code_that_is_right_passes():
     ):
         verdict = A.run_code(code, tests)
         assert verdict and verdict.error == "", verdict
-    assert A.run_code("print('hi')", "pass").output == "hi\n"
 
 
 FORGERIES = {
@@ -835,7 +734,7 @@ def test_code_that_cheats_fails(name, tmp_path):
         FORGERIES[name], "assert all([f(1) == 2]) and isinstance(f(1), int)", timeout=1.5
     )
     assert not verdict and verdict.passed is False and verdict.error
-    assert time.perf_counter() - begin < 5 and len(verdict.output) <= 1 << 16
+    assert time.perf_counter() - begin < 5
     if name == "endless":
         assert verdict.error == "timeout"
 
@@ -843,16 +742,8 @@ def test_code_that_cheats_fails(name, tmp_path):
 def test_the_verdict_comes_from_what_a_problem_has():
     assert A.verify({"answer": "2"}, "1 + 1 = 2") == 1 and A.verify({"answer": "2"}, "3") == 0
     assert A.verify({"answerKey": "B"}, "(B)") == 1
-    assert (
-        A.verify(
-            {
-                "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
-                "kwargs": [{}, None],
-            },
-            "a",
-        )
-        == 0.5
-    )
+    assert (A.verify({"instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
+                      "kwargs": [{}, None]}, "a") == 0.5)
     fenced = "Here:\n```python\ndef f(x):\n    return 2 * x\n```\nas you asked"
     assert A.verify({"tests": ["assert f(2) == 4"]}, fenced) == 1
 
@@ -911,10 +802,8 @@ def test_mistake_7_scoring_tokenizes_context_and_continuation_as_one():
 def test_score_equals_one_by_one():
     for more in ({}, {"logit_cap": 5.0}):
         model = tiny(**more).eval()
-        requests = [
-            (torch.randint(60, (n,)).tolist(), k)
-            for n, k in ((5, 2), (9, 4), (3, 1), (40, 3), (9, 8))
-        ]
+        requests = [(torch.randint(60, (n,)).tolist(), k) for n, k in
+                    ((5, 2), (9, 4), (3, 1), (40, 3), (9, 8))]
         requests += [(requests[0][0][:-1] + [i], 1) for i in (1, 2)]  # the last id differs
         for (ids, n), (log_p, greedy) in zip(requests, A.score(model, requests, batch_size=3)):
             ids = ids[-33:]
@@ -927,55 +816,27 @@ def test_score_equals_one_by_one():
 def test_wilson_and_pass_at_k():
     low, high = A.wilson(50, 100)
     assert abs(low - 0.4038) < 1e-4 and abs(high - 0.5962) < 1e-4
-    assert (
-        A.wilson(0, 10)[0] == pytest.approx(0)
-        and 0.2 < A.wilson(0, 10)[1] < 0.4
-        and A.wilson(0, 0) == (0, 1)
-    )
+    assert (A.wilson(0, 10)[0] == pytest.approx(0) and 0.2 < A.wilson(0, 10)[1] < 0.4 and
+            A.wilson(0, 0) == (0, 1))
     assert A.pass_at_k(10, 0, 5) == 0 and A.pass_at_k(10, 6, 5) == 1
     draws = [any(i < 3 for i in random.Random(s).sample(range(10), 4)) for s in range(20_000)]
     assert abs(A.pass_at_k(10, 3, 4) - statistics.mean(draws)) < 0.01
 
 
 def test_tasks_are_read_as_published(tmp_path):
-    arc = write(
-        tmp_path / "arc.jsonl",
-        [
-            {
-                "id": "1",
-                "question": "Why?",
-                "answerKey": "2",
-                "choices": {"text": ["x", "yy"], "label": ["1", "2"]},
-            }
-        ],
-    )
+    arc = write(tmp_path / "arc.jsonl", [{"id": "1", "question": "Why?", "answerKey": "2",
+                                          "choices": {"text": ["x", "yy"], "label": ["1", "2"]}}])
     (item,) = A.read_task("arc", str(arc))
-    assert item == {
-        "context": "Question: Why?\nAnswer:",
-        "choices": ["x", "yy"],
-        "label": 1,
-        "target": " yy",
-    }
+    assert item == {"context": "Question: Why?\nAnswer:", "choices": ["x", "yy"], "label": 1,
+                    "target": " yy"}
     piqa = write(tmp_path / "piqa.jsonl", [{"goal": "Do", "sol1": "a", "sol2": "b", "label": 0}])
     assert A.read_task("piqa", str(piqa))[0]["context"] == "Question: Do\nAnswer:"
-    swag = write(
-        tmp_path / "h.jsonl",
-        [
-            {
-                "activity_label": "Cook",
-                "ctx_a": "A man [header] sits.",
-                "ctx_b": "he",
-                "endings": ["runs [step] x.", "b", "c", "d"],
-                "label": "2",
-            }
-        ],
-    )
+    swag = write(tmp_path / "h.jsonl", [{"activity_label": "Cook", "ctx_a": "A man [header] sits.",
+                                         "ctx_b": "he", "endings":
+                                         ["runs [step] x.", "b", "c", "d"], "label": "2"}])
     (item,) = A.read_task("hellaswag", str(swag))
-    assert (
-        item["context"] == "Cook: A man sits. He"
-        and item["choices"][0] == "runs x."
-        and item["label"] == 2
-    )
+    assert (item["context"] == "Cook: A man sits. He" and item["choices"][0] == "runs x." and
+            item["label"] == 2)
     folder = tmp_path / "mmlu"
     folder.mkdir()
     (folder / "high_school_art_dev.csv").write_text('"Q, one?",w,x,y,z,C\nQ2,w,x,y,z,A\n')
@@ -1007,37 +868,20 @@ def test_tasks_are_read_as_published(tmp_path):
 def test_eval_counts_by_likelihood_and_by_length(tmp_path, capsys, monkeypatch):
     tokenizer = char_tokenizer("Q:ab ")
     log_p = torch.full((7, 7), -2.0)
-    log_p[tokenizer.encode(" ")[0], tokenizer.encode("a")[0]] = (
-        -0.5
-    )  # "a" is likelier than "b", and than "aaa"
+    # "a" is likelier than "b", and than "aaa"
+    log_p[tokenizer.encode(" ")[0], tokenizer.encode("a")[0]] = -0.5
     model = Scripted(log_p.log_softmax(-1))
-    monkeypatch.setattr(
-        A, "load_model", lambda *_: (model, tokenizer, A.make_template("raw", tokenizer), {})
-    )
-    rows = [
-        {
-            "question": "ab",
-            "choices": {"text": ["aaaaaa", "b"], "label": ["A", "B"]},
-            "answerKey": key,
-        }
-        for key in "ABB"
-    ]
+    monkeypatch.setattr(A, "load_model", lambda *_:
+                        (model, tokenizer, A.make_template("raw", tokenizer), {}))
+    rows = [{"question": "ab", "choices": {"text": ["aaaaaa", "b"], "label": ["A", "B"]},
+             "answerKey": key} for key in "ABB"]
     path = write(tmp_path / "arc.jsonl", rows)
-    monkeypatch.setattr(
-        A,
-        "read_item",
-        lambda task, row, where: {
-            "context": "Q:",
-            "choices": row["choices"]["text"],
-            "label": "AB".index(row["answerKey"]),
-            "target": "",
-        },
-    )
-    cli("eval", "--task", "arc", "--ckpt", "x", "--data", path, "--device", "cpu")
-    out = capsys.readouterr().out
-    assert (
-        "\nacc: 0.6667" in out and "\nacc_norm: 0.3333" in out
-    )  # b is likelier; per character, aaaaaa
+    monkeypatch.setattr(A, "read_item", lambda task, row, where: {
+        "context": "Q:", "choices": row["choices"]["text"],
+        "label": "AB".index(row["answerKey"]), "target": ""})
+    cli(f"eval --task arc --ckpt x --data {path} --device cpu")
+    out = capsys.readouterr().out  # b is likelier; per character, aaaaaa
+    assert "\nacc: 0.6667" in out and "\nacc_norm: 0.3333" in out
 
 
 def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, monkeypatch):
@@ -1051,33 +895,16 @@ def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, m
         return [(p, next(said)) for p in prompts]
 
     monkeypatch.setattr(A, "respond", respond)
-    path = write(
-        tmp_path / "p.jsonl",
-        [{"question": "2+2", "answer": "4"}, {"question": "1+5", "answer": "6"}],
-    )
-    command = (
-        "eval",
-        "--task",
-        "gsm8k",
-        "--ckpt",
-        base,
-        "--data",
-        path,
-        "--samples",
-        3,
-        "--batch_size",
-        3,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "kept.jsonl",
-    )
+    path = write(tmp_path / "p.jsonl",
+                 [{"question": "2+2", "answer": "4"}, {"question": "1+5", "answer": "6"}])
+    command = (f"eval --task gsm8k --ckpt {base} --data {path} --samples 3 --batch_size 3 "
+               f"--device cpu --out {tmp_path}/kept.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        cli(*command)
+        cli(command)
     with open(tmp_path / "kept.jsonl", "a") as file:
         file.write('[["half')  # as a killed run may leave it
     capsys.readouterr()
-    cli(*command)
+    cli(command)
     out = capsys.readouterr().out
     assert calls == [3, 3, 3]  # the first question was not asked again
     assert "\nacc: 0.5000" in out and "pass@3: 1.0000" in out and "majority@3: 0.5000" in out
@@ -1087,7 +914,7 @@ def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, m
 def test_perplexity_of_text(tmp_path, base, capsys):
     text = "one plus one is two. " * 9
     (tmp_path / "t.txt").write_text(text + "<|endoftext|>abc")
-    cli("eval", "--task", "ppl", "--ckpt", base, "--data", tmp_path / "t.txt", "--device", "cpu")
+    cli(f"eval --task ppl --ckpt {base} --data {tmp_path}/t.txt --device cpu")
     out = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     model, checkpoint = M.load_checkpoint(base)
     tokenizer, total = bpe.Tokenizer.from_json(checkpoint["tokenizer"]), 0.0
@@ -1104,431 +931,163 @@ def test_perplexity_of_text(tmp_path, base, capsys):
 # ---- runs
 
 
-def sums(n, seed=0):
-    problems = [
-        {"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)}
-        for a in range(10)
-        for b in range(10)
-    ]
-    random.Random(seed).shuffle(problems)
+def sums(n, **more):
+    """n problems of one digit; `more`: fields in place of theirs."""
+    problems = [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b), **more}
+                for a in range(10) for b in range(10)]
+    random.Random(0).shuffle(problems)
     return problems[:n]
 
 
-@pytest.fixture
-def trained(tmp_path, base):
-    data = write(tmp_path / "sums.jsonl", sums(60))
-    cli(
-        "sft",
-        "--ckpt",
-        base,
-        "--data",
-        data,
-        "--out_dir",
-        tmp_path / "sft",
-        "--max_iters",
-        40,
-        "--batch_size",
-        8,
-        "--learning_rate",
-        2e-2,
-        "--optimizer",
-        "muon",
-        "--device",
-        "cpu",
-        "--log_interval",
-        20,
-    )
-    return str(tmp_path / "sft" / "ckpt.pt"), data
-
-
-def rows_of(folder):
+def log_of(folder):
     with open(folder / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_sft_learns_and_leaves_a_model_that_talks(tmp_path, trained):
-    rows = rows_of(tmp_path / "sft")
+def train(kind, ckpt, data, folder, flags=""):
+    """-> rows of log.csv"""
+    cli(f"{kind} --ckpt {ckpt} --data {data} --out_dir {folder} --device cpu {flags}")
+    return log_of(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("trained")
+    data = write(folder / "sums.jsonl", sums(60))
+    train("sft", base, data, folder / "sft", "--max_iters 40 --batch_size 8 --learning_rate 2e-2 "
+          "--optimizer muon --log_interval 20")
+    return folder / "sft" / "ckpt.pt", data
+
+
+def test_sft_learns_and_leaves_a_model_that_talks(trained):
+    rows = log_of(trained[0].parent)
     assert float(rows[-1]["loss"]) < 0.6 * float(rows[0]["loss"]) and len(rows) == 40
-    model, tokenizer, template, checkpoint = A.load_model(trained[0], "cpu")
+    model, tokenizer, template, checkpoint = A.load_model(str(trained[0]), "cpu")
     assert checkpoint["template"]["assistant"] == "{content}<|endoftext|>"
     stops = M.chat_stops(tokenizer, template)
     ((ids, text),) = A.respond(model, tokenizer, [tokenizer.encode("1+1=")], stops, 8, 0, 0)
-    assert (
-        ids[-1] == tokenizer.eot_id and text.isdigit()
-    )  # it has learned what an answer looks like
-    assert not list(tmp_path.rglob("*.tmp"))
+    # it has learned what an answer looks like
+    assert ids[-1] == tokenizer.eot_id and text.isdigit()
+    assert not list(trained[1].parent.rglob("*.tmp"))
 
 
 def test_packing_and_accumulation_do_not_change_training(tmp_path, base):
     data = write(tmp_path / "d.jsonl", sums(8))
     losses = {}
-    for name, flags in (
-        ("plain", ("--no_packing",)),
-        ("parts", ("--no_packing", "--gradient_accumulation_steps", 3)),
-        ("packed", ("--batch_size", 99)),
-    ):
-        cli(
-            "sft",
-            "--ckpt",
-            base,
-            "--data",
-            data,
-            "--out_dir",
-            tmp_path / name,
-            "--max_iters",
-            4,
-            "--batch_size",
-            8,
-            "--learning_rate",
-            1e-2,
-            "--device",
-            "cpu",
-            "--optimizer",
-            "sgd",
-            *flags,
-        )
-        losses[name] = [float(row["loss"]) for row in rows_of(tmp_path / name)]
+    for name, flags in (("plain", "--no_packing"), ("packed", "--batch_size 99"),
+                        ("parts", "--no_packing --gradient_accumulation_steps 3")):
+        rows = train("sft", base, data, tmp_path / name, "--max_iters 4 --batch_size 8 "
+                     f"--learning_rate 1e-2 --optimizer sgd {flags}")
+        losses[name] = [float(row["loss"]) for row in rows]
     assert losses["parts"] == pytest.approx(losses["plain"], rel=1e-4)
     # rows may come several times when fewer than the batch: all of them equally often, about
     assert losses["packed"][0] == pytest.approx(losses["plain"][0], rel=0.2)
 
 
-def test_resume_is_exact(tmp_path, trained):
-    ckpt, data = trained
-    for kind, flags in (
-        ("sft", ("--batch_size", 4)),
-        (
-            "rl",
-            (
-                "--algorithm",
-                "ppo",
-                "--max_new_tokens",
-                3,
-                "--kl",
-                0.1,
-                "--prompts_per_step",
-                4,
-                "--group_size",
-                2,
-            ),
-        ),
-    ):
-        common = (
-            kind,
-            "--ckpt",
-            ckpt,
-            "--data",
-            data,
-            "--learning_rate",
-            1e-3,
-            "--eval_interval",
-            3,
-            "--device",
-            "cpu",
-            *flags,
-        )
-        cli(*common, "--out_dir", tmp_path / f"{kind}-whole", "--max_iters", 6)
-        part = tmp_path / f"{kind}-part"
-        cli(*common, "--out_dir", part, "--max_iters", 3)
-        cli(kind, "--ckpt", ckpt, "--data", data, "--out_dir", part, "--resume", "--max_iters", 6)
-        whole, part = rows_of(tmp_path / f"{kind}-whole"), rows_of(part)
-        assert [r["loss"] for r in whole] == [r["loss"] for r in part] and len(part) == 6
+@pytest.mark.parametrize("kind, flags", [
+    ("sft", "--batch_size 4"),
+    ("rl", "--algorithm ppo --max_new_tokens 3 --kl 0.1 --prompts_per_step 4 --group_size 2")])
+def test_resume_is_exact(tmp_path, trained, kind, flags):
+    flags += " --learning_rate 1e-3 --eval_interval 3"
+    whole = train(kind, *trained, tmp_path / "whole", f"{flags} --max_iters 6")
+    train(kind, *trained, tmp_path / "part", f"{flags} --max_iters 3")
+    part = train(kind, *trained, tmp_path / "part", "--resume --max_iters 6")
+    assert [r["loss"] for r in whole] == [r["loss"] for r in part] and len(part) == 6
 
 
 def test_dpo_begins_at_ln_2_and_prefers_the_chosen(tmp_path, trained, capsys):
-    pairs = [
-        {"prompt": p["prompt"], "chosen": p["answer"], "rejected": str(int(p["answer"]) + 1)}
-        for p in sums(100)
-    ]
-    train, test = write(tmp_path / "a.jsonl", pairs[:80]), write(tmp_path / "b.jsonl", pairs[80:])
-    cli(
-        "dpo",
-        "--ckpt",
-        trained[0],
-        "--data",
-        train,
-        "--val_data",
-        test,
-        "--out_dir",
-        tmp_path / "dpo",
-        "--max_iters",
-        30,
-        "--learning_rate",
-        2e-3,
-        "--eval_interval",
-        15,
-        "--gradient_accumulation_steps",
-        2,
-        "--device",
-        "cpu",
-    )
-    rows = rows_of(tmp_path / "dpo")
+    pairs = [{"prompt": p["prompt"], "chosen": p["answer"], "rejected": str(int(p["answer"]) + 1)}
+             for p in sums(100)]
+    train_, test = write(tmp_path / "a.jsonl", pairs[:80]), write(tmp_path / "b.jsonl", pairs[80:])
+    rows = train("dpo", trained[0], train_, tmp_path / "dpo", f"--val_data {test} --max_iters 30 "
+                 "--learning_rate 2e-3 --eval_interval 15 --gradient_accumulation_steps 2")
     assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6
-    assert (
-        "val_accuracy 0.5 | val_margin 0 " in capsys.readouterr().out
-    )  # ties, before anything is learned
+    # ties, before anything is learned
+    assert "val_accuracy 0.5 | val_margin 0 " in capsys.readouterr().out
     assert float(rows[-1]["margin"]) > 0.1 and float(rows[-1]["accuracy"]) > 0.8
     assert float(rows[-1]["val_margin"]) > 0 and rows[-1]["val_chosen_log_prob"]
 
 
 def test_reward_model_learns_and_serves(tmp_path, trained):
-    pairs = write(
-        tmp_path / "a.jsonl",
-        [{"prompt": p["prompt"], "chosen": p["answer"], "rejected": "no"} for p in sums(40)],
-    )
-    cli(
-        "reward",
-        "--ckpt",
-        trained[0],
-        "--data",
-        pairs,
-        "--val_data",
-        pairs,
-        "--out_dir",
-        tmp_path / "rm",
-        "--max_iters",
-        15,
-        "--learning_rate",
-        1e-2,
-        "--device",
-        "cpu",
-    )
-    rows = rows_of(tmp_path / "rm")
-    assert (
-        abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6 and float(rows[-1]["val_accuracy"]) == 1
-    )
+    pairs = [{"prompt": p["prompt"], "chosen": p["answer"], "rejected": "no"} for p in sums(40)]
+    pairs = write(tmp_path / "a.jsonl", pairs)
+    rows = train("reward", trained[0], pairs, tmp_path / "rm", f"--val_data {pairs} --max_iters 15 "
+                 "--learning_rate 1e-2")
+    assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6 and float(rows[-1]["val_accuracy"]) == 1
     reward = A.load_reward_model(str(tmp_path / "rm" / "ckpt.pt"), "cpu")
-    tokenizer = char_tokenizer()
-    good, bad = reward.score(
-        [tokenizer.encode("1+1=2<|endoftext|>"), tokenizer.encode("1+1=no<|endoftext|>")], "cpu"
-    )
+    texts = ("1+1=2<|endoftext|>", "1+1=no<|endoftext|>")
+    good, bad = reward.score([char_tokenizer().encode(text) for text in texts], "cpu")
     assert good > bad
-    cli(
-        "rl",
-        "--ckpt",
-        trained[0],
-        "--data",
-        trained[1],
-        "--reward_model",
-        tmp_path / "rm" / "ckpt.pt",
-        "--out_dir",
-        tmp_path / "rl",
-        "--max_iters",
-        2,
-        "--prompts_per_step",
-        2,
-        "--group_size",
-        2,
-        "--max_new_tokens",
-        3,
-        "--device",
-        "cpu",
-    )
+    train("rl", *trained, tmp_path / "rl", f"--reward_model {tmp_path}/rm/ckpt.pt --max_iters 2 "
+          "--prompts_per_step 2 --group_size 2 --max_new_tokens 3")
     with pytest.raises(ValueError, match="no reward model"):
-        A.load_reward_model(trained[0], "cpu")
+        A.load_reward_model(str(trained[0]), "cpu")
 
 
 @pytest.mark.parametrize("algorithm", A.ALGORITHMS)
 def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm, capsys):
     """The same answer is right for all: every algorithm has to find it."""
-    data = write(tmp_path / "p.jsonl", [{"prompt": p["prompt"], "answer": "1"} for p in sums(30)])
-    flags = ("--minibatches", 2, "--kl", 0.01) if algorithm in ("ppo", "grpo") else ()
-    cli(
-        "rl",
-        "--algorithm",
-        algorithm,
-        "--ckpt",
-        trained[0],
-        "--data",
-        data,
-        "--val_data",
-        data,
-        "--out_dir",
-        tmp_path / "rl",
-        "--max_iters",
-        12,
-        "--prompts_per_step",
-        16,
-        "--group_size",
-        8,
-        "--max_new_tokens",
-        3,
-        "--learning_rate",
-        5e-3,
-        "--eval_interval",
-        12,
-        "--micro_batch",
-        48,
-        "--device",
-        "cpu",
-        *flags,
-    )
-    rows = rows_of(tmp_path / "rl")
+    data = write(tmp_path / "p.jsonl", sums(30, answer="1"))
+    more = "--minibatches 2 --kl 0.01" if algorithm in ("ppo", "grpo") else ""
+    rows = train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --val_data "
+                 f"{data} --max_iters 12 --prompts_per_step 16 --group_size 8 --max_new_tokens 3 "
+                 f"--learning_rate 5e-3 --eval_interval 12 --micro_batch 48 {more}")
     assert statistics.mean(float(r["reward"]) for r in rows[-3:]) > float(rows[0]["reward"]) + 0.2
-    assert {"reward", "solved", "length", "entropy", "kl", "clip_fraction", "grad_norm"} <= set(
-        rows[0]
-    )
+    assert {"reward", "solved", "length", "entropy", "kl", "clip_fraction",
+            "grad_norm"} <= set(rows[0])
     assert "'1': 1.00" in capsys.readouterr().out  # answers are shown
 
 
 def test_micro_batches_do_not_change_rl(tmp_path, trained):
     losses = []
     for size in (1024, 5):
-        out = tmp_path / str(size)
-        cli(
-            "rl",
-            "--algorithm",
-            "dapo",
-            "--ckpt",
-            trained[0],
-            "--data",
-            trained[1],
-            "--out_dir",
-            out,
-            "--max_iters",
-            4,
-            "--prompts_per_step",
-            4,
-            "--group_size",
-            4,
-            "--max_new_tokens",
-            3,
-            "--learning_rate",
-            1e-2,
-            "--optimizer",
-            "sgd",
-            "--micro_batch",
-            size,
-            "--minibatches",
-            2,
-            "--device",
-            "cpu",
-        )
-        losses.append([(float(r["loss"]), float(r["grad_norm"])) for r in rows_of(out)])
+        rows = train("rl", *trained, tmp_path / str(size), "--algorithm dapo --max_iters 4 "
+                     "--prompts_per_step 4 --group_size 4 --max_new_tokens 3 --learning_rate 1e-2 "
+                     f"--optimizer sgd --micro_batch {size} --minibatches 2")
+        losses.append([(float(r["loss"]), float(r["grad_norm"])) for r in rows])
     assert sum(losses[0], ()) == pytest.approx(sum(losses[1], ()), abs=1e-4)
 
 
-def test_equal_rewards_change_nothing(tmp_path, trained):
-    data = write(
-        tmp_path / "p.jsonl", [{"prompt": p["prompt"], "answer": "impossible"} for p in sums(10)]
-    )
-    for algorithm in ("grpo", "dr_grpo", "expert"):
-        cli(
-            "rl",
-            "--algorithm",
-            algorithm,
-            "--ckpt",
-            trained[0],
-            "--data",
-            data,
-            "--out_dir",
-            tmp_path / algorithm,
-            "--max_iters",
-            2,
-            "--prompts_per_step",
-            4,
-            "--group_size",
-            4,
-            "--max_new_tokens",
-            3,
-            "--device",
-            "cpu",
-        )
-        before, after = (
-            M.load_checkpoint(p)[0].state_dict()
-            for p in (trained[0], tmp_path / algorithm / "ckpt.pt")
-        )
-        assert all(torch.equal(before[name], after[name]) for name in before)
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "expert"])
+def test_equal_rewards_change_nothing(tmp_path, trained, algorithm):
+    data = write(tmp_path / "p.jsonl", sums(10, answer="impossible"))
+    train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --max_iters 2 "
+          "--prompts_per_step 4 --group_size 4 --max_new_tokens 3")
+    before, after = (M.load_checkpoint(path)[0].state_dict()
+                     for path in (trained[0], tmp_path / "rl" / "ckpt.pt"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path, trained, capsys):
-    rows = (
-        sums(5)
-        + [{"prompt": "1" * 100, "response": "1", "answer": "1", "chosen": "1", "rejected": "2"}]
-        * 2
-    )
-    data = write(tmp_path / "d.jsonl", [{"chosen": "1", "rejected": "2"} | r for r in rows])
-    for kind, flags in (
-        ("sft", ()),
-        ("dpo", ()),
-        ("reward", ()),
-        ("rl", ("--max_new_tokens", 4, "--group_size", 2)),
-    ):
-        cli(
-            kind,
-            "--ckpt",
-            trained[0],
-            "--data",
-            data,
-            "--out_dir",
-            tmp_path / kind,
-            "--max_iters",
-            1,
-            "--device",
-            "cpu",
-            *flags,
-        )
+    sides = {"chosen": "1", "rejected": "2"}
+    rows = sums(5, **sides) + [{"prompt": "1" * 100, "response": "1", "answer": "1", **sides}] * 2
+    data = write(tmp_path / "d.jsonl", rows)
+    for kind in ("sft", "dpo", "reward", "rl --max_new_tokens 4 --group_size 2"):
+        train(kind, trained[0], data, tmp_path / kind.split()[0], "--max_iters 1")
         assert "2 of 7" in capsys.readouterr().out
-    only = write(tmp_path / "long.jsonl", rows[5:])
     with pytest.raises(ValueError, match="none of 2"):
-        cli(
-            "sft",
-            "--ckpt",
-            trained[0],
-            "--data",
-            only,
-            "--out_dir",
-            tmp_path / "x",
-            "--max_iters",
-            1,
-        )
+        train("sft", trained[0], write(tmp_path / "long.jsonl", rows[5:]), tmp_path / "x")
 
 
 def test_synthetic_data_from_a_checkpoint(tmp_path, trained, capsys):
     out = tmp_path / "r.jsonl"
-    cli(
-        "synth",
-        "--ckpt",
-        trained[0],
-        "--data",
-        trained[1],
-        "--samples",
-        6,
-        "--max_new_tokens",
-        4,
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    )
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+
+    def synthesize(flags):
+        cli(f"synth --out {out} {flags}")
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    common = f"--ckpt {trained[0]} --data {trained[1]} --samples 6 --max_new_tokens 4 --device cpu"
+    rows = synthesize(common)
     assert rows and all(A.grade_math(r["response"], r["answer"]) for r in rows)
-    cli(
-        "synth",
-        "--ckpt",
-        trained[0],
-        "--data",
-        trained[1],
-        "--samples",
-        6,
-        "--max_new_tokens",
-        4,
-        "--pairs",
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    )
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows and all(
-        A.grade_math(r["chosen"], r["answer"]) and not A.grade_math(r["rejected"], r["answer"])
-        for r in rows
-    )
+    rows = synthesize(common + " --pairs")
+    assert rows and all(A.grade_math(r["chosen"], r["answer"]) and
+                        not A.grade_math(r["rejected"], r["answer"]) for r in rows)
     assert not os.path.exists(str(out) + ".part")
-    cli("judge", "--ckpt", trained[0], "--data", out, "--template", "plain", "--device", "cpu")
+    cli(f"judge --ckpt {trained[0]} --data {out} --template plain --device cpu")
     assert f"pairs: {len(rows)}" in capsys.readouterr().out
-    cli("synth", "--kind", "word", "--level", 2, "--n", 20, "--out", out)
-    assert len(A.read_problems(str(out))) == 20
+    synthesize(common + f" --judge {trained[0]}")
+    assert len(synthesize("--kind word --level 2 --n 20")) == 20 == len(A.read_problems(str(out)))
 
 
 def test_a_judge_that_only_likes_a_place_decides_nothing(monkeypatch):
@@ -1536,88 +1095,46 @@ def test_a_judge_that_only_likes_a_place_decides_nothing(monkeypatch):
     a, b = (tokenizer.encode(c)[0] for c in "AB")
     model = tiny(tokenizer.vocab_size, 512)
     template = A.make_template("raw", tokenizer)
+    for marked, verdict in (("", 0), ("Answer A: good", 1), ("Answer A: bad", -1)):
 
-    def answers(rule):
-        def forward(ids, last=0):
+        def forward(ids, last=0, marked=marked):
             logits = torch.zeros(1, 1, tokenizer.vocab_size)
-            logits[0, 0, a if rule(tokenizer.decode(ids[0].tolist())) else b] = 1.0
+            logits[0, 0, a if marked in tokenizer.decode(ids[0].tolist()) else b] = 1.0
             return logits
 
-        return forward
-
-    for rule, verdict in (
-        (lambda text: True, 0),
-        (lambda text: "Answer A: good" in text, 1),
-        (lambda text: "Answer A: bad" in text, -1),
-    ):
-        monkeypatch.setattr(model, "forward", answers(rule))
+        monkeypatch.setattr(model, "forward", forward)
         assert A.judge_pair(model, tokenizer, template, "which {a}?", "good", "bad") == verdict
 
 
 def test_usage(tmp_path, base, capsys):
-    common = ("--ckpt", base, "--data", "x.jsonl", "--out_dir", tmp_path / "o")
-    for flags in (
-        ("sft", *common, "--batch_size", 0),
-        ("sft", *common, "--learning_rate", -1),
-        ("rl", *common, "--lam", 2),
-        ("rl", *common, "--temperature", 0),
-        ("nothing",),
-        ("eval", "--task", "arc"),
-        ("synth", "--ckpt", base, "--out", "x"),
-    ):
-        assert fails(capsys, *flags)[0] == 2
-    for flags in (
-        ("sft", *common),
-        ("sft", "--ckpt", "no.pt", "--data", "x", "--out_dir", "o"),
-        ("sft", *common, "--resume"),
-    ):
-        code, error = fails(capsys, *flags)
+    common = f"--ckpt {base} --data x.jsonl --out_dir {tmp_path}/o"
+    for line in (f"sft {common} --batch_size 0", f"sft {common} --learning_rate -1", "nothing",
+                 f"rl {common} --lam 2", f"rl {common} --temperature 0", "eval --task arc",
+                 f"synth --ckpt {base} --out x"):
+        assert fails(capsys, line)[0] == 2
+    for line in (f"sft {common}", "sft --ckpt no.pt --data x --out_dir o",
+                 f"sft {common} --resume"):
+        code, error = fails(capsys, line)
         assert code == 1 and error.startswith("align.py: error: ") and error.count("\n") == 1
     M.save_checkpoint(tmp_path / "mute.pt", tiny())
-    code, error = fails(
-        capsys, "sft", "--ckpt", tmp_path / "mute.pt", "--data", "x", "--out_dir", "o"
-    )
+    code, error = fails(capsys, f"sft --ckpt {tmp_path}/mute.pt --data x --out_dir o")
     assert code == 1 and "no tokenizer" in error
 
 
-def test_stopped_by_a_signal_and_resumed(tmp_path, trained):
-    ckpt, data = trained
-    command = [
-        sys.executable,
-        os.path.join(ROOT, "align.py"),
-        "sft",
-        "--ckpt",
-        ckpt,
-        "--data",
-        str(data),
-        "--out_dir",
-        str(tmp_path / "s"),
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(
-        [*command, "--max_iters", "100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("step 10 "):
-            process.send_signal(signal.SIGINT)
-            break
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in out and "Traceback" not in error
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_and_resumed(tmp_path, trained, capsys, monkeypatch, number):
+    update = A.Run.update
+
+    def interrupted(run, *args):
+        calls.append(os.kill(os.getpid(), number) if len(calls) == 9 else None)
+        return update(run, *args)
+
+    calls = []
+    monkeypatch.setattr(A.Run, "update", interrupted)
+    code, error = fails(capsys, f"sft --ckpt {trained[0]} --data {trained[1]} --out_dir "
+                        f"{tmp_path}/s --device cpu --max_iters 100000", out := [])
+    assert code == 130 and "--resume" in out[0] and "Traceback" not in error
     step = M.load_checkpoint(tmp_path / "s" / "ckpt.pt")[1]["step"]
-    cli(
-        "sft",
-        "--ckpt",
-        ckpt,
-        "--data",
-        data,
-        "--out_dir",
-        tmp_path / "s",
-        "--resume",
-        "--max_iters",
-        step + 2,
-    )
-    assert [int(r["step"]) for r in rows_of(tmp_path / "s")] == list(range(1, step + 3))
+    assert step == 10
+    rows = train("sft", *trained, tmp_path / "s", f"--resume --max_iters {step + 2}")
+    assert [int(r["step"]) for r in rows] == list(range(1, step + 3))
