@@ -4,10 +4,9 @@ From Common Crawl pages to tokens worth training on.
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --workers 8
     python bpe.py train --input corpus/*.jsonl.gz --vocab_size 32000 --out data/web
 
-reads pages, takes the main text out of their HTML, keeps the languages asked for, drops bad text
-by rules, masks personal data, removes duplicates, and leaves documents (.jsonl.gz, a line each,
-with `text`) and report.json in --out: what every step kept and why. Each step is a command of its
-own:
+takes the main text out of HTML, keeps the languages asked for, drops bad text by rules, masks
+personal data, removes duplicates, and leaves documents (.jsonl.gz, a line each, with `text`) and
+report.json (what every step kept and why) in --out. Each step is a command too:
 
     python curate.py read         --input crawl/*.warc.gz --out pages
     python curate.py extract      --input pages/*.jsonl.gz page.html --out texts
@@ -51,7 +50,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
@@ -77,6 +75,7 @@ EOT = "<|endoftext|>"
 MAX_PAGE = 16 << 20  # bytes of a page, once unpacked; longer ones are no text to learn from
 MAX_RATIO = 200  # a gzip member that swells more than this, past MAX_PAGE, is a bomb
 CHUNK = 1 << 16
+RECORD = b"WARC/1."  # how a record begins
 
 
 class Record(typing.NamedTuple):
@@ -88,160 +87,127 @@ class Record(typing.NamedTuple):
     body: bytes  # without HTTP headers, chunks joined and unpacked
 
 
-class ByteStream:
-    """The bytes of a file with any number of gzip members, or none, with a look ahead.
+def unpack(file, counts):
+    """The bytes of a file, piece by piece: of its gzip members, one after the other, or as they
+    are if it has none. A member that is damaged is left where it is, for the next."""
+    raw = file.read(CHUNK)
+    if not raw.startswith(b"\x1f\x8b"):
+        while raw:
+            yield raw
+            raw = file.read(CHUNK)
+    while raw:
+        at = raw.find(b"\x1f\x8b\x08")
+        if at < 0:  # the magic may lie across the border of two chunks
+            more = file.read(CHUNK)
+            raw = raw[-2:] + more if more else b""
+            continue
+        raw, member, took, made = raw[at:], zlib.decompressobj(31), 0, 0
+        while not member.eof:
+            raw = raw or file.read(CHUNK)
+            if not raw:
+                counts["gzip cut short"] += 1
+                return
+            try:
+                piece = member.decompress(raw, 16 * CHUNK)
+            except zlib.error:
+                counts["damaged gzip member"] += 1
+                raw = raw[1:]
+                break
+            rest = member.unused_data or member.unconsumed_tail
+            took, made, raw = took + len(raw) - len(rest), made + len(piece), rest
+            yield piece
+            if made > MAX_PAGE and made > MAX_RATIO * took and not member.eof:
+                counts["decompression bomb"] += 1
+                break
+        raw = raw or file.read(CHUNK)
 
-    buffer: what has been read and not been taken; `fill(n)` makes it at least n bytes, unless the
-    file ends. A damaged member is dropped from where it is damaged; reading goes on at the next.
-    """
 
-    def __init__(self, file, counts):
-        self.file, self.counts, self.buffer = file, counts, bytearray()
-        self.raw = file.read(CHUNK)
-        self.gzipped = self.raw[:2] == b"\x1f\x8b"
-        self.member, self.done, self.breaks = None, False, 0
+class Stream:
+    """Pieces of bytes with a look ahead: `buffer` holds what has come and has not been taken."""
+
+    def __init__(self, pieces):
+        self.pieces, self.buffer, self.done = pieces, bytearray(), False
 
     def fill(self, n):
+        """Make the buffer n bytes long at least; False if the file ends before."""
         while len(self.buffer) < n and not self.done:
-            if not self.raw:
-                self.raw = self.file.read(CHUNK)
-                if not self.raw:
-                    self.done = True
-                    if self.member:
-                        self.counts["gzip cut short"] += 1
-                    break
-            if not self.gzipped:
-                self.buffer += self.raw
-                self.raw = b""
-                continue
-            if self.member is None:
-                at = self.raw.find(b"\x1f\x8b\x08")
-                if at < 0:  # the magic may lie across the border of two chunks
-                    more = self.file.read(CHUNK)
-                    self.raw = self.raw[-2:] + more if more else b""
-                    continue
-                self.raw = self.raw[at:]
-                self.member, self.took, self.made = zlib.decompressobj(31), 0, 0
-            try:
-                out = self.member.decompress(self.raw, 16 * CHUNK)
-            except zlib.error:
-                self.give_up("damaged gzip member")
-                continue
-            rest = self.member.unused_data if self.member.eof else self.member.unconsumed_tail
-            self.took += len(self.raw) - len(rest)
-            self.made += len(out)
-            self.raw = rest
-            self.buffer += out
-            if self.member.eof:
-                self.member = None
-            elif self.made > MAX_PAGE and self.made > MAX_RATIO * self.took:
-                self.give_up("decompression bomb")
+            piece = next(self.pieces, None)
+            self.done = piece is None
+            self.buffer += piece or b""
         return len(self.buffer) >= n
 
-    def give_up(self, reason):
-        """Leave the gzip member: reading goes on where the next seems to begin."""
-        self.counts[reason] += 1
-        self.breaks += 1
-        self.member, self.raw = None, self.raw[3:]
-
-    def find(self, marker, start=0, limit=None):
-        """Where marker first lies in the bytes to come, up to limit; -1 if nowhere."""
-        while True:
-            at = self.buffer.find(marker, start)
-            if at >= 0:
-                return at
-            if self.done or limit is not None and len(self.buffer) > limit:
+    def find(self, marker):
+        """Where marker first lies in some MAX_PAGE bytes to come; -1 if nowhere."""
+        start = 0
+        while (at := self.buffer.find(marker, start)) < 0:
+            if self.done or len(self.buffer) > MAX_PAGE:
                 return -1
-            start = max(start, len(self.buffer) - len(marker))
+            start = max(0, len(self.buffer) - len(marker))
             self.fill(len(self.buffer) + CHUNK)
+        return at
 
     def take(self, n):
+        """The next n bytes."""
         self.fill(n)
         out = bytes(self.buffer[:n])
         del self.buffer[:n]
         return out
 
-    def skip(self, n, breaks=None):
-        """Drop n bytes; but not past where a gzip member was given up, after which n counts what
-        is gone. breaks: what self.breaks was when n was known to be right."""
-        breaks = self.breaks if breaks is None else breaks
-        while n > 0 and self.fill(1) and self.breaks == breaks:
-            n -= len(self.take(min(n, len(self.buffer))))
-
     def skip_to(self, marker):
-        """Drop everything before marker; False if the file ends first."""
-        while (at := self.buffer.find(marker)) < 0:
-            del self.buffer[: max(0, len(self.buffer) - len(marker))]
-            if self.done:
-                return False
-            self.fill(len(self.buffer) + CHUNK)
-        del self.buffer[:at]
-        return True
+        """Drop what comes before marker, or all there is."""
+        while (at := self.find(marker)) < 0 and not self.done:
+            self.take(len(self.buffer) - len(marker))
+        self.take(at if at >= 0 else len(self.buffer))
 
 
 def parse_headers(head):
-    """The lines `Name: value` of a header, names in lower case. The first line is left out."""
-    headers = {}
-    for line in head.decode("utf-8", "replace").split("\n")[1:]:
-        name, colon, value = line.partition(":")
-        if colon:
-            headers.setdefault(name.strip().lower(), value.strip())
-    return headers
+    """The lines `Name: value` of a header: {name in lower case: value}."""
+    lines = re.findall(r"(?m)^([^\s:]+)[ \t]*:(.*)$", head.decode("utf-8", "replace"))
+    return {name.lower(): value.strip() for name, value in reversed(lines)}
+
+
+CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]{0,80})?\r\n")
+BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
 def join_chunks(body):
     """Undo `Transfer-Encoding: chunked`. What is not chunked after all is left as it is."""
     out, at = [], 0
-    while (end := body.find(b"\r\n", at, at + 100)) >= 0:
-        size = body[at:end].split(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size):
-            return body if not out else b"".join(out)
-        size = int(size, 16)
-        if size == 0:
-            break
-        out.append(body[end + 2 : end + 2 + size])
-        at = end + 2 + size + 2
+    while (size := CHUNK_SIZE.match(body, at)) and int(size.group(1), 16):
+        at = size.end() + int(size.group(1), 16) + 2
+        out.append(body[size.end() : at - 2])
     return b"".join(out) if out else body
 
 
-def unpack_http(content, counts):
-    """An HTTP response as (type, charset, body), or None, with the reason counted."""
-    head, blank, body = content.partition(b"\r\n\r\n")
-    if not blank:
-        head, blank, body = content.partition(b"\n\n")
+def unpack_http(content):
+    """An HTTP response -> (type, charset, body). ValueError says why there is no page in it."""
+    head, *body = BLANK_LINE.split(content, 1)
     status = re.match(rb"HTTP/\S+\s+(\d{3})", head)
-    if not status or not blank:
-        counts["no HTTP response"] += 1
-        return None
+    if not status or not body:
+        raise ValueError("no HTTP response")
     if status.group(1) != b"200":
-        counts["HTTP status not 200"] += 1
-        return None
-    headers = parse_headers(head)
+        raise ValueError("HTTP status not 200")
+    headers, body = parse_headers(head), body[0]
     if "chunked" in headers.get("transfer-encoding", "").lower():
         body = join_chunks(body)
     coding = headers.get("content-encoding", "").lower()
-    if coding in ("gzip", "x-gzip", "deflate"):
-        packed = body[:2] in (b"\x1f\x8b", b"\x78\x9c", b"\x78\x01", b"\x78\xda")
-        if packed or coding == "deflate":  # Common Crawl unpacks, and leaves the header
-            try:
-                unpacker = zlib.decompressobj(47 if packed else -15)
-                body = unpacker.decompress(body, MAX_PAGE)
-                if unpacker.unconsumed_tail:
-                    counts["decompression bomb"] += 1
-                    return None
-            except zlib.error:
-                if packed:
-                    counts["damaged content encoding"] += 1
-                    return None
-    elif coding == "br" and b"<" not in body[:2000]:
-        counts["content encoding br"] += 1
-        return None
+    if coding in ("gzip", "x-gzip", "deflate") and body[:2] in (
+            b"\x1f\x8b", b"\x78\x9c", b"\x78\x01", b"\x78\xda"):
+        try:
+            unpacker = zlib.decompressobj(47)
+            body = unpacker.decompress(body, MAX_PAGE)
+        except zlib.error:
+            raise ValueError("damaged content encoding") from None
+        if unpacker.unconsumed_tail:
+            raise ValueError("decompression bomb")
+    elif coding not in ("", "identity") and b"<" not in body[:2000]:
+        # Common Crawl unpacks, and leaves the header; this is packed in another way
+        raise ValueError(f"content encoding {coding[:20]}")
     mime, _, parameters = headers.get("content-type", "").lower().partition(";")
     charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", parameters)
-    mime = mime.strip()
-    if not mime:
-        mime = "text/html" if re.search(rb"(?i)<html|<!doctype html", body[:2000]) else "unknown"
-    return mime, charset and charset.group(1), body
+    if not mime.strip() and re.search(rb"(?i)<html|<!doctype html", body[:2000]):
+        mime = "text/html"
+    return mime.strip(), charset and charset.group(1), body
 
 
 def read_warc(source, counts=None):
@@ -249,101 +215,72 @@ def read_warc(source, counts=None):
 
     source: a path or a binary file, gzipped or not. counts: a Counter, to which what was skipped
     is added, by reason. Only answers of status 200 with HTML or plain text come out; requests,
-    revisits, metadata and everything else are counted. Records whose length is wrong are found out
-    by what follows them, and reading goes on at the next record.
+    revisits, metadata and everything else are counted. A record whose length is wrong, since no
+    other follows where it should end, ends where the next one begins.
     """
     counts = collections.Counter() if counts is None else counts
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
             yield from read_warc(file, counts)
         return
-    stream = ByteStream(source, counts)
+    stream = Stream(unpack(source, counts))
     while stream.fill(1):
-        stream.fill(5)
-        if stream.buffer[:5] != b"WARC/":
-            blank = len(stream.buffer[:64]) - len(stream.buffer[:64].lstrip(b"\r\n"))
-            if blank:
-                stream.skip(blank)
-                continue
-            counts["bytes between records"] += 1
-            if not stream.skip_to(b"WARC/1."):
-                break
-        end = stream.find(b"\r\n\r\n", limit=CHUNK)
-        width = 4
-        if end < 0 or end > CHUNK:
-            end, width = stream.find(b"\n\n", limit=CHUNK), 2
-        if end < 0 or end > CHUNK:
-            counts["record without headers"] += 1
-            stream.skip(5)
-            if not stream.skip_to(b"WARC/1."):
-                break
+        if stream.buffer[0] in b"\r\n":
+            stream.take(1)
             continue
-        headers = parse_headers(stream.take(end))
-        stream.skip(width)
+        stream.fill(CHUNK)
+        if not stream.buffer.startswith(RECORD):
+            counts["bytes between records"] += 1
+            stream.skip_to(RECORD)
+            continue
+        blank = BLANK_LINE.search(stream.buffer, 0, CHUNK)
+        if not blank:
+            counts["record without headers"] += 1
+            stream.take(len(RECORD))
+            stream.skip_to(RECORD)
+            continue
+        headers = parse_headers(stream.take(blank.end()))
         length = headers.get("content-length", "")
         length = int(length) if re.fullmatch(r"[0-9]{1,15}", length) else -1
-        breaks = stream.breaks
-        # Right is a length after which comes the end, or two line ends, or the next record.
         whole = 0 <= length <= MAX_PAGE and stream.fill(length)
-        if length > MAX_PAGE:
-            stream.fill(MAX_PAGE)
         if whole:
-            stream.fill(length + 9)
-            after = bytes(stream.buffer[length : length + 9])
-            whole = not after.strip(b"\r\n") or after.lstrip(b"\r\n").startswith(b"WARC/")
-        if whole:
-            content = stream.take(length)
-        else:
-            at = stream.find(b"\nWARC/1.", limit=MAX_PAGE)
-            if stream.buffer.startswith(b"WARC/1."):
-                at = -1
-            if stream.buffer.startswith(b"WARC/1.") or 0 <= at <= MAX_PAGE:
-                counts["wrong length"] += 1
-                content = stream.take(at + 1).rstrip(b"\r\n")
-            elif length > MAX_PAGE:
-                counts["page too large"] += 1
-                stream.skip(length, breaks)
+            stream.fill(length + 64)
+            after = stream.buffer[length : length + 64].lstrip(b"\r\n")
+            whole = RECORD.startswith(bytes(after[: len(RECORD)]))
+        if not whole:
+            at = stream.find(RECORD)
+            found = 0 <= at <= MAX_PAGE
+            counts["wrong length" if found else "page too large" if length > MAX_PAGE
+                   else "record cut short" if stream.done else "wrong length"] += 1
+            if not found:
+                stream.skip_to(RECORD)
                 continue
-            elif stream.done:
-                counts["record cut short"] += 1
-                break
-            else:
-                counts["wrong length"] += 1
-                stream.skip(1)
-                if not stream.skip_to(b"WARC/1."):
-                    break
-                continue
+        content = stream.take(length) if whole else stream.take(at).rstrip(b"\r\n")
         counts["records"] += 1
         kind, mime = headers.get("warc-type", "").lower(), headers.get("content-type", "").lower()
-        url, charset = headers.get("warc-target-uri", "").strip("<>"), None
-        if kind == "response" and "http" in mime or kind == "response" and not mime:
-            answer = unpack_http(content, counts)
-            if answer is None:
-                continue
-            mime, charset, content = answer
-        elif kind not in ("conversion", "resource"):
-            counts[f"type {kind[:20] or 'missing'}"] += 1
+        charset = None
+        try:
+            if kind == "response":
+                mime, charset, content = unpack_http(content)
+            elif kind not in ("conversion", "resource"):
+                raise ValueError(f"type {kind[:20] or 'missing'}")
+            page = "html" if "html" in mime else "text" if mime.startswith("text/plain") else None
+            if not page:
+                raise ValueError("not HTML")
+        except ValueError as reason:
+            counts[str(reason)] += 1
             continue
-        if "html" in mime:
-            yield Record(url, "html", charset, content)
-        elif mime.startswith("text/plain"):
-            yield Record(url, "text", charset, content)
-        else:
-            counts["not HTML"] += 1
+        yield Record(headers.get("warc-target-uri", "").strip("<>"), page, charset, content)
 
 
-ENCODING = re.compile(
-    r"(?i)utf-?8|utf-?16(le|be)?|iso-?8859-\d+|latin-?\d|windows-\d+|cp\d+|koi8-\w|gb2312|gbk|"
-    r"gb18030|big5(-hkscs)?|euc-(jp|kr|cn|tw)|shift[_-]jis|sjis|iso-2022-(jp|kr)|tis-620|"
-    r"ks_c_5601-1987|mac\w*|us-ascii|ascii|x-sjis|x-gbk")
+CHARSET = re.compile(r"(utf-?8|utf-?16|iso|latin|windows|cp|koi|gb|big|euc|shift|sjis|tis|ks_c|"
+                     r"mac|us-|ascii)[\w-]*")
 # Browsers read these as the larger set on the right, and so must we.
-WIDER = {"iso-8859-1": "cp1252", "latin-1": "cp1252", "latin1": "cp1252", "us-ascii": "cp1252",
-         "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "x-gbk": "gb18030",
-         "shift_jis": "cp932", "shift-jis": "cp932", "sjis": "cp932", "x-sjis": "cp932",
-         "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "iso-8859-9": "cp1254",
-         "tis-620": "cp874", "big5": "big5hkscs", "euc-cn": "gb18030"}
-BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"))
+WIDER = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874",
+         "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949",
+         "big5": "big5hkscs"}
+BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le",
+        codecs.BOM_UTF16_BE: "utf-16-be"}
 META = re.compile(
     rb"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w.:-]+)""")
 
@@ -351,25 +288,27 @@ META = re.compile(
 def decode_page(data, charset=None):
     """Bytes of a page as text. The order: byte order mark, valid UTF-8 (other text hardly ever is,
     whatever it declares), the HTTP header's charset, <meta>, and windows-1252 for all the rest."""
-    for mark, name in BOMS:
+    for mark, name in BOMS.items():
         if data.startswith(mark):
             return data[len(mark) :].decode(name, "replace")
-    declared = META.search(data[:4096])
-    names = [charset, declared and declared.group(1).decode("ascii", "replace")]
-    names = [name.lower() for name in names if name and ENCODING.fullmatch(name)]
-    if not any(name.startswith(("iso-2022", "utf-16", "utf16")) for name in names):
+    declared, names = META.search(data[:4096]), []
+    for name in (charset, declared and declared.group(1).decode("ascii", "replace")):
+        name = (name or "").lower().removeprefix("x-")
+        with contextlib.suppress(LookupError):
+            if CHARSET.fullmatch(name):
+                names.append(codecs.lookup(name).name)
+    if not any(name.startswith(("iso2022", "utf-16")) for name in names):
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             # One bad byte, or a page cut in the middle of a letter, is UTF-8 all the same.
             text = data.decode("utf-8", "replace")
             good = len(re.findall("[^\0-\x7f\ufffd]", text))
-            if good > 10 * text.count("\ufffd") and (not names or names[0].startswith("utf")):
+            if good > 10 * text.count("\ufffd") and (not names or names[0] == "utf-8"):
                 return text
-    for name in names:
-        with contextlib.suppress(LookupError):
-            return data.decode(WIDER.get(name, name), "replace")
-    return data.decode("cp1252", "replace")
+    name = names[0] if names else "cp1252"
+    return data.decode(WIDER.get(name, name), "replace")
+
 
 # -----------------------------------------------------------------------------
 # Transform: the main text of an HTML page. Three parts. A scanner cuts the page at its block tags
@@ -381,15 +320,19 @@ def decode_page(data, charset=None):
 # not fail after it has begun to match, so it goes over any page once, however broken; elements are
 # kept on a list, not on Python's stack, and only MAX_DEPTH of them.
 
-RAW = ("script style svg template iframe select textarea object canvas title audio video math "
-       "datalist").split()
-RAW_START = re.compile(rf"<(?:!--|({'|'.join(RAW)})\b)", re.I)
+RAW_START = re.compile(r"<(?:!--|(script|style|svg|template|iframe|select|textarea|object|canvas|"
+                       r"title|audio|video|math|datalist)\b)", re.I)
 QUOTED_MARKUP = re.compile(r"""=\s*(?:"[^"<>]*[<>][^"]*"|'[^'<>]*[<>][^']*')""")
 TOKEN = re.compile(r"<(/?[a-zA-Z][^\s/>]*|[/!?])([^>]*)>?([^<]*(?:<(?![a-zA-Z/!?])[^<]*)*)")
 ATTRIBUTE = re.compile(r"""([^\s=>"'/]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+)))?""")
-LOWER = {i: i + 32 for i in range(65, 91)}
 MAX_DEPTH = 256
 MAX_BLOCKS = 50_000  # of a page; what comes after them is dropped
+
+
+def spellings(name):
+    """How people write a name. (A dict with all three is faster than lower case for each tag.)"""
+    return name, name.upper(), name.capitalize()
+
 
 # What a tag does: change the link state; break a line; begin and end a block (LEAF); the same, and
 # be remembered as the place where blocks lie (NODE); stand between the cells of a row.
@@ -404,85 +347,44 @@ for _kind, _names in (
     (CELL, "td th"),
 ):
     for _name in _names.split():
-        for _spelling in (_name, _name.upper(), _name.capitalize()):
+        for _spelling in spellings(_name):
             TAGS[_spelling] = (_kind, _name, False)
             TAGS["/" + _spelling] = (_kind, _name, True)
 CELL_WALLS = {"table", "tbody", "thead", "tfoot", "tr", "td", "th", "body"}
 
-# Elements, and words in class, id, role and itemprop, that say what kind of place a block lies in.
-# A place is a set of bits, which an element inherits from those around it.
-PLACES = [line.split() for line in """
-<nav>
-<header>
-<footer>
-<aside>
-<article>
-<main>
-<form>
-<table>
-<td>
-<ul>
-<dl>
-<figure>
-<blockquote>
-nav navbar navigation topnav subnav sidenav mainnav menu menus submenu dropdown megamenu menuitem
-footer foot colophon contentinfo bottombar
-header masthead topbar banner
-sidebar aside rail complementary
-widget widgets
-comment comments commentlist commenter disqus respond
-reply replies
-post posts
-entry hentry
-article articles story
-content contents
-main primary
-text richtext prose rte
-breadcrumb breadcrumbs crumbs
-share sharing social socials sharedaddy shares addthis follow
-related recommended recommendations recirc similar suggested trending popular
-author byline bio
-date time published meta metadata
-tag tags category categories
-cookie consent gdpr cookies onetrust
-newsletter subscribe signup subscription optin
-modal popup overlay dialog lightbox
-ad ads advert advertisement sponsor sponsored promo promotion
-copyright legal disclaimer terms privacy
-login signin account register
-search searchform
-pagination pager paging prev next
-toc
-card cards
-product products
-price prices cart shop checkout buy
-review reviews rating ratings
-description desc
-summary excerpt teaser intro
-item items list listing
-button buttons btn
-thread topic message discussion
-question answer answers
-docs documentation markdown markdownbody wiki mw
-event events
-single page
-mobile
-tab tabs accordion faq
-top
-blog news
-signature sig
-""".strip().split("\n")]
-PLACE_BIT, CUE_BITS = {}, {}
+# Elements, and words in class, id, role and itemprop, that say what kind of place a block lies in,
+# each named by its first word. An element inherits the places of those around it, a bit each.
+PLACES = [words.split() for words in """
+<nav>; <header>; <footer>; <aside>; <article>; <main>; <form>; <table>; <td>; <ul>; <dl>; <figure>;
+<blockquote>;
+nav navbar navigation topnav subnav sidenav mainnav menu menus submenu dropdown megamenu menuitem;
+footer foot colophon contentinfo bottombar; header masthead topbar banner;
+sidebar aside rail complementary; widget widgets;
+comment comments commentlist commenter disqus respond; reply replies; post posts; entry hentry;
+article articles story; content contents; main primary; text richtext prose rte;
+breadcrumb breadcrumbs crumbs; share sharing social socials sharedaddy shares addthis follow;
+related recommended recommendations recirc similar suggested trending popular; author byline bio;
+date time published meta metadata; tag tags category categories;
+cookie consent gdpr cookies onetrust; newsletter subscribe signup subscription optin;
+modal popup overlay dialog lightbox; ad ads advert advertisement sponsor sponsored promo promotion;
+copyright legal disclaimer terms privacy; login signin account register; search searchform;
+pagination pager paging prev next; toc; card cards; product products;
+price prices cart shop checkout buy; review reviews rating ratings; description desc;
+summary excerpt teaser intro; item items list listing; button buttons btn;
+thread topic message discussion; question answer answers;
+docs documentation markdown markdownbody wiki mw; event events; single page; mobile;
+tab tabs accordion faq; top; blog news; signature sig
+""".split(";")]
+HIDDEN = 1 << len(PLACES)
+PLACE_BIT, CUE_BITS = {"noscript": HIDDEN}, collections.Counter()
 for _i, _names in enumerate(PLACES):
     for _name in _names:
         if _name[0] == "<":
             PLACE_BIT[_name.strip("<>")] = 1 << _i
         else:
-            for _spelling in (_name, _name.capitalize(), _name.upper()):
-                CUE_BITS[_spelling] = CUE_BITS.get(_spelling, 0) | 1 << _i
+            for _spelling in spellings(_name):
+                CUE_BITS[_spelling] |= 1 << _i
 PLACE_BIT["ol"] = PLACE_BIT["ul"]
-HIDDEN = 1 << len(PLACES)
-PLACE_BIT["noscript"] = HIDDEN
 HIDING = re.compile(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden")
 CUE_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
@@ -496,38 +398,30 @@ def place_bits(attributes):
         if name in ("class", "id", "role", "itemprop"):
             for word in CUE_WORD.findall(value):
                 bits |= CUE_BITS.get(word, 0)
-        elif name == "style":
-            bits |= HIDDEN if HIDING.search(value) else 0
-        elif name == "hidden":  # React streams visible parts as <div hidden id="S:1">
-            bits |= HIDDEN if 'id="S:' not in attributes else 0
-        elif name == "aria-hidden" and value == "true":
+        elif (name == "style" and HIDING.search(value) or name == "aria-hidden" and value == "true"
+              # React streams visible parts as <div hidden id="S:1">
+              or name == "hidden" and 'id="S:' not in attributes):
             bits |= HIDDEN
     return bits
 
 
 def drop_raw(html):
-    """HTML without comments and without the elements whose content is no text (RAW). An unclosed
-    one is looked for once, not once for every time it is opened."""
-    low = html.lower()
-    if len(low) != len(html):  # there are letters whose lower case is two
-        low = html.translate(LOWER)
+    """HTML without comments and without the elements whose content is no text (RAW_START). An
+    unclosed one is looked for once, not once for every time it is opened."""
+    low = html.replace("İ", "I").lower()  # the only letter whose lower case is two
     out, last, unclosed = [], 0, set()
     found = RAW_START.search(html)
     while found:
         name = found.group(1)
         close, at = ("</" + name.lower(), found.end()) if name else ("-->", found.start() + 2)
         end = -1 if close in unclosed else low.find(close, at)
-        if end >= 0:
+        if end >= 0 or close in ("</script", "</style"):
             out.append(html[last : found.start()])
-            last = low.find(">", end) + 1 or len(html)
-        elif name and close in ("</script", "</style"):
-            out.append(html[last : found.start()])
-            return " ".join(out)
+            last = (low.find(">", end) + 1 if end >= 0 else 0) or len(html)
         else:
             unclosed.add(close)
         found = RAW_START.search(html, max(last, found.end()))
-    out.append(html[last:])
-    return " ".join(out)
+    return " ".join([*out, html[last:]])
 
 
 def tokens(html):
@@ -535,8 +429,8 @@ def tokens(html):
     cuts = [0]
     while (end := html.find("<", cuts[-1] + (1 << 20))) >= 0:
         cuts.append(end)
-    ends = cuts[1:] + [len(html)]
-    return itertools.chain.from_iterable(TOKEN.findall(html, i, j) for i, j in zip(cuts, ends))
+    for begin, end in zip(cuts, [*cuts[1:], len(html)]):
+        yield from TOKEN.findall(html, begin, end)
 
 
 class Blocks:
@@ -554,128 +448,116 @@ def scan(html):
     html = QUOTED_MARKUP.sub("", drop_raw(html.replace("\0", "")))
     b = Blocks()
     node_places, is_open, stack = [0], collections.Counter(), [0]
-    begin = html.find("<")
-    pieces, linked = [html[:begin] if begin >= 0 else html], 0
+    pieces, linked = [html.partition("<")[0]], 0  # of the block to come
     in_link, link_depth, too_deep = False, 0, 0
     leaf, leaf_bits = "", 0
-    get_tag = TAGS.get
 
     def flush():
+        """End a block."""
         nonlocal pieces, linked
-        if pieces:
-            text = "".join(pieces)
-            if not text.isspace() and text:
-                node = stack[-1]
-                b.text.append(text)
-                b.tag.append(leaf or b.node_tag[node])
-                b.places.append(node_places[node] | leaf_bits)
-                b.node.append(node)
-                b.linked.append(linked)
-            pieces = []
-        linked = 0
+        text = "".join(pieces)
+        if text and not text.isspace():
+            node = stack[-1]
+            b.text.append(text)
+            b.tag.append(leaf or b.node_tag[node])
+            b.places.append(node_places[node] | leaf_bits)
+            b.node.append(node)
+            b.linked.append(linked)
+        pieces, linked = [], 0
 
     def close(depth):
+        """Close the elements from depth on."""
         nonlocal in_link
         while len(stack) > depth:
             node = stack.pop()
             b.end[node] = len(b.text)
             is_open[b.node_tag[node]] -= 1
-        if in_link and depth < link_depth:
-            in_link = False
+        in_link = in_link and depth >= link_depth
 
     for name, attributes, text in tokens(html):
         if len(b.text) >= MAX_BLOCKS:
             break
-        known = get_tag(name)
-        if known:
-            kind, tag, closing = known
-            if kind == LINK:
-                in_link, link_depth = not closing, len(stack)
-            elif kind == BREAK:
-                if pieces and pieces[-1] == "\v":
-                    flush()
-                pieces.append("\v")
-                if text.isspace():
-                    continue
-            elif kind == LEAF:
+        kind, tag, closing = TAGS.get(name, (None, None, None))
+        if kind is None:
+            pass
+        elif kind == LINK:
+            in_link, link_depth = not closing, len(stack)
+        elif kind == BREAK:
+            if pieces and pieces[-1] == "\v":
                 flush()
-                leaf, leaf_bits = "", 0
-                if not closing:
-                    leaf, leaf_bits = tag, place_bits(attributes) if attributes else 0
-            elif closing:
-                if kind == NODE:
-                    flush()
-                leaf, leaf_bits = "", 0
-                if too_deep:
-                    too_deep -= 1
-                elif is_open[tag]:
-                    # An end tag within a cell does not close what is open outside of it.
-                    walls = () if tag in CELL_WALLS else ("td", "th")
-                    depth = len(stack) - 1
-                    while (at := b.node_tag[stack[depth]]) != tag and at not in walls:
-                        depth -= 1
-                    if at == tag:
-                        close(depth)
+            pieces.append("\v")
+            if text.isspace():
+                continue
+        elif kind == LEAF:
+            flush()
+            leaf, leaf_bits = "", 0
+            if not closing:
+                leaf, leaf_bits = tag, place_bits(attributes) if attributes else 0
+        elif closing:
+            if kind == NODE:
+                flush()
+            leaf, leaf_bits = "", 0
+            if too_deep:
+                too_deep -= 1
+            elif is_open[tag]:
+                # An end tag within a cell does not close what is open outside of it.
+                walls = () if tag in CELL_WALLS else ("td", "th")
+                depth = len(stack) - 1
+                while (at := b.node_tag[stack[depth]]) != tag and at not in walls:
+                    depth -= 1
+                if at == tag:
+                    close(depth)
+        else:
+            top = b.node_tag[stack[-1]]
+            if kind == NODE or sum(map(len, pieces)) > 200:
+                flush()
+            elif pieces:
+                pieces.append(" | ")
+            leaf, leaf_bits = "", 0
+            if top == tag in ("li", "tr") or kind == CELL and top in ("td", "th"):
+                close(len(stack) - 1)
+            if len(stack) > MAX_DEPTH:
+                too_deep += 1
             else:
-                top = b.node_tag[stack[-1]]
-                if kind == NODE or sum(map(len, pieces)) > 200:
-                    flush()
-                elif pieces:
-                    pieces.append(" | ")
-                leaf, leaf_bits = "", 0
-                if top == tag in ("li", "tr") or kind == CELL and top in ("td", "th"):
-                    close(len(stack) - 1)
-                if len(stack) > MAX_DEPTH:
-                    too_deep += 1
-                else:
-                    bits = node_places[stack[-1]] | PLACE_BIT.get(tag, 0)
-                    b.parent.append(stack[-1])
-                    b.first.append(len(b.text))
-                    b.end.append(0)
-                    b.node_tag.append(tag)
-                    node_places.append(bits | place_bits(attributes) if attributes else bits)
-                    stack.append(len(b.parent) - 1)
-                    is_open[tag] += 1
+                bits = node_places[stack[-1]] | PLACE_BIT.get(tag, 0)
+                node_places.append(bits | place_bits(attributes) if attributes else bits)
+                b.parent.append(stack[-1])
+                b.first.append(len(b.text))
+                b.end.append(0)
+                b.node_tag.append(tag)
+                stack.append(len(b.parent) - 1)
+                is_open[tag] += 1
         if text:
             pieces.append(text)
             if in_link:
                 linked += len(text)
     flush()
-    close(1)
-    b.end[0] = len(b.text)
+    close(0)
     # A page that hides most of its text shows it later, by script, or has it in <noscript>.
-    hidden = [bits & HIDDEN for bits in b.places]
-    shown = sum(len(text) for text, h in zip(b.text, hidden) if not h)
-    if 4 * shown < sum(len(text) for text, h in zip(b.text, hidden) if h):
+    shown, hidden = (sum(len(text) for text, bits in zip(b.text, b.places) if bits & HIDDEN == h)
+                     for h in (0, HIDDEN))
+    if 4 * shown < hidden:
         b.places = [bits & ~HIDDEN for bits in b.places]
     return b
 
 
-# Words in short blocks that tell what they are for.
-TEXT_CUES = [line.split() for line in """
-© copyright rights reserved
-cookie cookies privacy terms gdpr consent
-subscribe newsletter signup email e-mail inbox
-more learn see show view all click continue load read
-share facebook twitter linkedin pinterest whatsapp instagram tweet
-comment comments reply replies respond
-login log sign account password register
-related recommended popular trending latest also
-posted published updated by min ago author written
-skip menu navigation search close toggle open
-add cart stock buy shipping checkout price sale
-next previous prev page back
-contact phone address call tel
+# Words in short blocks that tell what they are for, each cue named by its first.
+TEXT_CUES = [words.split() for words in """
+© copyright rights reserved; cookie cookies privacy terms gdpr consent;
+subscribe newsletter signup email e-mail inbox;
+more learn see show view all click continue load read;
+share facebook twitter linkedin pinterest whatsapp instagram tweet;
+comment comments reply replies respond; login log sign account password register;
+related recommended popular trending latest also;
+posted published updated by min ago author written;
+skip menu navigation search close toggle open; add cart stock buy shipping checkout price sale;
+next previous prev page back; contact phone address call tel;
 advertisement sponsored ad advertise
-""".strip().split("\n")]
-TEXT_CUE_BITS = {}
-for _i, _names in enumerate(TEXT_CUES):
-    for _name in _names:
-        TEXT_CUE_BITS[_name] = 1 << _i
+""".split(";")]
+TEXT_CUE_BITS = {word: 1 << i for i, words in enumerate(TEXT_CUES) for word in words}
 BLOCK_TAGS = ("p div li tr td h1 h2 h3 h4 h5 pre blockquote figcaption button label "
               "section").split()
 TAG_NUMBER = {tag: i for i, tag in enumerate(BLOCK_TAGS)} | {"h6": 9, "th": 4}
-LEVELS = 4
 
 
 def describe(b, texts):
@@ -685,124 +567,91 @@ def describe(b, texts):
     that they mean about the same in Chinese. The blocks in an element are neighbours, so sums over
     any element are differences of running sums.
     """
-    n = len(texts)
-    columns, names = [], []
-
-    def add(name, column):
-        names.append(name)
-        columns.append(column)
-
+    n, f = len(texts), {}
     places = np.array(b.places, np.int64)
     length = np.array([len(t.encode()) for t in texts], np.float64) * ((places & HIDDEN) == 0)
     words = np.array([t.count(" ") + 1 for t in texts])
-    chars = np.array([len(t) for t in texts])
-    link = np.minimum(np.array(b.linked) / np.maximum(chars, 1), 1.0)
+    link = np.minimum(np.array(b.linked) / [max(1, len(t)) for t in texts], 1.0)
     tag = np.array([TAG_NUMBER.get(t, -1) for t in b.tag])
     sentence = np.array([t[-1] in ".!?…。！？\"”’'" for t in texts], np.float64)
-    log_length = np.log1p(length)
-    add("log length", log_length)
-    add("words <= 3", words <= 3)
-    add("words <= 8", words <= 8)
-    add("words >= 20", words >= 20)
-    add("words >= 50", words >= 50)
-    add("ends a sentence", sentence)
-    add("ends in a colon", np.array([t[-1] in ":：" for t in texts]))
-    add("commas", np.array([min(5, t.count(",")) for t in texts]))
-    add("upper case first", np.array([t[0].isupper() for t in texts]))
-    add("digits", np.array([sum(map(t[:60].count, "0123456789")) / len(t[:60]) for t in texts]))
-    add("linked", link)
-    add("all linked", link > 0.9)
     cues = np.zeros(n, np.int64)
-    get_cue = TEXT_CUE_BITS.get
     for i, t in enumerate(texts):
-        if len(t) < 250:
-            bits = 0
-            for word in t.lower().split():
-                bits |= get_cue(word, 0)
-            cues[i] = bits
-    for i, cue in enumerate(TEXT_CUES):
-        add("says " + cue[0], cues >> i & 1)
-    for i, name in enumerate(BLOCK_TAGS):
-        add(f"tag {name}", tag == i)
-    for i, place in enumerate(PLACES):
-        add("in " + place[0], places >> i & 1)
+        for word in t.lower().split() if len(t) < 250 else ():
+            cues[i] |= TEXT_CUE_BITS.get(word, 0)
+    f["log length"] = np.log1p(length)
+    f |= {f"words <= {k}": words <= k for k in (3, 8)}
+    f |= {f"words >= {k}": words >= k for k in (20, 50)}
+    f["ends a sentence"], f["ends in a colon"] = sentence, [t[-1] in ":：" for t in texts]
+    f["commas"] = [min(5, t.count(",")) for t in texts]
+    f["upper case first"] = [t[0].isupper() for t in texts]
+    f["digits"] = [sum(map(t[:60].count, "0123456789")) / len(t[:60]) for t in texts]
+    f["linked"], f["all linked"] = link, link > 0.9
+    f |= {"says " + cue[0]: cues >> i & 1 for i, cue in enumerate(TEXT_CUES)}
+    f |= {"tag " + name: tag == i for i, name in enumerate(BLOCK_TAGS)}
+    inside = {place[0]: places >> i & 1 for i, place in enumerate(PLACES)}
+    f |= {"in " + name: bit for name, bit in inside.items()}
 
     # The elements around: the one the block lies in, the next that holds more than that, ...
-    running = lambda x: np.concatenate([[0.0], np.cumsum(x)])
-    text_sum, link_sum = running(length), running(length * link)
-    p_sum = running(length * (tag == 0) * (link < 0.5))
-    sentence_sum = running(length * sentence * (link < 0.5) * (length > 60))
-    block_sum = running(length > 0)
+    text_sum, link_sum, p_sum, sentence_sum, block_sum = (
+        np.concatenate([[0.0], np.cumsum(column)]) for column in (
+            length, length * link, length * (tag == 0) * (link < 0.5),
+            length * sentence * (link < 0.5) * (length > 60), length > 0))
     total, total_sentence = text_sum[-1] + 1, sentence_sum[-1] + 1
-    first, end = np.array(b.first), np.array(b.end)
-    # wider[i]: the nearest element around element i that holds more blocks than it
-    wider = list(range(len(b.parent)))
+    wider = list(range(len(b.parent)))  # the nearest element around each with more blocks
     for i in range(1, len(wider)):
         up = b.parent[i]
         same = b.first[up] == b.first[i] and b.end[up] == b.end[i]
         wider[i] = wider[up] if same else up
-    wider, at = np.array(wider), np.array(b.node)
-    for level in range(LEVELS):
+    first, end, wider, at = map(np.array, (b.first, b.end, wider, b.node))
+    for level in range(4):
         i, j = first[at], end[at]
-        held = text_sum[j] - text_sum[i] + 1
-        count = block_sum[j] - block_sum[i] + 1
-        add(f"around {level}: linked", (link_sum[j] - link_sum[i]) / held)
-        add(f"around {level}: in <p>", (p_sum[j] - p_sum[i]) / held)
-        add(f"around {level}: sentences", (sentence_sum[j] - sentence_sum[i]) / held)
-        add(f"around {level}: share of text", held / total)
-        add(f"around {level}: share of sentences",
-            (sentence_sum[j] - sentence_sum[i]) / total_sentence)
-        add(f"around {level}: log blocks", np.log(count))
-        add(f"around {level}: log text per block", np.log(held / count))
+        held, count = text_sum[j] - text_sum[i] + 1, block_sum[j] - block_sum[i] + 1
+        sentences = sentence_sum[j] - sentence_sum[i]
+        for name, column in (
+            ("linked", (link_sum[j] - link_sum[i]) / held),
+            ("in <p>", (p_sum[j] - p_sum[i]) / held), ("sentences", sentences / held),
+            ("share of text", held / total), ("share of sentences", sentences / total_sentence),
+            ("log blocks", np.log(count)), ("log text per block", np.log(held / count)),
+        ):
+            f[f"around {level}: {name}"] = column
         at = wider[at]
-    padded = np.concatenate([[0.0] * 3, log_length, [0.0] * 3])
-    padded_link = np.concatenate([[0.0] * 3, link, [0.0] * 3])
-    padded_end = np.concatenate([[0.0] * 3, sentence, [0.0] * 3])
-    for k in (-3, -2, -1, 1, 2, 3):
-        add(f"at {k:+}: log length", padded[3 + k : 3 + k + n])
-        add(f"at {k:+}: linked", padded_link[3 + k : 3 + k + n])
-        add(f"at {k:+}: ends a sentence", padded_end[3 + k : 3 + k + n])
+    for name, column in (("log length", f["log length"]), ("linked", link),
+                         ("ends a sentence", sentence)):
+        padded = np.pad(column, 3)
+        f |= {f"at {k:+}: {name}": padded[3 + k : 3 + k + n] for k in (-3, -2, -1, 1, 2, 3)}
     index = np.arange(n)
     for k in (3, 10):
         i, j = np.maximum(index - k, 0), np.minimum(index + k + 1, n)
         held = text_sum[j] - text_sum[i] + 1
-        add(f"within {k}: log text", np.log(held))
-        add(f"within {k}: linked", (link_sum[j] - link_sum[i]) / held)
-        add(f"within {k}: sentences", (sentence_sum[j] - sentence_sum[i]) / held)
-    h1 = np.flatnonzero(tag == 5)
-    add("position", index / n)
-    add("text before", text_sum[:-1] / total)
-    add("sentences before", sentence_sum[:-1] / total_sentence)
-    add("blocks to the end", np.minimum(n - index, 50) / 50)
-    add("before <h1>", index < (h1[0] if len(h1) else 0))
-    add("after <h1>", np.clip(index - h1[0], 0, 50) / 50 if len(h1) else np.zeros(n))
+        f[f"within {k}: log text"] = np.log(held)
+        f[f"within {k}: linked"] = (link_sum[j] - link_sum[i]) / held
+        f[f"within {k}: sentences"] = (sentence_sum[j] - sentence_sum[i]) / held
+    f["position"], f["blocks to the end"] = index / n, np.minimum(n - index, 50) / 50
+    f["text before"] = text_sum[:-1] / total
+    f["sentences before"] = sentence_sum[:-1] / total_sentence
+    h1 = int((tag == 5).argmax()) if (tag == 5).any() else n
+    f["before <h1>"] = (index < h1) & (h1 < n)
+    f["after <h1>"] = np.clip(index - h1, 0, 50) / 50
+
     # The page as a whole, and what that means for this block.
-    share = lambda name: ((places >> PLACE_NUMBER[name] & 1) * length).sum() / total
-    main, article = places >> PLACE_NUMBER["<main>"] & 1, places >> PLACE_NUMBER["<article>"] & 1
-    has_main, has_article = share("<main>") > 0.05, share("<article>") > 0.05
+    share = {name: (bit * length).sum() / total for name, bit in inside.items()}
+    has_main, has_article = share["<main>"] > 0.05, share["<article>"] > 0.05
     articles = b.node_tag.count("article")
-    add("outside of <main>", has_main * (1 - main))
-    add("outside of <article>", has_article * (1 - article))
-    add("in the only <article>", has_article * (articles == 1) * article)
-    for name, value in (
-        ("log text", np.log(total)), ("log sentences", np.log(total_sentence)),
-        ("sentences", total_sentence / total), ("linked", link_sum[-1] / total),
-        ("has <main>", has_main), ("has <article>", has_article),
-        ("<article> > 3", articles > 3), ("in comment", share("comment")),
-        ("in post", share("post")), ("in product", share("product")), ("in card", share("card")),
-        ("in thread", share("thread")), ("in question", share("question")),
-        ("in docs", share("docs")), ("in reply", share("reply")),
-    ):
-        add("page: " + name, np.full(n, float(value)))
-    return names, np.stack(columns, 1).astype(np.float32)
+    f["outside of <main>"] = has_main * (1 - inside["<main>"])
+    f["outside of <article>"] = has_article * (1 - inside["<article>"])
+    f["in the only <article>"] = has_article * (articles == 1) * inside["<article>"]
+    page = {"log text": np.log(total), "log sentences": np.log(total_sentence),
+            "sentences": total_sentence / total, "linked": link_sum[-1] / total,
+            "has <main>": has_main, "has <article>": has_article, "<article> > 3": articles > 3}
+    for name in "comment post product card thread question docs reply".split():
+        page["in " + name] = share[name]
+    f |= {"page: " + name: np.full(n, value) for name, value in page.items()}
+    return list(f), np.stack(list(f.values()), 1).astype(np.float32)
 
 
-PLACE_NUMBER = {place[0]: i for i, place in enumerate(PLACES)}
-
-
-# Weights of the features, learned by `tests/bench_curate.py --fit_blocks` (logistic regression).
+# Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression).
 BLOCK_BIAS = 3.457
-BLOCK_WEIGHTS = {part.rpartition(" ")[0].strip(): float(part.rpartition(" ")[2]) for part in """
+BLOCK_WEIGHTS = """
 log length -0.42; words <= 3 -0.26; words <= 8 -0.46; words >= 20 0.40; words >= 50 0.35;
 ends a sentence 0.42; ends in a colon 0.63; commas 0.08; upper case first 0.17; digits -2.10;
 linked -0.77; all linked 0.19; says © -2.22; says cookie -0.71; says subscribe -1.11;
@@ -844,12 +693,14 @@ outside of <article> -0.99; in the only <article> 0.64; page: log text 0.12;
 page: log sentences -0.40; page: sentences -0.07; page: linked -0.43; page: has <main> -0.20;
 page: has <article> -0.05; page: <article> > 3 0.47; page: in comment 1.12; page: in post -0.98;
 page: in product -1.41; page: in card 0.60; page: in thread 0.22; page: in question -1.27;
-page: in docs -0.03; page: in reply -1.11;
-""".replace("\n", " ").strip(" ;").split(";")}
+page: in docs -0.03; page: in reply -1.11
+"""
+BLOCK_WEIGHTS = {name: float(weight) for name, weight in
+                 re.findall(r"(\S.*?) (-?\d+\.\d+)(?:;|$)", BLOCK_WEIGHTS, re.M)}
 
 
 def page_blocks(html):
-    """(Blocks, texts) of HTML (str or bytes); blocks without text are left out of neither."""
+    """(Blocks, their texts) of HTML, str or bytes; each text has at least one character."""
     if isinstance(html, (bytes, bytearray, memoryview)):
         html = decode_page(bytes(html))
     b = scan(html)
@@ -858,13 +709,12 @@ def page_blocks(html):
 
 
 def keep_blocks(b, texts, weights=BLOCK_WEIGHTS, bias=BLOCK_BIAS):
-    """Which blocks are main text: a list of bools."""
+    """Which blocks are main text: a sequence of bools."""
     if not texts:
         return []
     names, x = describe(b, texts)
     score = x @ np.array([weights[name] for name in names], np.float32) + bias
-    hidden = (np.array(b.places) & HIDDEN) != 0
-    return list((score > 0) & ~hidden)
+    return (score > 0) & ((np.array(b.places) & HIDDEN) == 0)
 
 
 def extract_text(html: bytes | str) -> str:
@@ -877,35 +727,31 @@ def extract_text(html: bytes | str) -> str:
     """
     b, texts = page_blocks(html)
     out, last = [], ""
-    for i, keep in enumerate(keep_blocks(b, texts)):
-        if not keep:
-            continue
-        raw, tag = html_library.unescape(b.text[i]), b.tag[i]
+    for i in np.flatnonzero(keep_blocks(b, texts)):
+        text, tag = html_library.unescape(b.text[i]), b.tag[i]
         if tag == "pre":
-            text = "\n".join(line.rstrip() for line in raw.strip("\n").expandtabs(4).split("\n"))
+            text = "\n".join(map(str.rstrip, text.strip("\n").expandtabs(4).split("\n")))
         else:
-            lines = (" ".join(line.split()) for line in raw.split("\v"))
-            text = "\n".join(line for line in lines if line)
+            lines = (" ".join(line.split()) for line in text.split("\v"))
+            text = "\n".join(filter(None, lines))
         if tag in ("tr", "td", "th"):
             text, tag = text.strip(" |"), "tr"
         elif tag == "li":
             text = "- " + text
         if text:
-            out.append("\n" if last == tag and tag in ("li", "tr") else "\n\n")
-            out.append(text)
+            out += "\n" if last == tag and tag in ("li", "tr") else "\n\n", text
             last = tag
     return "".join(out[1:])
+
 
 # -----------------------------------------------------------------------------
 # Classifiers: a text is the set of its n-grams, hashed to rows of a table, and the score of a
 # class is the sum of its column over those rows (fastText's bag of hashed n-grams, Joulin et al.
 # 2016, without the bottleneck: with a column per class, a row is the log-odds that n-gram speaks
-# for).
+# for). Hashes are those below, not Python's `hash`, which differs from process to process.
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CLASSIFIED = 20_000  # characters of a text that a classifier looks at
-
-
 SPACES = bytes(32 if i < 33 else i for i in range(256))
 WINDOW = 1 << 16
 POWERS = np.cumprod(np.full(WINDOW + 2, MULTIPLIER))  # modulo 2^64, as all that follows
@@ -916,10 +762,10 @@ def hash_words(data):
     """Hashes of the words of bytes, whatever lies between spaces: (hashes uint64, lengths int64).
 
     The hash of a word is a polynomial in its bytes, so those of all words are differences of one
-    running sum, without a step of Python per word; and it is the same in every process and run,
-    unlike Python's own `hash`. A word longer than WINDOW is cut.
+    running sum, without a step of Python per word. A word longer than WINDOW is cut.
     """
-    data, hashes, lengths, begin = data.translate(SPACES), [], [], 0
+    data, begin = data.translate(SPACES), 0
+    hashes, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     while begin < len(data):
         end = begin + WINDOW
         if end < len(data):
@@ -933,8 +779,6 @@ def hash_words(data):
         hashes.append((total[last] - total[first]) * INVERSES[first])
         lengths.append(last - first)
         begin = end
-    if not hashes:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     h = np.concatenate(hashes) * MULTIPLIER
     return (h ^ (h >> np.uint64(32))) * MULTIPLIER, np.concatenate(lengths)
 
@@ -949,6 +793,12 @@ def ngram_hashes(hashes, n):
     return out ^ (out >> np.uint64(29))
 
 
+def softmax(x):
+    """Numbers -> positive ones that sum to 1. (n,) -> (n,)"""
+    x = np.exp(x - x.max())
+    return x / x.sum()
+
+
 class LinearClassifier:
     """Softmax regression on hashed n-grams of characters and words.
 
@@ -959,12 +809,11 @@ class LinearClassifier:
     def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
         self.labels, self.table, self.scale = list(labels), table, float(scale)
         self.chars, self.words = tuple(chars), words
-        self.bits = len(table).bit_length() - 1
+        self.shift = np.uint64(65 - len(table).bit_length())  # of hashes, to rows of the table
 
     def rows(self, text):
         """The rows of the table for a text: (n-grams,) int64."""
-        text = " ".join(text[:MAX_CLASSIFIED].lower().split())
-        shift, out = np.uint64(64 - self.bits), []
+        text, out = " ".join(text[:MAX_CLASSIFIED].lower().split()), []
         if self.chars[1]:
             codes = np.frombuffer(f" {text} ".encode("utf-32-le", "replace"), "<u4")
             codes = codes.astype(np.uint64)
@@ -973,48 +822,42 @@ class LinearClassifier:
                 h = (h[: len(codes) - n + 1] + codes[n - 1 :] + np.uint64(n)) * MULTIPLIER
                 h ^= h >> np.uint64(29)
                 if n >= self.chars[0]:
-                    out.append((h * MULTIPLIER) >> shift)
+                    out.append(h * MULTIPLIER)
         if self.words:
             words = " ".join(re.findall(r"[^\W_]+|[^\w\s]", text))
             hashes, _ = hash_words(words.encode("utf-8", "replace"))
-            out += [ngram_hashes(hashes, n) >> shift for n in range(1, self.words + 1)]
-        return np.concatenate(out).astype(np.int64)
+            out += [ngram_hashes(hashes, n) for n in range(1, self.words + 1)]
+        return (np.concatenate(out) >> self.shift).astype(np.int64)
 
     @classmethod
     def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, scale=3.0,
               prior=1.0, seed=0):
-        """Learn from texts (list of str) and their labels (list of str).
-
-        It starts at `prior` times the log-probabilities of naive Bayes, which counting alone
-        gives, and goes on by stochastic gradient descent, a text at a time, the rate falling to 0.
-        A text's score is divided by the root of its length, that long ones do not outvote short
-        ones.
-        """
+        """Learn from texts and their labels (lists of str): from `prior` times the log-probabilities
+        of naive Bayes on by stochastic gradient descent, a text at a time, the rate falling to 0.
+        Scores are divided by the root of a text's length: long ones do not outvote short ones."""
         names = sorted(set(labels))
         if len(names) < 2:
             raise ValueError("a classifier needs examples of two labels or more")
-        number = {name: i for i, name in enumerate(names)}
-        model = cls(names, np.zeros((1 << bits, len(names)), np.float32), chars, words, scale)
-        pairs = [(model.rows(t), number[label]) for t, label in zip(texts, labels)]
+        table = np.zeros((1 << bits, len(names)), np.float32)
+        model = cls(names, table, chars, words, scale)
+        pairs = [(model.rows(t), names.index(label)) for t, label in zip(texts, labels)]
         pairs = [(rows, y) for rows, y in pairs if len(rows)]
-        table = model.table
-        if prior:
-            for y in range(len(names)):
-                rows = np.concatenate([r for r, y2 in pairs if y2 == y] or [np.zeros(0, np.int64)])
-                table[:, y] = np.bincount(rows, minlength=len(table))
-            table += 0.1
-            np.log(table / table.sum(0), out=table)
-            table -= table.mean(1, keepdims=True)
-            table *= prior
-        order, total = np.random.RandomState(seed), epochs * len(pairs)
-        for epoch in range(epochs):
-            for i, k in enumerate(order.permutation(len(pairs))):
+        for y in range(len(names)):
+            rows = [rows for rows, own in pairs if own == y] or [np.zeros(0, np.int64)]
+            table[:, y] = np.bincount(np.concatenate(rows), minlength=len(table))
+        table += 0.1
+        np.log(table / table.sum(0), out=table)
+        table -= table.mean(1, keepdims=True)
+        table *= prior
+        order, total, done = np.random.RandomState(seed), epochs * len(pairs), 0
+        for _ in range(epochs):
+            for k in order.permutation(len(pairs)):
                 rows, y = pairs[k]
                 factor = scale / math.sqrt(len(rows))
                 error = softmax(table[rows].sum(0) * factor)
                 error[y] -= 1
-                step = rate * (1 - (epoch * len(pairs) + i) / total) * factor
-                table[rows] -= step * error
+                table[rows] -= rate * (1 - done / total) * factor * error
+                done += 1
         return model
 
     def probabilities(self, text):
@@ -1034,10 +877,10 @@ class LinearClassifier:
         return float(self.probabilities(text)[self.labels.index(label)])
 
     def save(self, path):
-        """One file, .npz, with the table in 8 bits. Written beside and renamed."""
+        """One file, .npz, with the table in 8 bits."""
         step = max(float(np.abs(self.table).max()), 1e-9) / 127
         table = np.round(self.table / step).astype(np.int8)
-        with replacing(path) as file:
+        with replacing(path, "wb") as file:
             np.savez(file, labels=np.array(self.labels), table=table, chars=np.array(self.chars),
                      words=np.array(self.words), scale=np.array(self.scale * step))
 
@@ -1046,43 +889,33 @@ class LinearClassifier:
         """What `save` wrote. ValueError if it is something else."""
         try:
             with np.load(path, allow_pickle=False) as f:
-                labels, table, chars = f["labels"], f["table"], f["chars"]
+                labels, table, chars = f["labels"], f["table"], f["chars"].tolist()
                 words, scale = int(f["words"]), float(f["scale"])
-        except (ValueError, KeyError, EOFError, TypeError, zlib.error,
-                zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no classifier of curate.py: {error}") from None
-        rows = len(table) if table.ndim == 2 else 0
-        if (labels.dtype.kind != "U" or table.dtype != np.int8 or rows < 2 or rows & (rows - 1)
-                or table.shape != (rows, len(labels)) or chars.shape != (2,)
-                or not 0 <= chars[0] <= chars[1] <= 16 or not 0 <= words <= 16):
-            raise ValueError(f"{path} is no classifier of curate.py")
-        return cls(labels.tolist(), table, (int(chars[0]), int(chars[1])), words, scale)
+            first, last = chars
+            if (labels.dtype.kind != "U" or table.dtype != np.int8 or table.ndim != 2
+                    or table.shape[1:] != labels.shape or len(table).bit_count() != 1
+                    or not 0 <= first <= last <= 16 or not 0 <= words <= 16):
+                raise ValueError("shapes and types do not fit")
+        except (ValueError, KeyError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as e:
+            raise ValueError(f"{path} is no classifier of curate.py: {e}") from None
+        return cls(labels.tolist(), table, chars, words, scale)
 
 
-def softmax(x):
-    """Numbers -> positive ones that sum to 1. (n,) -> (n,)"""
-    x = np.exp(x - x.max())
-    return x / x.sum()
-
+load_classifier = functools.lru_cache(LinearClassifier.load)  # once per process and file
 
 # -----------------------------------------------------------------------------
 # Language. Without a trained classifier, by script, and where languages share one by stop words
 # and letters of their own. That is enough to keep English, or Chinese, and drop the rest.
 
-SCRIPTS = [  # first code point of a range and what it means; "" is no letter
-    (0, ""), (0x41, "latin"), (0x5B, ""), (0x61, "latin"), (0x7B, ""), (0xC0, "latin"),
-    (0x250, ""), (0x370, "el"), (0x400, "cyrillic"), (0x530, "hy"), (0x590, "he"),
-    (0x600, "arabic"), (0x700, ""), (0x900, "hi"), (0x980, "bn"), (0xA00, "pa"), (0xA80, "gu"),
-    (0xB00, "or"),
-    (0xB80, "ta"), (0xC00, "te"), (0xC80, "kn"), (0xD00, "ml"), (0xD80, "si"), (0xE00, "th"),
-    (0xE80, "lo"), (0xF00, "bo"), (0x1000, "my"), (0x10A0, "ka"), (0x1100, "ko"), (0x1200, "am"),
-    (0x13A0, ""), (0x1780, "km"), (0x1800, "mn"), (0x1E00, "latin"), (0x1F00, "el"), (0x2000, ""),
-    (0x3040, "ja"), (0x3100, ""), (0x3400, "han"), (0xA000, ""), (0xAC00, "ko"), (0xD7B0, ""),
-    (0xF900, "han"), (0xFB00, ""), (0x20000, "han"), (0x30000, ""),
-]
-SCRIPT_STARTS = np.array([start for start, _ in SCRIPTS], np.uint32)
-SCRIPT_NAMES = sorted({name for _, name in SCRIPTS})
-SCRIPT_OF_RANGE = np.array([SCRIPT_NAMES.index(name) for _, name in SCRIPTS])
+SCRIPTS = """
+0 - 41 latin 5B - 61 latin 7B - C0 latin 250 - 370 el 400 cyrillic 530 hy 590 he 600 arabic 700 -
+900 hi 980 bn A00 pa A80 gu B00 or B80 ta C00 te C80 kn D00 ml D80 si E00 th E80 lo F00 bo 1000 my
+10A0 ka 1100 ko 1200 am 13A0 - 1780 km 1800 mn 1E00 latin 1F00 el 2000 - 3040 ja 3100 - 3400 han
+A000 - AC00 ko D7B0 - F900 han FB00 - 20000 han 30000 -
+""".split()  # first code point of a range, and its script, or language if that is all it can be
+SCRIPT_STARTS = np.array([int(start, 16) for start in SCRIPTS[::2]], np.uint32)
+SCRIPT_NAMES = sorted(set(SCRIPTS[1::2]))  # "-": no letters
+SCRIPT_OF_RANGE = np.array([SCRIPT_NAMES.index(name) for name in SCRIPTS[1::2]])
 STOP_WORDS = {line[:2]: set(line[3:].split()) for line in """
 en the be to of and that have with is are was in it for you not this on he as at by from we or an
 de der die das und ist nicht ein eine ich zu den mit sich auf für im dem von es sie auch wir haben
@@ -1116,15 +949,14 @@ def identify_language(text, classifier=None):
     ranges = np.searchsorted(SCRIPT_STARTS, codes, "right") - 1
     counts = np.bincount(SCRIPT_OF_RANGE[ranges], minlength=len(SCRIPT_NAMES))
     counts = dict(zip(SCRIPT_NAMES, counts.tolist()))
-    del counts[""]
+    del counts["-"]
+    for script in ("han", "ja"):  # a character says as much as some three letters
+        counts[script] *= 3
+    if counts["ja"] > 0.1 * (counts["ja"] + counts["han"]):  # kana, between Chinese characters
+        counts["ja"], counts["han"] = counts["ja"] + counts["han"], 0
     letters = sum(counts.values())
     if not letters:
         return "und", 0.0
-    if counts["han"] + counts["ja"] > 0:  # a character says as much as some three letters
-        letters += 2 * (counts["han"] + counts["ja"])
-        counts["han"], counts["ja"] = 3 * counts["han"], 3 * counts["ja"]
-        if counts["ja"] > 0.1 * (counts["ja"] + counts["han"]):  # kana, between Chinese characters
-            counts["ja"], counts["han"] = counts["ja"] + counts["han"], 0
     script = max(counts, key=counts.get)
     share = counts[script] / letters
     if script == "han":
@@ -1135,21 +967,22 @@ def identify_language(text, classifier=None):
                 return "be" if "ў" in text else code, 0.9 * share
         return ("ru" if "ы" in text or "э" in text or "ъ" not in text else "bg"), 0.8 * share
     if script == "arabic":
-        urdu, persian = sum(map(text.count, "ٹڈڑےں")), sum(map(text.count, "پچژگیک"))
-        code = "ur" if urdu > 0.02 * letters else "fa" if persian > 0.02 * letters else "ar"
-        return code, 0.9 * share
+        for code, own in (("ur", "ٹڈڑےں"), ("fa", "پچژگیک")):
+            if sum(map(text.count, own)) > 0.02 * letters:
+                return code, 0.9 * share
+        return "ar", 0.9 * share
     if script != "latin":
         return script, share
     words = re.findall(r"[^\W\d_]+", text)
-    found = collections.Counter()
-    for code, stop_words in STOP_WORDS.items():
-        found[code] = sum(map(stop_words.__contains__, words))
-    (best, hits), (_, second) = found.most_common(2)
-    if not hits:  # names and headings: most of the web is English, but this is a guess
+    hits = {code: sum(map(stop.__contains__, words)) for code, stop in STOP_WORDS.items()}
+    best = max(hits, key=hits.get)
+    second, most = sorted(hits.values())[-2:]
+    if not most:  # names and headings: most of the web is English, but this is a guess
         return ("en", 0.2 * share) if text.isascii() else ("und", 0.1)
     # Running text has a stop word in three. A language that has as many hits is as likely.
-    certain = min(1.0, 3 * hits / len(words)) * hits / (hits + second)
+    certain = min(1.0, 3 * most / len(words)) * most / (most + second)
     return best, min(1.0, share * (0.3 + 0.7 * certain))
+
 
 # -----------------------------------------------------------------------------
 # Filter. Each filter has a function that names the rule a text breaks, or gives None; the public
@@ -1161,6 +994,11 @@ TERMINAL = (".", "!", "?", '"', "'", "”", "’", "。", "！", "？", "…", "
 BULLETS = ("- ", "* ", "• ", "‣", "·", "– ", "●", "○", "■", "▪", "►")
 
 
+def lines_of(text):
+    """The lines of a text that are not empty, without the spaces around them."""
+    return [line for line in map(str.strip, text.split("\n")) if line]
+
+
 def gopher_quality_reason(text, language="en"):
     """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks, or
     None.
@@ -1170,21 +1008,18 @@ def gopher_quality_reason(text, language="en"):
     words with a letter; two of eight stop words, where the language is English. In scripts without
     spaces a character is taken for a word, and word length says nothing.
     """
-    words = text.split()
+    words, lines = text.split(), lines_of(text)
     dense = len(NO_SPACES.findall(text))
     spaceless = dense > 0.3 * (len(text) - text.count(" "))
-    count = len(words) if not spaceless else dense
+    count = dense if spaceless else len(words)
     if count < 50:
         return "under 50 words"
     if count > 100_000:
         return "over 100,000 words"
-    mean = sum(map(len, words)) / len(words)
-    if not spaceless and not 3 <= mean <= 10:
+    if not spaceless and not 3 <= sum(map(len, words)) / count <= 10:
         return "mean word length"
     if max(text.count("#"), text.count("...") + text.count("…")) > 0.1 * count:
         return "symbols to words"
-    lines = [line.strip() for line in text.split("\n")]
-    lines = [line for line in lines if line]
     if sum(line.startswith(BULLETS) for line in lines) > 0.9 * len(lines):
         return "bullets"
     if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
@@ -1203,13 +1038,13 @@ def gopher_quality_filter(text) -> bool:
 
 def repeated_share(parts):
     """(share of parts that are repetitions of an earlier one, and of their characters)."""
-    seen, again, chars = set(), 0, 0
-    for part in parts:
-        if part in seen:
-            again += 1
-            chars += len(part)
-        seen.add(part)
-    return again / max(1, len(parts)), chars / max(1, sum(map(len, parts)))
+    once, chars = set(parts), sum(map(len, parts))
+    return ((len(parts) - len(once)) / max(1, len(parts)),
+            (chars - sum(map(len, once))) / max(1, chars))
+
+
+# Most that may be in the most frequent n-gram (n of 2 to 4), and in repeated ones (n of 5 to 10).
+NGRAM_LIMITS = {2: 0.2, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
 
 
 def gopher_repetition_reason(text):
@@ -1218,35 +1053,29 @@ def gopher_repetition_reason(text):
     characters), of characters in the most frequent n-gram of 2 to 4 words (0.2, 0.18, 0.16), and
     in n-grams of 5 to 10 words that occur before (0.15 falling to 0.1)."""
     for name, parts in (("paragraphs", re.split(r"\n\s*\n", text)), ("lines", text.split("\n"))):
-        share, chars = repeated_share([part.strip() for part in parts if part.strip()])
+        share, chars = repeated_share([part for part in map(str.strip, parts) if part])
         if share > 0.3:
             return f"repeated {name}"
         if chars > 0.2:
             return f"characters in repeated {name}"
     hashes, lengths = hash_words(NO_SPACES.sub(r" \g<0> ", text).encode("utf-8", "replace"))
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    total = max(1, ends[-1])
-    for n, limit in ((2, 0.20), (3, 0.18), (4, 0.16)):
-        grams, first, counts = np.unique(ngram_hashes(hashes, n), return_index=True,
-                                         return_counts=True)
-        if len(grams) and counts.max() > 1:
-            # of those that occur most often the one with the most characters
-            top = first[counts == counts.max()]
-            if counts.max() * (ends[top + n] - ends[top]).max() > limit * total:
-                return f"most frequent {n}-gram"
-    for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
+    for n, limit in NGRAM_LIMITS.items():
         grams = ngram_hashes(hashes, n)
         if not len(grams):
             break
-        new = np.zeros(len(grams), bool)
-        new[np.unique(grams, return_index=True)[1]] = True
-        # words that lie in any n-gram that is not new, each counted once
-        edges = np.zeros(len(lengths) + 1, np.int64)
-        again = np.flatnonzero(~new)
-        np.add.at(edges, again, 1)
-        np.add.at(edges, again + n, -1)
-        if lengths[np.cumsum(edges[:-1]) > 0].sum() > limit * total:
-            return f"repeated {n}-grams"
+        _, first, counts = np.unique(grams, return_index=True, return_counts=True)
+        if n < 5 and (most := counts.max()) > 1:
+            # of those that occur most often the one with the most characters
+            top = first[counts == most]
+            if most * (ends[top + n] - ends[top]).max() > limit * ends[-1]:
+                return f"most frequent {n}-gram"
+        elif n >= 5:
+            # words that lie in any n-gram that is not new, each counted once
+            again = np.delete(np.arange(len(grams)), first)
+            edges = np.bincount(again, None, len(ends)) - np.bincount(again + n, None, len(ends))
+            if lengths[np.cumsum(edges[:-1]) > 0].sum() > limit * ends[-1]:
+                return f"repeated {n}-grams"
 
 
 def gopher_repetition_filter(text) -> bool:
@@ -1254,22 +1083,17 @@ def gopher_repetition_filter(text) -> bool:
     return gopher_repetition_reason(text) is None
 
 
-C4_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
-             "use cookies")
+C4_POLICY = re.compile("javascript|terms of use|(privacy|cookie) policy|uses? cookies|"
+                       "use of cookies")
 
 
 def c4_lines(text):
     """The lines of a text that C4 keeps (Raffel et al. 2020): at least five words, punctuation at
     the end, nothing about JavaScript, cookies and terms of use."""
-    kept = []
-    for line in text.split("\n"):
-        line = line.strip()
-        low = line.lower()
-        long_enough = len(line.split()) >= 5 or len(NO_SPACES.findall(line)) >= 10
-        if long_enough and line.endswith(TERMINAL) and not line.endswith(("...", "…")) and (
-                "javascript" not in low and not any(p in low for p in C4_POLICY)):
-            kept.append(line)
-    return kept
+    return [line for line in lines_of(text)
+            if (len(line.split()) >= 5 or len(NO_SPACES.findall(line)) >= 10)
+            and line.endswith(TERMINAL) and not line.endswith(("...", "…"))
+            and not C4_POLICY.search(line.lower())]
 
 
 def c4_reason(text):
@@ -1292,7 +1116,7 @@ def fineweb_reason(text):
     """The first of FineWeb's own rules (Penedo et al. 2024) that a text breaks, or None: at least
     0.12 of the lines end in punctuation, at most 0.1 of the characters are in repeated lines, and
     fewer than 0.67 of the lines are shorter than 30 characters."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = lines_of(text)
     if not lines:
         return "empty"
     if sum(line.endswith(TERMINAL) for line in lines) < 0.12 * len(lines):
@@ -1304,41 +1128,34 @@ def fineweb_reason(text):
         return "short lines"
 
 
-def fineweb_filter(text) -> bool:
-    """Whether a text passes FineWeb's line rules."""
-    return fineweb_reason(text) is None
-
-
 FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reason,
            "c4": c4_reason, "fineweb": fineweb_reason}
 
 
-class Perplexity:
-    """Perplexity of texts under a checkpoint of train.py, per token, over the first block."""
+@functools.lru_cache
+def load_perplexity(path):
+    """A checkpoint of train.py -> a function that gives a text's perplexity per token under it,
+    over its first block."""
+    import torch  # only here: everything else in this file runs without
 
-    def __init__(self, path):
-        import torch  # only here: everything else in this file runs without
+    from bpe import Tokenizer
+    from model import load_checkpoint
 
-        from bpe import Tokenizer
-        from model import load_checkpoint
+    model, checkpoint = load_checkpoint(path)
+    if not checkpoint.get("tokenizer"):
+        raise ValueError(f"{path} has no tokenizer in it")
+    tokenizer, size = Tokenizer.from_json(checkpoint["tokenizer"]), model.config.block_size
+    model.eval()
 
-        self.torch = torch
-        self.model, checkpoint = load_checkpoint(path)
-        if not checkpoint.get("tokenizer"):
-            raise ValueError(f"{path} has no tokenizer in it")
-        self.tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
-        self.model.eval()
-
-    def __call__(self, text):
-        size = self.model.config.block_size
-        ids = self.tokenizer.encode(text[: 20 * size])[: size + 1]
-        if len(ids) < 2:
+    @torch.no_grad()
+    def perplexity(text):
+        ids = torch.tensor([tokenizer.encode(text[: 20 * size])[: size + 1]])
+        if ids.shape[1] < 2:
             return math.inf
-        x = self.torch.tensor([ids])
-        with self.torch.no_grad():
-            logits = self.model(x[:, :-1]).float()
-        loss = self.torch.nn.functional.cross_entropy(logits[0], x[0, 1:])
-        return math.exp(min(loss.item(), 700))
+        logits = model(ids[:, :-1]).float()
+        return torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).exp().item()
+
+    return perplexity
 
 
 # -----------------------------------------------------------------------------
@@ -1359,45 +1176,6 @@ PHONE = re.compile(r"""(?x)
       | (?P<bare> \d{10} )
       | (?P<national> \(?0\d{1,4}\)? (?:[ -]?\d{2,8}){1,4} | \d{3}[-.]\d{4} | \d{3,4}[ -]\d{4} )
     ) (?! [\w%] | [.,:/-]\d | [ ]\d{3,} | @ )""")
-
-
-def mask_emails(text):
-    """(text with e-mail addresses replaced by |||EMAIL_ADDRESS|||, how many)."""
-    if "@" not in text:
-        return text, 0
-    return EMAIL.subn("|||EMAIL_ADDRESS|||", text)
-
-
-def mask_phone_numbers(text):
-    """(text with telephone numbers replaced by |||PHONE_NUMBER|||, how many).
-
-    International numbers begin with +; American ones have the form 3-3-4. Ten digits without
-    anything between them, and national numbers of other forms, count only after a word such as
-    "call" or "tel", or where nothing else is in the line.
-    """
-    count = 0
-
-    def mask(match):
-        nonlocal count
-        digits = sum(c.isdigit() for c in match.group())
-        kind = match.lastgroup if match.lastgroup != "sep" else "american"
-        if kind == "world" and not 8 <= digits <= 15 or kind == "national" and digits > 12:
-            return match.group()
-        if kind in ("bare", "national"):
-            before = text[max(0, match.start() - 60) : match.start()]
-            alone = kind == "bare" and not before.rpartition("\n")[2].strip() and (
-                not text[match.end() : match.end() + 60].partition("\n")[0].strip())
-            if not alone and not PHONE_CUE.search(before):
-                return match.group()
-        count += 1
-        return "|||PHONE_NUMBER|||"
-
-    if not any(map(text.__contains__, "0123456789")):
-        return text, 0
-    text_out = PHONE.sub(mask, text)
-    return text_out, count
-
-
 IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 IPV6 = re.compile(
     r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}(?:[0-9a-fA-F]{1,4}|(?<=::))(?![\w:]|\.\d)")
@@ -1409,100 +1187,159 @@ NETWORK_CUE = re.compile(r"(?i)ips?|ipv4|dns|servers?|hosts?|address(es)?|gatewa
 PRODUCT_CUE = re.compile(r"\b([A-Z][\w+#.-]*)[ /-]$")
 
 
-def mask_ips(text):
-    """(text with IPv4 and IPv6 addresses replaced by |||IP_ADDRESS|||, how many). Numbers above
-    255 are no address; four numbers after "version" and its like, or small ones right after the
-    name of a product, are a version."""
+def mask_where(pattern, text, name, is_meant):
+    """`pattern.subn(name, text)`, but only for the matches that is_meant(match) is true of."""
     count = 0
 
     def mask(match):
         nonlocal count
-        address, before = match.group(), text[max(0, match.start() - 40) : match.start()]
-        try:
-            ipaddress.ip_address(address)
-        except ValueError:
-            return address
-        if ":" in address:
-            if len(address) < 6 or not any(map(str.isdigit, address)):
-                return address
-        else:
-            product = PRODUCT_CUE.search(before)
-            if VERSION_CUE.search(before) or (
-                    product and int(address.split(".")[0]) < 30
-                    and not NETWORK_CUE.fullmatch(product.group(1))):
-                return address
+        if not is_meant(match):
+            return match.group()
         count += 1
-        return "|||IP_ADDRESS|||"
+        return name
 
-    if "." in text:
-        text = IPV4.sub(mask, text)
+    return pattern.sub(mask, text), count
+
+
+def mask_emails(text):
+    """(text with e-mail addresses replaced by |||EMAIL_ADDRESS|||, how many)."""
+    return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
+
+
+def is_phone(match):
+    """Whether a match of PHONE is a telephone number: see mask_phone_numbers."""
+    digits = sum(c.isdigit() for c in match.group())
+    if match["world"] and not 8 <= digits <= 15 or match["national"] and digits > 12:
+        return False
+    if match["world"] or match["american"]:
+        return True
+    text, begin, end = match.string, match.start(), match.end()
+    before, after = text[max(0, begin - 60) : begin], text[end : end + 60]
+    alone = not before.rpartition("\n")[2].strip() and not after.partition("\n")[0].strip()
+    return bool(match["bare"] and alone or PHONE_CUE.search(before))
+
+
+def mask_phone_numbers(text):
+    """(text with telephone numbers replaced by |||PHONE_NUMBER|||, how many).
+
+    International numbers begin with +; American ones have the form 3-3-4. Ten digits without
+    anything between them, and national numbers of other forms, count only after a word such as
+    "call" or "tel", or, the ten digits, where nothing else is in the line.
+    """
+    return mask_where(PHONE, text, "|||PHONE_NUMBER|||", is_phone)
+
+
+def is_ip(match):
+    """Whether a match of IPV4 or IPV6 is an address: see mask_ips."""
+    address, before = match.group(), match.string[max(0, match.start() - 40) : match.start()]
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if ":" in address:
+        return len(address) >= 6 and any(map(str.isdigit, address))
+    product = PRODUCT_CUE.search(before)
+    version = product and int(address.split(".")[0]) < 30 and (
+        not NETWORK_CUE.fullmatch(product.group(1)))
+    return not version and not VERSION_CUE.search(before)
+
+
+def mask_ips(text):
+    """(text with IPv4 and IPv6 addresses replaced by |||IP_ADDRESS|||, how many). Numbers above
+    255 are no address; four numbers after "version" and its like, or small ones right after the
+    name of a product, are a version."""
+    text, v4 = mask_where(IPV4, text, "|||IP_ADDRESS|||", is_ip)
+    v6 = 0
     if "::" in text or text.count(":") > 6:
-        text = IPV6.sub(mask, text)
-    return text, count
+        text, v6 = mask_where(IPV6, text, "|||IP_ADDRESS|||", is_ip)
+    return text, v4 + v6
+
 
 # -----------------------------------------------------------------------------
 # Documents in files, and work on many files at once.
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A binary file to write that takes the name `path` only once it is complete."""
-    with open(path + ".tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+def replacing(path, mode="w"):
+    """A file that takes the name `path` once it is whole, so that a killed run leaves no half."""
+    temporary = os.fspath(path) + ".tmp"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 @contextlib.contextmanager
-def document_writer(path):
-    """A function that adds a document (a dict) to a .jsonl.gz, whose bytes depend on nothing else
-    (no time, no name)."""
-    with replacing(path) as file, gzip.GzipFile("", "wb", 5, file, mtime=0) as packed:
-        with io.BufferedWriter(packed, 1 << 18) as out:
-            yield lambda document: out.write(
-                json.dumps(document, ensure_ascii=False).encode("utf-8") + b"\n")
+def packing(path):
+    """`replacing`, in bytes, gzipped if path ends in .gz; with no time or name in it, so that the
+    bytes of the file depend on nothing but what is written."""
+    with replacing(path, "wb") as file:
+        if not path.endswith(".gz"):
+            yield file
+            return
+        with gzip.GzipFile("", "wb", 5, file, mtime=0) as packed:
+            with io.BufferedWriter(packed, 1 << 18) as out:
+                yield out
 
 
-def clean_string(text):
-    """A string that UTF-8 can hold: JSON can have halves of surrogate pairs on their own."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def to_line(document):
+    """A document (a dict) as a line of a .jsonl file, in bytes."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def suffix(path):
     """The kind of a file by its name, without .gz: ".jsonl" for a.jsonl.gz."""
-    name = os.path.basename(path).lower()
-    return os.path.splitext(name.removesuffix(".gz"))[1]
+    return os.path.splitext(os.path.basename(path).lower().removesuffix(".gz"))[1]
 
 
-def open_unpacked(path):
-    """A binary file, unpacked if it is gzipped, by its first two bytes."""
+@contextlib.contextmanager
+def opened(path, counts):
+    """A binary file to read, unpacked if it is gzipped, by its first two bytes. Damage ends the
+    block that reads, and is counted."""
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if gzipped else open(path, "rb")
-
-
-def read_lines(file, counts, limit=4 * MAX_PAGE):
-    """Lines (bytes, without their ends) of a binary file; damage ends it, and is counted."""
-    while True:
+    with gzip.open(path) if gzipped else open(path, "rb") as file:
         try:
-            line = file.readline(limit)
+            yield file
         except (EOFError, zlib.error, gzip.BadGzipFile):
             counts["damaged gzip member"] += 1
-            return
-        if not line:
-            return
-        if len(line) == limit and not line.endswith(b"\n"):
-            counts["line too long"] += 1
-            with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
-                while (rest := file.readline(CHUNK)) and not rest.endswith(b"\n"):
-                    pass
-            continue
-        yield line.rstrip(b"\r\n")
+
+
+def read_lines(path, counts, limit=4 * MAX_PAGE):
+    """Lines (bytes, with their ends) of a file."""
+    whole = True
+    with opened(path, counts) as file:
+        while line := file.readline(limit):
+            fits = len(line) < limit or line.endswith(b"\n")
+            if whole and fits:
+                yield line
+            counts["line too long"] += whole and not fits
+            whole = line.endswith(b"\n")
+
+
+SURROGATE = re.compile(rb"\\u[dD]|\xed[\xa0-\xbf]")
+
+
+def parse_document(line):
+    """A line of a .jsonl file -> a document. ValueError if it is none."""
+    try:
+        document = json.loads(line)
+        if SURROGATE.search(line):  # UTF-8 has no halves of pairs
+            document = json.loads(to_line(document))
+    except (ValueError, RecursionError):
+        raise ValueError("is no JSON") from None
+    if not isinstance(document, dict):
+        raise ValueError("is no object")
+    if {type(document[key]) for key in ("text", "html") if key in document} != {str}:
+        raise ValueError("has no text")
+    return document
 
 
 def read_documents(path, counts=None):
@@ -1512,73 +1349,43 @@ def read_documents(path, counts=None):
     kind = suffix(path)
     if kind in (".warc", ".wet"):
         for record in read_warc(path, counts):
-            html = decode_page(record.body, record.charset)
-            yield {"html" if record.kind == "html" else "text": html, "url": record.url}
+            yield {record.kind: decode_page(record.body, record.charset), "url": record.url}
     elif kind == ".jsonl":
-        with open_unpacked(path) as file:
-            for number, line in enumerate(read_lines(file, counts), 1):
-                if not line.strip():
-                    continue
-                try:
-                    document = json.loads(line)
-                    problem = None if isinstance(document, dict) else "is no object"
-                except (ValueError, RecursionError):
-                    problem = "is no JSON"
-                if not problem and not isinstance(document.get("text"), str) and (
-                        not isinstance(document.get("html"), str)):
-                    problem = "has no text"
-                if problem:
-                    counts["bad line"] += 1
-                    if counts["bad line"] <= 3:
-                        warn(f"{path}:{number}: {problem}; skipped")
-                    continue
-                for key in ("text", "html", "url", "source"):
-                    if key in document:
-                        value = document[key]
-                        document[key] = clean_string(value) if isinstance(value, str) else ""
-                yield document
-    elif kind in (".html", ".htm", ".xhtml"):
-        with open_unpacked(path) as file:
+        for number, line in enumerate(read_lines(path, counts), 1):
             try:
-                data = file.read(MAX_PAGE + 1)
-            except (EOFError, zlib.error, gzip.BadGzipFile):
-                counts["damaged gzip member"] += 1
-                return
-        if len(data) > MAX_PAGE:
-            counts["page too large"] += 1
-            return
-        yield {"html": decode_page(data), "url": path}
+                if line.strip():
+                    yield parse_document(line)
+            except ValueError as error:
+                counts["bad line"] += 1
+                if counts["bad line"] <= 3:
+                    warn(f"{path}:{number}: {error}; skipped")
+    elif kind in (".html", ".htm", ".xhtml"):
+        with opened(path, counts) as file:
+            data = file.read(MAX_PAGE + 1)
+            if len(data) <= MAX_PAGE:
+                yield {"html": decode_page(data), "url": path}
+            counts["page too large"] += len(data) > MAX_PAGE
     elif kind == ".pdf":
-        yield from read_pdf(path, counts)
+        try:
+            import pypdf
+        except ImportError:
+            raise ValueError(f"{path}: reading .pdf needs pypdf: pip install pypdf") from None
+        try:
+            pages = [page.extract_text() or "" for page in pypdf.PdfReader(path).pages]
+            text = "\n\n".join(pages).encode("utf-8", "replace").decode()
+            yield {"text": text, "url": path}
+        except Exception as error:  # pypdf raises what it likes for what is broken
+            counts["damaged PDF"] += 1
+            warn(f"{path}: {error}; skipped")
     else:  # .txt and everything else
-        text = []
-        with open_unpacked(path) as file:
-            for line in read_lines(file, counts):
-                line = line.decode("utf-8", "replace")
-                while EOT in line:
-                    before, _, line = line.partition(EOT)
-                    text.append(before)
-                    if (document := "\n".join(text).strip()):
-                        yield {"text": document}
-                    text = []
-                text.append(line)
-        if (document := "\n".join(text).strip()):
-            yield {"text": document}
-
-
-def read_pdf(path, counts):
-    """The text of a PDF as a document, by pypdf."""
-    try:
-        import pypdf
-    except ImportError:
-        raise ValueError(f"{path}: reading .pdf needs pypdf: pip install pypdf") from None
-    try:
-        pages = [page.extract_text() or "" for page in pypdf.PdfReader(path).pages]
-    except Exception as error:  # pypdf raises what it likes for what is broken
-        counts["damaged PDF"] += 1
-        warn(f"{path}: {error}; skipped")
-        return
-    yield {"text": clean_string("\n\n".join(pages)), "url": path}
+        parts = []  # of a document
+        for line in itertools.chain(read_lines(path, counts), [EOT.encode()]):
+            first, *rest = line.decode("utf-8", "replace").replace("\r\n", "\n").split(EOT)
+            parts.append(first)
+            for part in rest:
+                if text := "".join(parts).strip():
+                    yield {"text": text}
+                parts = [part]
 
 
 def warn(message):
@@ -1587,19 +1394,16 @@ def warn(message):
 
 
 class Progress:
-    """One line on a terminal that says how far a step is; nothing if it is not a terminal."""
+    """A line on a terminal that says how far a long step is; nothing where there is none."""
 
-    def __init__(self, name, total):
-        self.name, self.total, self.done, self.start = name, total, 0, time.monotonic()
+    def __init__(self, what, total):
+        self.what, self.total, self.start = what, total, time.monotonic()
 
-    def step(self):
-        self.done += 1
+    def __call__(self, done):
         if sys.stderr.isatty():
-            spent = time.monotonic() - self.start
-            left = spent / self.done * (self.total - self.done)
-            print(f"\r{self.name}: {self.done:,} of {self.total:,} files, {spent:.0f} s, "
-                  f"{left:.0f} s left \x1b[K", end="" if self.done < self.total else "\n",
-                  file=sys.stderr, flush=True)
+            left = (time.monotonic() - self.start) / max(1, done) * (self.total - done)
+            print(f"\r{self.what}: {done:,} of {self.total:,}, {left:.0f} s left \x1b[K",
+                  file=sys.stderr, end="\n" if done >= self.total else "", flush=True)
 
 
 def start_worker():
@@ -1608,27 +1412,27 @@ def start_worker():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_all(function, jobs, workers, name):
+def run_all(function, jobs, workers, what):
     """[function(*job) for job in jobs], by processes. The order of results is that of jobs."""
-    progress, results = Progress(name, len(jobs)), []
+    progress, results = Progress(what, len(jobs)), []
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             results.append(function(*job))
-            progress.step()
+            progress(len(results))
         return results
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker)
     try:
         futures = [pool.submit(function, *job) for job in jobs]
-        for future in concurrent.futures.as_completed(futures):
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             future.result()  # an error ends the run now, not when its turn has come
-            progress.step()
+            progress(done)
         return [future.result() for future in futures]
     except concurrent.futures.process.BrokenProcessPool:
         raise ValueError("a worker process was killed: out of memory? The same command goes on "
@@ -1640,14 +1444,95 @@ def run_all(function, jobs, workers, name):
 
 
 # -----------------------------------------------------------------------------
-# Deduplicate. Always in three passes: (1) hashes of the units (documents, lines, n-grams) of every
-# file go to a file of 64-bit numbers, by processes; (2) one process finds equal numbers and marks
-# units to drop; (3) the files are written anew without them, by processes. A unit's number is its
-# place in the corpus, so the first of equals is kept whatever the processes did. Pass 2 looks at a
-# range of the hash values at a time, as many as fit into PART numbers: reading all files again for
-# every range is what bounds the memory, and the marks are a memory-mapped file.
+# Report: what each step kept and why.
+
+EXAMPLES = 5
+
+
+def text_size(document):
+    """Bytes of a document's text or, if it is yet to be read, HTML."""
+    text = document.get("text") or document.get("html") or ""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+class Tally(dict):
+    """{step: {documents_in, documents_out, bytes_in, bytes_out, seconds, reasons, kept, dropped}},
+    plain values that JSON takes; kept and dropped are examples."""
+
+    def step(self, name):
+        """The numbers of a step, zeros at first."""
+        return self.setdefault(name, {
+            "documents_in": 0, "documents_out": 0, "bytes_in": 0, "bytes_out": 0, "seconds": 0.0,
+            "reasons": collections.Counter(), "kept": [], "dropped": []})
+
+    def add(self, name, document, reason=None, after=None, seconds=0.0):
+        """Count a document that a step drops for a reason, or keeps, as `after` if it changes."""
+        s, after = self.step(name), after or document
+        s["documents_in"] += 1
+        s["bytes_in"] += text_size(document)
+        s["seconds"] += seconds
+        if reason is None:
+            s["documents_out"] += 1
+            s["bytes_out"] += text_size(after)
+        else:
+            s["reasons"][reason] += 1
+        examples = s["kept" if reason is None else "dropped"]
+        if len(examples) < EXAMPLES:
+            text = after.get("text") or document.get("text") or document.get("html") or ""
+            examples.append({"url": document.get("url", ""), "reason": reason,
+                             "text": " ".join(text[:600].split())[:200]})
+
+    @classmethod
+    def merge(cls, tallies):
+        """The steps of several files as one, with examples from the first files."""
+        merged = cls()
+        for tally in tallies:
+            for name, numbers in tally.items():
+                s = merged.step(name)
+                s["reasons"].update(numbers["reasons"])
+                for key, value in numbers.items():
+                    if isinstance(value, list):
+                        s[key] = (s[key] + value)[:EXAMPLES]
+                    elif key != "reasons":
+                        s[key] += value
+        return merged
+
+
+def write_report(path, inputs, steps, seconds):
+    """report.json, and a table on the standard output."""
+    files, size, last = len(inputs), sum(map(os.path.getsize, inputs)), [*steps.values()][-1]
+    documents, out, more = last["documents_out"], last["bytes_out"], 100_000 / files
+    at = {"documents": round(documents * more), "text_bytes": round(out * more),
+          "tokens_at_4_bytes": round(out * more / 4),
+          "cpu_hours": round(sum(s["seconds"] for s in steps.values()) * more / 3600, 2)}
+    with replacing(path) as file:
+        json.dump({"files": files, "bytes": size, "seconds": round(seconds, 3),
+                   "read": steps["read"]["reasons"], "steps": steps, "documents": documents,
+                   "text_bytes": out, "at_100000_files": at}, file, ensure_ascii=False, indent=1)
+    print(f"{'step':<22}{'documents in':>13}{'out':>10}{'kept':>7}{'MB in':>10}{'out':>9}"
+          f"{'CPU s':>8}  most frequent reasons")
+    for name, s in steps.items():
+        print(f"{name:<22}{s['documents_in']:>13,}{s['documents_out']:>10,}"
+              f"{s['documents_out'] / max(1, s['documents_in']):>7.1%}{s['bytes_in'] / 1e6:>10.2f}"
+              f"{s['bytes_out'] / 1e6:>9.2f}{s['seconds']:>8.2f}  " + ", ".join(
+                  f"{reason} {n:,}" for reason, n in
+                  sorted(s["reasons"].items(), key=lambda item: (-item[1], item[0]))[:3]))
+    print(f"{files:,} files, {size / 1e6:,.1f} MB, {seconds:.1f} s; 100,000 files like these: "
+          f"{at['documents']:,} documents, {at['text_bytes'] / 1e9:,.1f} GB, "
+          f"{at['tokens_at_4_bytes'] / 1e9:,.2f} billion tokens, {at['cpu_hours']:,.1f} CPU hours\n"
+          f"{path}: examples of what each step kept and dropped")
+
+
+# -----------------------------------------------------------------------------
+# Deduplicate. Always in three passes: (1) by processes, the units (documents, lines, n-grams) of
+# every file become 64-bit hashes, which are spilled to disk; (2) one process finds equal hashes
+# and marks units to drop; (3) by processes, the files are written anew without them. A unit's
+# number is its place in the corpus, so the first of equals is kept whatever the processes did.
+# Pass 2 looks at a range of the hash values at a time, as many as fit into PART numbers: reading
+# the spilled file again for every range is what bounds the memory. Marks are memory-mapped files.
 
 PART = 1 << 24  # hashes held in memory at a time: 128 MB, and thrice that while they are sorted
+BATCH = 1 << 18  # numbers read from disk at a time
 
 
 def stable_hash(data):
@@ -1655,42 +1540,81 @@ def stable_hash(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def equal_hashes(paths, part=None):
-    """Find equal numbers in files of uint64. Yields (ids, starts): ids (int64) of units whose
+def spill_file(path, prefix, dtypes, units, *args):
+    """Write the columns that units(path, *args) yields, each to its file. Returns their sizes."""
+    sizes = [0] * len(dtypes)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(prefix + name, "wb")) for name in dtypes]
+        for columns in units(path, *args):
+            for i, (column, dtype) in enumerate(zip(columns, dtypes.values())):
+                files[i].write(np.asarray(column, dtype).tobytes())
+                sizes[i] += len(column)
+    return sizes
+
+
+def spill(files, work, workers, dtypes, units, *args):
+    """Pass 1. units(path, *args) yields tuples of number columns, as {name: dtype} says. A file
+    work/name holds that column of all files. Returns where each file's begin: (files + 1, names).
+    """
+    prefixes = [os.path.join(work, f"{i}.") for i in range(len(files))]
+    jobs = [(path, prefix, dtypes, units, *args) for path, prefix in zip(files, prefixes)]
+    sizes = run_all(spill_file, jobs, workers, "hash files")
+    for name in dtypes:
+        with open(os.path.join(work, name), "wb") as whole:
+            for prefix in prefixes:
+                with open(prefix + name, "rb") as part:
+                    shutil.copyfileobj(part, whole, 1 << 20)
+                os.remove(prefix + name)
+    return np.cumsum([[0] * len(dtypes), *sizes], axis=0)
+
+
+def read_numbers(path, dtype="<u8"):
+    """(number of the first, array) of BATCH numbers of a file at a time."""
+    for begin in range(0, os.path.getsize(path) // np.dtype(dtype).itemsize, BATCH):
+        yield begin, np.fromfile(path, dtype, BATCH, offset=begin * np.dtype(dtype).itemsize)
+
+
+def count_ranges(path):
+    """Into how many ranges to cut the hashes of a file, so that each is some PART of them."""
+    total = os.path.getsize(path) // 8
+    return np.uint64(math.ceil(1.1 * total / PART) if total > PART else 1)
+
+
+def range_of(hashes, ranges):
+    """The number of the range that each hash lies in."""
+    return (hashes >> np.uint64(32)) * ranges >> np.uint64(32)
+
+
+def equal_hashes(path):
+    """Find equal numbers in a file of uint64. Yields (ids, starts): ids (int64) of units whose
     number occurs more than once, equal ones together and in order; starts: where each group
-    begins, with len(ids) at the end. An id counts on from file to file."""
-    part = part or PART
-    sizes = [os.path.getsize(path) // 8 for path in paths]
-    ranges = max(1, math.ceil(1.1 * sum(sizes) / part)) if sum(sizes) > part else 1
-    for r in range(ranges):
-        values, ids, first = [], [], 0
-        for path, size in zip(paths, sizes):
-            for begin in range(0, size, 1 << 20):
-                x = np.fromfile(path, "<u8", min(1 << 20, size - begin), offset=8 * begin)
-                mine = slice(None)
-                if ranges > 1:
-                    mine = np.flatnonzero((x >> np.uint64(32)) * np.uint64(ranges)
-                                          >> np.uint64(32) == r)
-                values.append(x[mine])
-                ids.append(np.arange(first + begin, first + begin + len(x))[mine])
-            first += size
-        if not values:
-            return
+    begins, with len(ids) at the end."""
+    ranges = count_ranges(path)
+    for r in range(int(ranges)):
+        values, ids = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for begin, x in read_numbers(path):
+            mine = np.flatnonzero(range_of(x, ranges) == r)
+            values.append(x[mine])
+            ids.append(mine + begin)
         values, ids = np.concatenate(values), np.concatenate(ids)
         order = np.argsort(values, kind="stable")
         values, ids = values[order], ids[order]
-        new = np.concatenate([[True], values[1:] != values[:-1], [True]])[: len(values) + 1]
-        single = new[:-1] & new[1:]
-        ids, new = ids[~single], new[:-1][~single]
+        new = np.ones(len(ids) + 1, bool)  # where a group begins, or the array ends
+        new[1:-1] = values[1:] != values[:-1]
+        several = ~(new[:-1] & new[1:])
+        ids, new = ids[several], new[:-1][several]
         if len(ids):
-            yield ids, np.concatenate([np.flatnonzero(new), [len(ids)]])
+            yield ids, np.append(np.flatnonzero(new), len(ids))
 
 
-def make_marks(path, total):
-    """A memory-mapped file of total zero bytes."""
-    with open(path, "wb") as file:
-        file.truncate(max(1, total))
-    return np.memmap(path, np.uint8, "r+")
+def make_marks(work, name, total):
+    """A memory-mapped file work/name of total zero bytes."""
+    return np.memmap(os.path.join(work, name), np.uint8, "w+", shape=max(1, total))
+
+
+def open_marks(work, name):
+    """The same, to read."""
+    return np.memmap(os.path.join(work, name), np.uint8, "r")
 
 
 class BloomFilter:
@@ -1709,46 +1633,37 @@ class BloomFilter:
         self.num_hashes = max(1, round(self.size / capacity * math.log(2)))
         self.bits = np.zeros((self.size + 7) // 8, np.uint8)
 
+    def places(self, hashes):
+        """Where the bits of items are, by their 64-bit hashes (items,): bytes, and masks in them,
+        both (num_hashes, items)."""
+        step = ((hashes ^ (hashes >> np.uint64(31))) * MULTIPLIER) >> np.uint64(20) | np.uint64(1)
+        size, i = np.uint64(self.size), np.arange(self.num_hashes, dtype=np.uint64)[:, None]
+        at = (hashes % size + i * (step % size)) % size
+        return at >> np.uint64(3), np.uint8(1) << (at & np.uint64(7)).astype(np.uint8)
+
     def add_hashes(self, hashes):
         """Add items by their 64-bit hashes (uint64 array) -> for each whether it was there before,
         or earlier in the same array."""
-        hashes = np.asarray(hashes, np.uint64)
-        seen = np.ones(len(hashes), bool)
-        seen[np.unique(hashes, return_index=True)[1]] = False
-        step = ((hashes ^ (hashes >> np.uint64(31))) * MULTIPLIER) >> np.uint64(20) | np.uint64(1)
         # Within an array an item does not yet see the bits of those before it, only those of
         # earlier arrays: that can but lower the share of errors.
-        there = np.ones(len(hashes), bool)
-        places = []
-        for i in range(self.num_hashes):
-            at = (hashes % np.uint64(self.size) + np.uint64(i) * (step % np.uint64(self.size)))
-            at = (at % np.uint64(self.size)).astype(np.int64)
-            there &= (self.bits[at >> 3] >> (at & 7).astype(np.uint8) & 1).astype(bool)
-            places.append(at)
-        for at in places:
-            np.bitwise_or.at(self.bits, at >> 3, (1 << (at & 7)).astype(np.uint8))
-        return seen | there
-
-    @staticmethod
-    def _hash(item):
-        return np.array([stable_hash(item if isinstance(item, bytes) else str(item).encode())],
-                        np.uint64)
+        at, masks = self.places(hashes)
+        seen = (self.bits[at] & masks != 0).all(0)
+        again = np.delete(np.arange(len(hashes)), np.unique(hashes, return_index=True)[1])
+        seen[again] = True
+        np.bitwise_or.at(self.bits, at, masks)
+        return seen
 
     def add(self, item):
-        """Add a str or bytes -> whether it was there before."""
-        return bool(self.add_hashes(self._hash(item))[0])
+        """Add a str -> whether it was there before."""
+        return bool(self.add_hashes(np.array([stable_hash(item.encode())], np.uint64))[0])
 
     def __contains__(self, item):
-        at = self._hash(item)
-        step = ((at ^ (at >> np.uint64(31))) * MULTIPLIER) >> np.uint64(20) | np.uint64(1)
-        size = np.uint64(self.size)
-        at = ((at % size + np.arange(self.num_hashes, dtype=np.uint64) * (step % size)) % size)
-        at = at.astype(np.int64)
-        return bool((self.bits[at >> 3] >> (at & 7).astype(np.uint8) & 1).all())
+        at, masks = self.places(np.array([stable_hash(item.encode())], np.uint64))
+        return bool((self.bits[at] & masks != 0).all())
 
 
-def check_names(input_files, output_dir):
-    """Paths of outputs: the names of the inputs, in output_dir."""
+def output_paths(input_files, output_dir):
+    """(inputs, outputs): paths in output_dir, which is made, of the same names."""
     input_files = [os.fspath(path) for path in input_files]
     outputs = [os.path.join(output_dir, os.path.basename(path)) for path in input_files]
     for path in input_files:
@@ -1756,75 +1671,38 @@ def check_names(input_files, output_dir):
             raise ValueError(f"there is no file {path}")
     if len(set(outputs)) < len(outputs):
         raise ValueError("two inputs have the same name, and so would their outputs")
-    if any(os.path.abspath(a) == os.path.abspath(b) for a, b in zip(input_files, outputs)):
+    if {*map(os.path.abspath, input_files)} & {*map(os.path.abspath, outputs)}:
         raise ValueError(f"{output_dir} is where the inputs are: they would be overwritten")
     os.makedirs(output_dir, exist_ok=True)
     return input_files, outputs
 
 
-def hash_lines(path, out):
-    """Pass 1 of exact_line_dedup. Returns the number of lines."""
-    counts, total = collections.Counter(), 0
-    with replacing(out) as file:
-        for lines in batched(text_lines(path, counts), 1 << 16):
-            np.array([stable_hash(line) for line in lines], "<u8").tofile(file)
-            total += len(lines)
-    return total
-
-
-def text_lines(path, counts):
-    """The lines of a text file, or of all texts of a .jsonl, as bytes without their ends."""
+def line_hashes(path):
+    """Pass 1 of exact_line_dedup: hashes of the lines of a text file, or of a .jsonl's texts."""
     if suffix(path) == ".jsonl":
-        for document in read_documents(path, counts):
-            yield from document.get("text", "").encode().split(b"\n")
+        for document in read_documents(path):
+            yield ([stable_hash(x) for x in document.get("text", "").encode().split(b"\n")],)
     else:
-        with open_unpacked(path) as file:
-            yield from read_lines(file, counts)
+        lines = read_lines(path, collections.Counter())
+        while batch := list(itertools.islice(lines, BATCH)):
+            yield ([stable_hash(line.rstrip(b"\r\n")) for line in batch],)
 
 
-def batched(items, n):
-    """Lists of n items, the last one shorter."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == n:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def write_unique_lines(path, out, marks_path, first):
-    """Pass 3 of exact_line_dedup: the lines that are not marked. first: the number of this file's
-    first line."""
-    counts = collections.Counter()
-    marks = np.memmap(marks_path, np.uint8, "r")
-    at = first
-    if suffix(path) == ".jsonl":
-        with replacing(out) as raw, text_packer(raw, out) as file:
-            for document in read_documents(path, counts):
+def write_unique_lines(path, out, work, at):
+    """Pass 3 of exact_line_dedup: the lines that are not marked. at: this file's first line."""
+    marks = open_marks(work, "cut")
+    with packing(out) as file:
+        if suffix(path) == ".jsonl":
+            for document in read_documents(path):
                 lines = document.get("text", "").split("\n")
-                kept = [x for x, drop in zip(lines, marks[at : at + len(lines)]) if not drop]
+                kept = [line for line, drop in zip(lines, marks[at : at + len(lines)]) if not drop]
                 at += len(lines)
                 if kept:
-                    document["text"] = "\n".join(kept)
-                    file.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
-        return
-    with open_unpacked(path) as source, replacing(out) as raw, text_packer(raw, out) as file:
-        for line in source:
-            if not marks[at]:
-                file.write(line)
-            at += 1
-
-
-@contextlib.contextmanager
-def text_packer(raw, path):
-    """raw, or a gzip file on top of it if path ends in .gz."""
-    if path.endswith(".gz"):
-        with gzip.GzipFile("", "wb", 5, raw, mtime=0) as file:
-            yield file
-    else:
-        yield raw
+                    file.write(to_line({**document, "text": "\n".join(kept)}))
+        else:
+            for at, line in enumerate(read_lines(path, collections.Counter()), at):
+                if not marks[at]:
+                    file.write(line)
 
 
 def exact_line_dedup(input_files, output_dir, workers=1):
@@ -1834,18 +1712,14 @@ def exact_line_dedup(input_files, output_dir, workers=1):
     input_files: paths of text files, of which the bytes of lines are compared without their ends,
     or of .jsonl, where the lines are those of the texts. Memory does not grow with the corpus.
     """
-    input_files, outputs = check_names(input_files, output_dir)
+    inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".lines-") as work:
-        hashes = [os.path.join(work, str(i)) for i in range(len(input_files))]
-        sizes = run_all(hash_lines, list(zip(input_files, hashes)), workers, "hash lines")
-        marks_path = os.path.join(work, "marks")
-        marks = make_marks(marks_path, sum(sizes))
-        for ids, _ in equal_hashes(hashes):
+        starts = spill(inputs, work, workers, {"lines": "<u8"}, line_hashes)[:, 0].tolist()
+        marks = make_marks(work, "cut", starts[-1])
+        for ids, _ in equal_hashes(os.path.join(work, "lines")):
             marks[ids] = 1
-        marks.flush()
-        starts = np.cumsum([0] + sizes).tolist()
-        run_all(write_unique_lines, [(a, b, marks_path, first) for a, b, first in
-                                     zip(input_files, outputs, starts)], workers, "write lines")
+        jobs = [(a, b, work, start) for a, b, start in zip(inputs, outputs, starts)]
+        run_all(write_unique_lines, jobs, workers, "write lines")
 
 
 # Near duplicates (Broder 1997). Two texts are as similar as the sets of their n-grams of words:
@@ -1865,8 +1739,7 @@ MAX_TRIES = 50  # comparisons that fail, of a text with others in the same bucke
 def fold(letters):
     """`normalize` for letters beyond ASCII. In scripts without spaces each is a word."""
     letters = NO_WORD.sub("", unicodedata.normalize("NFD", letters.lower()))
-    return NO_SPACES.sub(r" \g<0> ", " ".join(letters.split()) if letters.strip() else
-                         " " if letters else "")
+    return NO_SPACES.sub(r" \g<0> ", re.sub(r"\s+", " ", letters))
 
 
 def normalize(text):
@@ -1925,111 +1798,76 @@ def jaccard(a, b):
     return common / (len(both) - common)
 
 
-def texts_of(path):
-    """The documents of a .jsonl, or all of another file as one."""
+def document_grams(path, num_hashes, num_bands, ngram):
+    """Pass 1 of minhash_dedup, of each document: keys of bands, hashes of n-grams, how many."""
     if suffix(path) == ".jsonl":
-        for document in read_documents(path):
-            yield document.get("text", "")
+        texts = (document.get("text", "") for document in read_documents(path))
     else:
-        with open_unpacked(path) as file:
-            yield file.read().decode("utf-8", "replace")
+        texts = [b"".join(read_lines(path, collections.Counter())).decode("utf-8", "replace")]
+    for number, text in enumerate(texts):
+        grams = shingles(text, ngram)
+        if len(grams):
+            keys = band_keys(minhash_signature(grams, num_hashes), num_bands)
+        else:  # no set, so nothing to be similar to: a key that no other document has
+            keys = [stable_hash(f"{path} {number}".encode())] * num_bands
+        yield keys, grams, [len(grams)]
 
 
-def hash_documents(path, prefix, num_hashes, num_bands, ngram):
-    """Pass 1 of minhash_dedup. Leaves prefix.keys (documents, num_bands), prefix.ends (documents,)
-    and prefix.sets, all n-gram hashes, of which ends says where each document's end. Returns the
-    number of documents."""
-    total, end = 0, 0
-    with replacing(prefix + ".keys") as keys, replacing(prefix + ".ends") as ends, \
-            replacing(prefix + ".sets") as sets:
-        for text in texts_of(path):
-            grams = shingles(text, ngram)
-            if len(grams):
-                signature = minhash_signature(grams, num_hashes)
-                band_keys(signature, num_bands).tofile(keys)
-            else:  # no set, so nothing to be similar to: keys that no other document has
-                name = f"{os.path.basename(prefix)} {total}"
-                own = [stable_hash(f"{name} {i}".encode()) for i in range(num_bands)]
-                np.array(own, "<u8").tofile(keys)
-            grams.tofile(sets)
-            end += len(grams)
-            np.array([end], "<i8").tofile(ends)
-            total += 1
-    return total
+def find(parent, x):
+    """The least number of the cluster that x is in (union-find). parent: {number: a lesser one of
+    the same cluster}, of all that are not the least of theirs."""
+    root = x
+    while root in parent:
+        root = parent[root]
+    while x != root:  # so that the way is short the next time
+        parent[x], x = root, parent[x]
+    return root
 
 
-class UnionFind:
-    """Clusters: `find` gives the least number of a cluster, `union` makes one of two. Only numbers
-    that were in a `union` take memory."""
-
-    def __init__(self):
-        self.parent = {}
-
-    def find(self, x):
-        root = x
-        while (up := self.parent.get(root, root)) != root:
-            root = up
-        while (up := self.parent.get(x, x)) != root:
-            self.parent[x], x = root, up
-        return root
-
-    def union(self, x, y):
-        x, y = sorted((self.find(x), self.find(y)))
-        if x != y:
-            self.parent[y] = x
-
-
-def near_duplicates(prefixes, sizes, num_bands, threshold):
-    """Pass 2 of minhash_dedup: (UnionFind over documents, pairs compared)."""
-    starts = np.cumsum([0] + sizes)
-    clusters, compared = UnionFind(), 0
-
-    @functools.lru_cache(64)
-    def opened(i):
-        path = prefixes[i] + ".sets"
-        empty = os.path.getsize(path) == 0
-        return (np.zeros(0, np.uint64) if empty else np.memmap(path, "<u8", "r"),
-                np.memmap(prefixes[i] + ".ends", "<i8", "r"))
+def near_duplicates(work, num_bands, threshold):
+    """Pass 2 of minhash_dedup: ({document: a similar one before it}, pairs compared)."""
+    parent, compared = {}, 0
+    sets, counts = os.path.join(work, "sets"), os.path.join(work, "counts")
+    ends = np.memmap(counts, "<i8", "r+") if os.path.getsize(counts) else np.zeros(0, np.int64)
+    np.cumsum(ends, out=ends)
 
     @functools.lru_cache(256)
     def grams(document):
-        i = int(np.searchsorted(starts, document, "right")) - 1
-        sets, ends = opened(i)
-        k = document - int(starts[i])
-        return np.array(sets[int(ends[k - 1]) if k else 0 : int(ends[k])])
+        begin = int(ends[document - 1]) if document else 0
+        return np.fromfile(sets, "<u8", int(ends[document]) - begin, offset=8 * begin)
 
-    for ids, groups in equal_hashes([prefix + ".keys" for prefix in prefixes]):
+    for ids, groups in equal_hashes(os.path.join(work, "keys")):
         documents = (ids // num_bands).tolist()
         for begin, end in zip(groups[:-1].tolist(), groups[1:].tolist()):
             bucket = documents[begin:end]
-            for i in range(1, len(bucket)):
+            for i, document in enumerate(bucket):
                 tries = 0
                 for other in bucket[:i]:
-                    if clusters.find(other) == clusters.find(bucket[i]):
+                    first, second = sorted((find(parent, other), find(parent, document)))
+                    if first == second:
                         continue
                     compared += 1
-                    if jaccard(grams(other), grams(bucket[i])) >= threshold:
-                        clusters.union(other, bucket[i])
+                    if jaccard(grams(other), grams(document)) >= threshold:
+                        parent[second] = first
                     elif (tries := tries + 1) >= MAX_TRIES:
                         break
-    return clusters, compared
+    return parent, compared
 
 
-def write_kept(path, out, drop):
-    """Pass 3 of minhash_dedup: documents whose numbers are not in drop. Returns a Tally's dict."""
-    tally = Tally()
-    if suffix(path) != ".jsonl":
-        if 0 not in drop:
-            with open(path, "rb") as source, replacing(out) as file:
-                shutil.copyfileobj(source, file)
-        return tally.steps
-    with replacing(out) as raw, text_packer(raw, out) as file:
-        for number, document in enumerate(read_documents(path)):
-            line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
-            if number not in drop:
-                file.write(line)
-            tally.add("near duplicates", document, "near duplicate" if number in drop else None)
-    return tally.steps
+def write_kept(path, out, work, first):
+    """Pass 3 of minhash_dedup: the documents that are not marked. first: number of this file's
+    first. Returns a Tally."""
+    tally, marks = Tally(), open_marks(work, "drop")
+    if suffix(path) == ".jsonl":
+        with packing(out) as file:
+            for number, document in enumerate(read_documents(path), first):
+                reason = "near duplicate" if marks[number] else None
+                tally.add("near duplicates", document, reason)
+                if not reason:
+                    file.write(to_line(document))
+    elif not marks[first]:
+        shutil.copyfile(path, out)
+    return tally
 
 
 def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5, threshold=0.8,
@@ -2040,80 +1878,62 @@ def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5
     the same name to output_dir; a file that is dropped is not. Texts whose sets of `ngram` words
     have a Jaccard similarity of `threshold` or more, truly and not by estimate, are in one
     cluster, and so are those that a chain of such pairs connects. Texts below it are not compared.
-    Returns {"documents", "duplicates", "compared",
-    "steps": what the report says}.
+    Returns {"documents", "duplicates", "compared", "steps": a Tally}.
     """
     if num_bands < 1 or num_hashes < 1 or num_hashes % num_bands or ngram < 1:
         raise ValueError(f"{num_hashes} hashes can not be cut into {num_bands} equal bands, or an "
                          f"n-gram has no {ngram} words")
     if not 0 <= threshold <= 1:
         raise ValueError(f"the threshold must be between 0 and 1, not {threshold}")
-    input_files, outputs = check_names(input_files, output_dir)
+    inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".minhash-") as work:
-        prefixes = [os.path.join(work, str(i)) for i in range(len(input_files))]
-        jobs = [(path, prefix, num_hashes, num_bands, ngram)
-                for path, prefix in zip(input_files, prefixes)]
-        sizes = run_all(hash_documents, jobs, workers, "hash documents")
-        clusters, compared = near_duplicates(prefixes, sizes, num_bands, threshold)
-        drops, starts = [set() for _ in sizes], np.cumsum([0] + sizes)
-        for document in clusters.parent:
-            i = int(np.searchsorted(starts, document, "right")) - 1
-            drops[i].add(document - int(starts[i]))
-        tallies = run_all(write_kept, list(zip(input_files, outputs, drops)), workers, "near")
-    return {"documents": sum(sizes), "duplicates": len(clusters.parent), "compared": compared,
-            "steps": Tally.merge(tallies)}
+        starts = spill(inputs, work, workers, {"keys": "<u8", "sets": "<u8", "counts": "<i8"},
+                       document_grams, num_hashes, num_bands, ngram)[:, 2].tolist()
+        duplicates, compared = near_duplicates(work, num_bands, threshold)
+        make_marks(work, "drop", starts[-1])[list(duplicates)] = 1
+        jobs = [(a, b, work, start) for a, b, start in zip(inputs, outputs, starts)]
+        steps = Tally.merge(run_all(write_kept, jobs, workers, "near duplicates"))
+    return {"documents": starts[-1], "duplicates": len(duplicates), "compared": compared,
+            "steps": steps}
 
 
-def hash_units(path, prefix, min_paragraph):
-    """Pass 1 of dedup_documents: hashes of documents (.docs) and of their lines (.lines), lines
-    per document (.counts), and which lines are paragraphs, that is, long (.long)."""
-    documents = lines = 0
-    with contextlib.ExitStack() as stack:
-        docs, units, counts, long = (stack.enter_context(replacing(prefix + end))
-                                     for end in (".docs", ".lines", ".counts", ".long"))
-        for document in read_documents(path):
-            data = document.get("text", "").encode()
-            parts = data.split(b"\n")
-            np.array([stable_hash(data)], "<u8").tofile(docs)
-            np.array([stable_hash(part) for part in parts], "<u8").tofile(units)
-            np.array([len(parts)], "<i8").tofile(counts)
-            np.array([len(part) >= min_paragraph for part in parts], np.uint8).tofile(long)
-            documents += 1
-            lines += len(parts)
-    return documents, lines
+LINE, PARAGRAPH, DOCUMENT = 1, 2, 3  # marks of lines: why each is cut
 
 
-def write_units(path, out, work, first_document, first_line, min_words):
-    """Pass 3 of dedup_documents. Returns a Tally's dict."""
-    tally = Tally()
-    drop = np.memmap(os.path.join(work, "docs"), np.uint8, "r")
-    cut = np.memmap(os.path.join(work, "lines"), np.uint8, "r")
-    at = first_line
-    with document_writer(out) as write:
-        for number, document in enumerate(read_documents(path), first_document):
-            text = document.get("text", "")
-            lines = text.split("\n")
-            marks = cut[at : at + len(lines)].tolist()
+def document_hashes(path, min_paragraph):
+    """Pass 1 of dedup_documents, of each document: its hash, the number of its lines, their
+    hashes, and which of them are paragraphs, that is, long."""
+    for document in read_documents(path):
+        data = document.get("text", "").encode()
+        lines = data.split(b"\n")
+        yield ([stable_hash(data)], [len(lines)], [stable_hash(line) for line in lines],
+               [len(line) >= min_paragraph for line in lines])
+
+
+def write_units(path, out, work, first, at, min_words):
+    """Pass 3 of dedup_documents. first, at: the file's first document and line. Returns a Tally."""
+    tally, drop, cut = Tally(), open_marks(work, "drop"), open_marks(work, "cut")
+    with packing(out) as file:
+        for number, document in enumerate(read_documents(path), first):
+            lines = document.get("text", "").split("\n")
+            lines = list(zip(lines, cut[at : at + len(lines)].tolist()))
             at += len(lines)
-            tally.add("exact duplicates", document, "duplicate" if drop[number] else None)
-            if drop[number]:
-                continue
-            for step, mark in (("repeated lines", 1), ("repeated paragraphs", 2)):
-                kept = [x for x, m in zip(lines, marks) if m != mark or not x.strip()]
-                short = len(kept) < len(lines) and len(" ".join(kept).split()) < min_words
-                before, document = document, {**document, "text": "\n".join(kept).strip()}
-                tally.add(step, before, "too little left" if short else None, document)
-                if len(kept) < len(lines):
-                    tally.steps[step]["reasons"]["lines"] += len(lines) - len(kept)
-                lines, marks = kept, [m for x, m in zip(lines, marks)
-                                      if m != mark or not x.strip()]
-                if short:
+            reason = "duplicate" if drop[number] else None
+            tally.add("exact duplicates", document, reason)
+            for step, mark in (("repeated lines", LINE), ("repeated paragraphs", PARAGRAPH)):
+                if reason:
                     break
-            else:
-                if document["text"]:
-                    document["text"] = re.sub(r"\n{3,}", "\n\n", document["text"])
-                    write(document)
-    return tally.steps
+                kept = [(line, m) for line, m in lines if m != mark or not line.strip()]
+                text = "\n".join(line for line, _ in kept).strip()
+                if len(kept) < len(lines) and len(text.split()) < min_words:
+                    reason = "too little left"
+                tally.add(step, document, reason, {**document, "text": text})
+                tally[step]["reasons"].update(["lines"] * (len(lines) - len(kept)))
+                lines, document = kept, {**document, "text": text}
+            if not reason and document["text"]:
+                document["text"] = re.sub(r"\n{3,}", "\n\n", document["text"])
+                file.write(to_line(document))
+    return tally
 
 
 def dedup_documents(files, output_dir, workers=1, exact=True, max_line_repeats=5,
@@ -2122,48 +1942,38 @@ def dedup_documents(files, output_dir, workers=1, exact=True, max_line_repeats=5
     (menus, licences: each time; 0: keep them); and paragraphs, lines of min_paragraph bytes or
     more, that a Bloom filter of paragraph_error_rate says have occurred before (0: keep them).
 
-    files: .jsonl(.gz), written under the same names as .gz. Documents that lose lines and have
-    fewer than min_words words left go, too. Returns what the report says of these steps.
+    files: .jsonl or .jsonl.gz, written under the same names. Documents that lose lines and have
+    fewer than min_words words left go, too. Returns a Tally of these steps.
     """
-    files, outputs = check_names(files, output_dir)
+    inputs, outputs = output_paths(files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".dedup-") as work:
-        prefixes = [os.path.join(work, str(i)) for i in range(len(files))]
-        jobs = [(path, prefix, min_paragraph) for path, prefix in zip(files, prefixes)]
-        sizes = run_all(hash_units, jobs, workers, "hash lines")
-        drop = make_marks(os.path.join(work, "docs"), sum(d for d, _ in sizes))
-        cut = make_marks(os.path.join(work, "lines"), sum(n for _, n in sizes))
-        for ids, starts in equal_hashes([p + ".docs" for p in prefixes] if exact else []):
-            drop[np.delete(ids, starts[:-1])] = 1
-        # Lines of documents that are dropped do not count: 3 marks them.
-        document = line = 0
-        for prefix, (documents, lines) in zip(prefixes, sizes):
-            counts = np.fromfile(prefix + ".counts", "<i8")
-            cut[line : line + lines] = 3 * np.repeat(drop[document : document + documents], counts)
-            document, line = document + documents, line + lines
-        if max_line_repeats:
-            for ids, starts in equal_hashes([p + ".lines" for p in prefixes]):
-                alive = cut[ids] == 0
-                often = np.add.reduceat(alive, starts[:-1], dtype=np.int64) > max_line_repeats
-                cut[ids[np.repeat(often, np.diff(starts)) & alive]] = 1
+        columns = {"documents": "<u8", "counts": "<i8", "lines": "<u8", "long": "u1"}
+        starts = spill(inputs, work, workers, columns, document_hashes, min_paragraph)
+        starts = starts[:, [0, 2]].tolist()
+        documents, counts, lines, long = (os.path.join(work, name) for name in columns)
+        drop = make_marks(work, "drop", starts[-1][0])
+        cut = make_marks(work, "cut", starts[-1][1])
+        for ids, groups in equal_hashes(documents) if exact else ():
+            drop[np.delete(ids, groups[:-1])] = 1
+        at = 0  # lines of documents that are dropped do not count in what follows
+        for begin, n in read_numbers(counts, "<i8"):
+            dropped = np.repeat(drop[begin : begin + len(n)], n)
+            cut[at : at + len(dropped)] = DOCUMENT * dropped
+            at += len(dropped)
+        for ids, groups in equal_hashes(lines) if max_line_repeats else ():
+            alive = cut[ids] == 0
+            often = np.add.reduceat(alive, groups[:-1], dtype=np.int64) > max_line_repeats
+            cut[ids[np.repeat(often, np.diff(groups)) & alive]] = LINE
         # A filter for all paragraphs would grow with the corpus: as above, a range at a time.
-        ranges = math.ceil(1.1 * sum(n for _, n in sizes) / PART) if paragraph_error_rate else 0
-        for r in range(ranges):
-            line, seen = 0, BloomFilter(min(PART, sum(n for _, n in sizes)), paragraph_error_rate)
-            for prefix, (_, lines) in zip(prefixes, sizes):
-                for begin in range(0, lines, 1 << 18):
-                    n = min(1 << 18, lines - begin)
-                    hashes = np.fromfile(prefix + ".lines", "<u8", n, offset=8 * begin)
-                    mine = np.fromfile(prefix + ".long", np.uint8, n, offset=begin) != 0
-                    mine &= cut[line + begin : line + begin + n] == 0
-                    mine &= (hashes >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32) == r
-                    here = np.flatnonzero(mine)
-                    cut[line + begin + here[seen.add_hashes(hashes[here])]] = 2
-                line += lines
-        drop.flush()
-        cut.flush()
-        firsts = np.cumsum([(0, 0)] + sizes, axis=0).tolist()
-        jobs = [(path, out, work, *first, min_words)
-                for path, out, first in zip(files, outputs, firsts)]
+        ranges = count_ranges(lines)
+        for r in range(int(ranges) if paragraph_error_rate and starts[-1][1] else 0):
+            seen = BloomFilter(min(PART, starts[-1][1]), paragraph_error_rate)
+            for begin, hashes in read_numbers(lines):
+                mine = np.fromfile(long, np.uint8, len(hashes), offset=begin) != 0
+                mine &= cut[begin : begin + len(hashes)] == 0
+                here = np.flatnonzero(mine & (range_of(hashes, ranges) == r))
+                cut[begin + here[seen.add_hashes(hashes[here])]] = PARAGRAPH
+        jobs = [(a, b, work, *start, min_words) for a, b, start in zip(inputs, outputs, starts)]
         return Tally.merge(run_all(write_units, jobs, workers, "unique"))
 
 
@@ -2173,56 +1983,51 @@ def dedup_documents(files, output_dir, workers=1, exact=True, max_line_repeats=5
 # fewer words, but 8 at least, is looked for as a whole.
 
 
-def strings_in(value, depth=0):
+def strings_in(value):
     """All strings in a JSON value."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, dict)) and depth < 20:
+    elif isinstance(value, (list, dict)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from strings_in(part, depth + 1)
+            yield from strings_in(part)
 
 
 def read_tests(path):
     """The strings of a test set: of .jsonl or .json values, .csv cells, or lines of text."""
-    with open_unpacked(path) as file:
-        text = file.read().decode("utf-8", "replace")
+    text = b"".join(read_lines(path, collections.Counter())).decode("utf-8", "replace")
+    kind, where = suffix(path), path
     try:
-        if suffix(path) == ".jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    yield from strings_in(json.loads(line))
-        elif suffix(path) == ".json":
-            number = 1
-            yield from strings_in(json.loads(text))
-        elif suffix(path) == ".csv":
+        if kind == ".csv":
             csv.field_size_limit(1 << 30)
             for row in csv.reader(io.StringIO(text)):
                 yield from row
-        else:
-            yield from text.splitlines()
+        for number, part in enumerate([text] if kind == ".json" else text.splitlines(), 1):
+            where = f"{path}:{number}"
+            if kind in (".json", ".jsonl"):
+                yield from strings_in(json.loads(part) if part.strip() else None)
+            elif kind != ".csv":
+                yield part
     except (ValueError, RecursionError, csv.Error) as error:
-        where = f":{number}" if suffix(path) == ".jsonl" else ""
-        raise ValueError(f"{path}{where}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 @functools.lru_cache(1)
 def test_ngrams(paths, n, least=8):
     """{length: sorted hashes of n-grams of that many words} of test sets."""
     found = collections.defaultdict(list)
-    for path in paths:
-        for text in read_tests(path):
-            words, _ = hash_words(normalize(text))
-            if len(words) >= min(n, least):
-                length = min(n, len(words))
-                found[length].append(ngram_hashes(words, length))
+    for text in itertools.chain.from_iterable(map(read_tests, paths)):
+        words, _ = hash_words(normalize(text))
+        length = min(n, len(words))
+        if length >= min(n, least):
+            found[length].append(ngram_hashes(words, length))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 
 
 def contaminated(text, ngrams):
     """Whether a text has one of the n-grams of `test_ngrams`."""
-    hashes, _ = hash_words(normalize(text))
+    words, _ = hash_words(normalize(text))
     for length, known in ngrams.items():
-        mine = ngram_hashes(hashes, length)
+        mine = ngram_hashes(words, length)
         at = np.minimum(np.searchsorted(known, mine), len(known) - 1)
         if (known[at] == mine).any():
             return True
@@ -2233,312 +2038,166 @@ def contaminated(text, ngrams):
 # Mix sources.
 
 
-def natural_weights(sizes, temperature=1.0):
-    """Shares of sources by their sizes to the power of 1 / temperature: 1 takes them as they are,
-    more favours small ones. sizes: {name: bytes}."""
-    powers = {name: size ** (1 / temperature) if size else 0.0 for name, size in sizes.items()}
-    total = sum(powers.values())
-    if not total:
-        raise ValueError("the sources are empty")
-    return {name: power / total for name, power in powers.items()}
+def learn_weights(sources, target, pieces=2000, rounds=100):
+    """Weights of sources for text like `target`, by a small proxy run: a classifier learns to tell
+    pieces of the sources apart, and the weights are the shares of them that make its verdicts on
+    pieces of target likeliest (expectation maximization: Saerens et al. 2002).
 
+    sources: {name: [paths]}; target: [paths]; pieces: of 50 words each. Returns {name: weight}.
+    """
+    def cut(paths):
+        """The first pieces of documents."""
+        words = (document.get("text", "").split() for path in paths
+                 for document in read_documents(path))
+        return list(itertools.islice((" ".join(w[i : i + 50]) for w in words
+                                      for i in range(0, len(w), 50)), pieces))
 
-class ByteModel:
-    """A small language model to judge sources by: P(next byte | up to `order` bytes before), from
-    hashed counts, each order smoothed by the one below it."""
-
-    def __init__(self, data, order=4, bits=20, strength=4.0):
-        self.order, self.bits, self.strength, self.counts = order, bits, strength, []
-        for n in range(order + 1):
-            context, gram = self._rows(data, n)
-            self.counts.append([np.bincount(x, minlength=1 << bits) for x in (context, gram)])
-
-    def _rows(self, data, n):
-        """For each byte, the rows of its last n bytes, and of those with it."""
-        x = np.frombuffer(b"\0" * n + data, np.uint8).astype(np.uint64)
-        h = np.full(len(data), n + 1, np.uint64)
-        for i in range(n):
-            h = (h + x[i : i + len(data)]) * MULTIPLIER
-            h ^= h >> np.uint64(31)
-        gram = (h + x[n:] + np.uint64(1)) * MULTIPLIER
-        gram ^= gram >> np.uint64(31)
-        shift = np.uint64(64 - self.bits)
-        return [((y * MULTIPLIER) >> shift).astype(np.int64) for y in (h, gram)]
-
-    def probabilities(self, data):
-        """P of each byte of data given those before it: (bytes,) float64."""
-        p = np.full(len(data), 1 / 256)
-        for n in range(self.order + 1):
-            (context, gram), (contexts, grams) = self._rows(data, n), self.counts[n]
-            p = (grams[gram] + self.strength * p) / (contexts[context] + self.strength)
-        return np.minimum(p, 1.0)
-
-
-def learn_weights(samples, target, rounds=100):
-    """Weights of sources for text like `target`: a small proxy model is made of each source, and
-    the weights are those at which the models, mixed, give target the highest likelihood (by
-    expectation maximization). samples: {name: bytes}; target: bytes. Returns {name: weight}."""
-    names = sorted(samples)
-    p = np.stack([ByteModel(samples[name]).probabilities(target) for name in names])
-    weights = np.full(len(names), 1 / len(names))
+    examples = [(text, name) for name in sorted(sources) for text in cut(sources[name])]
+    model = LinearClassifier.train(*zip(*examples))
+    p = np.array([model.probabilities(text) for text in cut(target)])
+    if not len(p):
+        raise ValueError("--target has no text")
+    weights = np.full(len(model.labels), 1 / len(model.labels))
     for _ in range(rounds):
-        share = weights[:, None] * p
-        weights = (share / share.sum(0)).mean(1)
-    return dict(zip(names, weights.tolist()))
+        share = weights * p
+        weights = (share / share.sum(1, keepdims=True)).mean(0)
+    return dict(zip(model.labels, weights.tolist()))
 
 
-def mix(sources, output_dir, weights, budget=None, max_epochs=4, shard_bytes=256 << 20):
+def mix(sources, output_dir, weights, budget=None, max_epochs=4):
     """Take documents from sources in turn, so that bytes of text are as weights say at any time.
 
     sources: {name: [paths]}; weights: {name: share}; budget: bytes of text; without it, as many as
     there are until a source would have to be repeated. With it, sources are repeated, at most
     max_epochs times (after four, repetition is worth little: Muennighoff et al. 2023); one that is
-    used up leaves its share to the others. Writes mixed-00000.jsonl.gz, ... Returns {name:
-    {"weight", "bytes", "documents", "epochs"}}.
+    used up leaves its share to the others. Writes mixed.jsonl.gz. Returns {name: {"weight",
+    "bytes", "documents", "epochs"}}.
     """
-    unknown = set(weights) ^ set(sources)
-    if unknown or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise ValueError("weights must be 0 or more and name all sources, and nothing else: "
-                         + ", ".join(sorted(unknown)))
     total = sum(weights.values())
-    given = {name: {"weight": weights[name] / total, "bytes": 0, "documents": 0, "epochs": 0.0}
+    if set(weights) != set(sources) or min(weights.values()) < 0 or total <= 0:
+        raise ValueError("weights must be 0 or more, not all of them 0, and name all sources: "
+                         + ", ".join(sorted(sources)))
+    given = {name: {"weight": weights[name] / total, "bytes": 0, "documents": 0, "epochs": 0}
              for name in sources if weights[name] > 0}
 
     def stream(name):
-        for epoch in range(max_epochs if budget else 1):
-            given[name]["epochs"] = epoch + 1
-            empty = True
+        for epoch in range(1, 1 + (max_epochs if budget else 1)):
+            given[name]["epochs"] = epoch
             for path in sources[name]:
-                for document in read_documents(path):
-                    if document.get("text"):
-                        empty = False
-                        yield document
-            if empty:
+                yield from (d for d in read_documents(path) if d.get("text"))
+            if not given[name]["documents"]:
                 return
 
-    streams, alive, written, shard = {n: stream(n) for n in given}, set(given), 0, 0
+    def behind(name):
+        """For the source that is furthest behind its share, this is least."""
+        g = given[name]
+        return g["bytes"] / g["weight"], -g["weight"], name
+
+    streams, written = {name: stream(name) for name in given}, 0
     os.makedirs(output_dir, exist_ok=True)
-    while alive and (budget is None or written < budget):
-        with document_writer(os.path.join(output_dir, f"mixed-{shard:05d}.jsonl.gz")) as write:
-            in_shard = 0
-            while alive and in_shard < shard_bytes and (budget is None or written < budget):
-                # the one that is furthest behind its share
-                name = min(alive, key=lambda n: (given[n]["bytes"] / given[n]["weight"],
-                                                 -given[n]["weight"], n))
-                document = next(streams[name], None)
-                if document is None:
-                    if budget is None:
-                        alive.clear()
-                    alive.discard(name)
-                    continue
-                write({**document, "source": name})
-                size = len(document["text"].encode())
-                given[name]["bytes"] += size
-                given[name]["documents"] += 1
-                written, in_shard = written + size, in_shard + size
-        shard += 1
+    with packing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
+        while streams and (budget is None or written < budget):
+            name = min(streams, key=behind)
+            document = next(streams[name], None)
+            if document is None:
+                if budget is None:
+                    break
+                del streams[name]
+                continue
+            file.write(to_line({**document, "source": name}))
+            size = text_size(document)
+            given[name]["bytes"] += size
+            given[name]["documents"] += 1
+            written += size
     if not written:
         raise ValueError("there is nothing to mix: the sources have no documents")
-    for path in glob.glob(os.path.join(glob.escape(output_dir), "mixed-?????.jsonl.gz")):
-        if int(path[-14:-9]) >= shard:  # of an earlier, larger mixture
-            os.remove(path)
     return given
-
-# -----------------------------------------------------------------------------
-# Report.
-
-EXAMPLES = 5
-
-
-class Tally:
-    """What each step kept and why: steps is {step: {...}}, plain values that JSON takes."""
-
-    def __init__(self):
-        self.steps = {}
-
-    def add(self, step, document, reason=None, after=None, seconds=0.0):
-        """Count a document that a step drops for a reason, or keeps as `after`."""
-        s = self.steps.get(step)
-        if s is None:
-            s = self.steps[step] = {
-                "documents_in": 0, "documents_out": 0, "bytes_in": 0, "bytes_out": 0,
-                "seconds": 0.0, "reasons": collections.Counter(), "kept": [], "dropped": []}
-        before = document.get("text") or document.get("html") or ""
-        s["documents_in"] += 1
-        s["bytes_in"] += len(before) if before.isascii() else len(before.encode())
-        s["seconds"] += seconds
-        text = (after or document).get("text") or before
-        if reason is None:
-            s["documents_out"] += 1
-            s["bytes_out"] += len(text) if text.isascii() else len(text.encode())
-        else:
-            s["reasons"][reason] += 1
-        examples = s["kept" if reason is None else "dropped"]
-        if len(examples) < EXAMPLES:
-            examples.append({"url": document.get("url", ""), "reason": reason,
-                             "text": " ".join(text[:600].split())[:200]})
-
-    @staticmethod
-    def merge(tallies):
-        """Steps of several files as one, examples from the first files."""
-        merged = {}
-        for steps in tallies:
-            for step, s in steps.items():
-                m = merged.setdefault(step, {key: 0 if isinstance(value, (int, float)) else
-                                             [] if isinstance(value, list) else {}
-                                             for key, value in s.items()})
-                for key, value in s.items():
-                    if isinstance(value, dict):
-                        for reason, count in value.items():
-                            m[key][reason] = m[key].get(reason, 0) + count
-                    elif isinstance(value, list):
-                        m[key] = (m[key] + value)[:EXAMPLES]
-                    else:
-                        m[key] += value
-        return merged
-
-
-def write_report(path, inputs, skipped, steps, seconds):
-    """report.json, and a table on the standard output."""
-    last = list(steps.values())[-1] if steps else {"documents_out": 0, "bytes_out": 0}
-    files, size = len(inputs), sum(os.path.getsize(p) for p in inputs)
-    times = 100_000 / max(1, files)
-    used = sum(s["seconds"] for s in steps.values())
-    report = {
-        "files": files, "bytes": size, "seconds": round(seconds, 3),
-        "read": {key: skipped[key] for key in sorted(skipped)}, "steps": steps,
-        "documents": last["documents_out"], "text_bytes": last["bytes_out"],
-        "at_100000_files": {
-            "documents": round(last["documents_out"] * times),
-            "text_bytes": round(last["bytes_out"] * times),
-            "tokens_at_4_bytes": round(last["bytes_out"] * times / 4),
-            "cpu_hours": round(used * times / 3600, 2)},
-    }
-    with replacing(path) as file:
-        file.write(json.dumps(report, ensure_ascii=False, indent=1).encode() + b"\n")
-    print(f"{'step':<22}{'documents in':>13}{'out':>10}{'kept':>7}{'MB in':>10}{'out':>9}"
-          f"{'CPU s':>8}  most frequent reasons")
-    for name, s in steps.items():
-        reasons = sorted(s["reasons"].items(), key=lambda item: (-item[1], item[0]))[:3]
-        print(f"{name:<22}{s['documents_in']:>13,}{s['documents_out']:>10,}"
-              f"{s['documents_out'] / max(1, s['documents_in']):>7.1%}{s['bytes_in'] / 1e6:>10.2f}"
-              f"{s['bytes_out'] / 1e6:>9.2f}{s['seconds']:>8.2f}  "
-              + ", ".join(f"{reason} {count:,}" for reason, count in reasons))
-    if skipped:
-        print("read: " + ", ".join(f"{key} {n:,}" for key, n in sorted(skipped.items())))
-    at = report["at_100000_files"]
-    print(f"{files:,} files, {size / 1e6:,.1f} MB, {seconds:.1f} s; 100,000 files like these: "
-          f"{at['documents']:,} documents, {at['text_bytes'] / 1e9:,.1f} GB, "
-          f"{at['tokens_at_4_bytes'] / 1e9:,.2f} billion tokens, {at['cpu_hours']:,.1f} CPU hours")
-    print(f"{path}: examples of what each step kept and dropped")
 
 
 # -----------------------------------------------------------------------------
 # The steps on a document, on a file, and on all.
 
-
-@functools.lru_cache
-def load_classifier(path):
-    """One load for each process and file."""
-    return LinearClassifier.load(path)
-
-
-load_perplexity = functools.lru_cache(Perplexity)
-
-
-def parse_model(value, with_label=True):
-    """FILE:LABEL:NUMBER or FILE:NUMBER of the command line."""
-    parts = value.rsplit(":", 2 if with_label else 1)
-    try:
-        return (*parts[:-1], float(parts[-1])) if len(parts) == 2 + with_label else parts[99]
-    except (ValueError, IndexError):
-        form = "FILE:LABEL:NUMBER" if with_label else "FILE:NUMBER"
-        raise ValueError(f"{value!r} should be {form}") from None
+MASKS = {"email": mask_emails, "phone": mask_phone_numbers, "ip": mask_ips}
 
 
 def make_steps(o):
-    """The steps on single documents that the options `o` (a dict) ask for: [(name, function)],
+    """The steps on single documents that the options `o` (a dict) ask for: (name, function) pairs,
     where function(document) gives the reason to drop it, or None, and may change it."""
-    steps, names = [], o["steps"]
+    def read(document):
+        if "html" in document and o["steps"] and "extract" not in o["steps"]:
+            return "page without text: run extract first"
+    yield "read", read
 
-    def extract(document):
-        if "html" in document:
-            document["text"] = extract_text(document.pop("html"))
-        return None if document.get("text") else "no text"
+    if "extract" in o["steps"]:
+        def extract(document):
+            if "html" in document:
+                document["text"] = extract_text(document.pop("html"))
+            return None if document.get("text") else "no text"
+        yield "extract", extract
 
-    def language(document):
-        model = o["language_model"] and load_classifier(o["language_model"])
-        code, score = identify_language(document["text"], model or None)
-        document["language"], document["language_score"] = code, round(score, 4)
-        if o["languages"] and code not in o["languages"]:
-            return f"language {code}"
-        return "language unsure" if o["languages"] and score < o["min_language_score"] else None
+    if "language" in o["steps"]:
+        classifier = load_classifier(o["language_model"]) if o["language_model"] else None
 
-    def rule(name):
-        if name == "gopher":
-            return lambda d: gopher_quality_reason(d["text"], d.get("language", "en"))
-        return lambda d: FILTERS[name](d["text"])
+        def language(document):
+            code, score = identify_language(document["text"], classifier)
+            document["language"], document["language_score"] = code, round(score, 4)
+            if o["languages"] and code not in o["languages"]:
+                return f"language {code}"
+            return "language unsure" if o["languages"] and score < o["min_language_score"] else None
+        yield "language", language
 
-    def classify(name, value, low):
-        path, label, limit = parse_model(value)
-        model = load_classifier(path)
-        if label not in model.labels:
-            raise ValueError(f"{path} knows the labels {', '.join(model.labels)}, but not {label}")
+    if "filter" in o["steps"]:
+        def rule(function, document):
+            if function is gopher_quality_reason:
+                return function(document["text"], document.get("language", "en"))
+            return function(document["text"])
 
-        def step(document):
+        def classify(name, model, label, limit, document):
             score = document[name] = round(model.score(document["text"], label), 4)
-            return None if (score >= limit if low else score <= limit) else name
-        return step
+            return None if (score >= limit if name == "quality" else score <= limit) else name
 
-    def perplexity(document):
-        path, limit = parse_model(o["perplexity"], False)
-        document["perplexity"] = round(load_perplexity(path)(document["text"]), 2)
-        return None if document["perplexity"] <= limit else "perplexity"
+        def perplexity(measure, limit, document):
+            document["perplexity"] = round(measure(document["text"]), 2)
+            return None if document["perplexity"] <= limit else "perplexity"
 
-    def mask(document):
-        for kind, function in (("email", mask_emails), ("phone", mask_phone_numbers),
-                               ("ip", mask_ips)):
-            document["text"], count = function(document["text"])
-            if count:
-                document.setdefault("masked", {})[kind] = count
-
-    def decontaminate(document):
-        ngrams = test_ngrams(tuple(o["evals"]), o["eval_ngram"])
-        return "in a test set" if contaminated(document["text"], ngrams) else None
-
-    if "extract" in names:
-        steps.append(("extract", extract))
-    if "language" in names:
-        steps.append(("language", language))
-    if "filter" in names:
-        steps += [(name, rule(name)) for name in o["filters"]]
-        for name, low in (("quality", True), ("toxicity", False), ("nsfw", False)):
+        for name in o["filters"]:
+            yield name, functools.partial(rule, FILTERS[name])
+        for name in ("quality", "toxicity", "nsfw"):
             if o[name]:
-                steps.append((name, classify(name, o[name], low)))
+                path, label, limit = o[name]
+                model = load_classifier(path)
+                if label not in model.labels:
+                    raise ValueError(f"{path} knows the labels {', '.join(model.labels)}, but not "
+                                     f"{label}")
+                yield name, functools.partial(classify, name, model, label, limit)
         if o["perplexity"]:
-            steps.append(("perplexity", perplexity))
-    if "mask" in names:
-        steps.append(("mask", mask))
-    if "decontaminate" in names and o["evals"]:
-        steps.append(("decontaminate", decontaminate))
-    return steps
+            path, limit = o["perplexity"]
+            yield "perplexity", functools.partial(perplexity, load_perplexity(path), limit)
+
+    if "mask" in o["steps"]:
+        def mask(document):
+            for kind, function in MASKS.items():
+                document["text"], count = function(document["text"])
+                if count:
+                    document.setdefault("masked", {})[kind] = count
+        yield "mask", mask
+
+    if "decontaminate" in o["steps"] and o["evals"]:
+        ngrams = test_ngrams(tuple(o["evals"]), o["eval_ngram"])
+        yield "decontaminate", lambda document: (
+            "in a test set" if contaminated(document["text"], ngrams) else None)
 
 
 def process_file(path, out, o):
-    """All steps on single documents, for a file. Returns [counts of what was skipped in reading,
-    steps of a Tally], from `out`.tally.json if it was done before."""
+    """All steps on single documents, for a file. Returns a Tally, from `out`.tally.json if it was
+    done before."""
     if os.path.exists(out + ".tally.json"):
         with open(out + ".tally.json", encoding="utf-8") as file:
             return json.load(file)
-    steps, tally, counts = make_steps(o), Tally(), collections.Counter()
-    with document_writer(out) as write:
+    steps, tally, counts = list(make_steps(o)), Tally(), collections.Counter()
+    with packing(out) as file:
         last = time.process_time()
         for document in read_documents(path, counts):
-            if not steps:  # `read`
-                tally.add("read", document)
-            elif "html" in document and steps[0][0] != "extract":
-                counts["page without text: run extract first"] += 1
-                continue
             for name, function in steps:
                 before = dict(document)
                 reason = function(document)
@@ -2546,24 +2205,24 @@ def process_file(path, out, o):
                 tally.add(name, before, reason, document, now - last)
                 last = now
                 if name == "mask":
-                    tally.steps[name]["reasons"].update(document.get("masked", {}))
+                    tally[name]["reasons"].update(document.get("masked", {}))
                 if reason is not None:
                     break
             else:
-                write(document)
-    result = [counts, tally.steps]
+                file.write(to_line(document))
+    tally.step("read")["reasons"].update(counts)
     with replacing(out + ".tally.json") as file:
-        file.write(json.dumps(result).encode())
-    return result
+        json.dump(tally, file)
+    return tally
 
 
 def find_inputs(patterns):
     """Paths for arguments that may be files, patterns or folders (all files in them)."""
     paths = []
     for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-        if os.path.isdir(pattern):
-            found = sorted(os.path.join(pattern, name) for name in os.listdir(pattern))
+        folder = os.path.join(glob.escape(pattern), "*")
+        found = [pattern] if os.path.isfile(pattern) else sorted(
+            glob.glob(folder if os.path.isdir(pattern) else pattern))
         found = [p for p in found if os.path.isfile(p) and not p.endswith((".tmp", "report.json"))]
         if not found:
             raise ValueError(f"there is no file {pattern}")
@@ -2574,24 +2233,36 @@ def find_inputs(patterns):
 def output_name(i, path):
     """Of input number i: its own name, after a number that keeps equal names apart."""
     stem = re.sub(r"^\d{5}-", "", os.path.basename(path))
-    while os.path.splitext(stem)[1].lower() in (".gz", ".warc", ".wet", ".jsonl", ".html", ".htm",
-                                               ".txt", ".pdf", ".xhtml"):
-        stem = os.path.splitext(stem)[0]
+    stem = re.sub(r"(?i)(\.(gz|warc|wet|jsonl|x?html?|txt|pdf))+$", "", stem)
     return f"{i:05d}-{stem}.jsonl.gz"
 
 
 def run_pipeline(o, workers):
     """Read the inputs, apply the steps, and leave documents and report.json in o["out"].
 
-    State is files: each step has a folder in out/.work, with a file per input that takes its name
+    State is files: each stage has a folder in out/.work, with a file per input that takes its name
     when it is complete. A run that was killed finds them, and begins where they end.
     """
-    start, out = time.monotonic(), o["out"]
-    inputs = find_inputs(o["input"])
-    work = os.path.join(out, ".work")
+    def documents(files, folder):
+        jobs = [(path, out, o) for path, out in zip(files, outputs(files, folder))]
+        return Tally.merge(run_all(process_file, jobs, workers, "documents"))
+
+    def unique(files, folder):
+        return dedup_documents(files, folder, workers, o["exact"], o["max_line_repeats"],
+                               o["paragraph_error_rate"], o["min_paragraph"], o["min_words_left"])
+
+    def distinct(files, folder):
+        return minhash_dedup(files, folder, o["num_hashes"], o["num_bands"], o["ngram"],
+                             o["threshold"], workers)["steps"]
+
+    def outputs(files, folder):
+        return [os.path.join(folder, output_name(i, path)) for i, path in enumerate(files)]
+
+    start, out, inputs = time.monotonic(), o["out"], find_inputs(o["input"])
+    work, report = os.path.join(out, ".work"), os.path.join(out, "report.json")
+    state_path = os.path.join(work, "state.json")
     os.makedirs(work, exist_ok=True)
     state = json.dumps({**o, "files": [[p, os.path.getsize(p)] for p in inputs]}, sort_keys=True)
-    state_path = os.path.join(work, "state.json")
     if os.path.exists(state_path):
         with open(state_path, encoding="utf-8") as file:
             if file.read() != state:
@@ -2599,148 +2270,81 @@ def run_pipeline(o, workers):
                                  "--out, or delete it")
     elif any(name.endswith(".jsonl.gz") for name in os.listdir(out)):
         raise ValueError(f"{out} already holds documents: give another --out, or delete it")
-    else:
-        with replacing(state_path) as file:
-            file.write(state.encode())
-    if os.path.exists(os.path.join(out, "report.json")):
+    if os.path.exists(report):
         print(f"{out} is complete: report.json is there")
         return
-    make_steps(o)  # what is wrong with the options comes up now, and not in a worker
-    if o["evals"]:
-        test_ngrams(tuple(o["evals"]), o["eval_ngram"])
+    list(make_steps(o))  # what is wrong with the options comes up now, and not in a worker
+    with replacing(state_path) as file:
+        file.write(state)
 
-    folder = os.path.join(work, "1")
-    os.makedirs(folder, exist_ok=True)
-    files = [os.path.join(folder, output_name(i, path)) for i, path in enumerate(inputs)]
-    done = run_all(process_file, [(a, b, o) for a, b in zip(inputs, files)], workers, "documents")
-    skipped = sum((collections.Counter(counts) for counts, _ in done), collections.Counter())
-    steps = Tally.merge(steps for _, steps in done)
-
-    def stage(name, function):
-        """A step over the whole corpus, unless an earlier run has done it."""
-        nonlocal files
-        folder = os.path.join(work, name)
-        marker = os.path.join(folder, "done.json")
-        if not os.path.exists(marker):
-            shutil.rmtree(folder, ignore_errors=True)
-            os.makedirs(folder)
-            before = time.process_time() + sum(os.times()[2:4])
-            more = function(folder)
-            if more:
-                first = next(iter(more.values()))
-                first["seconds"] += time.process_time() + sum(os.times()[2:4]) - before
-            with replacing(marker) as file:
-                file.write(json.dumps(more).encode())
-        with open(marker, encoding="utf-8") as file:
-            steps.update(json.load(file))
-        files = [os.path.join(folder, os.path.basename(path)) for path in files]
-
+    stages, files, steps = [documents], inputs, Tally()
     if "dedup" in o["steps"]:
-        stage("2", lambda folder: dedup_documents(
-            files, folder, workers, o["exact"], o["max_line_repeats"], o["paragraph_error_rate"],
-            o["min_paragraph"], o["min_words_left"]))
-        if o["threshold"] <= 1:
-            stage("3", lambda folder: minhash_dedup(
-                files, folder, o["num_hashes"], o["num_bands"], o["ngram"], o["threshold"],
-                workers)["steps"])
+        stages += [unique] if o["threshold"] > 1 else [unique, distinct]
+    for stage in stages:
+        folder = os.path.join(work, stage.__name__)
+        os.makedirs(folder, exist_ok=True)
+        done = os.path.join(folder, "done.json")
+        if not os.path.exists(done):
+            before = sum(os.times()[:4])  # CPU seconds of this process and its workers
+            tally = stage(files, folder)
+            first = tally[next(iter(tally))] if tally else {"seconds": 0}
+            first["seconds"] = first["seconds"] or sum(os.times()[:4]) - before
+            with replacing(done) as file:
+                json.dump(tally, file)
+        with open(done, encoding="utf-8") as file:
+            steps.update(json.load(file))
+        files = outputs(files, folder)
     for path in files:  # complete: out of the workshop, and away with it
         if os.path.exists(path):
             os.replace(path, os.path.join(out, os.path.basename(path)))
-    write_report(os.path.join(out, "report.json"), inputs, skipped, steps,
-                 time.monotonic() - start)
-    for name in ("1", "2", "3"):
-        shutil.rmtree(os.path.join(work, name), ignore_errors=True)
+    write_report(report, inputs, steps, time.monotonic() - start)
+    for stage in stages:
+        shutil.rmtree(os.path.join(work, stage.__name__))
 
 
-def read_examples(pairs):
-    """(texts, labels) from arguments LABEL=FILE: a text per line of .txt, or per document of any
-    other kind of file."""
-    texts, labels = [], []
-    for pair in pairs:
-        label, equals, path = pair.partition("=")
-        if not equals or not label:
-            raise ValueError(f"{pair!r} should be LABEL=FILE")
-        for path in find_inputs([path]):
+def run_classifier(args):
+    """`train-classifier`: learn from examples, save, and measure on those held out."""
+    examples = []  # (text, label)
+    for label, pattern in args.examples:
+        for path in find_inputs([pattern]):
             if suffix(path) == ".txt":
-                with open_unpacked(path) as file:
-                    lines = [line.decode("utf-8", "replace") for line in
-                             read_lines(file, collections.Counter())]
+                lines = read_lines(path, collections.Counter())
+                texts = (line.decode("utf-8", "replace") for line in lines)
             else:
-                lines = []
-                for document in read_documents(path):
-                    if "html" in document:
-                        document["text"] = extract_text(document["html"])
-                    lines.append(document["text"])
-            texts += [line for line in lines if line.strip()]
-            labels += [label] * (len(texts) - len(labels))
-    return texts, labels
-
-
-def train_classifier(args):
-    """`train-classifier`: learn from examples, print accuracy on those held out, save."""
-    texts, labels = read_examples(args.examples)
-    test = np.random.RandomState(args.seed).rand(len(texts)) < args.test_fraction
-    pick = lambda items, mask: [x for x, m in zip(items, mask) if m]
+                texts = (d["text"] if "text" in d else extract_text(d["html"])
+                         for d in read_documents(path))
+            examples += [(text, label) for text in texts if text.strip()]
+    test = np.random.RandomState(args.seed).rand(len(examples)) < args.test_fraction
     start = time.monotonic()
-    model = LinearClassifier.train(pick(texts, ~test), pick(labels, ~test), tuple(args.chars),
-                                   args.words, args.bits, args.epochs, args.rate, args.scale,
-                                   args.prior, args.seed)
+    model = LinearClassifier.train(
+        *zip(*itertools.compress(examples, ~test)), args.chars, args.words, args.bits, args.epochs,
+        args.rate, args.scale, args.prior, args.seed)
     spent = time.monotonic() - start
     model.save(args.out)
     model = LinearClassifier.load(args.out)
-    right = [model.predict(t)[0] == label
-             for t, label in zip(pick(texts, test), pick(labels, test))]
-    print(f"{args.out}: {len(model.labels)} labels, {len(texts) - len(right):,} examples, "
-          f"{spent:.1f} s, {os.path.getsize(args.out) / 1e6:.1f} MB")
+    print(f"{args.out}: {len(model.labels)} labels, {(~test).sum():,} examples, {spent:.1f} s, "
+          f"{os.path.getsize(args.out) / 1e6:.1f} MB")
+    right = [model.predict(text)[0] == label for text, label in itertools.compress(examples, test)]
     if right:
         print(f"accuracy: {sum(right) / len(right):.4f} on {len(right):,} held-out examples")
 
 
-def parse_shares(pairs, name):
-    """NAME=NUMBER, ... -> {name: number}. Raises ValueError."""
-    shares = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            shares[key] = float(value)
-        except ValueError:
-            raise ValueError(f"{name} {pair!r} should be NAME=NUMBER") from None
-    return shares
-
-
 def run_mix(args):
     """`mix`: draw documents from sources by their shares."""
-    sources = {}
-    for pair in args.input:
-        name, equals, path = pair.partition("=")
-        if not equals:
-            name, path = "all", pair
-        last = name if equals else "all"
-        sources.setdefault(last, []).extend(find_inputs([path]))
-    texts = lambda name: (d.get("text", "") for p in sources[name] for d in read_documents(p))
+    sources = collections.defaultdict(list)
+    for name, pattern in args.input:
+        sources[name] += find_inputs([pattern])
     if args.weights:
-        weights = parse_shares(args.weights, "--weights")
+        weights = dict(args.weights)
     elif args.target:
-        samples = {}
-        for name in sources:
-            sample = bytearray()
-            for text in texts(name):
-                sample += text.encode() + b"\n"
-                if len(sample) >= args.proxy_bytes:
-                    break
-            samples[name] = bytes(sample[: args.proxy_bytes])
-        target = "\n".join(d.get("text", "") for p in find_inputs(args.target)
-                           for d in read_documents(p)).encode()[: args.proxy_bytes]
-        if not target or not all(samples.values()):
-            raise ValueError("--target, or a source, has no text")
-        weights = learn_weights(samples, target)
+        weights = learn_weights(sources, find_inputs(args.target))
     else:
-        sizes = {name: sum(len(t.encode()) for t in texts(name)) for name in sources}
-        weights = natural_weights(sizes, args.temperature)
-    budget = None if args.tokens is None else args.tokens * args.bytes_per_token
+        weights = {name: sum(text_size(d) for path in paths for d in read_documents(path))
+                   ** (1 / args.temperature) for name, paths in sources.items()}
+    budget = args.tokens and args.tokens * args.bytes_per_token
     given = mix(sources, args.out, weights, budget, args.max_epochs)
     with replacing(os.path.join(args.out, "report.json")) as file:
-        file.write(json.dumps(given, indent=1).encode() + b"\n")
+        json.dump(given, file, indent=1)
     for name, g in given.items():
         print(f"{name:<20} weight {g['weight']:.4f}  {g['documents']:>10,} documents  "
               f"{g['bytes'] / 1e6:>10.2f} MB  epoch {g['epochs']}")
@@ -2748,146 +2352,137 @@ def run_mix(args):
         warn(f"the sources are used up after --max_epochs {args.max_epochs}, before --tokens")
 
 
-STEPS = {"read": [], "extract": ["extract"], "language": ["language"], "filter": ["filter"],
-         "mask": ["mask"], "decontaminate": ["decontaminate"], "dedup": ["dedup"],
-         "pipeline": ["extract", "language", "filter", "mask", "decontaminate", "dedup"]}
+# -----------------------------------------------------------------------------
+# The command line.
+
+COMMANDS = {  # what each does, and its steps
+    "pipeline": ("all of it", ["extract", "language", "filter", "mask", "decontaminate", "dedup"]),
+    "read": ("pages of WARC files to .jsonl.gz with their HTML", []),
+    "extract": ("HTML to main text", ["extract"]),
+    "language": ("identify it, and keep some", ["language"]),
+    "filter": ("drop bad text by rules and classifiers", ["filter"]),
+    "mask": ("e-mail addresses, phone numbers, IP addresses", ["mask"]),
+    "decontaminate": ("drop what has parts of test sets", ["decontaminate"]),
+    "dedup": ("documents, lines, paragraphs, near duplicates", ["dedup"]),
+}
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def fields(form, separator, number_last):
+    """A type for argparse: text of a form such as NAME=FILE -> a tuple."""
+    count = form.count(separator)
+
+    def parse(text):
+        parts = text.rsplit(separator, count) if number_last else text.split(separator, count)
+        try:
+            if len(parts) <= count or not all(parts):
+                raise ValueError
+            return (*parts[:-1], float(parts[-1])) if number_last else tuple(parts)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} should be {form}") from None
+
+    return parse
+
+
+def source(text):
+    """NAME=FILE, or FILE of the source "all"."""
+    return tuple(text.split("=", 1)) if "=" in text else ("all", text)
 
 
 def build_parser():
     """The command line: a parser for each step."""
-    parser = argparse.ArgumentParser(description="From Common Crawl pages to tokens worth "
-                                     "training on. `pipeline` does all steps; each is a command.")
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = {"read": "pages of WARC files to .jsonl.gz with their HTML",
-             "extract": "HTML to main text", "language": "identify it, and keep some",
-             "filter": "drop bad text by rules and classifiers", "mask": "personal data",
-             "decontaminate": "drop what has parts of test sets",
-             "dedup": "documents, lines, paragraphs, near duplicates", "pipeline": "all of it"}
-    for name, steps in STEPS.items():
-        p = commands.add_parser(name, help=about[name])
-        p.add_argument("--input", nargs="+", required=True, metavar="FILE",
-                       help=".warc .wet .html .txt .jsonl (also .gz), .pdf, patterns, folders")
-        p.add_argument("--out", required=True, metavar="DIR", help="for .jsonl.gz and report.json")
-        p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
-                       help="processes (default: one per core); the output does not depend on it")
+
+    def command(name, about):
+        p = commands.add_parser(name, help=about,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        return p.add_argument
+
+    share, count, some = number(float, 0, 1), number(int, 0), number(int, 1)
+    for name, (about, steps) in COMMANDS.items():
+        add = command(name, about)
+        add("--input", nargs="+", required=True, metavar="FILE",
+            help=".warc .wet .html .txt .jsonl (also .gz), .pdf, patterns, folders")
+        add("--out", required=True, metavar="DIR", help="for .jsonl.gz and report.json")
+        add("--workers", type=some, default=os.cpu_count() or 1, metavar="N",
+            help="processes; the output does not depend on it")
         if "language" in steps:
-            p.add_argument("--languages", nargs="*", default=["en"], metavar="CODE",
-                           help="which to keep; none after the flag: all (default en)")
-            p.add_argument("--min_language_score", type=float, default=0.5, metavar="P",
-                           help="drop what is less certain (default 0.5)")
-            p.add_argument("--language_model", metavar="FILE",
-                           help="of train-classifier (default: by script and stop words)")
+            add("--languages", nargs="*", default=["en"], metavar="CODE", help="to keep; none: all")
+            add("--min_language_score", type=share, default=0.5, metavar="P",
+                help="drop what is less certain")
+            add("--language_model", metavar="FILE",
+                help="of train-classifier; without it, by script and stop words")
         if "filter" in steps:
-            p.add_argument("--filters", nargs="*", default=["gopher", "repetition", "fineweb"],
-                           choices=list(FILTERS), help="rules (default gopher repetition fineweb)")
+            add("--filters", nargs="*", default=["gopher", "repetition", "fineweb"],
+                choices=list(FILTERS), help="rules")
             for model, what in (("quality", "keep from"), ("toxicity", "keep up to"),
                                 ("nsfw", "keep up to")):
-                p.add_argument(f"--{model}", metavar="FILE:LABEL:P", help="classifier, its label, "
-                               f"and the probability of it to {what}")
-            p.add_argument("--perplexity", metavar="CKPT:MAX",
-                           help="drop what a checkpoint of train.py finds less likely")
+                add(f"--{model}", type=fields("FILE:LABEL:NUMBER", ":", True),
+                    metavar="FILE:LABEL:P", help=f"classifier, label, probability of it to {what}")
+            add("--perplexity", type=fields("FILE:NUMBER", ":", True), metavar="CKPT:MAX",
+                help="drop what a checkpoint of train.py finds less likely")
         if "decontaminate" in steps:
-            p.add_argument("--evals", nargs="*", default=[], metavar="FILE",
-                           help="test sets: .jsonl .json .csv, or lines of .txt")
-            p.add_argument("--eval_ngram", type=int, default=13, metavar="N",
-                           help="words in a row that give a document away (default 13)")
+            add("--evals", nargs="*", default=[], required=name == "decontaminate", metavar="FILE",
+                help="test sets: .jsonl .json .csv, or lines of .txt")
+            add("--eval_ngram", type=some, default=13, metavar="N",
+                help="words in a row that give a document away")
         if "dedup" in steps:
-            p.add_argument("--no_exact", dest="exact", action="store_false",
-                           help="keep documents that are equal")
-            p.add_argument("--max_line_repeats", type=int, default=5, metavar="N",
-                           help="drop lines found in more places than this; 0: keep (default 5)")
-            p.add_argument("--paragraph_error_rate", type=float, default=0.001, metavar="P",
-                           help="of the Bloom filter that drops repeated paragraphs; 0: keep them "
-                           "(default 0.001)")
-            p.add_argument("--min_paragraph", type=int, default=100, metavar="BYTES",
-                           help="shorter lines are no paragraphs (default 100)")
-            p.add_argument("--min_words_left", type=int, default=50, metavar="N",
-                           help="drop documents that lost lines and have fewer words (default 50)")
-            p.add_argument("--threshold", type=float, default=0.8, metavar="J",
-                           help="similarity of near duplicates; above 1: keep them (default 0.8)")
-            for name, default in (("ngram", 5), ("num_hashes", 112), ("num_bands", 14)):
-                p.add_argument(f"--{name}", type=int, default=default, metavar="N",
-                               help=f"of MinHash (default {default})")
+            add("--no_exact", dest="exact", action="store_false", help="keep equal documents")
+            add("--max_line_repeats", type=count, default=5, metavar="N",
+                help="drop lines found in more places than this; 0: keep")
+            add("--paragraph_error_rate", type=number(float, 0, 0.5), default=0.001, metavar="P",
+                help="of the Bloom filter that drops repeated paragraphs; 0: keep them")
+            add("--min_paragraph", type=count, default=100, metavar="BYTES",
+                help="shorter lines are no paragraphs")
+            add("--min_words_left", type=count, default=50, metavar="N",
+                help="drop documents that lost lines and have fewer words")
+            add("--threshold", type=number(float, 0), default=0.8, metavar="J",
+                help="similarity of near duplicates; above 1: keep them")
+            add("--ngram", type=some, default=5, metavar="N", help="words in a row, for MinHash")
+            add("--num_hashes", type=some, default=112, metavar="N", help="of MinHash")
+            add("--num_bands", type=some, default=14, metavar="N", help="of MinHash, of equal size")
 
-    m = commands.add_parser("mix", help="sources by weight, temperature or token budget")
-    m.add_argument("--input", nargs="+", required=True, metavar="NAME=FILE")
-    m.add_argument("--out", required=True, metavar="DIR")
-    m.add_argument("--weights", nargs="+", metavar="NAME=SHARE", help="shares of the bytes")
-    m.add_argument("--target", nargs="+", metavar="FILE", help="learn the weights: those at which "
-                   "small models of the sources, mixed, find this text likeliest")
-    m.add_argument("--proxy_bytes", type=int, default=4 << 20, metavar="N",
-                   help="of each source, and of the target, to learn from (default 4 MiB)")
-    m.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                   help="without either: shares are size^(1/T) (default 1, as they are)")
-    m.add_argument("--tokens", type=float, metavar="N", help="how much in all; sources repeat")
-    m.add_argument("--bytes_per_token", type=float, default=4.0, metavar="N", help="(default 4)")
-    m.add_argument("--max_epochs", type=int, default=4, metavar="N",
-                   help="how often a source may be gone through (default 4)")
+    add = command("mix", "sources by weight, temperature or token budget")
+    add("--input", nargs="+", type=source, required=True, metavar="NAME=FILE", help="sources")
+    add("--out", required=True, metavar="DIR", help="for mixed.jsonl.gz and report.json")
+    add("--weights", nargs="+", type=fields("NAME=NUMBER", "=", True), metavar="NAME=SHARE",
+        help="shares of the bytes")
+    add("--target", nargs="+", metavar="FILE", help="learn the weights, for text like this")
+    add("--temperature", type=number(float, 1e-3), default=1.0, metavar="T",
+        help="without either: shares are size^(1/T), at 1 as they are")
+    add("--tokens", type=number(float, 1), metavar="N", help="how much in all; sources repeat")
+    add("--bytes_per_token", type=number(float, 1e-3), default=4.0, metavar="N", help="of text")
+    add("--max_epochs", type=some, default=4, metavar="N", help="of a source, at most")
 
-    t = commands.add_parser("train-classifier", help="of languages, quality, toxicity, ...")
-    t.add_argument("--examples", nargs="+", required=True, metavar="LABEL=FILE",
-                   help="a text per line of .txt, or per document of other files")
-    t.add_argument("--out", required=True, metavar="FILE", help=".npz")
-    t.add_argument("--chars", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"),
-                   help="lengths of n-grams of characters; 0 0: none (default 1 4)")
-    t.add_argument("--words", type=int, default=0, metavar="N",
-                   help="longest n-gram of words (default 0, none; 2 for quality and toxicity)")
-    t.add_argument("--bits", type=int, default=17, help="of the hash (default 17)")
-    t.add_argument("--epochs", type=int, default=2, help="(default 2)")
-    t.add_argument("--rate", type=float, default=0.02, help="learning rate (default 0.02)")
-    t.add_argument("--scale", type=float, default=3.0, help="of the scores (default 3)")
-    t.add_argument("--prior", type=float, default=1.0,
-                   help="how much of naive Bayes to start from (default 1)")
-    t.add_argument("--test_fraction", type=float, default=0.05, metavar="F",
-                   help="examples to hold out and measure on (default 0.05)")
-    t.add_argument("--seed", type=int, default=0)
+    add = command("train-classifier", "of languages, quality, toxicity, ...")
+    add("--examples", nargs="+", type=fields("LABEL=FILE", "=", False), required=True,
+        metavar="LABEL=FILE", help="a text per line of .txt, or per document of other files")
+    add("--out", required=True, metavar="FILE", help=".npz")
+    add("--chars", type=number(int, 0, 16), nargs=2, default=(1, 4), metavar=("MIN", "MAX"),
+        help="lengths of n-grams of characters; 0 0: none")
+    add("--words", type=number(int, 0, 16), default=0, metavar="N",
+        help="longest n-gram of words; 0: none; 2 is good for quality and toxicity")
+    add("--bits", type=number(int, 1, 26), default=17, help="of the hash")
+    add("--epochs", type=count, default=2, help="of gradient descent")
+    add("--rate", type=number(float, 0), default=0.02, help="learning rate")
+    add("--scale", type=number(float, 0), default=3.0, help="of the scores")
+    add("--prior", type=number(float, 0), default=1.0, help="of naive Bayes, to start from")
+    add("--test_fraction", type=share, default=0.05, metavar="F",
+        help="examples to hold out and measure on")
+    add("--seed", type=count, default=0, help="of their order")
     return parser
-
-
-def check_usage(parser, args):
-    """Exit with usage and code 2 where flags make no sense."""
-    def need(ok, message):
-        if not ok:
-            parser.error(message)
-    a = vars(args)
-    need(a.get("workers", 1) >= 1, "--workers must be at least 1")
-    if "num_hashes" in a:
-        need(args.num_hashes >= 1 and args.num_bands >= 1 and args.ngram >= 1,
-             "--num_hashes, --num_bands and --ngram must be at least 1")
-        need(args.num_hashes % args.num_bands == 0,
-             f"--num_hashes {args.num_hashes} can not be cut into {args.num_bands} equal bands")
-        need(args.threshold >= 0, "--threshold must be at least 0")
-        need(0 <= args.paragraph_error_rate < 1, "--paragraph_error_rate must be in [0, 1)")
-    need(a.get("eval_ngram", 1) >= 1, "--eval_ngram must be at least 1")
-    if args.command == "decontaminate":
-        need(args.evals, "decontaminate needs --evals")
-    for name in ("quality", "toxicity", "nsfw", "perplexity"):
-        if a.get(name):
-            try:
-                parse_model(a[name], name != "perplexity")
-            except ValueError as error:
-                parser.error(f"--{name} {error}")
-    if args.command == "mix":
-        need(args.temperature > 0, "--temperature must be above 0")
-        need(args.tokens is None or args.tokens > 0, "--tokens must be above 0")
-        need(args.max_epochs >= 1 and args.bytes_per_token > 0 and args.proxy_bytes > 0,
-             "--max_epochs, --bytes_per_token and --proxy_bytes must be above 0")
-    if args.command == "train-classifier":
-        need(0 <= args.chars[0] <= args.chars[1] <= 16 and 0 <= args.words <= 16
-             and (args.chars[1] or args.words), "--chars and --words must be 0 to 16, one not 0")
-        need(1 <= args.bits <= 26 and args.epochs >= 0 and 0 <= args.test_fraction < 1,
-             "--bits must be 1 to 26, --epochs at least 0, --test_fraction in [0, 1)")
-
-
-def options(args):
-    """What run_pipeline needs, with values for what a single step has no flag for."""
-    o = {"language_model": None, "languages": [], "filters": [], "quality": None, "toxicity": None,
-         "nsfw": None, "perplexity": None, "evals": [], "eval_ngram": 13,
-         "min_language_score": 0.0}
-    o.update(vars(args))
-    o["steps"] = STEPS[args.command]
-    del o["workers"]
-    return o
 
 
 def interrupted(number, frame):
@@ -2899,16 +2494,22 @@ def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     parser = build_parser()
     args = parser.parse_args()
-    check_usage(parser, args)
+    if args.command in ("dedup", "pipeline") and args.num_hashes % args.num_bands:
+        parser.error(f"--num_hashes {args.num_hashes} can not be cut into {args.num_bands} equal "
+                     "bands")
+    if args.command == "train-classifier" and (args.chars[0] > args.chars[1] or
+                                               not args.chars[1] and not args.words):
+        parser.error("--chars and --words leave no n-grams")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
     try:
         if args.command == "mix":
             run_mix(args)
         elif args.command == "train-classifier":
-            train_classifier(args)
+            run_classifier(args)
         else:
-            run_pipeline(options(args), args.workers)
+            options = {**vars(args), "steps": COMMANDS[args.command][1]}
+            run_pipeline(options, options.pop("workers"))
     except KeyboardInterrupt:
         print("\ncurate.py: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
