@@ -13,8 +13,7 @@ Training on many processes, from collectives up.
 NCCL on GPUs, gloo on CPUs. The flags, files and losses are those of train.py: a run can be resumed
 here on another number of processes, or there. Several machines, each with 8 GPUs:
 
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d \\
-        --rdzv_endpoint HOST:29500 ddp.py ...
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ddp.py
 
 In the comments: W processes, each with its rank; P bytes of parameters. What collectives cost, in
 bytes sent by all ranks together: all-gather and reduce-scatter (W - 1) P, all-reduce, which is one
@@ -22,6 +21,7 @@ of each, 2 (W - 1) P.
 """
 
 import argparse
+import bisect
 import contextlib
 import datetime
 import functools
@@ -29,7 +29,6 @@ import itertools
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 import types
@@ -57,11 +56,6 @@ def rank(group=None):
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def peer(i, group=None):
-    """The number that rank i of a group has among all."""
-    return i if group is None else dist.get_global_rank(group, i)
-
-
 def flatten(tensors):
     """Tensors of one dtype, one after the other: (n,)"""
     return torch.cat([x.reshape(-1) for x in tensors])
@@ -76,7 +70,7 @@ def broadcast(tensors, group=None):
     """Give all ranks the tensors of the first."""
     if world(group) > 1:
         for x in tensors:
-            dist.broadcast(x.detach(), peer(0, group), group=group)
+            dist.broadcast(x.detach(), group=group, group_src=0)
 
 
 def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
@@ -109,10 +103,22 @@ def all_gather(x, sizes, group=None):
     if world(group) == 1 or len(set(sizes)) > 1:
         return exchange(x.repeat(world(group)), [len(x)] * world(group), sizes, group)
     out = x.new_empty(sum(sizes))
-    # (its new name, where PyTorch has that)
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # (new name, old)
     gather(out, x.contiguous(), group=group)
     return out
+
+
+class Collective(torch.autograd.Function):
+    """forward(x), whose gradient is backward(g): of every collective another one is the mirror."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.mirror = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.mirror(g.contiguous()), None, None
 
 
 # -----------------------------------------------------------------------------
@@ -139,20 +145,18 @@ class Buckets:
     while those of earlier layers are still being computed; in the same order on all ranks."""
 
     def __init__(self, params, bucket_mb, send, active):
-        self.buckets, self.limit, self.send, self.active = [], bucket_mb * 2**20, send, active
-        self.bucket_of, self.size = {}, 0
+        self.limit, self.send, self.active = bucket_mb * 2**20, send, active
+        self.buckets, self.bucket_of = [], {}
         self.add(params)
 
     def add(self, params):
         """Take in further parameters. Only one dtype goes into a bucket."""
         for p in reversed([p for p in params if p.requires_grad]):
-            n = p.numel() * p.element_size()
-            if not self.buckets or self.size + n > self.limit or \
-                    self.buckets[-1][0].dtype != p.dtype:
+            last = self.buckets[-1] if self.buckets else []
+            if not last or last[0].dtype != p.dtype or \
+                    sum(q.nbytes for q in [*last, p]) > self.limit:
                 self.buckets.append([])
-                self.size = 0
             self.buckets[-1].append(p)
-            self.size += n
             self.bucket_of[p] = len(self.buckets) - 1
             p.register_post_accumulate_grad_hook(self._ready)
         self._begin()
@@ -162,22 +166,20 @@ class Buckets:
 
     def _ready(self, p):
         """A gradient is there."""
-        if not self.active:
-            return
-        if p not in self.missing[self.bucket_of[p]]:  # another backward pass has begun
-            self.finish()
-        self.missing[self.bucket_of[p]].remove(p)
-        while self.next < len(self.buckets) and not self.missing[self.next]:
-            self._send()
+        if self.active:
+            if p not in self.missing[self.bucket_of[p]]:  # another backward pass has begun
+                self.finish()
+            self.missing[self.bucket_of[p]].remove(p)
+            self._send(wait=True)
 
-    def _send(self):
-        self.next += 1
-        self.send(self.buckets[self.next - 1])
+    def _send(self, wait):
+        while self.next < len(self.buckets) and not (wait and self.missing[self.next]):
+            self.next += 1
+            self.send(self.buckets[self.next - 1])
 
     def finish(self):
         """Send what is left, since some of its gradients are missing."""
-        while self.next < len(self.buckets):
-            self._send()
+        self._send(wait=False)
         self._begin()
 
 
@@ -247,8 +249,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, **kwargs):
-        self.group, self.optimizer_cls, self.kwargs = group, optimizer_cls, kwargs
-        self.owner, self.load, self.local = {}, [0] * world(group), None
+        self.group, self.owner, self.load, self.local = group, {}, [0] * world(group), None
+        self.make = functools.partial(optimizer_cls, **kwargs)
         self.reduced = {}  # own gradients, summed over ranks and the backward passes so far
         limit = 0 if shard_gradients else math.inf
         self.buckets = Buckets([], limit, self._reduce, shard_gradients)
@@ -261,12 +263,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in sorted((p for p in group["params"] if p.requires_grad), key=lambda p: -p.numel()):
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += p.numel()
-        own = [p for p in group["params"] if self.owner.get(p) == rank(self.group)]
+        own = {**group, "params": [p for p in group["params"]
+                                   if self.owner.get(p) == rank(self.group)]}
         if self.local is None:
-            self.local = self.optimizer_cls([{**group, "params": own}], **self.kwargs)
+            self.local = self.make([own])
             self.state = self.local.state
         else:
-            self.local.add_param_group({**group, "params": own})
+            self.local.add_param_group(own)
         for name, value in self.local.param_groups[-1].items():
             group.setdefault(name, value)  # the class's defaults
         self.buckets.add(group["params"])
@@ -283,7 +286,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in params:
             p.grad = None
         for p, g in unpack_gradients(own / world(self.group), parts[rank(self.group)]).items():
-            self.reduced[p] = self.reduced[p] + g if p in self.reduced else g
+            self.reduced[p] = g + self.reduced.get(p, 0)
 
     def reduce_gradients(self):
         """Average the gradients over ranks, each at its owner; all others are freed."""
@@ -326,20 +329,14 @@ def whole_of(shard, shape, group=None):
     return full[: math.prod(shape)].view(shape)
 
 
-class Gather(torch.autograd.Function):
-    """Shards of all ranks -> the whole matrix; backward: its gradient, averaged, -> own shard."""
+def gather_weight(shard, shape, dtype, group=None):
+    """Shards of all ranks -> the whole matrix; its gradient, averaged, goes back into shards."""
+    def scatter(g):
+        flat = F.pad(g.reshape(-1), (0, len(shard) * world(group) - g.numel()))
+        own = reduce_scatter(flat, [len(shard)] * world(group), group) / world(group)
+        return own.to(shard.dtype)
 
-    @staticmethod
-    def forward(ctx, shard, shape, dtype, group):
-        ctx.group, ctx.dtype, ctx.size = group, shard.dtype, len(shard)
-        return whole_of(shard.to(dtype), shape, group)
-
-    @staticmethod
-    def backward(ctx, g):
-        W = world(ctx.group)
-        flat = F.pad(g.reshape(-1), (0, ctx.size * W - g.numel()))
-        own = reduce_scatter(flat, [ctx.size] * W, ctx.group) / W
-        return own.to(ctx.dtype), None, None, None
+    return Collective.apply(shard, lambda x: whole_of(x.to(dtype), shape, group), scatter)
 
 
 class FSDP(nn.Module):
@@ -347,9 +344,9 @@ class FSDP(nn.Module):
     flat parameter; gathers it just ahead of its use, in the forward pass and again in the backward
     pass, and frees it afterwards. Other parameters are small, and stay whole.
 
-    compute_dtype: of gathered weights and their gradients; the shards stay as they are (float32
-    masters). Optimizers are given FSDP's parameters(): AdamW, which looks at each number by
-    itself, works on shards; Muon, which needs matrices, does not.
+    compute_dtype: bfloat16 or float16, of gathered weights and their gradients; the shards stay as
+    they are (float32 masters). Optimizers are given FSDP's parameters(): AdamW, which looks at
+    each number by itself, works on shards; Muon, which needs matrices, does not.
     """
 
     def __init__(self, module, compute_dtype=None, group=None):
@@ -374,8 +371,8 @@ class FSDP(nn.Module):
         """Call a Linear or an Embedding with its whole weight."""
         shard, group = part.weight, self.group
         shape, dtype = self.shapes[shard], self.compute_dtype or shard.dtype
-        swapped = {"weight": Gather.apply(shard, shape, dtype, group)}
-        address, numel = swapped["weight"].data_ptr(), math.prod(shape)
+        full = gather_weight(shard, shape, dtype, group)
+        address, numel = full.data_ptr(), full.numel()
 
         def pack(x):  # in place of the whole matrix the graph keeps a note to gather it again
             whole = x.data_ptr() == address and x.numel() == numel
@@ -386,17 +383,14 @@ class FSDP(nn.Module):
                 return x
             return whole_of(shard.detach().to(dtype), shape, group).as_strided(*x)
 
-        if self.compute_dtype and args[0].is_floating_point():
-            args = (args[0].to(dtype), *args[1:])
-            if part.bias is not None:
-                swapped["bias"] = part.bias.to(dtype)
-        part.__dict__.update(swapped)  # found before the parameters of these names
+        lower = contextlib.nullcontext() if dtype == shard.dtype else \
+            torch.autocast(full.device.type, dtype)
+        part.__dict__["weight"] = full  # found before the parameter of this name
         try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack), lower:
                 return forward(*args, **kwargs)
         finally:
-            for name in swapped:
-                del part.__dict__[name]
+            del part.__dict__["weight"]
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -421,29 +415,14 @@ class FSDP(nn.Module):
 # units); only then are the sums added up: one all-reduce forward, and one backward.
 
 
-class Copy(torch.autograd.Function):
+def copy_to(x, group):
     """The same input for all ranks; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x
-
-    @staticmethod
-    def backward(ctx, g):
-        return all_reduce(g.clone(memory_format=torch.contiguous_format), ctx.group), None
+    return Collective.apply(x, lambda x: x.view_as(x), lambda g: all_reduce(g.clone(), group))
 
 
-class Sum(torch.autograd.Function):
+def sum_over(x, group):
     """The sum of all ranks' outputs; each has the gradient of the sum."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        return all_reduce(x.clone(), group)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, None
+    return Collective.apply(x, lambda x: all_reduce(x.clone(), group), lambda g: g)
 
 
 def part_of(n, group, what="size"):
@@ -475,7 +454,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = own_piece(whole.bias if bias_value is None else bias_value, part)
 
     def forward(self, x):
-        x = x if self.copied else Copy.apply(x, self.group)
+        x = x if self.copied else copy_to(x, self.group)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -492,7 +471,7 @@ class RowParallelLinear(nn.Module):
         self.bias = own_piece(whole.bias if bias_value is None else bias_value)
 
     def forward(self, x):
-        y = Sum.apply(F.linear(x, self.weight), self.group)
+        y = sum_over(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -511,7 +490,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids):
         mine = (ids >= self.part.start) & (ids < self.part.stop)
         x = F.embedding((ids - self.part.start).masked_fill(~mine, 0), self.weight)
-        return Sum.apply(x * mine[..., None], self.group)
+        return sum_over(x * mine[..., None], self.group)
 
 
 def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100, z_loss=0.0):
@@ -521,35 +500,34 @@ def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100,
     part = part_of(logits.shape[-1] * world(group), group)
     logits = model_py.upcast(logits)
     m = all_reduce(logits.detach().amax(-1), group, dist.ReduceOp.MAX)
-    log_z = m + Sum.apply((logits - m[..., None]).exp().sum(-1), group).log()
+    log_z = m + sum_over((logits - m[..., None]).exp().sum(-1), group).log()
     mine = (targets >= part.start) & (targets < part.stop)
     at = logits.gather(-1, (targets - part.start).masked_fill(~mine, 0)[..., None])[..., 0]
-    losses = log_z - Sum.apply(at * mine, group) + z_loss * log_z.square()
+    losses = log_z - sum_over(at * mine, group) + z_loss * log_z.square()
     return losses.masked_fill(targets == ignore_index, 0.0).sum()
 
 
 def split_tensors(model, group):
     """Make a Transformer tensor parallel, in place -> the model. Raises ValueError."""
     c, W = model.config, world(group)
-    if set(c.attention.split(",")) - {"full", "sliding"} or c.activation == "moe":
-        raise ValueError("--tp is for full and sliding attention, without experts")
-    if c.norm_place != "pre" or c.tie_embeddings or c.qk_norm_joint or c.dropout or c.logit_cap:
-        raise ValueError("--tp is for norms before the parts, and goes with no tied embeddings, "
-                         "qk_norm_joint, dropout or logit_cap")
+    other = c.tie_embeddings or c.qk_norm_joint or c.dropout or c.logit_cap
+    if set(c.attention.split(",")) - {"full", "sliding"} or c.norm_place != "pre" or \
+            c.activation == "moe" or other:
+        raise ValueError("--tp is for full and sliding attention and norms before the parts, with "
+                         "no experts, tied embeddings, qk_norm_joint, dropout or logit_cap")
     for name in ("n_head", "n_kv_head", "d_ff", "vocab_size"):
         part_of(getattr(c, name), group, name)
 
     def split(parent, name, kind, **more):
-        linear = getattr(parent, name)
-        d_out, d_in = linear.weight.shape
-        setattr(parent, name, kind(d_in, d_out, linear.bias is not None, group, linear.weight,
-                                   linear.bias, **more))
+        weight, bias = getattr(parent, name).weight, getattr(parent, name).bias
+        setattr(parent, name, kind(*weight.shape[::-1], bias is not None, group, weight, bias,
+                                   **more))
 
     def copy(module, args, y):
-        return Copy.apply(y, group)
+        return copy_to(y, group)
 
     def add_up(g):
-        return Sum.apply(g, group)
+        return all_reduce(g.clone(), group)
 
     for block in model.blocks:
         attn, ffn = block.attn, block.ffn
@@ -586,20 +564,20 @@ def tensor_axis(model):
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
-def send_tensor(x, to, group=None):
+def send_tensor(x, to, group):
     """Send a tensor of up to 6 axes -> handles to be waited for, and what they send."""
     head = [DTYPES.index(x.dtype), x.ndim, *x.shape]
     head = torch.tensor(head + [0] * (8 - len(head)), device=x.device)
-    return [(dist.isend(y, to, group=group), y) for y in (head, x.contiguous())]
+    return [(dist.isend(y, group=group, group_dst=to), y) for y in (head, x.contiguous())]
 
 
-def receive_tensor(source, device, group=None):
+def receive_tensor(source, device, group):
     """Receive what `send_tensor` sent."""
     head = torch.zeros(8, dtype=torch.int64, device=device)
-    dist.recv(head, source, group=group)
+    dist.recv(head, group=group, group_src=source)
     dtype, ndim, *shape = head.tolist()
     x = torch.empty(shape[:ndim], dtype=DTYPES[dtype], device=device)
-    dist.recv(x, source, group=group)
+    dist.recv(x, group=group, group_src=source)
     return x
 
 
@@ -620,21 +598,21 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
     def forward(x, y):
         nonlocal loss
         if not first:
-            x = receive_tensor(peer(r - 1, group), device, group).requires_grad_()
+            x = receive_tensor(r - 1, device, group).requires_grad_()
         out = stage(x)
         if last:
             out = loss_fn(out, y)
             loss = loss + out.detach()
         else:
-            sent.extend(send_tensor(out.detach(), peer(r + 1, group), group))
+            sent.extend(send_tensor(out.detach(), r + 1, group))
         under_way.append((x, out))
 
     def backward():
         x, out = under_way.pop(0)
         if torch.is_grad_enabled():
-            out.backward(None if last else receive_tensor(peer(r + 1, group), device, group))
+            out.backward(None if last else receive_tensor(r + 1, device, group))
             if not first:
-                sent.extend(send_tensor(x.grad, peer(r - 1, group), group))
+                sent.extend(send_tensor(x.grad, r - 1, group))
 
     ahead = len(batches) if schedule == "gpipe" else min(len(batches), W - 1 - r)
     for i, batch in enumerate(batches):
@@ -664,12 +642,10 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers})
         model.blocks = self.blocks  # the others can go
         self._model = [model]  # in a list, so that its other parts are no parts of ours
-        if self.first:
-            self.embedding = model.embedding
-            if c.position == "learned":
-                self.positions = model.positions
-        if self.last:
-            self.final_norm, self.head = model.final_norm, model.head
+        for name, here in (("embedding", self.first), ("positions", self.first),
+                           ("final_norm", self.last), ("head", self.last)):
+            if here and hasattr(model, name):
+                setattr(self, name, getattr(model, name))
 
     def forward(self, x):
         """ids (B, T), or (B, T, C) -> (B, T, C), or logits"""
@@ -694,61 +670,58 @@ def rotate(tensors, group=None):
         return tensors
     flat = flatten(tensors)
     out = torch.empty_like(flat)
-    ways = [dist.P2POp(dist.isend, flat, peer((r + 1) % W, group), group),
-            dist.P2POp(dist.irecv, out, peer((r - 1) % W, group), group)]
+    ways = [dist.P2POp(dist.isend, flat, group=group, group_peer=(r + 1) % W),
+            dist.P2POp(dist.irecv, out, group=group, group_peer=(r - 1) % W)]
     for handle in dist.batch_isend_irecv(ways):
         handle.wait()
     return unflatten(out, tensors)
 
 
 class RingAttention(torch.autograd.Function):
-    """See `ring_attention`; backward as in FlashAttention, with gradients that travel."""
+    """See `ring_attention`; backward as in FlashAttention, with gradients that travel. Keys and
+    values are (B, H / n, 1, T, D), all else (B, H / n, n, T, D)."""
 
     @staticmethod
     def visible(q, k, source, group, causal):
-        """How q sees the keys of rank `source`: scores (B, H, T, T); None if they come later."""
+        """How q sees the keys of rank `source`: scores (..., T, T); None if they come later."""
         r = rank(group)
         if causal and source > r:
             return None
-        s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+        s = q @ k.mT * q.shape[-1] ** -0.5
         if causal and source == r:
-            s = s.masked_fill(~model_py.causal_mask(q.shape[2], q.device), -math.inf)
+            s = s.masked_fill(~model_py.causal_mask(q.shape[-2], q.device), -math.inf)
         return s
 
     @staticmethod
     def forward(ctx, q, k, v, group, causal):
-        W, r, n = world(group), rank(group), q.shape[1] // k.shape[1]
-        saved = q, k, v
-        m = torch.full((*q.shape[:3], 1), -math.inf, device=q.device, dtype=q.dtype)
-        l, acc = torch.zeros_like(m), torch.zeros_like(q)
+        W, r, saved = world(group), rank(group), (q, k, v)
+        m, l, acc = torch.full_like(q[..., :1], -math.inf), 0.0, 0.0
         for step in range(W):
             s = RingAttention.visible(q, k, (r - step) % W, group, causal)
             if s is not None:
                 larger = torch.maximum(m, s.amax(-1, keepdim=True))
                 p, shrink = (s - larger).exp(), (m - larger).exp()
-                l, m = l * shrink + p.sum(-1, keepdim=True), larger
-                acc = acc * shrink + p @ v.repeat_interleave(n, 1)
+                m, l, acc = larger, l * shrink + p.sum(-1, keepdim=True), acc * shrink + p @ v
             if step + 1 < W:
                 k, v = rotate((k, v), group)
-        ctx.options, o = (group, causal, n), acc / l
+        ctx.group, ctx.causal, o = group, causal, acc / l
         ctx.save_for_backward(*saved, o, m + l.log())
         return o
 
     @staticmethod
     def backward(ctx, g):
-        (q, k, v, o, lse), (group, causal, n) = ctx.saved_tensors, ctx.options
-        W, r, scale = world(group), rank(group), q.shape[-1] ** -0.5
-        delta = (g * o).sum(-1, keepdim=True)
+        q, k, v, o, lse = ctx.saved_tensors
+        W, r, delta = world(ctx.group), rank(ctx.group), (g * o).sum(-1, keepdim=True)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for step in range(W):  # the gradients travel with their keys, and are home after W steps
-            s = RingAttention.visible(q, k, (r - step) % W, group, causal)
+            s = RingAttention.visible(q, k, (r - step) % W, ctx.group, ctx.causal)
             if s is not None:
                 p = (s - lse).exp()
-                ds = p * (g @ v.repeat_interleave(n, 1).mT - delta) * scale
-                dq += ds @ k.repeat_interleave(n, 1)
-                dk += (ds.mT @ q).unflatten(1, (-1, n)).sum(2)
-                dv += (p.mT @ g).unflatten(1, (-1, n)).sum(2)
-            k, v, dk, dv = rotate((k, v, dk, dv), group)
+                ds = p * (g @ v.mT - delta) * q.shape[-1] ** -0.5
+                dq += ds @ k
+                dk += (ds.mT @ q).sum(2, keepdim=True)
+                dv += (p.mT @ g).sum(2, keepdim=True)
+            k, v, dk, dv = rotate((k, v, dk, dv), ctx.group)
         return dq, dk, dv, None, None
 
 
@@ -756,12 +729,12 @@ def ring_attention(q, k, v, group=None, causal=True):
     """Attention over sequences of which each rank of a group has T consecutive positions, the
     first rank the first. q: (B, H, T, D); k, v: (B, H / n, T, D) -> (B, H, T, D). Exact; no rank
     ever has more than its own and one other rank's keys."""
-    return RingAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), group, causal)
+    q, k, v = q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)
+    return RingAttention.apply(q, k, v, group, causal).flatten(1, 2)
 
 
 def split_sequence(model, T, group):
-    """Let a Transformer work on this rank's T positions of each sequence, in place -> the
-    model."""
+    """Let a Transformer work on this rank's T positions of each sequence, in place -> itself."""
     c = model.config
     if set(c.attention.split(",")) != {"full"} or c.activation == "moe" or c.dropout:
         raise ValueError("--sp is for full attention, without experts and dropout")
@@ -793,82 +766,71 @@ class Parallel:
     def __init__(self, model, args, device):
         self.args, self.device, self.config = args, device, model.config
         self.autocast, self.dtype = train.make_autocast(device, args.dtype)
-        n, W = args.tp * args.pp * args.sp, world()  # ranks of one copy, and all
+        self.tp, self.pp, self.sp, zero = args.tp, args.pp, args.sp, args.scheme.startswith("zero")
+        n, W = self.tp * self.pp * self.sp, world()  # ranks of one copy, and all
         self.dp, self.copy_rank = W // n, rank() // n
         self.group = self.grads = None  # ranks of one copy; those that average their gradients
         if n > 1:
             make = dist.new_subgroups_by_enumeration
-            self.group = make([list(range(i, i + n)) for i in range(0, W, n)])[0]
-            if args.sp == 1:  # else all have the same parameters, and different tokens
-                self.grads = make([list(range(i, W, n)) for i in range(n)])[0]
+            self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])
+            if self.sp == 1:  # else all have the same parameters, and different tokens
+                self.grads, _ = make([list(range(i, W, n)) for i in range(n)])
         # of --tp all ranks have the same loss, of --pp the last one has it, of --sp each its part
-        self.speaks = args.tp * args.pp == 1 or rank(self.group) == args.pp - 1
-
-        self.apart = args.scheme in ("zero1", "zero2") or args.pp > 1  # no parameter in two places
+        self.speaks = self.tp * self.pp == 1 or rank(self.group) == self.pp - 1
 
         # optimizers as one process has them, whose parameters are then replaced by our parts
-        optimizers = train.make_optimizers(model, args.optimizer, args.learning_rate,
-                                           args.weight_decay, (args.beta1, args.beta2),
-                                           args.momentum, args.mup)
+        self.optimizers = train.make_optimizers(
+            model, args.optimizer, args.learning_rate, args.weight_decay, (args.beta1, args.beta2),
+            args.momentum, args.mup)
         name_of = {p: name for name, p in model.named_parameters()}
-        self.names = [[[name_of[p] for p in group["params"]] for group in o.param_groups]
-                      for o in optimizers]
-        if args.tp > 1:
+        self.names = [[[name_of[p] for p in group["params"]] for group in optimizer.param_groups]
+                      for optimizer in self.optimizers]
+        if self.tp > 1:
             model = split_tensors(model, self.group)
-        elif args.pp > 1:
+        elif self.pp > 1:
             model = Stage(model, self.group)
-        elif args.sp > 1:
+        elif self.sp > 1:
             part_of(self.config.block_size, self.group, "block_size")
-            model = split_sequence(model, self.config.block_size // args.sp, self.group)
-        self.module, self.axes = model, tensor_axis(model)
-        self.wrapped = self.wrap(model)
-        self.params = dict(model.named_parameters())
-        self.split = set(self.axes) | {name for name, p in self.params.items() if hasattr(
+            model = split_sequence(model, self.config.block_size // self.sp, self.group)
+        self.module = self.wrapped = model
+        if args.impl == "torch" and args.scheme == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for part in [*model.blocks, model]:
+                fully_shard(part)
+        elif args.scheme == "fsdp":
+            self.wrapped = FSDP(model, group=self.grads)
+        elif args.impl == "torch" and W > 1:
+            self.wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=args.bucket_mb)
+        elif zero:
+            broadcast([*model.parameters(), *model.buffers()])
+        elif world(self.grads) > 1:
+            size = {"naive": 0, "flat": math.inf}.get(args.scheme, args.bucket_mb)
+            # a pipeline has several backward passes, of which only the last may send
+            overlap = args.scheme == "ddp" and self.pp == 1
+            self.wrapped = DDP(model, size, overlap, self.grads)
+        self.params, self.axes = dict(model.named_parameters()), tensor_axis(model)
+        self.split = {name for name, p in self.params.items() if name in self.axes or hasattr(
             p, "full_tensor") or p in getattr(self.wrapped, "shapes", ())}
-        for optimizer, names in zip(optimizers, self.names):
+        self.apart = zero or self.pp > 1  # each optimizer state, and each gradient, on one rank
+        for optimizer, names in zip(self.optimizers, self.names):
             for group, part in zip(optimizer.param_groups, names):
                 group["params"] = [self.params[name] for name in part if name in self.params]
         self.finish = [getattr(self.wrapped, "finish_gradient_synchronization", lambda: None)]
-        if args.scheme in ("zero1", "zero2"):
-            optimizers = [ShardedOptimizer(o.param_groups, type(o), self.grads,
-                                           args.scheme == "zero2", **o.defaults)
-                          for o in optimizers]
-            self.finish = [o.reduce_gradients for o in optimizers]
-        self.optimizers = optimizers
-
-    def wrap(self, model):
-        """Put what averages gradients around a model, as --scheme and --impl say."""
-        scheme, torch_impl = self.args.scheme, self.args.impl == "torch"
-        if scheme in ("zero1", "zero2"):
-            broadcast([*model.parameters(), *model.buffers()], self.grads)
-            return model
-        if scheme == "fsdp" and torch_impl:
-            from torch.distributed.fsdp import fully_shard
-
-            for block in model.blocks:
-                fully_shard(block)
-            return fully_shard(model)
-        if scheme == "fsdp":
-            return FSDP(model, group=self.grads)
-        if world(self.grads) == 1:
-            return model
-        if torch_impl:
-            gpu = torch.device(self.device).type == "cuda"
-            return nn.parallel.DistributedDataParallel(
-                model, [torch.device(self.device)] if gpu else None, process_group=self.grads,
-                bucket_cap_mb=self.args.bucket_mb)
-        size = {"naive": 0, "flat": math.inf}.get(scheme, self.args.bucket_mb)
-        # a pipeline has several backward passes, of which only the last may send
-        return DDP(model, size, scheme == "ddp" and self.args.pp == 1, self.grads)
+        if zero:
+            self.optimizers = [ShardedOptimizer(o.param_groups, type(o), self.grads,
+                                                args.scheme == "zero2", **o.defaults)
+                               for o in self.optimizers]
+            self.finish = [optimizer.reduce_gradients for optimizer in self.optimizers]
 
     def cut(self, x):
         """This rank's positions of sequences: all, but for sequence parallelism."""
-        return x.chunk(self.args.sp, 1)[rank(self.group)] if self.args.sp > 1 else x
+        return x.chunk(self.sp, 1)[rank(self.group)] if self.sp > 1 else x
 
     def loss_sum(self, logits, y):
         """Sum of the losses of this rank's part of a batch."""
         z_loss = self.args.z_loss if self.module.training else 0.0
-        if self.args.tp > 1:
+        if self.tp > 1:
             return vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
         return train.cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
 
@@ -876,38 +838,35 @@ class Parallel:
         """Gradients of the mean loss over all tokens of all ranks -> that loss, a number."""
         batches = [(self.cut(x), self.cut(y)) for x, y in batches]
         total = sum(y.numel() for _, y in batches)  # the same on all ranks
-        if self.args.pp > 1:
+        loss, never = 0.0, contextlib.nullcontext
+        if self.pp > 1:
             n = self.args.microbatches
-            pieces = [piece for x, y in batches for piece in zip(x.chunk(n), y.chunk(n))]
-
-            def share(logits, y):
-                return self.loss_sum(logits, y) / total
-
+            batches = [piece for x, y in batches for piece in zip(x.chunk(n), y.chunk(n))]
             with self.autocast():
-                loss = pipeline_step(self.module, pieces, share, self.group, self.args.pp_schedule,
-                                     self.device)
+                loss = pipeline_step(
+                    self.module, batches, lambda logits, y: self.loss_sum(logits, y) / total,
+                    self.group, self.args.pp_schedule, self.device)
         else:
-            loss, no_sync = 0.0, getattr(self.wrapped, "no_sync", contextlib.nullcontext)
             for i, (x, y) in enumerate(batches):
-                with no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
+                last = i + 1 == len(batches)
+                with never() if last else getattr(self.wrapped, "no_sync", never)():
                     with self.autocast():
                         part = self.loss_sum(self.wrapped(x), y) / total
                     (part + self.module.auxiliary_loss() / len(batches)).backward()
                 loss = loss + part.detach()
         for finish in self.finish:
             finish()
-        return all_reduce(loss * self.speaks).item() / (self.dp * self.args.sp)
+        return all_reduce(loss * self.speaks).item() / (self.dp * self.sp)
 
     @torch.no_grad()
     def clip(self, max_norm, eps=1e-6):
-        """Clip all gradients by their norm together -> the norm before, a number. Some gradients
-        are those of this rank's parts, others the same on all ranks."""
+        """Clip all gradients by their norm together -> the norm before, a number."""
         grads = {name: p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
                  for name, p in self.params.items() if p.grad is not None}
-        squares = torch.zeros(2, device=self.device)  # of our own ones, and of common ones
+        squares = torch.zeros(2, device=self.device)  # of our own ones, and of those that all have
         for name, g in grads.items():
             squares[0 if self.apart or name in self.split else 1] += g.square().sum()
-        all_reduce(squares[0], self.group if self.args.tp * self.args.pp > 1 else self.grads)
+        all_reduce(squares[0], self.group if self.tp * self.pp > 1 else self.grads)
         norm = squares.sum().sqrt()
         if max_norm and grads:
             shrink = torch.clamp(max_norm / (norm + eps), max=1.0)
@@ -919,7 +878,7 @@ class Parallel:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.args.pp == 1:
+        if self.pp == 1:
             for block in self.module.blocks:
                 if torch.is_tensor(getattr(block.ffn, "load", None)):
                     all_reduce(block.ffn.load, self.grads)
@@ -928,55 +887,53 @@ class Parallel:
     @torch.no_grad()
     def evaluate(self, data, batch_size, most=None):
         """As train.evaluate, on at most so many windows, which the copies of the model share."""
-        T = self.config.block_size
-        self.module.eval()
+        T, n = self.config.block_size, self.dp * batch_size
         starts = np.arange(0, len(data) - 1, T)
         if most and len(starts) > most:
             starts = starts[np.linspace(0, len(starts) - 2, most).astype(int)]
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for i in range(0, len(starts), self.dp * batch_size):
+        self.module.eval()
+        for i in range(self.copy_rank * batch_size, -(-len(starts) // n) * n, n):
             # -100, no target, stands where a copy lacks windows, and behind the data's end
             rows = torch.full((batch_size, T + 1), -100)
-            for row, start in zip(rows, starts[i + self.copy_rank * batch_size :]):
+            for row, start in zip(rows, starts[i:]):
                 ids = torch.from_numpy(data[start : start + T + 1].astype(np.int64))
                 row[: len(ids)] = ids
             rows = rows.to(self.device)
             x, y = self.cut(rows[:, :-1].clamp(min=0)), self.cut(rows[:, 1:])
             with self.autocast():
-                loss = self.loss_sum(self.wrapped(x), y) if self.args.pp == 1 else pipeline_step(
+                loss = self.loss_sum(self.wrapped(x), y) if self.pp == 1 else pipeline_step(
                     self.module, [(x, y)], self.loss_sum, self.group, device=self.device)
-            if self.speaks:
-                sums += torch.stack((loss.double(), (y != -100).sum()))
-        all_reduce(sums)
+            sums += self.speaks * torch.stack((loss.double(), (y != -100).sum()))
         self.module.train()
-        return (sums[0] / sums[1]).item()
+        total, count = all_reduce(sums).tolist()
+        return total / count
 
     # ---- checkpoints, which are those of one process
 
     def whole(self, name, x):
         """The whole of this rank's part of a parameter, or of something of its shape."""
-        if name not in self.split or x.shape != self.params[name].shape:
+        if name not in self.split or getattr(x, "shape", None) != self.params[name].shape:
             return x
         if hasattr(x, "full_tensor"):
             return x.full_tensor()
-        if not self.axes:
+        if self.tp == 1:
             return whole_of(x, self.wrapped.shapes[self.params[name]], self.grads)
-        W = self.args.tp
-        parts = all_gather(x.reshape(-1), [x.numel()] * W, self.group).view(W, *x.shape)
-        return torch.cat(parts.unbind(), self.axes[name])
+        parts = all_gather(x.reshape(-1), [x.numel()] * self.tp, self.group)
+        return torch.cat(parts.view(self.tp, *x.shape).unbind(), self.axes[name])
 
     def part(self, name, x):
         """What this rank keeps of something whole."""
         p = self.params[name]
-        if name not in self.split or x.ndim == 0:
-            return x.clone()
+        if name not in self.split or not torch.is_tensor(x):
+            return x
         if hasattr(p, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 
             return distribute_tensor(x, p.device_mesh, p.placements)
-        if not self.axes:
+        if self.tp == 1:
             return shard_of(x, self.grads)
-        return x.chunk(self.args.tp, self.axes[name])[rank(self.group)].clone()
+        return x.chunk(self.tp, self.axes[name])[rank(self.group)].clone()
 
     @torch.no_grad()
     def full_state(self):
@@ -985,29 +942,25 @@ class Parallel:
         model = {name: self.whole(name, x) for name, x in self.module.state_dict().items()}
         if self.config.tie_embeddings:
             model["head.weight"] = model["embedding.weight"]
-        name_of, found = {p: name for name, p in self.params.items()}, []
+        name_of, states = {p: name for name, p in self.params.items()}, {}
         for optimizer in self.optimizers:
-            found.append({})
             for p, state in optimizer.state.items():
-                found[-1][name_of[p]] = {k: self.whole(name_of[p], x) if torch.is_tensor(x) else x
-                                         for k, x in state.items()}
+                states[name_of[p]] = {k: self.whole(name_of[p], x) for k, x in state.items()}
         if self.apart and world() > 1:
-            group = self.group if self.args.pp > 1 else self.grads
+            group = self.group if self.pp > 1 else self.grads
             parts = [None] * world(group)
-            own = model if self.args.pp > 1 else {}  # with ZeRO all ranks have the whole model
-            dist.all_gather_object(parts, (own, found), group=group)
-            for theirs, states in parts:
+            own = model if self.pp > 1 else {}  # with ZeRO all ranks have the whole model
+            dist.all_gather_object(parts, (own, states), group=group)
+            for theirs, more in parts:
                 model |= theirs
-                for ours, state in zip(found, states):
-                    ours |= state
+                states |= more
         result = []
-        for optimizer, names, states in zip(self.optimizers, self.names, found):
+        for optimizer, names in zip(self.optimizers, self.names):
             number = itertools.count()
             groups = [{**group, "params": [next(number) for _ in part]}
                       for group, part in zip(optimizer.param_groups, names)]
-            result.append({"param_groups": groups,
-                           "state": {i: states[name] for i, name in enumerate(sum(names, []))
-                                     if name in states}})
+            state = {i: states[name] for i, name in enumerate(sum(names, [])) if name in states}
+            result.append({"state": state, "param_groups": groups})
         return model, result
 
     def load_optimizers(self, saved):
@@ -1019,35 +972,29 @@ class Parallel:
                 for i, state in whole["state"].items():
                     p = self.params.get(names[i])
                     if p is not None and owner.get(p, me) == me:
-                        optimizer.state[p] = {
-                            k: self.part(names[i], x.to(self.device)) if torch.is_tensor(x) else x
-                            for k, x in state.items()}
+                        optimizer.state[p] = {k: self.part(names[i], x) for k, x in state.items()}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"the checkpoint's optimizer can not be resumed: {error}") from None
 
 
 def setup(args):
     """Join the other processes -> this one's device. Raises ValueError."""
-    W = int(os.environ.get("WORLD_SIZE", 1))
+    W, device = int(os.environ.get("WORLD_SIZE", 1)), model_py.pick_device(args.device)
     if "RANK" in os.environ or W > 1:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
                 raise ValueError(f"{name} is not set, as torchrun would have: start me with it")
-        gpu = torch.cuda.is_available() and args.device in ("auto", "cuda")
-        timeout = datetime.timedelta(seconds=args.timeout)
-        store, number, W = next(dist.rendezvous("env://", timeout=timeout))
+        backend, device = ("nccl", device) if device.startswith("cuda") else ("gloo", "cpu")
+        if backend == "nccl":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        store, number, W = next(dist.rendezvous("env://"))
         # after a restart the store still has the addresses of those that have died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=W,
-                                timeout=timeout)
-        if gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        device = f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"
-    else:
-        device = model_py.pick_device(args.device)
-    n = args.tp * args.pp * args.sp
-    copies = max(1, W // n)
-    rows = args.batch_size // copies
+        dist.init_process_group(backend, store=store, rank=number, world_size=W,
+                                timeout=datetime.timedelta(minutes=10))
+    n, batch = args.tp * args.pp * args.sp, args.batch_size
+    copies, cuts = max(1, W // n), args.scheme == "fsdp" or args.tp > 1
     refused = {
         "--tp, --pp and --sp go with --dp, but not with one another":
             n not in (args.tp, args.pp, args.sp),
@@ -1058,18 +1005,18 @@ def setup(args):
         "--impl torch has --scheme ddp and fsdp, without --tp, --pp and --sp":
             args.impl == "torch" and (n > 1 or args.scheme not in ("ddp", "fsdp")),
         "--scheme fsdp and --tp split matrices, which muon and soap need whole":
-            (args.scheme == "fsdp" or args.tp > 1) and args.optimizer in ("muon", "soap"),
-        f"--batch_size {args.batch_size}, of all ranks together, can not be divided by {copies}":
-            args.batch_size % copies,
-        f"the {rows} sequences of a rank can not be divided into {args.microbatches} "
-        "micro-batches": args.pp > 1 and rows % args.microbatches,
+            cuts and args.optimizer in ("muon", "soap"),
+        f"--batch_size {batch}, of all ranks together, can not be divided by {copies}":
+            batch % copies,
+        f"the {batch // copies} sequences of a rank can not be divided into {args.microbatches} "
+        "micro-batches": args.pp > 1 and batch // copies % args.microbatches,
         "--activation_checkpointing goes with none of --tp, --pp, --sp and fsdp":
             args.activation_checkpointing and (n > 1 or args.scheme == "fsdp"),
+        **{f"--{flag} is train.py's": getattr(args, flag) not in (None, False, "none")
+           for flag in ("teacher", "noise_scale", "kernels", "compile", "offload")},
     }
-    for flag in ("teacher", "noise_scale", "kernels", "compile", "offload"):
-        refused[f"--{flag} is train.py's"] = getattr(args, flag) not in (None, False, "none")
-    for message, wrong in refused.items():
-        if wrong:
+    for message in refused:
+        if refused[message]:
             raise ValueError(message)
     return device
 
@@ -1100,14 +1047,13 @@ def run(args):
         best_val_loss = checkpoint["best_val_loss"]
         parallel.load_optimizers(checkpoint["optimizer"])
         train.set_rng(checkpoint["rng"])
-    if rank() == 0:
-        os.makedirs(args.out_dir, exist_ok=True)
+    os.makedirs(args.out_dir, exist_ok=True)
     if parallel.copy_rank:  # dropout is to differ among copies, and from step to step
         torch.manual_seed(args.seed + parallel.copy_rank + 1_000_003 * step)
     warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
-    say(f"{world()} processes: dp {parallel.dp}, tp {args.tp}, pp {args.pp}, sp {args.sp} | "
-        f"{args.impl} {args.scheme} | {len(train_data):,} training tokens | {tokens_per_step:,} "
-        f"tokens per step | {device}, {parallel.dtype}")
+    say(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
+        f"{args.scheme} | {len(train_data):,} training tokens | {tokens_per_step:,} tokens per "
+        f"step | {device}, {parallel.dtype}")
 
     def like_module(state):
         return types.SimpleNamespace(config=config, quantized=None, state_dict=lambda: state)
@@ -1115,51 +1061,47 @@ def run(args):
     def save():
         state, optimizers = parallel.full_state()
         if rank() == 0:
-            model_py.save_checkpoint(
-                path, like_module(state), [like_module(o) for o in optimizers], step,
-                best_val_loss, train.get_rng(), vars(args), tokenizer)
+            optimizers = [like_module(o) for o in optimizers]
+            model_py.save_checkpoint(path, like_module(state), optimizers, step, best_val_loss,
+                                     train.get_rng(), vars(args), tokenizer)
             log.write()
 
     # Ctrl-C and SIGTERM, of any process: finish the step, save, leave
     stopped, stop = torch.zeros((), device=device), False
-    previous = {s: signal.signal(s, lambda *_: stopped.fill_(1))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.fill_(1))
     log.pause(step)
     parallel.module.train()
-    try:
-        while step < args.max_iters and not stop:
-            lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
-                              args.schedule, args.decay_fraction)
-            for optimizer in parallel.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group.get("lr_scale", 1.0)
-            loss = parallel.backward([
-                train.get_batch(train_data, batch_size, T, device, i, args.seed,
-                                parallel.copy_rank, parallel.dp)
-                for i in range(step * accumulate, (step + 1) * accumulate)])
-            norm = parallel.clip(args.grad_clip)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
-                                 f"{norm}: try a smaller --learning_rate")
-            parallel.step()
-            step += 1
-            stop, last_step = bool(all_reduce(stopped.clone())), step == args.max_iters
-            if step % args.log_interval == 0 or last_step or stop:
-                log.train(step, loss, lr, norm)
-            if (step % args.eval_interval == 0 or last_step) and not stop:
-                most = None if last_step else args.eval_iters * args.batch_size
-                val_loss = parallel.evaluate(val_data, batch_size, most)
-                best_val_loss = min(best_val_loss, val_loss)
-                log.evaluation(step, val_loss)
-                save()
-                log.pause(step)
-        if stop:
+    while step < args.max_iters and not stop:
+        lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
+                          args.schedule, args.decay_fraction)
+        for optimizer in parallel.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+        loss = parallel.backward([
+            train.get_batch(train_data, batch_size, T, device, i, args.seed,
+                            parallel.copy_rank, parallel.dp)
+            for i in range(step * accumulate, (step + 1) * accumulate)])
+        norm = parallel.clip(args.grad_clip)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
+                             f"{norm}: try a smaller --learning_rate")
+        parallel.step()
+        step += 1
+        stop, last_step = bool(all_reduce(stopped.clone())), step == args.max_iters
+        if step % args.log_interval == 0 or last_step or stop:
+            log.train(step, loss, lr, norm)
+        if (step % args.eval_interval == 0 or last_step) and not stop:
+            most = None if last_step else args.eval_iters * args.batch_size
+            val_loss = parallel.evaluate(val_data, batch_size, most)
+            best_val_loss = min(best_val_loss, val_loss)
+            log.evaluation(step, val_loss)
             save()
-            say(f"stopped after step {step}; --resume goes on from {path}")
-            sys.exit(130)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            log.pause(step)
+    if stop:
+        save()
+        say(f"stopped after step {step}; --resume goes on from {path}")
+        sys.exit(130)
     log.summary(step, path)
 
 
@@ -1180,8 +1122,6 @@ def build_parser():
     add("--pp_schedule", choices=("gpipe", "1f1b"), default="1f1b", help="(default 1f1b)")
     add("--impl", choices=("own", "torch"), default="own",
         help="torch: PyTorch's DDP, and FSDP2 for --scheme fsdp")
-    add("--timeout", type=float, default=600,
-        help="seconds that a process waits for the others (default 600)")
     return parser
 
 
@@ -1191,12 +1131,11 @@ def build_parser():
 
 def sent_bytes():
     """Bytes that went through the loopback interface so far: all that the processes of one machine
-    sent each other. nan where /proc does not tell."""
+    sent each other. nan where the system does not tell."""
     try:
-        with open("/proc/net/dev", encoding="ascii") as file:
-            line = next(line for line in file if line.strip().startswith("lo:"))
-        return int(line.split(":")[1].split()[8])
-    except (OSError, StopIteration):
+        with open("/sys/class/net/lo/statistics/tx_bytes", encoding="ascii") as file:
+            return int(file.read())
+    except OSError:
         return math.nan
 
 
@@ -1214,8 +1153,7 @@ def bench():
     parser = argparse.ArgumentParser(prog="ddp.py bench",
                                      description="What the schemes cost here.")
     add = parser.add_argument
-    add("--max_mb", type=int, default=256,
-        help="the largest all-reduce, of 1, 4, 16, ... MB (default 256)")
+    add("--max_mb", type=int, default=256, help="largest of the all-reduces (default 256)")
     add("--repeat", type=int, default=7, help="times that each is timed (default 7)")
     add("--n_embd", type=int, default=256, help="width of the model (default 256)")
     add("--n_layer", type=int, default=4, help="layers of the model (default 4)")
@@ -1234,21 +1172,20 @@ def bench():
         return time.perf_counter()
 
     say(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank")
-    for size in itertools.takewhile(lambda size: size <= args.max_mb, (4**i for i in range(20))):
-        x, times = torch.ones(size * 2**18, device=device), []
+    for mb in (4**i for i in range(10) if 4**i <= args.max_mb):
+        x, times = torch.ones(mb * 2**18, device=device), []
         for _ in range(args.repeat):
             begin = clock()
             dist.all_reduce(x)
             times.append(clock() - begin)
-        seconds = statistics.median(times)
-        rate = 2 * (W - 1) / W * size * 2**20 / seconds / 1e9
-        say(f"{size:14} {1e3 * seconds:11.2f} {rate:16.2f}")
+        seconds = np.median(times)
+        say(f"{mb:14} {1e3 * seconds:11.2f} {2 * (W - 1) / W * mb * 2**20 / seconds / 1e9:16.2f}")
 
     config = model_py.TransformerConfig(vocab_size=2048, n_embd=args.n_embd, n_layer=args.n_layer)
     batch = torch.randint(2048, (2, 2, 256), device=device).unbind()
-    say(f"\n{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}   "
-        "MB of parameters, gradients, optimizer state on a rank\n" + " " * 45
-        + f"{'at the start':>24}{'before the step':>24}{'after it':>24}")
+    when = "".join(f"{when:>24}" for when in ("at the start", "before the step", "after it"))
+    say(f"\n{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}   MB of parameters, "
+        f"gradients, optimizer state on a rank\n{'':45}{when}")
     for impl, scheme in [*(("own", s) for s in SCHEMES), ("torch", "ddp"), ("torch", "fsdp")]:
         torch.manual_seed(0)
         model = model_py.Transformer(config).to(device)
@@ -1265,11 +1202,11 @@ def bench():
             time.sleep(0.05)  # until the interface has counted all of it
             sent.append((sent_bytes() - before) / P)
         memory += held(parallel)
-        name = scheme if impl == "own" else {"ddp": "torch DDP", "fsdp": "torch FSDP2"}[scheme]
-        say(f"{name:14}{1e3 * statistics.median(times[2:]):10.1f}"
-            f"{statistics.median(sent[2:]):9.2f}{(3 if scheme == 'fsdp' else 2) * (W - 1):8}P   "
+        formula = (3 if scheme == "fsdp" else 2) * (W - 1)
+        name = {"own": scheme, "torch": "torch " + {"fsdp": "FSDP2"}.get(scheme, "DDP")}[impl]
+        say(f"{name:14}{1e3 * np.median(times[2:]):10.1f}{np.median(sent[2:]):9.2f}{formula:8}P   "
             + "".join(f"{x:{width}.1f}" for x, width in zip(memory, (9, 7, 8) * 3)))
-        if name == "ddp":
+        if (impl, scheme) == ("own", "ddp"):
             with torch.profiler.profile() as profile:
                 parallel.backward([batch])
             if rank() == 0:
@@ -1282,7 +1219,9 @@ def bench():
 
 
 def estimate(params, gpus, tp, pp, scheme, a):
-    """What a configuration needs, by formula -> dict of bytes and seconds of a step.
+    """What a configuration needs, by formula -> (bytes of parameters, gradients, optimizer state
+    and activations; seconds of a step: computation, communication, and how much of that has no
+    computation to hide behind; share of the time that a pipeline waits; layers; width).
 
     The model has L layers of width h = 128 L, so that 12 L h^2 are its parameters. In bytes per
     parameter: 2 for bfloat16, 2 for its gradient, 12 for the optimizer (float32 weights and the
@@ -1291,27 +1230,25 @@ def estimate(params, gpus, tp, pp, scheme, a):
     """
     L = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
     h = math.sqrt(params / (12 * L))
-    dp = gpus // (tp * pp)
-    own = params / (tp * pp)  # parameters of a rank's part of the model
-    i = SCHEMES[2:].index(scheme)  # how many of the three kinds are divided
-    memory = [size * own / (dp if i > 2 - k else 1) for k, size in enumerate((2, 2, 12))]
+    own, dp = params / (tp * pp), gpus // (tp * pp)  # parameters of a rank's part; copies
+    divided = ("ddp", "zero1", "zero2", "fsdp").index(scheme)  # how many of the three kinds
+    memory = [size * own / (dp if 3 - kind <= divided else 1)
+              for kind, size in enumerate((2, 2, 12))]
     if scheme == "fsdp":  # two layers at a time are whole
         memory[0] += 2 * 2 * 12 * h * h / tp
     tokens = a.batch_tokens / dp  # of a copy of the model, in a.microbatches pieces
     alive = min(a.microbatches, pp)  # pieces under way in 1F1B
     memory.append(alive * tokens / a.microbatches * L / pp * (2 if a.checkpoint else 34) * h / tp)
-    compute = 6 * params * a.batch_tokens / (gpus * a.tflops * 1e12 * a.mfu)
-    compute *= 4 / 3 if a.checkpoint else 1
     bubble = (pp - 1) / (a.microbatches + pp - 1)
-    compute /= 1 - bubble
+    compute = 6 * params * a.batch_tokens / (gpus * a.tflops * 1e12 * a.mfu) / (1 - bubble)
+    compute *= 4 / 3 if a.checkpoint else 1
     fast, slow = a.node_gbs * 1e9, a.net_gbs * 1e9  # bytes/s inside a machine, and between them
     rounds = 3 if scheme == "fsdp" else 2
     time_dp = rounds * 2 * own * (dp - 1) / dp / (fast if gpus <= a.node else slow)
     time_tp = 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / (fast if tp <= a.node else slow)
     # gradients leave during the backward pass, two thirds of the computation
     exposed = max(0.0, time_dp + time_tp - 2 / 3 * compute)
-    return {"L": L, "h": h, "dp": dp, "memory": memory, "total": sum(memory), "compute": compute,
-            "bubble": bubble, "communication": time_dp + time_tp, "exposed": exposed}
+    return memory, (compute, time_dp + time_tp, exposed), bubble, L, h
 
 
 def plan():
@@ -1331,37 +1268,27 @@ def plan():
     add("--microbatches", type=int, default=16, help="of a pipeline (default 16)")
     add("--checkpoint", action="store_true", help="activation checkpointing")
     a = parser.parse_args()
-    if min(value for value in vars(a).values() if value is not a.checkpoint) <= 0:
+    if min(value for name, value in vars(a).items() if name != "checkpoint") <= 0:
         parser.error("all numbers must be positive")
-
-    def fits(e):
-        return e["total"] <= a.gpu_gb * 1e9
-
-    shape = estimate(a.params, a.gpus, 1, 1, "ddp", a)
-    print(f"{a.params:.3g} parameters (about {shape['L']} layers of width {shape['h']:.0f}), "
-          f"{a.gpus} GPUs of {a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n")
-    print(f"{'scheme':8}{'dp':>6}{'tp':>4}{'pp':>4}  GB: {'params':>7}{'grads':>8}{'optim':>8}"
-          f"{'activ':>8}{'total':>8}   s: {'compute':>8}{'bubble':>8}{'comm':>8}{'exposed':>9}"
-          f"{'largest':>10}")
+    *_, L, h = estimate(a.params, a.gpus, 1, 1, "ddp", a)
+    print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
+          f"{a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n\nscheme      dp  tp  pp  GB:  "
+          "params   grads   optim   activ   total   s: compute    comm exposed  bubble   largest")
+    sizes = np.geomspace(1e6, 1e15, 2000)
     for tp, pp, scheme in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), SCHEMES[2:]):
-        if tp > a.node or a.gpus % (tp * pp) or pp > shape["L"]:
+        # (with pipelines gradients and weights would travel for every piece)
+        if tp > a.node or a.gpus % (tp * pp) or pp > L or (
+                pp > 1 and scheme in ("zero2", "fsdp")):
             continue
-        if pp > 1 and scheme in ("zero2", "fsdp"):
-            continue  # gradients and weights would travel for every piece
-        e = estimate(a.params, a.gpus, tp, pp, scheme, a)
-        low, high = 1e6, 1e15  # the largest model that fits
-        while high / low > 1.01:
-            middle = math.sqrt(low * high)
-            if fits(estimate(middle, a.gpus, tp, pp, scheme, a)):
-                low = middle
-            else:
-                high = middle
-        gb = "".join(f"{x / 1e9:8.1f}" for x in [*e["memory"], e["total"]])
-        print(f"{scheme:8}{e['dp']:6}{tp:4}{pp:4}     {gb}{' ' if fits(e) else '!'}     "
-              f"{e['compute']:8.2f}{e['bubble']:8.0%}{e['communication']:8.2f}{e['exposed']:9.2f}"
-              f"{low:10.2g}")
-    print("\n! does not fit; comm: all of it, of which `exposed` has no computation to hide "
-          "behind")
+        memory, seconds, bubble, *_ = estimate(a.params, a.gpus, tp, pp, scheme, a)
+        gb = "".join(f"{x / 1e9:8.1f}" for x in [*memory, sum(memory)])
+        largest = bisect.bisect(sizes, a.gpu_gb * 1e9, key=lambda n: sum(
+            estimate(n, a.gpus, tp, pp, scheme, a)[0]))
+        print(f"{scheme:8}{a.gpus // (tp * pp):6}{tp:4}{pp:4}     {gb}"
+              f"{' ' if sum(memory) <= a.gpu_gb * 1e9 else '!'}    "
+              + "".join(f"{x:8.2f}" for x in seconds)
+              + f"{bubble:8.0%}{sizes[max(0, largest - 1)]:10.2g}")
+    print("\n! does not fit; exposed: the part of comm that has no computation to hide behind")
 
 
 def main():
@@ -1371,14 +1298,13 @@ def main():
         if len(sys.argv) > 1 and sys.argv[1] in commands:
             return commands[sys.argv.pop(1)]()
         # torchrun --max_restarts starts all ranks again when one has died: go on where they were
-        out_dir = build_parser().parse_known_args()[0].out_dir
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and \
-                os.path.exists(os.path.join(out_dir, "ckpt.pt")):
+        parser = build_parser()
+        path = os.path.join(parser.parse_known_args()[0].out_dir, "ckpt.pt")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(path):
             sys.argv.append("--resume")
         fresh = "scheme", "dp", "tp", "pp", "sp", "microbatches", "pp_schedule", "impl", "device"
-        args = train.parse_args(parser := build_parser(), fresh)
-        if min(args.tp, args.pp, args.sp, args.microbatches) < 1 or args.dp < 0 or \
-                args.bucket_mb < 0:
+        args = train.parse_args(parser, fresh)
+        if min(args.tp, args.pp, args.sp, args.microbatches, args.dp + 1, args.bucket_mb + 1) < 1:
             parser.error("--tp, --pp, --sp and --microbatches must be at least 1, --dp and "
                          "--bucket_mb not negative")
         run(args)
