@@ -1,42 +1,83 @@
-"""All stages in a row, tiny, by their command lines: what one leaves, the next takes."""
+"""All stages in a row, tiny, by their command lines: what one leaves, the next takes; and what
+becomes of a run that is killed, interrupted, or finds the disk full."""
 
 import gzip
 import hashlib
 import json
 import os
 import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = "bpe model train kernels ddp scaling curate align".split()
-MODEL = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --device cpu".split()
+MODEL = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --device cpu"
+TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint " \
+    "localhost:0"
+
+# What is run, in the order of the stages; each takes what those before it leave.
+CURATE = "curate pipeline --input crawl.warc.gz --out corpus"
+ENCODE = "bpe encode --tokenizer data --input mixed/mixed-00000.jsonl.gz --out data --val_fraction .1"
+TRAIN = f"train {MODEL} --data data --max_iters 200 --eval_interval 20 --learning_rate 1e-2"
+DDP = "ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 400 --eval_interval 40 " \
+    "--batch_size 4 --device cpu --scheme zero1"
+SCALING = f"scaling sweep {MODEL} --grid learning_rate=1e-2,3e-2 --data data --max_iters 30"
+SFT = "align sft --ckpt out/ckpt.pt --data sft.jsonl --out_dir out-sft --max_iters 100 " \
+    "--batch_size 4 --eval_interval 10 --device cpu"
 
 
-def call(script, *args, cwd, launcher=(), code=0):
-    """Run a script -> what it printed."""
-    result = subprocess.run(
-        [sys.executable, *launcher, os.path.join(ROOT, f"{script}.py"), *map(str, args)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == code, result.stderr[-3000:]
-    assert "Traceback" not in result.stderr
-    return result.stdout
+def start(command, cwd, **options):
+    """A script, begun: command is its name and arguments."""
+    script, *args = command.split()
+    launcher = TORCHRUN.split() if script == "ddp" and args[0] != "--help" else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, os.path.join(ROOT, f"{script}.py"), *args], cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **options)
+
+
+def finish(process, code=0, given=None):
+    """-> (what it printed, what it complained of); it must end with this exit code."""
+    out, err = process.communicate(given, timeout=200)
+    assert process.returncode == code, err[-3000:]
+    assert code or "Traceback" not in err
+    return out, err
+
+
+def call(command, cwd, **options):
+    """Run a script to its end -> what it printed."""
+    return finish(start(command, cwd, **options))[0]
 
 
 def prints_of(folder):
     """{file: hash of its content} of all files under a folder."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def contents_of(folder):
+    """{file: content}, without what depends on the clock."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == "ckpt.pt":
+            checkpoint = torch.load(path, weights_only=True)
+            found[path.name] = checkpoint["step"], {k: v.tolist() for k, v in
+                                                    checkpoint["model"].items()}
+        elif path.name == "runs.jsonl":
+            found[path.name] = {(json.dumps(run["flags"], sort_keys=True), run["loss"])
+                                for run in map(json.loads, path.read_text().splitlines())}
+        elif path.suffix in (".bin", ".gz") or path.name == "tokenizer.json":
+            found[str(path.relative_to(folder))] = path.read_bytes()
+        else:
+            assert path.name in ("log.csv", "loss.png", "report.json", "state.json"), path
+    return found
 
 
 def warc(pages):
@@ -44,11 +85,9 @@ def warc(pages):
     out = b""
     for i, html in enumerate(pages):
         body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + html.encode()
-        head = (
-            f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://example.com/{i}\r\n"
-            f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}"
-            "\r\n\r\n"
-        ).encode()
+        head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://example.com/{i}\r\n"
+                f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}"
+                "\r\n\r\n").encode()
         out += gzip.compress(head + body + b"\r\n\r\n")
     return out
 
@@ -56,9 +95,7 @@ def warc(pages):
 WORDS = """garden market river school winter summer teacher farmer letter window mountain village
 bridge doctor kitchen basket apple horse silver paper morning evening stone forest harbor captain
 music painter castle meadow""".split()
-VERBS = (
-    "found carried painted watched followed remembered described borrowed repaired sold".split()
-)
+VERBS = "found carried painted watched followed remembered described borrowed repaired sold".split()
 
 
 def page(i):
@@ -72,14 +109,11 @@ def page(i):
         sentences.append(
             f"{start} {end} {rng.choice(('she', 'he', 'they', 'we', 'nobody'))} "
             f"{rng.choice(VERBS)} {rng.choice(('a', 'one', 'this', 'every'))} {d} to be "
-            f"with {rng.choice(WORDS)} number {rng.randrange(9999)}."
-        )
+            f"with {rng.choice(WORDS)} number {rng.randrange(9999)}.")
     paragraphs = "".join(f"<p>{' '.join(sentences[k : k + 4])}</p>" for k in (0, 4, 8, 12))
-    return (
-        f"<html><head><title>Page {i}</title><script>var x = 1;</script></head><body><nav><a "
-        f"href='/'>Home</a> <a href='/a'>About</a></nav><article><h1>A story, part {i}</h1>"
-        f"{paragraphs}</article><footer>Copyright 2020</footer></body></html>"
-    )
+    return (f"<html><head><title>Page {i}</title><script>var x = 1;</script></head><body><nav><a "
+            f"href='/'>Home</a> <a href='/a'>About</a></nav><article><h1>A story, part {i}</h1>"
+            f"{paragraphs}</article><footer>Copyright 2020</footer></body></html>")
 
 
 @pytest.fixture(scope="module")
@@ -89,123 +123,150 @@ def folder(tmp_path_factory):
 
 def test_from_pages_to_tokens(folder):
     (folder / "crawl.warc.gz").write_bytes(warc([page(i) for i in range(40)] + [page(3)]))
-    command = ("pipeline", "--input", "crawl.warc.gz", "--out", "corpus")
-    call("curate", *command, cwd=folder)
+    (folder / "notes.txt").write_text("<|endoftext|>".join(
+        f"Note {i}: the {WORDS[i % 30]} is on the table." for i in range(200)))
+    call(CURATE, folder)
     shards = sorted((folder / "corpus").glob("*.jsonl.gz"))
     texts = [json.loads(line)["text"] for path in shards for line in gzip.open(path, "rt")]
-    assert 30 <= len(texts) <= 40 and len(set(texts)) == len(
-        texts
-    )  # the page set twice is there once
-    assert all(
-        "number" in text and "Copyright" not in text and "var x" not in text for text in texts
-    )
+    assert 30 <= len(texts) <= 40
+    assert len(set(texts)) == len(texts)  # the page that was there twice is there once
+    assert all("number" in t and "Copyright" not in t and "var x" not in t for t in texts)
     before = prints_of(folder / "corpus")
-    call("curate", *command, cwd=folder)
+    call(CURATE, folder)
     assert prints_of(folder / "corpus") == before
 
-    names = [path.relative_to(folder) for path in shards]
-    call("bpe", "train", "--vocab_size", 400, "--input", *names, "--out", "data", cwd=folder)
-    encode = (
-        "encode",
-        "--tokenizer",
-        "data",
-        "--input",
-        *names,
-        "--out",
-        "data",
-        "--val_fraction",
-        "0.1",
-    )
-    call("bpe", *encode, cwd=folder)
+    call(f"curate mix --input web={shards[0].relative_to(folder)} notes=notes.txt --out mixed "
+         "--weights web=0.9 notes=0.1", folder)
+    call("bpe train --vocab_size 400 --input mixed/mixed-00000.jsonl.gz --out data", folder)
+    call(ENCODE, folder)
     before = prints_of(folder / "data")
-    assert {"train.bin", "val.bin", "tokenizer.json"} <= set(before)
-    call("bpe", *encode, cwd=folder)
+    assert set(before) == {"train.bin", "val.bin", "tokenizer.json"}
+    call(ENCODE, folder)
     assert prints_of(folder / "data") == before
-    assert texts[0][:40] in call(
-        "bpe", "decode", "--tokenizer", "data", "--input", "data/train.bin", cwd=folder
-    )
+    decoded = call("bpe decode --tokenizer data --input data/train.bin", folder)
+    assert "is on the table.<|endoftext|>" in decoded
+    assert sum(text[:40] in decoded for text in texts) >= 0.8 * len(texts)  # the rest: val.bin
 
 
-def test_from_tokens_to_a_model(folder):
-    call(
-        "train", *MODEL, "--data", "data", "--max_iters", 40, "--learning_rate", "1e-2", cwd=folder
-    )
+def test_from_tokens_to_models_and_a_law(folder):
+    call(TRAIN, folder)
     before = prints_of(folder / "out")
-    again = call("train", "--resume", cwd=folder)
+    again = call("train --resume", folder)
     assert "val_loss: " in again and prints_of(folder / "out") == before
-    torchrun = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-    )
-    printed = call("ddp", "--resume", "--max_iters", 60, cwd=folder, launcher=torchrun)
-    assert "step     60/60" in printed and "val_loss: " in printed
-    printed = call("scaling", "run", *MODEL, "--data", "data", "--max_iters", 30, cwd=folder)
+
+    processes = [start(DDP, folder), start(SCALING, folder)]
+    (ddp, _), (scaling, _) = map(finish, processes)
+    assert "step    400/400" in ddp and "val_loss: " in ddp
     before = prints_of(folder / "scaling")
-    again = call("scaling", "run", *MODEL, "--data", "data", "--max_iters", 30, cwd=folder)
-    assert again == printed[printed.index("loss: ") if again.startswith("loss") else 0 :]
+    processes = [start(DDP.replace("--init_from out/ckpt.pt", "--resume"), folder),
+                 start(SCALING, folder)]
+    (_, _), (again, _) = map(finish, processes)
+    assert again.splitlines()[-2:] == scaling.splitlines()[-2:]  # the best run, and its loss
     assert prints_of(folder / "scaling") == before
 
 
 def test_from_a_model_to_an_aligned_one(folder):
-    rows = [
-        {"prompt": f"Who walked to the {place}?", "response": "Anna."}
-        for place in ("garden", "river")
-    ] * 4
-    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    call(
-        "align",
-        "sft",
-        "--ckpt",
-        "out/ckpt.pt",
-        "--data",
-        "sft.jsonl",
-        "--out_dir",
-        "out-sft",
-        "--max_iters",
-        8,
-        "--batch_size",
-        4,
-        cwd=folder,
-    )
-    assert (folder / "out-sft/ckpt.pt").exists()
+    (folder / "sft.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"Who walked to the {place}?", "response": "Anna."}) + "\n"
+        for place in ("garden", "river") * 4))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"Who saw the {place}?", "chosen": "Anna.", "rejected": "A stone."}) + "\n"
+        for place in WORDS[:8]))
     (folder / "ppl.txt").write_text("Anna walked to the garden with number 7.")
-    printed = call(
-        "align",
-        "eval",
-        "--task",
-        "ppl",
-        "--ckpt",
-        "out-sft/ckpt.pt",
-        "--data",
-        "ppl.txt",
-        cwd=folder,
-    )
-    assert "ppl" in printed or "perplexity" in printed
-    printed = call(
-        "model", "--ckpt", "out-sft/ckpt.pt", "--prompt", "Who", "--max_new_tokens", 8, cwd=folder
-    )
-    assert printed.startswith("Who") or "Who" in printed
+    processes = [start(SFT, folder), start("align synth --kind addition --level 1 --n 8 --out "
+                                           "sums.jsonl", folder)]
+    [finish(process) for process in processes]
+    before = prints_of(folder / "out-sft")
+    processes = [
+        start(SFT + " --resume", folder),
+        start("align dpo --ckpt out-sft/ckpt.pt --data pairs.jsonl --out_dir out-dpo --max_iters 2 "
+              "--batch_size 4 --device cpu", folder)]
+    [finish(process) for process in processes]
+    assert prints_of(folder / "out-sft") == before
+    call("align rl --algorithm grpo --ckpt out-dpo/ckpt.pt --data sums.jsonl --out_dir out-rl "
+         "--max_iters 2 --prompts_per_step 2 --group_size 4 --max_new_tokens 4 --device cpu", folder)
+    processes = [start("align eval --task ppl --ckpt out-rl/ckpt.pt --data ppl.txt", folder),
+                 start("model chat --ckpt out-rl/ckpt.pt --max_new_tokens 8", folder,
+                       stdin=subprocess.PIPE)]
+    evaluated, _ = finish(processes[0])
+    assert 1 < float(evaluated.split("perplexity: ")[1].split()[0]) < 1e4
+    finish(processes[1], given="Who walked?\n")
+
+
+def test_killed_runs_go_on_to_the_same_end(folder):
+    """kill -9 in the middle of the longest step of each, then the same command, or --resume."""
+    cases = {  # folder of the clean run: command, the file that says that it is on its way, again
+        "corpus": (CURATE, ".work", CURATE),
+        "data": (ENCODE, "train.bin.tmp", ENCODE),
+        "out": (TRAIN, "ckpt.pt", "train --resume"),
+        "out-ddp": (DDP, "ckpt.pt", DDP.replace("--init_from out/ckpt.pt", "--resume")),
+        "scaling": (SCALING, "runs.jsonl", SCALING),
+        "out-sft": (SFT, "ckpt.pt", SFT + " --resume")}
+    again, where = {}, {}
+    for name, (command, sign, _) in cases.items():
+        where[name] = folder / f"killed-{name}"
+        shutil.copytree(folder, where[name], ignore=lambda d, names, name=name: [
+            n for n in names if n.startswith("killed") or n == name or n.endswith(".tmp")])
+        if name == "data":  # of which the encoder needs the tokenizer
+            (where[name] / name).mkdir()
+            shutil.copy(folder / "data/tokenizer.json", where[name] / name)
+    running = {name: start(cases[name][0], where[name]) for name in cases}
+    killed = set()
+    while running:
+        for name, process in list(running.items()):
+            if process.poll() is not None or (where[name] / name / cases[name][1]).exists():
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    killed.add(name)
+                process.communicate()
+                del running[name]
+        time.sleep(0.002)
+    assert killed >= {"out", "out-ddp", "out-sft", "scaling"}  # the others are soon over
+    processes = {name: start(cases[name][2], where[name]) for name in cases}
+    for name, process in processes.items():
+        finish(process)
+        assert contents_of(where[name] / name) == contents_of(folder / name), name
+
+
+def test_a_full_disk_gets_one_line_and_leaves_no_half_file(folder):
+    cases = {"corpus": CURATE, "data": ENCODE, "out": TRAIN, "scaling": SCALING, "out-sft": SFT}
+    before = {name: prints_of(folder / name) for name in cases}
+    for name in ("corpus", "scaling"):  # nothing would be left to do
+        shutil.move(folder / name, folder / f"kept-{name}")
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))}
+    running = {name: start(command, folder, **full) for name, command in cases.items()}
+    for name, process in running.items():
+        _, err = finish(process, code=1)
+        assert ": error: " in err.splitlines()[-1], (name, err)
+        assert "Traceback" not in err
+        if name not in ("corpus", "scaling"):
+            assert prints_of(folder / name) == before[name]  # the old files survive
+        else:
+            assert not [p for p in folder.glob(f"{name}/*") if p.suffix in (".gz", ".tmp")]
+            shutil.rmtree(folder / name, ignore_errors=True)
+            shutil.move(folder / f"kept-{name}", folder / name)
+
+
+def test_without_arguments(folder):
+    """Each begins what its docstring says; Ctrl-C ends it without a traceback."""
+    shutil.copytree(folder / "data", folder / "data/stdlib")
+    assert call("model --ckpt out/ckpt.pt", folder) == call("model", folder)
+    shutil.rmtree(folder / "out")
+    commands = {"train": "step", "scaling": "data/scaling", "kernels": "", "align": "", "curate": ""}
+    running = {name: start(name, folder) for name in commands}
+    for name, process in running.items():
+        line = process.stdout.readline() or process.stderr.readline()
+        assert commands[name] in line
+        process.send_signal(signal.SIGINT)
+    for name, process in running.items():
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (0, 130) and "Traceback" not in err, (name, err)
 
 
 def test_help(tmp_path):
     """Of all scripts at once: most of the time is taken by importing torch."""
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, os.path.join(ROOT, f"{name}.py"), "--help"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in SCRIPTS
-    }
-    for name, process in started.items():
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == 0 and "usage: " in out and not err, name
+    running = {name: start(f"{name} --help", tmp_path) for name in SCRIPTS}
+    for name, process in running.items():
+        out, err = finish(process)
+        assert "usage: " in out and not err, name
     assert not list(tmp_path.iterdir())
