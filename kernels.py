@@ -17,7 +17,9 @@ are known when a kernel is compiled, and each of their values makes a kernel of 
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -27,6 +29,7 @@ import tempfile
 import time
 
 import torch
+import torch.nn.functional as F
 
 # without a GPU kernels run in numpy, slowly, but they run
 if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
@@ -37,24 +40,22 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def tuned(configs, key, room=None):
     """Decorator: try these settings when a kernel first meets a value of `key`, and keep the
-    fastest (triton.autotune); in the interpreter, where none is fast, take the first. room: see
-    `roomy`."""
-    if INTERPRETED:
-        return triton.heuristics({name: lambda args, value=value: value
-                                  for name, value in configs[0].kwargs.items()})
-    prune = {"early_config_prune": lambda configs, args, **more: roomy(configs, room, more["BD"])}
-    return triton.autotune(configs, key, prune_configs_by=prune if room else None)
-
-
-def roomy(configs, room, BD):
-    """Settings of attention with at most `room` numbers of the two tiles per warp. With more,
+    fastest (triton.autotune); in the interpreter, where none is fast, take the first. room: only
+    settings of attention with at most so many numbers of the two tiles per warp. With more,
     registers do not suffice and are spilled to memory: `python kernels.py ptx` shows it."""
-    kept = [c for c in configs if (c.kwargs["BM"] + c.kwargs["BN"]) * BD <= room * c.num_warps]
-    return kept or configs[-1:]
+    def roomy(configs, args, **more):
+        kept = [c for c in configs
+                if (c.kwargs["BM"] + c.kwargs["BN"]) * more["BD"] <= room * c.num_warps]
+        return kept or configs[-1:]
+
+    if INTERPRETED:
+        return triton.autotune(configs[:1], key)
+    return triton.autotune(configs, key, {"early_config_prune": roomy} if room else None)
 
 
 def config(warps, stages=3, **sizes):
@@ -68,22 +69,35 @@ def expect(condition, message, error=ValueError):
         raise error(message)
 
 
+def expect_fit(condition, **tensors):
+    """Raise unless this condition on the shapes of the tensors holds."""
+    expect(condition, "shapes do not fit: " + ", ".join(
+        f"{name} {tuple(x.shape)}" for name, x in tensors.items()))
+
+
 def same_kind(*tensors):
     """Raise unless all have one dtype, of floating point, and one device that Triton can use."""
-    first = tensors[0]
     for x in tensors:
         expect(torch.is_tensor(x), f"expected a tensor, not {type(x).__name__}", TypeError)
-        expect(x.dtype == first.dtype, f"dtypes differ: {first.dtype} and {x.dtype}", TypeError)
-        expect(x.device == first.device, f"devices differ: {first.device} and {x.device}")
-    expect(first.dtype in (torch.float32, torch.float16, torch.bfloat16),
-           f"{first.dtype} is not supported: use float32, float16 or bfloat16", TypeError)
-    expect(first.is_cuda or INTERPRETED, f"tensors on {first.device} need TRITON_INTERPRET=1, set "
-           "before Triton is imported")
+    (dtype, *others), devices = {x.dtype for x in tensors}, {x.device for x in tensors}
+    expect(dtype in (torch.float32, torch.float16, torch.bfloat16) and not others,
+           f"one dtype of float32, float16, bfloat16 is needed, not {[dtype, *others]}", TypeError)
+    expect(len(devices) == 1, f"devices differ: {devices}")
+    expect(INTERPRETED or tensors[0].is_cuda, "tensors that are not on a GPU need "
+           "TRITON_INTERPRET=1, set before Triton is imported")
 
 
 def warps_for(block):
     """A thread should have some 16 numbers of a row: more, and its registers do not suffice."""
     return min(32, max(4, block // 512))
+
+
+def by_rows(kernel, x, *args, programs=None, **flags):
+    """Launch a program for each row of x (..., n), or as many as given; a block holds one row."""
+    if x.numel():
+        block = triton.next_power_of_2(x.shape[-1])
+        kernel[(programs or x.numel() // x.shape[-1],)](
+            x, *args, BLOCK=block, num_warps=warps_for(block), **flags)
 
 
 # -----------------------------------------------------------------------------
@@ -117,27 +131,23 @@ class Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        y, n = torch.empty_like(x), x.shape[-1]
-        if x.numel():
-            block = triton.next_power_of_2(n)
-            softmax_forward[(x.numel() // n,)](x, y, n, block, num_warps=warps_for(block))
+        y = torch.empty_like(x)
+        by_rows(softmax_forward, x, y, x.shape[-1])
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx, g):
         (y,) = ctx.saved_tensors
-        g, dx, n = g.contiguous(), torch.empty_like(y), y.shape[-1]
-        if y.numel():
-            block = triton.next_power_of_2(n)
-            softmax_backward[(y.numel() // n,)](y, g, dx, n, block, num_warps=warps_for(block))
+        dx = torch.empty_like(y)
+        by_rows(softmax_backward, y, g.contiguous(), dx, y.shape[-1])
         return dx
 
 
 def softmax(x):
     """exp(x) / sum(exp(x)) over the last dimension, of up to 65,536. x: (..., n) -> (..., n)"""
     same_kind(x)
-    expect(x.ndim and x.shape[-1] <= 65536, f"rows of at most 65,536, not {tuple(x.shape)}")
+    expect_fit(x.ndim and x.shape[-1] <= 65536, x=x)
     return Softmax.apply(x.contiguous())
 
 
@@ -157,13 +167,11 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     return group * GROUP + inside % height, inside // height
 
 
-@tuned([config(4, 3, BM=64, BN=64, BK=32), config(8, 3, BM=128, BN=256, BK=64),
-        config(8, 4, BM=128, BN=128, BK=64), config(4, 4, BM=128, BN=64, BK=64),
-        config(4, 4, BM=64, BN=128, BK=64), config(4, 5, BM=32, BN=64, BK=64)], ["M", "N", "K"])
 @triton.jit
-def matmul_kernel(a, b, c, M, N, K, am, ak, bk, bn,  # strides
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """c = a b for a: (M, K), b: (K, N), c: (M, N), contiguous. A program: one (BM, BN) tile."""
+def product_tile(a, b, scales, c, M, N, K, am, ak, bk, bn,  # strides
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """c = a b, times `scales` (N,) if given; a: (M, K), b: (K, N), maybe of integers, which become
+    numbers in registers; c: (M, N), contiguous. A program: one (BM, BN) tile."""
     m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
     i, j, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
     i, j = i.to(tl.int64), j.to(tl.int64)
@@ -173,19 +181,32 @@ def matmul_kernel(a, b, c, M, N, K, am, ak, bk, bn,  # strides
         x = tl.load(a + i[:, None] * am + (start + k)[None, :] * ak,
                     mask=(i < M)[:, None] & inside[None, :], other=0.0)
         y = tl.load(b + (start + k)[:, None] * bk + j[None, :] * bn,
-                    mask=inside[:, None] & (j < N)[None, :], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision="ieee")  # float32 stays float32, not TF32
+                    mask=inside[:, None] & (j < N)[None, :], other=0)
+        acc = tl.dot(x, y.to(x.dtype), acc, input_precision="ieee")  # float32, not TF32
+    if scales is not None:
+        acc *= tl.load(scales + j, mask=j < N, other=0.0)[None, :]  # one for a column: at the end
     tl.store(c + i[:, None] * N + j[None, :], acc.to(c.dtype.element_ty),
              mask=(i < M)[:, None] & (j < N)[None, :])
 
 
-def product(a, b):
-    """a @ b of two matrices with any strides."""
+matmul_kernel = tuned(
+    [config(4, 3, BM=64, BN=64, BK=32), config(8, 3, BM=128, BN=256, BK=64),
+     config(8, 4, BM=128, BN=128, BK=64), config(4, 4, BM=128, BN=64, BK=64),
+     config(4, 4, BM=64, BN=128, BK=64), config(4, 5, BM=32, BN=64, BK=64)],
+    ["M", "N", "K"])(product_tile)
+
+
+def tiles_of(M, N):
+    """Launch grid: a program for each tile of an (M, N) result."""
+    return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
+
+
+def product(kernel, a, b, scales=None, **options):
+    """a @ b, of two matrices with any strides, by a kernel of product_tile."""
     (M, K), N = a.shape, b.shape[1]
-    c = torch.zeros((M, N), device=a.device, dtype=a.dtype)
+    c = a.new_zeros(M, N)
     if c.numel() and K:
-        matmul_kernel[lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)](
-            a, b, c, M, N, K, *a.stride(), *b.stride())
+        kernel[tiles_of(M, N)](a, b, scales, c, M, N, K, *a.stride(), *b.stride(), **options)
     return c
 
 
@@ -195,19 +216,19 @@ class MatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
-        return product(a, b)
+        return product(matmul_kernel, a, b)
 
     @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
-        return product(g, b.T), product(a.T, g)  # a transpose is a matter of strides
+        # a transpose is a matter of strides
+        return product(matmul_kernel, g, b.T), product(matmul_kernel, a.T, g)
 
 
 def matmul(a, b):
     """a @ b. a: (M, K), b: (K, N) -> (M, N), summed in float32."""
     same_kind(a, b)
-    expect(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0],
-           f"can not multiply {tuple(a.shape)} by {tuple(b.shape)}")
+    expect_fit(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0], a=a, b=b)
     return MatMul.apply(a, b)
 
 
@@ -261,54 +282,32 @@ def rms_norm_backward(h, weight, inverse, g, g_total, dx, partial, rows, n, BLOC
     tl.store(partial + program.to(tl.int64) * n + i, dw, mask=inside)
 
 
-@triton.jit
-def sum_rows(x, y, rows, n, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = the sum of the rows of x. x: (rows, n) float32, y: (n,). A program: BLOCK columns."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, rows, BLOCK_ROWS):
-        row = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        acc += tl.sum(tl.load(x + row[:, None] * n + i[None, :],
-                              mask=(row < rows)[:, None] & (i < n)[None, :], other=0.0), 0)
-    tl.store(y + i, acc.to(y.dtype.element_ty), mask=i < n)
-
-
-def programs_for(device):
-    """Enough programs to fill a GPU: a few for each of its multiprocessors."""
-    if device.type != "cuda":
-        return 3
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class RMSNorm(torch.autograd.Function):
     """rms_norm of contiguous x: (..., n) or, with a residual, of their sum, which is then the
     second output; the sum and 1 / rms, a number for each row, are kept."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        n, add = x.shape[-1], residual is not None
-        rows, block = x.numel() // max(1, n), triton.next_power_of_2(n)
+        add = residual is not None
         y, total = torch.empty_like(x), torch.empty_like(x) if add else x
-        inverse = torch.empty(rows, device=x.device, dtype=torch.float32)
-        if rows:
-            rms_norm_forward[(rows,)](x, residual if add else x, weight, y, total, inverse, n, eps,
-                                      block, add, num_warps=warps_for(block))
+        inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        by_rows(rms_norm_forward, x, residual if add else x, weight, y, total, inverse,
+                x.shape[-1], eps, ADD=add)
         ctx.save_for_backward(total, weight, inverse)
         return (y, total) if add else y
 
     @staticmethod
     def backward(ctx, g, g_total=None):
         h, weight, inverse = ctx.saved_tensors
-        n, rows, add = h.shape[-1], len(inverse), g_total is not None
-        programs, block = min(rows, programs_for(h.device)), triton.next_power_of_2(n)
-        dx, dw = torch.empty_like(h), torch.zeros_like(weight)
-        if rows:
-            partial = torch.empty((programs, n), device=h.device, dtype=torch.float32)
-            rms_norm_backward[(programs,)](
-                h, weight, inverse, g.contiguous(), g_total.contiguous() if add else h, dx,
-                partial, rows, n, block, add, num_warps=warps_for(block))
-            sum_rows[(triton.cdiv(n, 64),)](partial, dw, programs, n, 32, 64)
-        return dx, dw, None, dx if add else None
+        n, rows, add = h.shape[-1], inverse.numel(), g_total is not None
+        programs = 3  # on a GPU a few for each multiprocessor
+        if h.is_cuda:
+            programs = 4 * torch.cuda.get_device_properties(h.device).multi_processor_count
+        programs, dx = min(rows, programs), torch.empty_like(h)
+        partial = h.new_empty((programs, n), dtype=torch.float32)
+        by_rows(rms_norm_backward, h, weight, inverse, g.contiguous(), g_total.contiguous() if add
+                else h, dx, partial, rows, n, programs=programs, ADD=add)
+        return dx, partial.sum(0).to(weight.dtype), None, dx if add else None
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
@@ -317,10 +316,11 @@ def rms_norm(x, weight, eps=1e-5, residual=None):
     x, residual: (..., n), n at most 65,536; weight: (n,) -> (..., n), or (that, h).
     """
     same_kind(x, weight, *([] if residual is None else [residual]))
-    expect(x.ndim and weight.shape == x.shape[-1:] and x.shape[-1] <= 65536,
-           f"x of {tuple(x.shape)} and weight of {tuple(weight.shape)} do not fit")
-    expect(residual is None or residual.shape == x.shape, "residual and x must have one shape")
-    residual = residual if residual is None else residual.contiguous()
+    expect_fit(weight.ndim == 1 and weight.shape == x.shape[-1:] and len(weight) <= 65536,
+               x=x, weight=weight)
+    if residual is not None:
+        expect_fit(residual.shape == x.shape, x=x, residual=residual)
+        residual = residual.contiguous()
     return RMSNorm.apply(x.contiguous(), weight.contiguous(), eps, residual)
 
 
@@ -373,7 +373,7 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(gate, up):
     """silu(gate) * up = gate * sigmoid(gate) * up, element by element."""
     same_kind(gate, up)
-    expect(gate.shape == up.shape, f"shapes differ: {tuple(gate.shape)} and {tuple(up.shape)}")
+    expect_fit(gate.shape == up.shape, gate=gate, up=up)
     return SwiGLU.apply(gate.contiguous(), up.contiguous())
 
 
@@ -419,46 +419,49 @@ def cross_entropy_kernel(logits, grad, targets, losses, V, scale, ignore_index,
                 tl.store(grad + i, (p * scale).to(grad.dtype.element_ty), mask=i < V)
 
 
-def check_targets(targets, shape, V, ignore_index):
-    """Raise unless targets are ids below V, or ignore_index, one for each row."""
+class CrossEntropy(torch.autograd.Function):
+    """Loss of targets (N,) and logits x (N, V) or, with a weight (V, C), x weight^T of x (N, C),
+    `chunk` rows at a time. The gradients are made here, and kept; inplace: that of x in x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, n, chunk, inplace):
+        (need_x, need_weight), x = ctx.needs_input_grad[:2], x.detach()
+        dx = torch.empty_like(x) if need_x and not inplace else x
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        losses = x.new_empty(len(x), dtype=torch.float32)
+        for i in range(0, len(x), chunk):
+            rows = slice(i, i + chunk)
+            logits, grad = x[rows], dx[rows]
+            if weight is not None:  # all there ever is of the logits: (chunk, V)
+                logits = grad = x[rows] @ weight.T
+            V = logits.shape[1]
+            block = min(4096, triton.next_power_of_2(max(1, V)))
+            cross_entropy_kernel[(len(logits),)](
+                logits, grad, targets[rows], losses[rows], V, 1 / n, ignore_index, block,
+                need_x or need_weight, num_warps=warps_for(2 * block))
+            if need_weight:
+                dw += grad.T @ x[rows]
+            if need_x and weight is not None:
+                dx[rows] = grad @ weight
+        ctx.save_for_backward(dx if need_x else None, dw.to(weight.dtype) if need_weight else None)
+        return losses.sum() / n
+
+    @staticmethod
+    def backward(ctx, g):  # a gradient of 1, as of loss.backward(), spares memory a further pass
+        grads = (d if d is None or g == 1 else d * g.to(d.dtype) for d in ctx.saved_tensors)
+        return *grads, None, None, None, None, None
+
+
+def checked_targets(targets, shape, V, ignore_index, reduction):
+    """-> targets as (N,), and by what the sum of their losses is divided. Raises unless they are
+    ids below V, or ignore_index, one for each row."""
+    expect(reduction in ("mean", "sum"), f"reduction is mean or sum, not {reduction}")
     expect(targets.shape == shape, f"targets are {tuple(targets.shape)}, not {tuple(shape)}")
     expect(targets.dtype == torch.int64, f"targets are {targets.dtype}, not int64", TypeError)
-    outside = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
-    expect(not outside.any(), f"a target is not in 0 to {V - 1}, nor ignore_index {ignore_index}",
-           IndexError)
-
-
-def losses_of(logits, targets, ignore_index, scale, grad):
-    """Losses of rows (N,) in float32; their gradient, times scale, is written to grad if given."""
-    N, V = logits.shape
-    losses = torch.zeros(N, device=logits.device, dtype=torch.float32)
-    if N and V:
-        block = min(4096, triton.next_power_of_2(V))
-        cross_entropy_kernel[(N,)](logits, logits if grad is None else grad, targets, losses, V,
-                                   scale, ignore_index, block, grad is not None,
-                                   num_warps=warps_for(2 * block))
-    return losses
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Loss of logits (N, V) and targets (N,); the gradient is made here, and kept."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, ignore_index, reduction, inplace):
-        n = int((targets != ignore_index).sum()) if reduction == "mean" else 1
-        grad = None
-        if ctx.needs_input_grad[0]:
-            grad = logits if inplace else torch.empty_like(logits)
-        losses = losses_of(logits.detach(), targets, ignore_index, 1 / max(1, n),
-                           grad if grad is None else grad.detach())
-        ctx.save_for_backward(grad)
-        return losses.sum() / max(1, n)
-
-    @staticmethod
-    def backward(ctx, g):
-        (grad,) = ctx.saved_tensors
-        # a gradient of 1, as of loss.backward(), needs no further pass through memory
-        return (grad if g == 1 else grad * g.to(grad.dtype)), None, None, None, None
+    counts = targets != ignore_index
+    expect(not (((targets < 0) | (targets >= V)) & counts).any(),
+           f"a target is not in 0 to {V - 1}, nor ignore_index {ignore_index}", IndexError)
+    return targets.contiguous().view(-1), max(1, int(counts.sum())) if reduction == "mean" else 1
 
 
 def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", inplace=False):
@@ -469,42 +472,11 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", inplace=
     gradient. Raises IndexError for a target that is no id.
     """
     same_kind(logits)
-    expect(logits.ndim >= 2, f"logits are {tuple(logits.shape)}, not (..., V)")
-    expect(reduction in ("mean", "sum"), f"reduction is mean or sum, not {reduction}")
+    expect_fit(logits.ndim >= 2, logits=logits)
     V = logits.shape[-1]
-    check_targets(targets, logits.shape[:-1], V, ignore_index)
-    return CrossEntropy.apply(logits.contiguous().view(-1, V), targets.contiguous().view(-1),
-                              ignore_index, reduction, inplace and logits.is_contiguous())
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Loss of x (N, C), weight (V, C) and targets (N,), `chunk` rows at a time; the gradients of x
-    and weight are made here, and kept."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, reduction, chunk):
-        n = max(1, int((targets != ignore_index).sum())) if reduction == "mean" else 1
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        dx = torch.zeros_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        loss = torch.zeros((), device=x.device, dtype=torch.float32)
-        for i in range(0, len(x), chunk):
-            part = x[i : i + chunk]
-            logits = part @ weight.T  # all there ever is of them: (chunk, V)
-            losses = losses_of(logits, targets[i : i + chunk], ignore_index, 1 / n,
-                               logits if need_x or need_weight else None)
-            loss += losses.sum() / n
-            if need_x:
-                dx[i : i + chunk] = logits @ weight  # logits are their gradient by now
-            if need_weight:
-                dw += logits.T @ part
-        ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, g):
-        return *(d if d is None or g == 1 else d * g.to(d.dtype) for d in ctx.saved_tensors), \
-            None, None, None, None
+    targets, n = checked_targets(targets, logits.shape[:-1], V, ignore_index, reduction)
+    return CrossEntropy.apply(logits.contiguous().view(-1, V), None, targets, ignore_index, n,
+                              max(1, len(targets)), inplace and logits.is_contiguous())
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean", chunk=None):
@@ -515,14 +487,12 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
     logits take as much memory as x does, and at least 64.
     """
     same_kind(x, weight)
-    expect(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:],
-           f"x of {tuple(x.shape)} and weight of {tuple(weight.shape)} do not fit")
-    expect(reduction in ("mean", "sum"), f"reduction is mean or sum, not {reduction}")
-    check_targets(targets, x.shape[:-1], len(weight), ignore_index)
-    rows = x.contiguous().view(-1, x.shape[-1])
-    chunk = chunk or max(64, triton.next_power_of_2(max(1, rows.numel() // max(1, len(weight)))))
-    return LinearCrossEntropy.apply(rows, weight, targets.contiguous().view(-1), ignore_index,
-                                    reduction, chunk)
+    expect_fit(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:], x=x, weight=weight)
+    V, C = weight.shape
+    targets, n = checked_targets(targets, x.shape[:-1], V, ignore_index, reduction)
+    chunk = chunk or max(64, triton.next_power_of_2(max(1, x.numel() // max(1, V))))
+    return CrossEntropy.apply(x.contiguous().view(-1, C), weight, targets, ignore_index, n, chunk,
+                              False)
 
 
 # -----------------------------------------------------------------------------
@@ -537,78 +507,57 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
 # them. A query that sees no key at all has output 0 and moves nothing.
 
 
-def flash_attention_torch(q, k, v, causal=True, window=None, scale=None, tile=64):
-    """The algorithm in PyTorch, tile by tile, to be read before the kernels. See
-    `flash_attention` for the arguments; tile: queries, and keys, at a time."""
-    check_attention(q, k, v, causal, window)
-    return FlashAttentionTorch.apply(q, k, v, causal, window, scale or q.shape[-1] ** -0.5, tile)
-
-
 def seen(i, j, offset, causal, window):
     """Whether queries i see keys j, (len(i), len(j)) of bool."""
     distance = (i + offset)[:, None] - j[None, :]
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        mask &= distance >= 0
-    if window:
-        mask &= distance < window
-    return mask
+    return ((distance >= 0) | (not causal)) & (distance < (window or math.inf))
 
 
 class FlashAttentionTorch(torch.autograd.Function):
-    """q: (B, H, T, D); k, v: (B, K, S, D) -> (B, H, T, D). Kept: these, and lse: (B, H, T)."""
+    """The algorithm in PyTorch, tile by tile, to be read before the kernels. q: (B, H, T, D); k,
+    v: (B, H, S, D) -> (B, H, T, D), all float32. Kept: these, and lse: (B, H, T)."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, window, scale, tile):
-        (B, H, T, D), S = q.shape, k.shape[2]
-        group = H // k.shape[1]
-        kk, vv = (x.repeat_interleave(group, 1).float() for x in (k, v))
-        o = torch.zeros_like(q)
-        lse = torch.full((B, H, T), -math.inf, device=q.device)
-        for i in torch.arange(T, device=q.device).split(tile):
-            qi = q[:, :, i].float() * scale
-            m = torch.full((B, H, len(i), 1), -math.inf, device=q.device)
-            l, acc = torch.zeros_like(m), torch.zeros_like(qi)
-            for j in torch.arange(S, device=q.device).split(tile):
-                mask = seen(i, j, S - T, causal, window)
-                if not mask.any():
-                    continue
-                s = (qi @ kk[:, :, j].mT).masked_fill(~mask, -math.inf)
-                larger = torch.maximum(m, s.amax(-1, keepdim=True))
-                base = larger.masked_fill(larger == -math.inf, 0.0)  # nothing seen so far
-                p, shrink = torch.exp(s - base), torch.exp(m - base)
-                l, acc, m = l * shrink + p.sum(-1, keepdim=True), acc * shrink + p @ vv[:, :, j], \
-                    larger
-            o[:, :, i] = (acc / l.masked_fill(l == 0, 1.0)).to(q.dtype)
+        queries, keys = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+        o, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
+        for i in queries.split(tile):
+            qi, acc = q[:, :, i] * scale, torch.zeros_like(q[:, :, i])
+            l = torch.zeros_like(acc[..., :1])
+            m = torch.full_like(l, -math.inf)
+            for j in keys.split(tile):
+                mask = seen(i, j, len(keys) - len(queries), causal, window)
+                if mask.any():
+                    s = (qi @ k[:, :, j].mT).masked_fill(~mask, -math.inf)
+                    larger = torch.maximum(m, s.amax(-1, keepdim=True))
+                    base = larger.masked_fill(larger == -math.inf, 0.0)  # nothing seen so far
+                    p, shrink = torch.exp(s - base), torch.exp(m - base)
+                    l = l * shrink + p.sum(-1, keepdim=True)
+                    acc = acc * shrink + p @ v[:, :, j]
+                    m = larger
+            o[:, :, i] = acc / l.masked_fill(l == 0, 1.0)
             lse[:, :, i] = (m + torch.log(l))[..., 0]  # -inf where nothing was seen
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.options = causal, window, scale, tile
+        ctx.options = queries, keys, causal, window, scale, tile
         return o
 
     @staticmethod
     def backward(ctx, g):
         q, k, v, o, lse = ctx.saved_tensors
-        causal, window, scale, tile = ctx.options
-        (T, D), (K, S) = q.shape[2:], k.shape[1:3]
-        group = q.shape[1] // K
-        kk, vv = (x.repeat_interleave(group, 1).float() for x in (k, v))
-        dq, dk, dv = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(kk), \
-            torch.zeros_like(vv)
-        delta = (g.float() * o.float()).sum(-1, keepdim=True)  # sum over keys of p dp
-        for j in torch.arange(S, device=q.device).split(tile):
-            for i in torch.arange(T, device=q.device).split(tile):
-                mask = seen(i, j, S - T, causal, window)
-                if not mask.any():
-                    continue
-                qi, gi = q[:, :, i].float(), g[:, :, i].float()
-                p = torch.exp(qi @ kk[:, :, j].mT * scale - lse[:, :, i, None])
-                p = p.masked_fill(~mask, 0.0)
-                dv[:, :, j] += p.mT @ gi
-                ds = p * (gi @ vv[:, :, j].mT - delta[:, :, i]) * scale
-                dq[:, :, i] += ds @ kk[:, :, j]
-                dk[:, :, j] += ds.mT @ qi
-        dk, dv = (x.unflatten(1, (K, group)).sum(2) for x in (dk, dv))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        queries, keys, causal, window, scale, tile = ctx.options
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        delta = (g * o).sum(-1, keepdim=True)  # sum over keys of p dp
+        for j in keys.split(tile):
+            for i in queries.split(tile):
+                mask = seen(i, j, len(keys) - len(queries), causal, window)
+                if mask.any():
+                    p = torch.exp(q[:, :, i] @ k[:, :, j].mT * scale - lse[:, :, i, None])
+                    p = p.masked_fill(~mask, 0.0)  # also in rows that see nothing: lse is -inf
+                    dv[:, :, j] += p.mT @ g[:, :, i]
+                    ds = p * (g[:, :, i] @ v[:, :, j].mT - delta[:, :, i]) * scale
+                    dq[:, :, i] += ds @ k[:, :, j]
+                    dk[:, :, j] += ds.mT @ q[:, :, i]
+        return dq, dk, dv, None, None, None, None
 
 
 # Tiles. q (BM, D) and the accumulator (BM, D), in float32, live in registers all the time: with
@@ -805,8 +754,7 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, window, scale):
         (B, H, T, D), S = q.shape, k.shape[2]
-        o = torch.empty((B, H, T, D), device=q.device, dtype=q.dtype)
-        lse = torch.empty((B, H, T), device=q.device, dtype=torch.float32)
+        o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
         BD = max(16, triton.next_power_of_2(D))
         strides = [s for x in (q, k, v) for s in x.stride()[:3]]
         options = {"D": D, "BD": BD, "CAUSAL": causal, "WINDOW": window or 0}
@@ -824,7 +772,7 @@ class FlashAttention(torch.autograd.Function):
         scale, strides, options = ctx.options
         (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
         g, delta = g.contiguous(), torch.empty_like(lse)
-        dq, dk, dv = (torch.zeros(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
         if o.numel() and dk.numel():
             flash_delta[(triton.cdiv(T, 64), B * H)](o, g, delta, T, D, options["BD"], 64)
             flash_backward_keys[lambda meta: (triton.cdiv(S, meta["BN"]), B * K)](
@@ -837,10 +785,9 @@ class FlashAttention(torch.autograd.Function):
 def check_attention(q, k, v, causal, window):
     """Raise unless these are queries, keys and values that fit together."""
     same_kind(q, k, v)
-    expect(q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and
-           q.shape[3] == k.shape[3] and k.shape[1] and q.shape[1] % k.shape[1] == 0,
-           f"q, k and v of {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} do not fit: "
-           "(B, H, T, D) and twice (B, H / n, S, D) are needed")
+    expect_fit(q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and
+               q.shape[3] == k.shape[3] and k.shape[1] and q.shape[1] % k.shape[1] == 0,
+               q=q, k=k, v=v)
     expect(0 < q.shape[3] <= 256, f"head size {q.shape[3]} is not in 1 to 256")
     expect(window is None or (causal and window > 0),
            "a window is a positive number of keys, of causal attention")
@@ -856,6 +803,14 @@ def flash_attention(q, k, v, causal=True, window=None, scale=None):
     check_attention(q, k, v, causal, window)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return FlashAttention.apply(q, k, v, causal, window, scale or q.shape[-1] ** -0.5)
+
+
+def flash_attention_torch(q, k, v, causal=True, window=None, scale=None, tile=64):
+    """`flash_attention` in plain PyTorch, in float32; tile: queries, and keys, at a time."""
+    check_attention(q, k, v, causal, window)
+    group, scale = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
+    kk, vv = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    return FlashAttentionTorch.apply(q.float(), kk, vv, causal, window, scale, tile).to(q.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -903,8 +858,8 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
     same_kind(torch.empty(0, device=params[0].device), *exp_avgs, *exp_avg_sqs)
     BLOCK, rows = 1024, []
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs):
-        expect(len({x.shape for x in tensors}) == 1, "a parameter, its gradient and means differ "
-               f"in shape: {[tuple(x.shape) for x in tensors]}")
+        expect(len({x.shape for x in tensors}) == 1,
+               f"a parameter, its gradient and means: {[tuple(x.shape) for x in tensors]}")
         expect(all(x.is_contiguous() for x in tensors), "tensors must be contiguous")
         pointers, n = [x.data_ptr() for x in tensors], tensors[0].numel()
         rows += [[*pointers, min(BLOCK, n - i), i] for i in range(0, n, BLOCK)]
@@ -923,33 +878,14 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
 
 FEW = [config(4, 4, BM=16, BN=64), config(4, 5, BM=16, BN=32), config(4, 4, BM=32, BN=64),
        config(8, 3, BM=64, BN=128)]
+int8_kernel = tuned(FEW, ["M", "N", "K"])(product_tile)
 
 
 @tuned(FEW, ["M", "N", "K"])
 @triton.jit
-def int8_kernel(x, w, scale, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """y = x (w scale)^T: x (M, K), w (N, K) int8, scale (N,), y (M, N). A program: one tile."""
-    m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
-    i, j, k = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN), tl.arange(0, BK)
-    i, j = i.to(tl.int64), j.to(tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
-        inside = start + k < K
-        a = tl.load(x + i[:, None] * K + (start + k)[None, :],
-                    mask=(i < M)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(w + j[None, :] * K + (start + k)[:, None],
-                    mask=inside[:, None] & (j < N)[None, :], other=0)
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
-    acc *= tl.load(scale + j, mask=j < N, other=0.0)[None, :]  # one for a row: after the sum
-    tl.store(y + i[:, None] * N + j[None, :], acc.to(y.dtype.element_ty),
-             mask=(i < M)[:, None] & (j < N)[None, :])
-
-
-@tuned(FEW, ["M", "N", "K"])
-@triton.jit
-def int4_kernel(x, w, scale, low, y, M, N, K, groups, BM: tl.constexpr, BN: tl.constexpr,
+def int4_kernel(x, w, scales, lows, y, M, N, K, groups, BM: tl.constexpr, BN: tl.constexpr,
                 GROUP: tl.constexpr):
-    """y = x (w scale + low)^T: x (M, K), w (N, groups GROUP / 2) uint8, scale, low (N, groups).
+    """y = x (w scale + low)^T: x (M, K), w (N, groups GROUP / 2) uint8, scales, lows (N, groups).
     Of each byte the low half is an even k, the high half the odd one after it: two products of
     half the length, and no shuffling of numbers between threads."""
     m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
@@ -964,40 +900,14 @@ def int4_kernel(x, w, scale, low, y, M, N, K, groups, BM: tl.constexpr, BN: tl.c
                       mask=(i < M)[:, None] & (k + 1 < K)[None, :], other=0.0)
         byte = tl.load(w + j[None, :] * (groups * (GROUP // 2)) + group * (GROUP // 2)
                        + half[:, None], mask=(j < N)[None, :], other=0)
-        s = tl.load(scale + j * groups + group, mask=j < N, other=0.0)
-        l = tl.load(low + j * groups + group, mask=j < N, other=0.0)
+        s = tl.load(scales + j * groups + group, mask=j < N, other=0.0)
+        l = tl.load(lows + j * groups + group, mask=j < N, other=0.0)
         part = tl.dot(even, (byte & 15).to(even.dtype), input_precision="ieee")
         part = tl.dot(odd, (byte >> 4).to(odd.dtype), part, input_precision="ieee")
         total = tl.sum(even.to(tl.float32), 1) + tl.sum(odd.to(tl.float32), 1)
         acc += part * s[None, :] + total[:, None] * l[None, :]
     tl.store(y + i[:, None] * N + j[None, :], acc.to(y.dtype.element_ty),
              mask=(i < M)[:, None] & (j < N)[None, :])
-
-
-class IntegerMatMul(torch.autograd.Function):
-    """x (M, K) times integers (N, K): int8 without `low`, else int4; x alone has a gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight, scale, low, group):
-        (M, K), N = x.shape, len(weight)
-        ctx.save_for_backward(weight, scale, low)
-        y = torch.zeros((M, N), device=x.device, dtype=x.dtype)
-
-        def grid(meta):
-            return (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
-
-        if y.numel() and low is None:
-            int8_kernel[grid](x, weight, scale, y, M, N, K, BK=64)
-        elif y.numel():
-            int4_kernel[grid](x, weight, scale, low, y, M, N, K, scale.shape[1], GROUP=group)
-        ctx.columns, ctx.group = K, group
-        return y
-
-    @staticmethod
-    def backward(ctx, g):  # the weights are fixed, but what came before them may be trained
-        weight, scale, low = ctx.saved_tensors
-        w = dequantize(weight, scale, low, ctx.group)[:, : ctx.columns]
-        return g @ w.to(g.dtype), None, None, None, None
 
 
 def dequantize(weight, scale, low=None, group=32):
@@ -1008,17 +918,38 @@ def dequantize(weight, scale, low=None, group=32):
     return (weight * scale[..., None] + low[..., None]).flatten(1)
 
 
+class IntegerMatMul(torch.autograd.Function):
+    """x (..., K) times integers (N, K): int8 without `low`, else int4; x alone has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, low, group):
+        ctx.save_for_backward(weight, scale, low)
+        ctx.columns, ctx.group = x.shape[-1], group
+        rows = x.contiguous().view(-1, x.shape[-1])
+        if low is None:
+            return product(int8_kernel, rows, weight.T, scale, BK=64).view(
+                *x.shape[:-1], len(weight))
+        (M, K), (N, groups) = rows.shape, scale.shape
+        y = x.new_zeros((*x.shape[:-1], N))
+        if y.numel():
+            int4_kernel[tiles_of(M, N)](rows, weight, scale, low, y, M, N, K, groups, GROUP=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):  # the weights are fixed, but what came before them may be trained
+        weight, scale, low = ctx.saved_tensors
+        w = dequantize(weight, scale, low, ctx.group)[:, : ctx.columns]
+        return g @ w.to(g.dtype), None, None, None, None
+
+
 def int8_matmul(x, weight, scale):
     """x @ (weight * scale[:, None]).T. x: (..., K); weight: (N, K) int8; scale: (N,) float32."""
     same_kind(x)
     expect(weight.dtype == torch.int8 and scale.dtype == torch.float32, "weight must be int8 and "
            f"scale float32, not {weight.dtype} and {scale.dtype}", TypeError)
-    expect(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
-           and scale.shape == weight.shape[:1], f"x {tuple(x.shape)}, weight "
-           f"{tuple(weight.shape)}, scale {tuple(scale.shape)} do not fit")
-    y = IntegerMatMul.apply(x.contiguous().view(-1, x.shape[-1]), weight.contiguous(),
-                            scale.contiguous(), None, 0)
-    return y.view(*x.shape[:-1], len(weight))
+    expect_fit(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:] and
+               scale.shape == weight.shape[:1], x=x, weight=weight, scale=scale)
+    return IntegerMatMul.apply(x, weight.contiguous(), scale.contiguous(), None, 0)
 
 
 def int4_matmul(x, weight, scale, low, group=32):
@@ -1031,180 +962,180 @@ def int4_matmul(x, weight, scale, low, group=32):
     expect(weight.dtype == torch.uint8 and scale.dtype == low.dtype == torch.float32,
            f"weight must be uint8, scale and low float32, not {weight.dtype}, {scale.dtype} and "
            f"{low.dtype}", TypeError)
-    groups = triton.cdiv(x.shape[-1], group)
     expect(group in (32, 64, 128), f"groups of 32, 64 or 128, not {group}")
-    expect(weight.ndim == 2 and weight.shape[1] == groups * group // 2 and
-           scale.shape == low.shape == (len(weight), groups),
-           f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, scale {tuple(scale.shape)} and low "
-           f"{tuple(low.shape)} do not fit")
-    y = IntegerMatMul.apply(x.contiguous().view(-1, x.shape[-1]), weight.contiguous(),
-                            scale.contiguous(), low.contiguous(), group)
-    return y.view(*x.shape[:-1], len(weight))
+    groups = triton.cdiv(x.shape[-1], group)
+    expect_fit(weight.ndim == 2 and weight.shape[1] == groups * group // 2 and
+               scale.shape == low.shape == (len(weight), groups),
+               x=x, weight=weight, scale=scale, low=low)
+    return IntegerMatMul.apply(x, weight.contiguous(), scale.contiguous(), low.contiguous(), group)
+
+
+# -----------------------------------------------------------------------------
+# The same in PyTorch: check computes these in float64, bench and profile have them beside ours.
+
+
+def plain_norm(x, weight, eps=1e-5, residual=None):
+    """As rms_norm."""
+    h = x if residual is None else x + residual
+    y = F.rms_norm(h, weight.shape, weight, eps)
+    return y if residual is None else (y, h)
+
+
+def plain_swiglu(gate, up):
+    """As swiglu."""
+    return F.silu(gate) * up
+
+
+def plain_loss(x, weight=None, *, targets, reduction="mean"):
+    """As linear_cross_entropy or, without a weight, cross_entropy."""
+    logits = x if weight is None else x @ weight.T
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+def plain_attention(q, k, v, causal=True, window=None):
+    """As flash_attention; where PyTorch's own does not do the same, with all scores in memory."""
+    if causal and not window and q.shape == k.shape:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    i, j = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
+    mask = seen(i, j, len(j) - len(i), causal, window)
+    p = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -1e300).softmax(-1)
+    return p.masked_fill(~mask, 0.0) @ v
+
+
+def cases(rows, losses, attention, products, integers, dtype=torch.float64, device=DEVICE):
+    """Yield (kernel, size, flags, function, the same in PyTorch, shapes of its inputs, bytes,
+    FLOPs) for these sizes. Bytes, in bfloat16, and FLOPs are the least that the forward pass
+    needs, and that both passes need. dtype: of the integers' values, for PyTorch."""
+    partial = functools.partial
+    for shape in rows:
+        size, n, a = " x ".join(map(str, shape)), shape[-1], math.prod(shape)
+        yield ("softmax", size, "", softmax, partial(torch.softmax, dim=-1), [shape],
+               (4 * a, 10 * a), (5 * a, 9 * a))
+        yield ("swiglu", size, "", swiglu, plain_swiglu, [shape, shape],
+               (6 * a, 16 * a), (5 * a, 15 * a))
+        yield ("rms_norm", size, "", rms_norm, plain_norm, [shape, (n,)],
+               (4 * a, 10 * a), (4 * a, 12 * a))
+        yield ("rms_norm", size, "residual", lambda x, w, r: rms_norm(x, w, residual=r),
+               lambda x, w, r: plain_norm(x, w, residual=r), [shape, (n,), shape],
+               (8 * a, 16 * a), (5 * a, 14 * a))
+    for *lead, C, V in losses:
+        N, targets = math.prod(lead), torch.randint(V, lead, device=device)
+        targets.view(-1)[:2] = -100
+        for reduction, special in (("mean", 0), ("mean", 1), ("sum", 0), ("sum", 1)):
+            options = {"targets": targets, "reduction": reduction}
+            flags = f"{reduction}, in place or chunks" if special or reduction == "sum" else ""
+            plain = partial(plain_loss, **options)
+            yield ("cross_entropy", f"{N} x {V}", flags,
+                   partial(cross_entropy, inplace=bool(special), **options), plain, [(*lead, V)],
+                   (2 * N * V, 6 * N * V), (4 * N * V, 7 * N * V))
+            yield ("linear_cross_entropy", f"{N} x {C} x {V}", flags,
+                   partial(linear_cross_entropy, chunk=3 if special else None, **options), plain,
+                   [(*lead, C), (V, C)], (2 * (N + V) * C, 4 * (N + V) * C),
+                   (2 * N * C * V, 6 * N * C * V))
+    for B, H, K, T, S, D, causal, window in attention:
+        a, flops = B * H * T * D, 4 * B * H * T * S * D / (1 + causal)  # a mask leaves half
+        mask = {"causal": causal, "window": window}
+        plain = causal and not window and (H, T) == (K, S)
+        for f in (flash_attention, flash_attention_torch):
+            flags = "" if plain and f is flash_attention else f"{K} heads of {S} keys, {mask}"
+            yield (f.__name__, f"{B} x {H} x {T} x {D}", flags, partial(f, **mask),
+                   partial(plain_attention, **mask), [(B, H, T, D), (B, K, S, D), (B, K, S, D)],
+                   (8 * a, 24 * a), (flops, 3.5 * flops))
+    for M, K, N in products:
+        a, b, c = M * K, K * N, M * N
+        yield ("matmul", f"{M} x {K} x {N}", "", matmul, torch.matmul, [(M, K), (K, N)],
+               (2 * (a + b + c), 2 * (3 * a + 3 * b + 2 * c)), (2 * M * N * K, 6 * M * N * K))
+    for M, K, N in integers:  # these have no backward pass to speak of
+        size, groups, least, flops = f"{M} x {K} x {N}", triton.cdiv(K, 32), 2 * M * (K + N), \
+            (2 * M * N * K,)
+        w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
+        w4 = torch.randint(256, (N, groups * 16), dtype=torch.uint8, device=device)
+        scale, low = torch.rand(2, N, groups, device=device) + 0.5
+        for f, parts, moved in ((int8_matmul, (w8, scale[:, 0]), least + N * K),
+                                (int4_matmul, (w4, scale, low), least + N * K * (1 / 2 + 8 / 32))):
+            plain = partial(F.linear, weight=dequantize(*parts)[:, :K].to(dtype))
+            yield (f.__name__, size, "", lambda x, f=f, parts=parts: f(x, *parts), plain, [(M, K)],
+                   (moved,), flops)
 
 
 # -----------------------------------------------------------------------------
 # check: every kernel against float64.
 
-
-def reference_attention(q, k, v, causal, window):
-    """softmax(q k^T / sqrt(D)) v with the matrix of scores in memory."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    T, S = q.shape[2], k.shape[2]
-    i, j = torch.arange(T, device=q.device), torch.arange(S, device=q.device)
-    mask = seen(i, j, S - T, causal, window)
-    p = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -1e300).softmax(-1)
-    return p.masked_fill(~mask, 0.0) @ v
-
-
-def reference_norm(x, weight, residual=None, eps=1e-5):
-    """rms_norm as its formula stands; with a residual, two outputs."""
-    h = x if residual is None else x + residual
-    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
-    return y if residual is None else (y, h)
-
-
-def reference_cross_entropy(logits, targets, reduction="mean"):
-    """PyTorch's cross-entropy, but 0 where no target counts."""
-    logits, targets = logits.view(-1, logits.shape[-1]), targets.view(-1)
-    total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return total / ((targets != -100).sum().clamp(min=1) if reduction == "mean" else 1)
-
-
-def check_cases(device):
-    """Yield (kernel, what is special, function, reference, shapes of its inputs)."""
-    sizes = (1, 7, 129, 1000) if INTERPRETED else (1, 7, 129, 1000, 5000, 32768)
-    for n in sizes:
-        yield "softmax", f"n {n}", softmax, lambda x: x.softmax(-1), [(3, 2, n)]
-        yield "rms_norm", f"n {n}", rms_norm, reference_norm, [(4, 2, n), (n,)]
-        yield ("rms_norm", f"n {n}, residual", lambda x, w, r: rms_norm(x, w, residual=r),
-               reference_norm, [(4, 2, n), (n,), (4, 2, n)])
-        yield "swiglu", f"n {n}", swiglu, lambda a, b: torch.nn.functional.silu(a) * b, \
-            [(3, n), (3, n)]
-    for M, K, N in ((1, 1, 1), (64, 64, 64), (65, 33, 130), (5, 200, 17)):
-        yield "matmul", f"{M} x {K} x {N}", matmul, lambda a, b: a @ b, [(M, K), (K, N)]
-        yield ("matmul", f"{M} x {K} x {N}, transposed", lambda a, b: matmul(a.T, b.T),
-               lambda a, b: a.T @ b.T, [(K, M), (N, K)])
-    for V in sizes[1:] if INTERPRETED else (*sizes[1:], 131072):
-        targets = torch.randint(V, (2, 4), device=device)
-        targets[0, :2] = -100
-        for reduction in ("mean", "sum"):
-            for place in (False, True):
-                def loss(x, targets=targets, reduction=reduction, place=place):
-                    return cross_entropy(x * 1.0, targets, reduction=reduction, inplace=place)
-                yield ("cross_entropy", f"V {V}, {reduction}{', in place' * place}", loss,
-                       functools.partial(reference_cross_entropy, targets=targets,
-                                         reduction=reduction), [(2, 4, V)])
-
-            def linear_loss(x, w, targets=targets, reduction=reduction):
-                return linear_cross_entropy(x, w, targets, reduction=reduction, chunk=3)
-
-            def linear_reference(x, w, targets=targets, reduction=reduction):
-                return reference_cross_entropy(x @ w.T, targets, reduction)
-            yield ("linear_cross_entropy", f"V {V}, {reduction}", linear_loss, linear_reference,
-                   [(2, 4, 24), (V, 24)])
-    shapes = [  # B, H, heads of k and v, T, S, D, causal, window
+LENGTHS = (1, 7, 129, 1000) if INTERPRETED else (1, 7, 129, 1000, 5000, 32768)
+SMALL = {
+    "rows": [(4, 2, n) for n in LENGTHS],
+    "losses": [(2, 4, 24, V) for V in (*LENGTHS[1:], *([] if INTERPRETED else [131072]))],
+    "attention": [  # B, H, heads of k and v, T, S, D, causal, window
         (1, 2, 2, 64, 64, 64, True, None), (2, 2, 1, 70, 70, 16, True, None),
         (1, 3, 1, 129, 129, 32, True, None), (1, 2, 2, 65, 65, 80, False, None),
         (1, 1, 1, 37, 101, 64, True, None), (1, 1, 1, 101, 37, 32, True, None),
         (1, 2, 1, 37, 101, 24, False, None), (1, 1, 1, 150, 150, 32, True, 1),
         (1, 2, 1, 150, 150, 16, True, 70), (1, 1, 1, 140, 140, 16, True, 66),
-        (1, 1, 1, 130, 190, 16, True, 33),
-        (1, 1, 1, 40, 40, 128, True, None), (1, 1, 1, 33, 33, 256, True, None),
-        (1, 1, 1, 1, 1, 16, True, None), (1, 1, 1, 1, 90, 32, True, 20)]
-    if not INTERPRETED:
-        shapes += [(2, 16, 4, 1023, 1023, 128, True, None), (1, 8, 8, 2048, 2048, 64, True, 500)]
-    for B, H, K, T, S, D, causal, window in shapes:
-        name = f"B {B}, H {H}/{K}, T {T}, S {S}, D {D}{', causal' * causal}" + \
-            (f", window {window}" if window else "")
-        for f in (flash_attention, flash_attention_torch):
-            yield (f.__name__, name, functools.partial(f, causal=causal, window=window),
-                   functools.partial(reference_attention, causal=causal, window=window),
-                   [(B, H, T, D), (B, K, S, D), (B, K, S, D)])
-    for N, K in ((1, 32), (50, 70), (64, 128)):
-        w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
-        w4 = torch.randint(0, 256, (N, triton.cdiv(K, 32) * 16), dtype=torch.uint8, device=device)
-        scale, low = (torch.rand(N, triton.cdiv(K, 32), device=device) + 0.5 for _ in range(2))
-        full = dequantize(w4, scale, low)[:, :K]
-        for rows in (1, 5, 70):
-            yield ("int8_matmul", f"{rows} x {K} x {N}",
-                   lambda x, w=w8, s=scale: int8_matmul(x, w, s[:, 0].contiguous()),
-                   lambda x, w=w8, s=scale: x @ (w * s[:, :1]).T.double(), [(rows, K)])
-            yield ("int4_matmul", f"{rows} x {K} x {N}",
-                   lambda x, w=w4, s=scale, z=low: int4_matmul(x, w, s, z),
-                   lambda x, w=full: x @ w.T.double(), [(rows, K)])
-
-
-def errors(f, reference, shapes, dtype, device, seed=0):
-    """Largest error of the outputs and of the gradients, relative to the largest of them."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_()
-              for s in shapes]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    worst = []
-    outs, refs = f(*inputs), reference(*exact)
-    outs, refs = ((x if type(x) is tuple else (x,)) for x in (outs, refs))
-    g = [torch.randn(y.shape, generator=generator).to(device, dtype) for y in refs]
-    grads = torch.autograd.grad(outs, inputs, [a.to(y.dtype) for a, y in zip(g, outs)])
-    expected = torch.autograd.grad(refs, exact, [a.double() for a in g])
-    for found, wanted in ((outs, refs), (grads, expected)):
-        size = max(1e-2, *(b.abs().max().item() for b in wanted))
-        error = max((a.double() - b).abs().max().item() for a, b in zip(found, wanted))
-        worst.append(error / size)
-        if any(a.shape != b.shape or not a.isfinite().all() for a, b in zip(found, wanted)):
-            worst[-1] = math.inf
-    return worst
-
-
-def check_adamw(dtype, device):
-    """20 steps of tensors of odd sizes beside float64 -> error, relative to the largest number."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 700), (1,), (1024,), (1025,), ()]
-    params = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-    exact = [p.double() for p in params]
-    ours = [[torch.zeros(s, device=device) for s in shapes] for _ in range(2)]
-    means = [[torch.zeros_like(p) for p in exact] for _ in range(2)]
-    for t in range(1, 21):
-        grads = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-        adamw_step(params, grads, *ours, t, 1e-2, (0.9, 0.95), 1e-8, 0.1)
-        for p, g, m, v in zip(exact, grads, *means):
-            m.lerp_(g.double(), 1 - 0.9)
-            v.lerp_(g.double().square(), 1 - 0.95)
-            p.mul_(1 - 1e-2 * 0.1)
-            p.sub_(1e-2 * m / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8))
-    size = max(e.abs().max().item() for e in exact)
-    return max((p.double() - e).abs().max().item() for p, e in zip(params, exact)) / size
-
-
+        (1, 1, 1, 130, 190, 16, True, 33), (1, 1, 1, 40, 40, 128, True, None),
+        (1, 1, 1, 33, 33, 256, True, None), (1, 1, 1, 1, 1, 16, True, None),
+        (1, 1, 1, 1, 90, 32, True, 20), *([] if INTERPRETED else [
+            (2, 16, 4, 1023, 1023, 128, True, None), (1, 8, 8, 2048, 2048, 64, True, 500)])],
+    "products": [(1, 1, 1), (64, 64, 64), (65, 33, 130), (5, 200, 17)],
+    "integers": [(M, K, N) for K, N in ((32, 1), (70, 50), (128, 64)) for M in (1, 5, 70)]}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def check(device, verbose=True):
-    """Compare all kernels with float64 -> number of failures."""
-    # (the interpreter multiplies bfloat16 wrongly: there it is left to a GPU)
-    dtypes = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-    found, begin, failures = {}, time.perf_counter(), 0
+def error(found, wanted):
+    """Largest difference of two lists of tensors, relative to the largest number, or 0.01."""
+    if any(a.shape != b.shape or not a.isfinite().all() for a, b in zip(found, wanted)):
+        return math.inf
+    size = max(1e-2, *(b.abs().max().item() for b in wanted))
+    return max((a.double() - b).abs().max().item() for a, b in zip(found, wanted)) / size
 
-    def record(name, case, dtype, out, grad):
-        nonlocal failures
-        good = max(out, grad) <= TOLERANCE[dtype]
-        failures += not good
-        old = found.get((name, dtype), (0.0, 0.0, 0))
-        found[name, dtype] = max(old[0], out), max(old[1], grad), old[2] + 1
-        if not good:
-            print(f"FAILED {name}, {case}, {dtype}: {out:.1e}, gradients {grad:.1e}", flush=True)
 
-    for name, case, f, reference, shapes in check_cases(device):
-        for dtype in dtypes:
-            record(name, case, dtype, *errors(f, reference, shapes, dtype, device))
-    for dtype in dtypes:
-        record("adamw_step", "", dtype, check_adamw(dtype, device), 0.0)
-    if verbose:
-        print(f"{'kernel':24}{'dtype':10}{'cases':>6}{'largest error':>16}{'of gradients':>16}")
-        for (name, dtype), (out, grad, n) in found.items():
-            print(f"{name:24}{str(dtype)[6:]:10}{n:6}{out:16.1e}{grad:16.1e}")
-        where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
-        print(f"{failures} failures, {time.perf_counter() - begin:.0f} s, {where}; errors are "
-              "relative to the largest number")
+def errors(ours, plain, shapes, dtype):
+    """-> error of the outputs, and of the gradients, for random inputs and gradients."""
+    torch.manual_seed(0)
+    exact = [torch.randn(s).to(DEVICE, dtype).double().requires_grad_() for s in shapes]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    outs, refs = ((y if type(y) is tuple else (y,)) for y in (ours(*inputs), plain(*exact)))
+    g = [torch.randn(y.shape).to(DEVICE, dtype) for y in refs]
+    grads = torch.autograd.grad(outs, inputs, [a.to(y.dtype) for a, y in zip(g, outs)])
+    exact_grads = torch.autograd.grad(refs, exact, [a.double() for a in g])
+    return error(outs, refs), error(grads, exact_grads)
+
+
+def errors_of_adamw(dtype):
+    """-> error after 20 steps with tensors of odd sizes, and 0."""
+    torch.manual_seed(0)
+    params = [torch.randn(s).to(DEVICE, dtype) for s in ((3, 700), (1,), (1024,), (1025,), ())]
+    exact = [p.double() for p in params]
+    means = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
+    optimizer = torch.optim.AdamW(exact, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for t in range(1, 21):
+        grads = [torch.randn(p.shape).to(DEVICE, dtype) for p in params]
+        adamw_step(params, grads, *means, t, 1e-2, (0.9, 0.95), 1e-8, 0.1)
+        for p, g in zip(exact, grads):
+            p.grad = g.double()
+        optimizer.step()
+    return error(params, exact), 0.0
+
+
+def check():
+    """Compare all kernels with float64, print the largest errors -> number of failures."""
+    start, failures, runs = time.perf_counter(), 0, {"adamw_step": [("", errors_of_adamw)]}
+    for name, size, flags, *case, _, _ in cases(**SMALL):
+        runs.setdefault(name, []).append((f"{size} {flags}", functools.partial(errors, *case)))
+    print(f"{'kernel':24}{'dtype':10}{'cases':>6}{'largest error':>16}{'of gradients':>16}")
+    for name, dtype in itertools.product(runs, TOLERANCE):
+        if INTERPRETED and dtype == torch.bfloat16:  # which it multiplies wrongly
+            continue
+        found = [run(dtype=dtype) for _, run in runs[name]]
+        for (case, _), pair in zip(runs[name], found):
+            if max(pair) > TOLERANCE[dtype]:
+                failures += 1
+                print(f"FAILED {name}, {case}, {dtype}: {pair[0]:.1e}, gradients {pair[1]:.1e}")
+        out, grad = map(max, zip(*found))
+        print(f"{name:24}{str(dtype)[6:]:10}{len(found):6}{out:16.1e}{grad:16.1e}", flush=True)
+    where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
+    print(f"{failures} failures, {time.perf_counter() - start:.0f} s, {where}; errors are relative"
+          " to the largest number")
     return failures
 
 
@@ -1212,290 +1143,196 @@ def check(device, verbose=True):
 # bench: how far from the roofline (Williams et al. 2009). A kernel takes at least the time its
 # bytes need at the memory's speed, and at least the time its operations need at the processor's.
 
-
-def bench_cases(device, dtype):
-    """Yield (kernel, size, function, the same in PyTorch, inputs, bytes, FLOPs). The functions
-    take the inputs; bytes and FLOPs are the least that forward, and that both passes need."""
-    F = torch.nn.functional
-
-    def new(*shape):
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-    e = dtype.itemsize
-    for N, n in ((32768, 1024), (32768, 8192)):
-        x = (new(N, n), new(n))
-        yield ("rms_norm", f"{N} x {n}", rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x,
-               (2 * N * n * e, 5 * N * n * e), (4 * N * n, 12 * N * n))
-        yield ("softmax", f"{N} x {n}", softmax, lambda x: x.softmax(-1), x[:1],
-               (2 * N * n * e, 5 * N * n * e), (5 * N * n, 9 * N * n))
-        x = (new(N, n), new(N, n))
-        yield ("swiglu", f"{N} x {n}", swiglu, lambda a, b: F.silu(a) * b, x,
-               (3 * N * n * e, 8 * N * n * e), (5 * N * n, 15 * N * n))
-    for N, V in ((8192, 32768), (8192, 131072)):
-        x = (new(N, V),)
-        t = torch.randint(V, (N,), device=device)
-        yield ("cross_entropy", f"{N} x {V}", lambda x, t=t: cross_entropy(x, t),
-               lambda x, t=t: F.cross_entropy(x, t), x, (N * V * e, 3 * N * V * e),
-               (4 * N * V, 7 * N * V))
-    N, C, V = 16384, 2048, 131072
-    x = (new(N, C), new(V, C))
-    t = torch.randint(V, (N,), device=device)
-    yield ("linear_cross_entropy", f"{N} x {C} x {V}", lambda x, w: linear_cross_entropy(x, w, t),
-           lambda x, w: F.cross_entropy(x @ w.T, t), x, ((N + V) * C * e, 2 * (N + V) * C * e),
-           (2 * N * C * V, 6 * N * C * V))
-    for B, H, T, D in ((4, 16, 4096, 64), (1, 16, 16384, 64), (4, 16, 8192, 128)):
-        x = tuple(new(B, H, T, D) for _ in range(3))
-        flops = 2 * B * H * T * T * D  # two products, of which the causal mask leaves half
-        yield ("flash_attention", f"{B} x {H} x {T} x {D}", flash_attention,
-               lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), x,
-               (4 * B * H * T * D * e, 12 * B * H * T * D * e), (flops, 3.5 * flops))
-    for n in (4096, 8192):
-        x = (new(n, n), new(n, n))
-        yield ("matmul", f"{n} x {n} x {n}", matmul, lambda a, b: a @ b, x,
-               (3 * n * n * e, 8 * n * n * e), (2 * n**3, 6 * n**3))
-    for M, K, N in ((1, 4096, 14336), (16, 4096, 14336)):
-        x, full = (torch.randn(n, K, device=device, dtype=dtype) for n in (M, N))
-        w = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
-        w4 = torch.randint(256, (N, K // 2), dtype=torch.uint8, device=device)
-        s = torch.rand(N, K // 32, device=device)
-        s1 = s[:, 0].contiguous()
-        least = (M * K + M * N) * e
-        yield ("int8_matmul", f"{M} x {K} x {N}", lambda x, w=w, s=s1: int8_matmul(x, w, s),
-               lambda x, w=full: x @ w.T, [x], (least + N * K, 0), (2 * M * N * K, 0))
-        yield ("int4_matmul", f"{M} x {K} x {N}", lambda x, w=w4, s=s: int4_matmul(x, w, s, s),
-               lambda x, w=full: x @ w.T, [x], (least + N * K * (1 / 2 + 8 / 32), 0),
-               (2 * M * N * K, 0))
+LARGE = {"rows": [(32768, 1024), (32768, 8192)],
+         "losses": [(8192, 2048, 32768), (8192, 2048, 131072)],
+         "attention": [(4, 16, 16, 4096, 4096, 64, True, None),
+                       (1, 16, 16, 16384, 16384, 64, True, None),
+                       (4, 16, 16, 8192, 8192, 128, True, None)],
+         "products": [(4096, 4096, 4096), (8192, 8192, 8192)],
+         "integers": [(1, 4096, 14336), (16, 4096, 14336)]}
 
 
-def measured_roofline():
-    """-> (bytes per second of a large copy, FLOPs per second of a large product in bfloat16)."""
-    from triton.testing import do_bench
+def measured(f, inputs, backward):
+    """-> milliseconds, and bytes of memory at the peak, of f(*inputs) or of both passes."""
+    def run():
+        y = f(*inputs)
+        if backward:
+            y.backward(torch.ones_like(y))
+            for x in inputs:
+                x.grad = None
 
-    x = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * x.numel() / do_bench(x.clone) * 1e3, 2 * 8192**3 / do_bench(lambda: a @ a) * 1e3
-
-
-def liger(name):
-    """The same kernel of Liger, if that is installed, or None."""
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError:
-        return None
-    return {"rms_norm": lambda x, w: functional.liger_rms_norm(x, w, 1e-5),
-            "swiglu": functional.liger_swiglu, "softmax": functional.liger_softmax}.get(name)
+    run()  # compiles, and tries settings
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return triton.testing.do_bench(run), torch.cuda.max_memory_allocated() - before
 
 
 def bench():
-    """Print the table: on a GPU times, without one what each kernel has to move and to compute."""
-    if INTERPRETED:
-        print("no GPU: these are the bytes and FLOPs of each kernel in bfloat16, not times\n")
-        print(f"{'kernel':22}{'size':24}{'forward':>26}{'forward + backward':>28}"
-              f"{'FLOP/byte':>11}")
-        for name, size, _, _, _, moved, flops in bench_cases("meta", torch.bfloat16):
-            counts = "".join(f"{b / 1e6:11,.1f} MB{f / 1e9:9,.1f} GFLOP" for b, f in
-                             zip(moved, flops) if b)
-            print(f"{name:22}{size:24}{counts:56}{flops[0] / moved[0]:9,.1f}")
-        return
-    from triton.testing import do_bench
-
-    memory, compute = measured_roofline()
-    print(f"{torch.cuda.get_device_name()}: a copy moves {memory / 1e12:.2f} TB/s, a product in "
-          f"bfloat16 does {compute / 1e12:.0f} TFLOP/s\n")
-    print(f"{'kernel':22}{'size':22}{'pass':9}{'contestant':14}{'ms':>9}{'TB/s':>7}{'TFLOP/s':>9}"
-          f"{'roofline':>10}{'peak MB':>9}")
-    for name, size, ours, eager, inputs, moved, flops in bench_cases("cuda", torch.bfloat16):
-        contestants = {"ours": ours, "eager": eager, "compiled": torch.compile(eager)}
-        if theirs := liger(name):
-            contestants["liger"] = theirs
-        for which in ("forward", "both") if moved[1] else ("forward",):
+    """Print what each kernel has to move and to compute and, on a GPU, how fast it does."""
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError:
+        liger = None
+    if gpu := DEVICE == "cuda":
+        x = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        memory = 2 * x.numel() / triton.testing.do_bench(x.clone) * 1e3
+        compute = 2 * 8192**3 / triton.testing.do_bench(lambda: a @ a) * 1e3
+        print(f"{torch.cuda.get_device_name()}: a copy moves {memory / 1e12:.2f} TB/s, a product "
+              f"in bfloat16 does {compute / 1e12:.0f} TFLOP/s: the roofline")
+    else:
+        print("no GPU: these are the bytes and FLOPs of each kernel in bfloat16, not times")
+    for name, size, flags, ours, plain, shapes, moved, flops in cases(
+            **LARGE, dtype=torch.bfloat16, device="cuda" if gpu else "meta"):
+        if flags:
+            continue
+        for which, b, n in zip(("forward", "forward + backward"), moved, flops):
+            print(f"{name:22}{size:22}{b / 1e6:9,.1f} MB{n / 1e9:10,.1f} GFLOP{n / b:10,.1f} "
+                  f"FLOP/byte  {which}", flush=True)
+            if not gpu:
+                continue
+            inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+                      for s in shapes]
+            torch.compiler.reset()  # or a second size would be compiled for all sizes
+            contestants = {"ours": ours, "eager": plain,
+                           "compiled": torch.compile(lambda *inputs: plain(*inputs))}
+            if liger and name in ("rms_norm", "softmax", "swiglu"):
+                more = {"eps": 1e-5} if name == "rms_norm" else {}
+                contestants["liger"] = functools.partial(getattr(liger, "liger_" + name), **more)
             for contestant, f in contestants.items():
-                def run(f=f):
-                    y = f(*inputs)
-                    if which == "both":
-                        y.backward(torch.ones_like(y) if y.ndim else None)
-                        for x in inputs:
-                            x.grad = None
                 try:
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    run()
-                    peak = torch.cuda.max_memory_allocated() - before
-                    ms = do_bench(run)
+                    ms, peak = measured(f, inputs, which != "forward")
                 except torch.OutOfMemoryError:
-                    print(f"{name:22}{size:22}{which:9}{contestant:14}  out of memory")
+                    print(f"    {contestant:10}out of memory")
                     continue
-                b, n = moved[which == "both"], flops[which == "both"]
-                least = max(b / memory, n / compute)
-                print(f"{name:22}{size:22}{which:9}{contestant:14}{ms:9.3f}{b / ms / 1e9:7.2f}"
-                      f"{n / ms / 1e9:9.0f}{least * 1e3 / ms:10.0%}{peak / 1e6:9,.0f}", flush=True)
+                print(f"    {contestant:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s"
+                      f"{n / ms / 1e9:7.0f} TFLOP/s"
+                      f"{max(b / memory, n / compute) * 1e3 / ms:6.0%} of the roofline"
+                      f"{peak / 1e6:9,.0f} MB at the peak", flush=True)
 
 
 # -----------------------------------------------------------------------------
-# profile, and what the compiler makes of the kernels.
+# profile: where the time of a training step goes.
 
 
-def small_model(n_layer, C, V, device, dtype):
-    """Weights of a Transformer without positions: {name: (rows, columns), or (C,) of a norm}."""
-    shapes = {"embedding": (V, C), "norm": (C,), "head": (V, C)}
-    for i in range(n_layer):
-        shapes |= {f"{i}.norm1": (C,), f"{i}.qkv": (3 * C, C), f"{i}.o": (C, C),
-                   f"{i}.norm2": (C,), f"{i}.gate": (3 * C, C), f"{i}.up": (3 * C, C),
-                   f"{i}.down": (C, 3 * C)}
-    return {name: (torch.ones(shape, device=device, dtype=dtype) if len(shape) == 1 else
-                   torch.randn(shape, device=device, dtype=dtype) / shape[1] ** 0.5)
-            .requires_grad_() for name, shape in shapes.items()}
-
-
-def small_loss(w, x, y, n_layer, heads, use):
-    """Loss of that model on ids x and targets y, (B, T), by these kernels or by PyTorch."""
-    F = torch.nn.functional
-
-    def norm(h, name, residual=None):  # -> the norm of the sum, the sum
-        if use:
-            return rms_norm(h, w[name], 1e-5, residual)
-        h = h if residual is None else h + residual
-        return F.rms_norm(h, h.shape[-1:], w[name], 1e-5), h
-
-    h = w["embedding"][x]
+def step_loss(params, x, y, heads, use):
+    """Loss of a Transformer without positions, by these kernels or by PyTorch, on ids x and
+    targets y (B, T). params: embedding, head and norm; then seven for each layer."""
+    norm, gated, attend, loss = (rms_norm, swiglu, flash_attention, linear_cross_entropy) if use \
+        else (plain_norm, plain_swiglu, plain_attention, plain_loss)
+    embedding, head, last = params[:3]
+    h = embedding[x]
     part = torch.zeros_like(h)
-    for i in range(n_layer):
-        u, h = norm(part, f"{i}.norm1", h)
-        q, k, v = (u @ w[f"{i}.qkv"].T).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        part = flash_attention(q, k, v) if use else \
-            F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        part = part.transpose(1, 2).flatten(2) @ w[f"{i}.o"].T
-        u, h = norm(part, f"{i}.norm2", h)
-        gate, up = u @ w[f"{i}.gate"].T, u @ w[f"{i}.up"].T
-        part = (swiglu(gate, up) if use else F.silu(gate) * up) @ w[f"{i}.down"].T
-    u, h = norm(part, "norm", h)
-    if use:
-        return linear_cross_entropy(u, w["head"], y)
-    return F.cross_entropy((u @ w["head"].T).flatten(0, 1), y.flatten())
+    for i in range(3, len(params), 7):
+        norm1, qkv, out, norm2, gate, up, down = params[i : i + 7]
+        u, h = norm(part, norm1, residual=h)
+        q, k, v = (u @ qkv.T).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        part = attend(q, k, v).transpose(1, 2).flatten(2) @ out.T
+        u, h = norm(part, norm2, residual=h)
+        part = gated(u @ gate.T, u @ up.T) @ down.T
+    return loss(norm(part, last, residual=h)[0], head, targets=y)
 
 
-def profile(device):
+def profile():
     """Print where the time of a training step goes, with and without these kernels."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    gpu = device == "cuda"
-    B, T, C, V, n_layer, heads = (8, 1024, 768, 32768, 12, 12) if gpu else (1, 32, 64, 1024, 1, 2)
-    x, y = torch.randint(V, (2, B, T), device=device)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
+    B, T, C, V, n_layer, heads, dtype, key = (
+        8, 1024, 768, 32768, 12, 12, torch.bfloat16, "self_device_time_total") \
+        if DEVICE == "cuda" else (1, 32, 64, 1024, 1, 2, torch.float32, "self_cpu_time_total")
+    x, y = torch.randint(V, (2, B, T), device=DEVICE)
+    layer = [(C,), (3 * C, C), (C, C), (C,), (3 * C, C), (3 * C, C), (C, 3 * C)]
     for use in (False, True):
         torch.manual_seed(0)
-        w = small_model(n_layer, C, V, device, torch.bfloat16 if gpu else torch.float32)
-        params = list(w.values())
+        params = [(torch.randn(s) / s[1] ** 0.5 if s[1:] else torch.ones(s)).to(DEVICE, dtype)
+                  .requires_grad_() for s in [(V, C), (V, C), (C,)] + layer * n_layer]
         means = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
         optimizer = torch.optim.AdamW(params, lr=1e-3)
-
-        def step(t):
-            loss = small_loss(w, x, y, n_layer, heads, use)
-            loss.backward()
-            if use:
-                adamw_step(params, [p.grad for p in params], *means, t)
-            else:
-                optimizer.step()
-            for p in params:
-                p.grad = None
-            return loss.item()
-
-        for t in range(1, 4 if gpu else 2):
-            step(t)
-        with profiler(activities=activities) as result:
-            loss = step(t + 1)
-        key = "self_device_time_total" if gpu else "self_cpu_time_total"
+        for t in (1, 2):  # the first compiles, and tries settings
+            with torch.profiler.profile() if t == 2 else contextlib.nullcontext() as result:
+                loss = step_loss(params, x, y, heads, use)
+                loss.backward()
+                if use:
+                    adamw_step(params, [p.grad for p in params], *means, t)
+                else:
+                    optimizer.step()
+                optimizer.zero_grad()
+                loss = loss.item()
         table = result.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=48)
         print(f"{'with' if use else 'without'} these kernels, loss {loss:.4f}\n{table}")
 
 
+# -----------------------------------------------------------------------------
+# ptx: what the compiler makes of the kernels for an H100. It needs no GPU for that.
+
+# types of parameters by their names; the others are int32, or known when compiling
+TYPES = dict.fromkeys("q k v g o dk dv dq a b c x y w h residual weight total g_total dx logits "
+                      "grad".split(), "*bf16") | {
+    **dict.fromkeys("lse delta inverse partial losses scales lows".split(), "*fp32"),
+    "scale": "fp32", "eps": "fp32", "targets": "*i64"}
+
+
 def ptx():
-    """Compile the kernels for an H100, which needs no GPU, and print what became of them."""
+    """Compile the kernels, and print what became of them."""
+    if INTERPRETED:  # the compiler is to see the kernels, not the interpreter
+        return subprocess.run([sys.executable, __file__, "ptx"],
+                              env=os.environ | {"TRITON_INTERPRET": "0"}).returncode
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    places = "scale:fp32 T:i32 S:i32 H:i32 group:i32 qb:i32 qh:i32 qt:i32 kb:i32 kh:i32 kt:i32 " \
-             "vb:i32 vh:i32 vt:i32"
-    kernels = []
-    for D in (64, 128, 256):
-        c = {"D": D, "BD": D, "CAUSAL": True, "WINDOW": 0}
-        kernels += [
-            (flash_forward, "q:*bf16 k:*bf16 v:*bf16 o:*bf16 lse:*fp32 " + places, c),
-            (flash_backward_keys, "q:*bf16 k:*bf16 v:*bf16 g:*bf16 lse:*fp32 delta:*fp32 dk:*bf16 "
-             "dv:*bf16 " + places, c),
-            (flash_backward_queries, "q:*bf16 k:*bf16 v:*bf16 g:*bf16 lse:*fp32 delta:*fp32 "
-             "dq:*bf16 " + places, c)]
-    kernels += [
-        (matmul_kernel, "a:*bf16 b:*bf16 c:*bf16 M:i32 N:i32 K:i32 am:i32 ak:i32=1 bk:i32 "
-         "bn:i32=1", {}),
-        (int8_kernel, "x:*bf16 w:*i8 scale:*fp32 y:*bf16 M:i32 N:i32 K:i32", {"BK": 64}),
-        (int4_kernel, "x:*bf16 w:*u8 scale:*fp32 low:*fp32 y:*bf16 M:i32 N:i32 K:i32 groups:i32",
-         {"GROUP": 32}),
-        (rms_norm_forward, "x:*bf16 residual:*bf16 weight:*bf16 y:*bf16 total:*bf16 inverse:*fp32 "
-         "n:i32 eps:fp32", {"BLOCK": 8192, "ADD": False}),
-        (rms_norm_backward, "h:*bf16 weight:*bf16 inverse:*fp32 g:*bf16 g_total:*bf16 dx:*bf16 "
-         "partial:*fp32 rows:i32 n:i32", {"BLOCK": 8192, "ADD": False}),
-        (cross_entropy_kernel, "logits:*bf16 grad:*bf16 targets:*i64 losses:*fp32 V:i32 "
-         "scale:fp32 ignore_index:i32", {"BLOCK": 4096, "GRAD": True}),
-        (swiglu_forward, "a:*bf16 b:*bf16 y:*bf16 n:i32", {"BLOCK": 1024}),
-    ]
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+    kernels = [(kernel, {"D": D, "BD": D, "CAUSAL": True, "WINDOW": 0}, {}) for D in (64, 128, 256)
+               for kernel in (flash_forward, flash_backward_keys, flash_backward_queries)]
+    kernels += [(matmul_kernel, {"scales": None, "ak": 1, "bn": 1}, {}),
+                (int8_kernel, {"ak": 1, "bk": 1, "BK": 64}, {"b": "*i8"}),
+                (int4_kernel, {"GROUP": 32}, {"w": "*u8"}),
+                (rms_norm_forward, {"BLOCK": 8192, "ADD": False}, {}),
+                (rms_norm_backward, {"BLOCK": 8192, "ADD": False}, {}),
+                (cross_entropy_kernel, {"BLOCK": 4096, "GRAD": True}, {}),
+                (swiglu_forward, {"BLOCK": 1024}, {})]
     # numbers that do not fit into registers are spilled to a stack in memory
-    print(f"{'kernel':26}{'settings':32}{'registers':>10}{'stack':>9}{'shared kB':>11}"
+    print(f"{'kernel':26}{'settings':36}{'registers':>10}{'stack':>9}{'shared kB':>11}"
           f"{'tensor cores':>14}")
-    for kernel, signature, constants in kernels:
-        configs = getattr(kernel, "configs", None) or [config(warps_for(constants["BLOCK"]))]
-        if prune := getattr(kernel, "early_config_prune", None):
-            configs = prune(configs, {}, **constants) if "BD" in constants else configs
+    for kernel, constants, types in kernels:
+        fn, configs = kernel, [config(warps_for(constants.get("BLOCK", 0)))]
+        if isinstance(kernel, triton.runtime.Autotuner):
+            fn, configs = kernel.fn, kernel.configs
+            if "BD" in constants:
+                configs = kernel.early_config_prune(configs, {}, **constants)
         for setting in configs:
-            constexprs = constants | setting.kwargs
-            types = dict(entry.split(":") for entry in signature.split())
-            ones = {name: 1 for name, kind in types.items() if kind.endswith("=1")}
-            types = {name: "constexpr" if name in ones else kind for name, kind in types.items()}
+            known = constants | setting.kwargs
+            kinds = {name: "constexpr" if name in known else (TYPES | types).get(name, "i32")
+                     for name in fn.arg_names}
             # as at run time, where Triton sees that addresses and sizes are multiples of 16
-            fn = kernel.fn if hasattr(kernel, "configs") else kernel
-            names = fn.arg_names
-            attributes = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in
-                          types.items() if kind[0] == "*" or (kind == "i32" and name not in
-                                                              ("H", "group", "groups", "rows"))}
-            types |= {name: "constexpr" for name in constexprs}
-            source = ASTSource(fn, types, constexprs | ones, attributes)
-            options = {"num_warps": setting.num_warps, "num_stages": setting.num_stages}
-            built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            text = built.asm["ptx"]
+            aligned = {(i,): [["tt.divisibility", 16]] for i, (name, kind) in
+                       enumerate(kinds.items()) if kind[0] == "*" or
+                       kind == "i32" and name not in ("H", "group", "groups", "rows")}
+            built = triton.compile(
+                ASTSource(fn, kinds, known, aligned), target=GPUTarget("cuda", 90, 32),
+                options={"num_warps": setting.num_warps, "num_stages": setting.num_stages})
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 file.write(built.asm["cubin"])
                 file.flush()
-                said = subprocess.run([tool, "-res-usage", file.name], capture_output=True,
-                                      text=True).stdout
-            registers, stack = (re.search(name + r":(\d+)", said) for name in ("REG", "STACK"))
-            cores = "wgmma" if "wgmma.mma" in text else "mma" if "mma.sync" in text else "-"
-            shown = " ".join(f"{k}={v}" for k, v in {**constexprs}.items() if k in (
-                "D", "BM", "BN", "BK", "BLOCK"))
-            print(f"{fn.__name__:26}{shown + f' warps={setting.num_warps}':32}"
-                  f"{registers[1] if registers else '?':>10}{stack[1] if stack else '?':>9}"
+                tool = os.path.join(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
+                said = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+            registers, stack = (re.search(name + r":(\d+)", said)[1] for name in ("REG", "STACK"))
+            cores = re.search(r"wgmma(?=\.mma)|mma(?=\.sync)|$", built.asm["ptx"])[0] or "-"
+            shown = [f"{k}={v}" for k, v in known.items() if k in ("D", "BM", "BN", "BK", "BLOCK")]
+            shown += [f"warps={setting.num_warps}", *types.values()]
+            print(f"{fn.__name__:26}{' '.join(shown):36}{registers:>10}{stack:>9}"
                   f"{built.metadata.shared / 1024:>11.0f}{cores:>14}", flush=True)
 
 
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
+    commands = {"check": check, "bench": bench, "profile": profile, "ptx": ptx}
     parser = argparse.ArgumentParser(description="Triton kernels: check, bench, profile, ptx.")
-    parser.add_argument("command", choices=("check", "bench", "profile", "ptx"), nargs="?",
-                        default="check")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.command == "check":
-        sys.exit(1 if check(device) else 0)
-    elif args.command == "bench":
-        bench()
-    elif args.command == "profile":
-        profile(device)
-    elif INTERPRETED:  # the compiler is to see the kernels, not the interpreter
-        sys.exit(subprocess.run([sys.executable, __file__, "ptx"],
-                                env=os.environ | {"TRITON_INTERPRET": "0"}).returncode)
-    else:
-        ptx()
+    parser.add_argument("command", choices=commands, nargs="?", default="check")
+    try:
+        sys.exit(1 if commands[parser.parse_args().command]() else 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as problem:
+        print(f"kernels.py: error: {problem}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
