@@ -11,9 +11,10 @@ Scaling laws: small runs that predict large ones.
     python scaling.py fit chinchilla.csv --method parametric --inference_tokens 1e12
     python scaling.py fit scaling/runs.jsonl --method optimum --of learning_rate --against N
 
-Runs are train.py's: flags that are not listed here go to it as they are. Each run is a line of
-runs.jsonl, and asking for one again costs nothing. `fit` takes such a file, or a table of somebody
-else's runs (.json, .csv) whose columns have the usual names.
+Runs are train.py's: flags that are not listed here go to it as they are, but --train_flops, which
+stands for the --max_iters that so many FLOPs allow. Each run is a line of runs.jsonl, and asking
+for one again costs nothing. `fit` takes such a file, or a table of somebody else's runs (.json,
+.csv) whose columns have the usual names.
 
 Throughout: N parameters, without the input embedding, which computes nothing; D tokens; C = 6 N D
 floating-point operations of training (FLOPs); losses in nats per token.
@@ -35,7 +36,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import NamedTuple
 
@@ -52,52 +52,52 @@ NAMES = {"N": ("n", "parameters", "params", "model size", "n params"),
          "loss": ("loss", "final loss", "val loss")}
 
 
+def number(value):
+    """What a table or a flag says, as a float; NaN if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def columns(runs, need=("N", "C", "loss")):
     """A list of runs, each a dict -> {"N", "D", "C", "loss": float64 (n,)} of those that there
-    are; of N, D and C the third follows from two by C = 6 N D. Names are matched without regard to
-    case, spaces and underscores. Raises ValueError for what is missing or not positive."""
-    if not isinstance(runs, (list, tuple)) or not all(isinstance(run, dict) for run in runs):
-        raise ValueError("a table of runs is a list of objects, one for each run")
+    are; C or D follow from the others by C = 6 N D. Names are matched without regard to case,
+    spaces and underscores. Raises ValueError for what is missing or not positive."""
+    if isinstance(runs, dict):
+        return runs  # columns already
     if not runs:
         raise ValueError("there are no runs")
+    plain = {" ".join(str(key).lower().replace("_", " ").split()): key for key in runs[0]}
     found = {}
-    for name, known in NAMES.items():
-        keys = [k for k in runs[0] if " ".join(k.lower().replace("_", " ").split()) in known]
-        if not keys:
-            continue
-        key = min(keys, key=lambda k: known.index(" ".join(k.lower().replace("_", " ").split())))
-        for i, run in enumerate(runs):
-            try:
-                value = float(run.get(key))
-            except (TypeError, ValueError):
-                value = math.nan
-            if not 0 < value < math.inf:
-                raise ValueError(f"run {i + 1}: {key} is {run.get(key)!r}, not a positive number")
-            found.setdefault(name, []).append(value)
-    found = {name: np.array(values, np.float64) for name, values in found.items()}
-    if "C" not in found and {"N", "D"} <= set(found):
-        found["C"] = 6 * found["N"] * found["D"]
-    if "D" not in found and {"N", "C"} <= set(found):
+    for name, usual in NAMES.items():
+        for key in [plain[known] for known in usual if known in plain][:1]:
+            found[name] = np.array([number(run.get(key)) for run in runs])
+            for i in np.flatnonzero(~((found[name] > 0) & (found[name] < math.inf))):
+                raise ValueError(f"run {i + 1}: {key} is {runs[i].get(key)!r}: not positive")
+    if {"N", "D"} <= set(found):
+        found.setdefault("C", 6 * found["N"] * found["D"])
+    elif {"N", "C"} <= set(found):
         found["D"] = found["C"] / (6 * found["N"])
     for name in need:
         if name not in found:
-            raise ValueError(f"the runs have no column for {name} (such as "
-                             f"{', '.join(NAMES[name])}), but {', '.join(runs[0])}")
+            raise ValueError(f"no column for {name} ({', '.join(NAMES[name])}) among those of the "
+                             f"runs: {', '.join(plain)}")
     return found
 
 
 def load_runs(path):
     """The runs in a .jsonl (of which a last line cut short is left out), .json or .csv file: a
     list of dicts. Raises ValueError, OSError."""
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         text = file.read()
     try:
-        if path.endswith(".jsonl"):
-            lines = text.split("\n")  # what follows the last newline was not written to its end
-            runs = [json.loads(line) for line in lines[:-1] if line.strip()]
+        if str(path).endswith(".jsonl"):
+            *lines, last = text.split("\n")
+            runs = [json.loads(line) for line in lines if line.strip()]
             with contextlib.suppress(ValueError):
-                runs += [json.loads(lines[-1])] if lines[-1].strip() else []
-        elif path.endswith(".json"):
+                runs.append(json.loads(last))
+        elif str(path).endswith(".json"):
             runs = json.loads(text)
         else:
             runs = list(csv.DictReader(text.splitlines()))
@@ -115,7 +115,6 @@ def load_runs(path):
 
 class PowerLaw(NamedTuple):
     """y = coefficient * x^exponent"""
-
     coefficient: float
     exponent: float
 
@@ -123,21 +122,25 @@ class PowerLaw(NamedTuple):
         return self.coefficient * np.asarray(x, np.float64) ** self.exponent
 
 
+def logs(*columns):
+    """Logarithms of columns of numbers. Raises ValueError where there are none."""
+    columns = [np.asarray(column, np.float64) for column in columns]
+    if any(column.shape != columns[0].shape or column.ndim != 1 for column in columns):
+        raise ValueError("there must be as many numbers of each kind")
+    if not all(((column > 0) & (column < math.inf)).all() for column in columns):
+        raise ValueError("a fit in logarithms needs positive numbers")
+    return [np.log(column) for column in columns]
+
+
 def fit_power_law(x, y):
     """The power law through points: least squares of log y against log x -> PowerLaw.
 
         fit_power_law([1, 10, 100], [2, 20, 200]) -> (2.0, 1.0)
 
-    Raises ValueError for fewer than 2 different x, and for what has no logarithm.
-    """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.shape != y.shape or x.ndim != 1:
-        raise ValueError("x and y must be as many numbers")
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise ValueError("a power law needs positive numbers")
+    Raises ValueError for fewer than 2 different x, and for what has no logarithm."""
+    x, y = logs(x, y)
     if len(np.unique(x)) < 2:
         raise ValueError(f"a power law needs at least 2 different points, not {len(np.unique(x))}")
-    x, y = np.log(x), np.log(y)
     d = x - x.mean()
     b = float((d @ y) / (d @ d))
     return PowerLaw(math.exp(y.mean() - b * x.mean()), b)
@@ -148,11 +151,11 @@ def valley(x, loss, method="parabola"):
     in log x through all runs -> (x, loss) there. Raises ValueError if the parabola has none in the
     range of x: then the runs do not say where it is."""
     x, loss = np.asarray(x, np.float64), np.asarray(loss, np.float64)
+    least = 2 if method == "minimum" else 3
+    if len(np.unique(x)) < least:
+        raise ValueError(f"a curve needs at least {least} points, not {len(np.unique(x))}")
     if method == "minimum":
-        i = int(loss.argmin())
-        return float(x[i]), float(loss[i])
-    if len(np.unique(x)) < 3:
-        raise ValueError(f"a parabola needs at least 3 sizes, not {len(np.unique(x))}")
+        return float(x[loss.argmin()]), float(loss.min())
     center = np.log(x).mean()
     c2, c1, c0 = np.polyfit(np.log(x) - center, loss, 2)
     if c2 <= 0:
@@ -166,11 +169,22 @@ def valley(x, loss, method="parabola"):
 
 
 def groups_of(values, tolerance=1.1):
-    """Indices of equal values, up to a factor (runs end at whole steps, so that their compute
-    is not quite what was asked for): a list of arrays, ascending."""
+    """Runs of one value, up to a factor (runs end at whole steps, so that their compute is not
+    quite what was asked for) -> list of (geometric mean, indices), ascending."""
     order = np.argsort(values, kind="stable")
     cuts = np.flatnonzero(values[order][1:] > tolerance * values[order][:-1]) + 1
-    return np.split(order, cuts)
+    return [(float(np.exp(np.log(values[i]).mean())), i) for i in np.split(order, cuts)]
+
+
+def valleys(by, x, loss, method="parabola", tolerance=1.1):
+    """The valley along x of each group of runs with one value of `by` -> list of (by, x, loss)."""
+    found = []
+    for at, i in groups_of(by, tolerance):
+        try:
+            found.append((at, *valley(x[i], loss[i], method)))
+        except ValueError as error:
+            raise ValueError(f"at {at:.3g}: {error}") from None
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -178,9 +192,16 @@ def groups_of(values, tolerance=1.1):
 # large a model, on how many tokens?
 
 
+class Choice(NamedTuple):
+    """A model and its training, for a compute."""
+    C: float
+    N: float
+    D: float
+    loss: float
+
+
 class ComputeLaws(NamedTuple):
     """The best N and D for a compute C, as power laws, and the optima they were drawn through."""
-
     N: PowerLaw
     D: PowerLaw
     optima: list  # of (C, N, D, loss)
@@ -192,47 +213,33 @@ def compute_laws(optima):
     return ComputeLaws(fit_power_law(C, N), fit_power_law(C, D), optima)
 
 
+def fit_envelope(runs):
+    """Approach 1: of runs of all kinds, those that no other beats with as little compute. runs: a
+    list of dicts, or columns. -> ComputeLaws. Raises ValueError."""
+    table = columns(runs)
+    order = np.lexsort((table["loss"], table["C"]))
+    loss = table["loss"][order]
+    best = order[loss < np.minimum.accumulate(np.append(np.inf, loss[:-1]))]
+    if len(np.unique(table["C"][best])) < 2:
+        raise ValueError("no run is better than one with less compute: there is no envelope")
+    return compute_laws(list(zip(*(table[name][best].tolist() for name in Choice._fields))))
+
+
 def fit_isoflops(runs, method="parabola"):
-    """Approach 2: of several models trained with the same compute, too small ones and too large
-    ones (which see too few tokens) are worse. The bottom of each such curve is an optimum, and a
-    power law joins them. runs: list of dicts, or columns. method: see `valley`.
-    -> ComputeLaws. Raises ValueError."""
+    """Approach 2: of models trained with the same compute, too small ones and too large ones
+    (which see too few tokens) are worse. The bottom of each such curve is an optimum, and a power
+    law joins them. method: "parabola" or "minimum", see `valley`. -> as `fit_envelope`."""
     if method not in ("parabola", "minimum"):
         raise ValueError(f"method is parabola or minimum, not {method}")
-    table = runs if isinstance(runs, dict) else columns(runs)
-    optima = []
-    groups = groups_of(table["C"])
-    if len(groups) < 2:
+    table = columns(runs)
+    if len(groups_of(table["C"])) < 2:
         raise ValueError("all runs have the same compute: a law needs 2 budgets at least")
-    for i in groups:
-        C = float(np.exp(np.log(table["C"][i]).mean()))
-        if len(np.unique(table["N"][i])) < 2:
-            raise ValueError(f"at C = {C:.3g} there is but one size: a curve needs several")
-        try:
-            N, loss = valley(table["N"][i], table["loss"][i], method)
-        except ValueError as error:
-            raise ValueError(f"at C = {C:.3g}: {error}") from None
-        optima.append((C, N, C / (6 * N), loss))
-    return compute_laws(optima)
-
-
-def fit_envelope(runs):
-    """Approach 1: of runs of all kinds, those that no other beats with as little compute. -> as
-    `fit_isoflops`. Raises ValueError."""
-    table = runs if isinstance(runs, dict) else columns(runs)
-    optima, best = [], math.inf
-    for i in np.lexsort((table["loss"], table["C"])):
-        if table["loss"][i] < best:
-            best = table["loss"][i]
-            optima.append(tuple(float(table[name][i]) for name in ("C", "N", "D", "loss")))
-    if len({C for C, *_ in optima}) < 2:
-        raise ValueError("no run is better than one with less compute: there is no envelope")
-    return compute_laws(optima)
+    bottoms = valleys(table["C"], table["N"], table["loss"], method)
+    return compute_laws([(C, N, C / (6 * N), loss) for C, N, loss in bottoms])
 
 
 class Parametric(NamedTuple):
     """L(N, D) = E + A / N^alpha + B / D^beta"""
-
     E: float
     A: float
     B: float
@@ -246,73 +253,76 @@ class Parametric(NamedTuple):
         return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
 
 
-def residuals(theta, x, y, z):
-    """log L(N, D) - log loss, and its derivatives.
+def parametric(theta, objective, left_out):
+    """The law of theta = log A, log B, log E, alpha, beta."""
+    a, b, e = np.exp(theta[:3])
+    return Parametric(*map(float, (e, a, b, *theta[3:], objective)), tuple(left_out))
 
-    theta: (s, 5), of s candidates log A, log B, log E, alpha, beta; x, y, z: (n,) log N, log D,
-    log loss. -> residuals (s, n); share of each of the three terms in L (3, s, n).
-    """
+
+def evaluate(theta, x, y, z, weights, delta):
+    """How well laws fit. theta: (s, 5), of s candidates; x, y, z: (n,) log N, log D, log loss;
+    weights: (n,) or (s, n). -> sums over the runs of weight times Huber loss, r^2 / 2 that beyond
+    delta goes on as a straight line (s,); r, log L - log loss (s, n); its derivatives, the share
+    of each of the three terms in L (3, s, n)."""
     a, b, e, alpha, beta = (column[:, None] for column in theta.T)
     terms = np.stack((a - alpha * x, b - beta * y, e + 0 * x))
     top = terms.max(0)
     parts = np.exp(terms - top)
     total = parts.sum(0)
-    return top + np.log(total) - z, parts / total
-
-
-def huber(r, weights, delta):
-    """Sum over (..., n) of weights times r^2 / 2, which beyond delta goes on as a straight
-    line."""
+    r = top + np.log(total) - z
     c = np.minimum(np.abs(r), delta)
-    return (weights * c * (np.abs(r) - c / 2)).sum(-1)
+    return (weights * c * (np.abs(r) - c / 2)).sum(-1), r, parts / total
 
 
 def minimize_huber(theta, x, y, z, weights, delta, iterations=300):
     """Bring many candidates to minima at once: (s, 5) -> (s, 5), objectives (s,), largest entry of
     each one's gradient (s,). weights: (n,) or (s, n).
 
-    Levenberg-Marquardt with two guesses at the curvature. Nearly all points lie in the Huber
-    loss's straight part, which has no curvature of its own. One guess gives them that of the
-    parabola that touches from above (iteratively reweighted least squares: safe, slow in the end),
-    the other is the exact Hessian (useless far away, quadratic convergence in the end). Each step
-    takes the better of both. """
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    slopes = np.array([[one, zero, zero, -x, zero], [zero, one, zero, zero, -y],
-                       [zero, zero, one, zero, zero]])  # of the logs of the terms: (3, 5, n)
-    theta, weights = theta.copy(), np.broadcast_to(weights, (len(theta), len(x)))
-    r, share = residuals(theta, x, y, z)
-    value = huber(r, weights, delta)
-    damping, quiet = np.full(len(theta), 1e-2), np.zeros(len(theta), int)
+    Levenberg-Marquardt with two guesses at the curvature, of which nearly all points, in the Huber
+    loss's straight part, have none of their own: that of the parabola that touches from above
+    (iteratively reweighted least squares: safe, slow in the end), and the exact Hessian (useless
+    far away, quadratic convergence in the end). Each step takes the better of both."""
+    # centered, the exponents turn the curves about the middle of the data, which makes them all
+    # but independent of log A and log B
+    middle = np.array([x.mean(), y.mean()])
+    x, y, theta = x - middle[0], y - middle[1], theta.copy()
+    theta[:, :2] -= theta[:, 3:] * middle
+    slopes = np.zeros((3, 5, len(x)))  # derivatives of the logarithms of the three terms
+    slopes[0, 0] = slopes[1, 1] = slopes[2, 2] = 1
+    slopes[0, 3], slopes[1, 4] = -x, -y
+    weights = np.broadcast_to(weights, (len(theta), len(x)))
+    value = evaluate(theta, x, y, z, weights, delta)[0]
+    damping, slope = np.full(len(theta), 1e-2), np.full(len(theta), np.inf)
+    quiet = np.zeros(len(theta), int)  # iterations without gain
     for _ in range(iterations):
         i = np.flatnonzero(quiet < 12)
         if not len(i):
             break
-        ri, pi, w = r[i], share[:, i], weights[i]
-        J = np.einsum("ksn,kjn->sjn", pi, slopes)
-        psi = w * np.clip(ri, -delta, delta)
+        base, before, w = theta[i], value[i], weights[i]
+        _, r, share = evaluate(base, x, y, z, w, delta)
+        J = np.einsum("ksn,kjn->sjn", share, slopes)
+        psi = w * np.clip(r, -delta, delta)
         g = np.einsum("sn,sjn->sj", psi, J)
-        touching = w * np.minimum(1, delta / np.maximum(np.abs(ri), 1e-300))
+        slope[i] = np.abs(g).max(1)
+        touching = w * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))
         safe = np.einsum("sn,sjn,sin->sij", touching, J, J)
-        exact = np.einsum("sn,sjn,sin->sij", w * (np.abs(ri) < delta) - psi, J, J) \
-            + np.einsum("ksn,kjn,kin->sij", psi * pi, slopes, slopes)
+        exact = np.einsum("sn,sjn,sin->sij", w * (np.abs(r) < delta) - psi, J, J) \
+            + np.einsum("ksn,kjn,kin->sij", psi * share, slopes, slopes)
         diagonal = damping[i, None] * np.einsum("sjj->sj", safe) + 1e-14
-        base, before = theta[i], value[i]
         for H in (safe, exact):
             try:
                 step = np.linalg.solve(H + diagonal[:, :, None] * np.eye(5), g[:, :, None])
             except np.linalg.LinAlgError:
                 continue
             new = base - np.clip(step[:, :, 0], -5, 5)
-            r_new, share_new = residuals(new, x, y, z)
-            f = huber(r_new, w, delta)
+            f = evaluate(new, x, y, z, w, delta)[0]
             ok = f < value[i]
-            theta[i[ok]], value[i[ok]], r[i[ok]] = new[ok], f[ok], r_new[ok]
-            share[:, i[ok]] = share_new[:, ok]
+            theta[i[ok]], value[i[ok]] = new[ok], f[ok]
         gained = before - value[i]
         damping[i] = np.clip(np.where(gained > 0, damping[i] / 5, damping[i] * 5), 1e-12, 1e8)
         quiet[i] = np.where(gained <= 1e-13 * value[i], quiet[i] + 1, 0)
-    g = np.einsum("sn,ksn,kjn->sj", weights * np.clip(r, -delta, delta), share, slopes)
-    return theta, value, np.abs(g).max(1)
+    theta[:, :2] += theta[:, 3:] * middle
+    return theta, value, slope
 
 
 def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0, starts=60):
@@ -321,72 +331,44 @@ def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0, starts=60):
 
     From the best of the published grid's 4,500 starts, in float64, until the gradient is 0. (The
     first published fit stopped early: it minimized the mean instead of the sum, which fell below
-    the optimizer's tolerance; Besiroglu et al. 2024.) outliers: runs further from the law than so
-    many standard deviations (estimated by the median) are left out, and the rest is fitted again.
-    At 11 these are, of Hoffmann et al.'s 245 runs, just the five that Besiroglu et al. leave out.
-    None keeps all.
-
-    N, D, loss: (n,) positive. Raises ValueError where the runs do not determine the law: too few,
-    all at one size, a fit that does not converge or ends at a bound.
-    """
-    N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
-    if not N.shape == D.shape == loss.shape or N.ndim != 1:
-        raise ValueError("N, D and loss must be as many numbers")
-    if not all(np.isfinite(v).all() and (v > 0).all() for v in (N, D, loss)):
-        raise ValueError("N, D and losses must be positive numbers")
-    if len(N) < 6:
-        raise ValueError(f"{len(N)} runs are too few for a law of 5 numbers: at least 6")
-    for values, what in ((N, "N"), (D, "D")):
+    the optimizer's tolerance; Besiroglu et al. 2024.) Runs more than `outliers` standard
+    deviations (estimated by the median) from the law are left out, and the rest is fitted again;
+    at 11, of Hoffmann et al.'s 245 runs, just the five that Besiroglu et al. leave out; None keeps
+    all. Raises ValueError where the runs do not determine the law: too few, all at one size, a fit
+    that does not converge or ends at a bound."""
+    x, y, z = logs(N, D, loss)
+    if len(x) < 6:
+        raise ValueError(f"{len(x)} runs are too few for a law of 5 numbers: at least 6")
+    for what, values in (("N", x), ("D", y)):
         if len(np.unique(values)) < 3:
-            raise ValueError(f"the runs have {len(np.unique(values))} values of {what}: "
-                             "at least 3 are needed")
-    x, y, z = np.log(N), np.log(D), np.log(loss)
+            raise ValueError(f"at least 3 values of {what} are needed")
     if np.corrcoef(x, y)[0, 1] > 0.99999:
-        raise ValueError("D is tied to N in all runs: which of them lowers the loss, they can not "
-                         "tell")
+        raise ValueError("D is tied to N in all runs: they can not tell which lowers the loss")
     exponents = np.arange(0, 2.5, 0.5)
     grid = np.array(list(itertools.product(range(0, 30, 5), range(0, 30, 5), exponents - 1,
                                            exponents, exponents)))
-    keep = np.arange(len(N))
+    keep = np.arange(len(x))
     while True:
-        # centered, the exponents turn the curves about the middle of the data, which makes them
-        # all but independent of log A and log B
-        mx, my = x[keep].mean(), y[keep].mean()
-        middle = np.array([[0, 0, 0, mx, my]])
-        data = x[keep] - mx, y[keep] - my, z[keep], np.ones(len(keep)), delta
-        theta = grid.copy()
-        theta[:, :2] -= (theta * middle)[:, 3:]
-        first = huber(residuals(theta, *data[:3])[0], *data[3:])
-        theta, value, _ = minimize_huber(theta[np.argsort(first)[:starts]], *data)
+        data = x[keep], y[keep], z[keep], np.ones(len(keep)), delta
+        first = np.argsort(evaluate(grid, *data)[0])[:starts]
+        theta, value, _ = minimize_huber(grid[first], *data)
         theta, value, slope = minimize_huber(theta[np.argsort(value)[:5]], *data, iterations=5000)
-        best = int(value.argmin())
-        r = residuals(theta[best : best + 1], x - mx, y - my, z)[0][0]
-        spread = max(1.4826 * float(np.median(np.abs(r[keep]))), delta)
-        new = np.flatnonzero(np.abs(r) <= outliers * spread) if outliers else keep
+        best = value.argmin()
+        _, r, share = evaluate(theta[best : best + 1], x, y, z, 1, delta)
+        spread = max(1.4826 * np.median(np.abs(r[0, keep])), delta)
+        new = np.flatnonzero(np.abs(r[0]) <= outliers * spread) if outliers else keep
         if len(new) == len(keep) or len(new) < 6:
             break
         keep = new
-    a, b, e, alpha, beta = theta[best]
     if not slope[best] <= 1e-6 * delta * len(keep):
         raise ValueError(f"the fit did not converge: its gradient is still {slope[best]:.1e}")
-    share = residuals(theta[best : best + 1], *data[:3])[1].max((1, 2))
-    ends = {"alpha": not 0.01 < alpha < 4, "beta": not 0.01 < beta < 4, "E": share[2] < 1e-3,
-            "A": share[0] < 1e-5, "B": share[1] < 1e-5}
-    if any(ends.values()):
+    share = share[:, 0, keep].max(1)
+    at_end = {"alpha": not 0.01 < theta[best, 3] < 4, "beta": not 0.01 < theta[best, 4] < 4,
+              "E": share[2] < 1e-3, "A": share[0] < 1e-5, "B": share[1] < 1e-5}
+    if any(at_end.values()):
         raise ValueError("the runs do not determine the law: the fit ends at the bounds of "
-                         + " and ".join(name for name, ended in ends.items() if ended))
-    left_out = tuple(sorted(set(range(len(N))) - set(keep.tolist())))
-    found = np.exp(e), np.exp(a + alpha * mx), np.exp(b + beta * my), alpha, beta, value[best]
-    return Parametric(*map(float, found), left_out)
-
-
-class Choice(NamedTuple):
-    """A model and its training, for a compute."""
-
-    C: float
-    N: float
-    D: float
-    loss: float
+                         f"{' and '.join(name for name in at_end if at_end[name])}")
+    return parametric(theta[best], value[best], np.setdiff1d(np.arange(len(x)), keep).tolist())
 
 
 def predict(fit, x, D=None, inference_tokens=0.0):
@@ -395,31 +377,25 @@ def predict(fit, x, D=None, inference_tokens=0.0):
     ComputeLaws, which do not know it).
 
     inference_tokens: that the model shall serve afterwards, at 2 N FLOPs each, paid for from the
-    same compute (Sardana et al. 2023): x = 6 N D + 2 N inference_tokens. The more, the smaller the
-    best model, and the longer its training. Raises ValueError."""
+    same compute (Sardana et al. 2023): the more, the smaller the best model. Raises ValueError."""
     if isinstance(fit, PowerLaw):
         return fit(x)
-    C = float(x)
-    if isinstance(fit, ComputeLaws):
-        return Choice(C, float(fit.N(C)), float(fit.D(C)), math.nan)
     if D is not None:
         return fit(x, D)
+    C = float(x)
     if not 0 < C < math.inf or inference_tokens < 0:
         raise ValueError("a compute is a positive number, inference_tokens not negative")
-
-    def tokens(N):
-        return (C / N - 2 * inference_tokens) / 6
-
+    if isinstance(fit, ComputeLaws):
+        return Choice(C, float(fit.N(C)), float(fit.D(C)), math.nan)
     # a search on ever finer grids; without inference the answer is N = G (C / 6)^(beta / (alpha +
     # beta)) with G = (alpha A / (beta B))^(1 / (alpha + beta))
-    low, high = 0.0, math.log(C / max(6.0, 2 * inference_tokens))
+    low, high = 1.0, C / max(6.0, 2 * inference_tokens)
     for _ in range(9):
-        grid = np.linspace(low, high, 200)[1:-1]
-        D = np.maximum(tokens(np.exp(grid)), 1e-9)
-        u, step = grid[fit(np.exp(grid), D).argmin()], (high - low) / 199
-        low, high = u - step, u + step
-    N = math.exp(u)
-    return Choice(C, N, tokens(N), float(fit(N, tokens(N))))
+        N = np.geomspace(low, high, 200)[1:-1]
+        D = (C / N - 2 * inference_tokens) / 6
+        i = fit(N, np.maximum(D, 1e-9)).argmin()
+        low, high = N[i] * N[0] / N[1], N[i] * N[1] / N[0]
+    return Choice(C, float(N[i]), float(D[i]), float(fit(N[i], D[i])))
 
 
 # -----------------------------------------------------------------------------
@@ -430,10 +406,9 @@ def predict(fit, x, D=None, inference_tokens=0.0):
 def bootstrap(table, fit, n=100, seed=0):
     """Fits to n tables whose runs are drawn from `table` (of columns), at each compute as many as
     there are. A draw that can not be fitted is left out. -> list of what fit(table) gives."""
-    rng, fits = np.random.default_rng(seed), []
-    groups = groups_of(table["C"])
+    rng, groups, fits = np.random.default_rng(seed), groups_of(table["C"]), []
     for _ in range(n):
-        rows = np.concatenate([rng.choice(i, len(i)) for i in groups])
+        rows = np.concatenate([rng.choice(i, len(i)) for _, i in groups])
         with contextlib.suppress(ValueError):
             fits.append(fit({name: values[rows] for name, values in table.items()}))
     return fits
@@ -441,41 +416,59 @@ def bootstrap(table, fit, n=100, seed=0):
 
 def bootstrap_parametric(fit, N, D, loss, n=100, seed=0, delta=1e-3):
     """The same for a Parametric law, all n at once: a draw is a weight for each run -> list."""
-    keep = np.array(sorted(set(range(len(N))) - set(fit.left_out)))
-    x, y, z = (np.log(np.asarray(v, np.float64)[keep]) for v in (N, D, loss))
+    keep = np.setdiff1d(np.arange(len(N)), fit.left_out)
+    x, y, z = (column[keep] for column in logs(N, D, loss))
     weights = np.random.default_rng(seed).multinomial(len(keep), np.ones(len(keep)) / len(keep), n)
-    mx, my = x.mean(), y.mean()
-    start = [math.log(fit.A) - fit.alpha * mx, math.log(fit.B) - fit.beta * my, math.log(fit.E),
-             fit.alpha, fit.beta]
-    theta, value, _ = minimize_huber(np.tile(start, (n, 1)), x - mx, y - my, z,
-                                     weights.astype(np.float64), delta)
-    a, b, e, alpha, beta = theta.T
-    rows = zip(np.exp(e), np.exp(a + alpha * mx), np.exp(b + beta * my), alpha, beta, value)
-    return [Parametric(*map(float, row), fit.left_out) for row in rows]
+    start = [math.log(fit.A), math.log(fit.B), math.log(fit.E), fit.alpha, fit.beta]
+    theta, value, _ = minimize_huber(np.tile(start, (n, 1)), x, y, z, weights * 1.0, delta)
+    return [parametric(row, v, fit.left_out) for row, v in zip(theta, value)]
 
 
-def interval(values, level=0.8):
+def interval(values):
     """The middle of a sample: 80% of it lie between these two."""
-    values = np.asarray(values, np.float64)
-    return tuple(float(v) for v in np.quantile(values, ((1 - level) / 2, (1 + level) / 2)))
+    return tuple(np.quantile(np.asarray(values, np.float64), (0.1, 0.9)).tolist())
 
 
 # -----------------------------------------------------------------------------
-# Runs: hyperparameters in, loss out. train.py is started as a process.
+# Runs: hyperparameters in, loss out. The other scripts are started as processes.
+
+CHILDREN = []  # processes, also finished ones
+
+
+def interrupted(number, frame):
+    """Ctrl-C and SIGTERM reach the processes too: train.py saves, and leaves."""
+    for process in CHILDREN:
+        process.send_signal(signal.SIGINT)
+    raise KeyboardInterrupt
+
+
+def start(script, words, threads):
+    """Run one of the other scripts, on so many threads -> what it printed. Raises ValueError with
+    the last line of its errors."""
+    with subprocess.Popen([sys.executable, os.path.join(ROOT, script), *words], text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
+        CHILDREN.append(process)
+        out, err = process.communicate()
+    if process.returncode:
+        last = (err.strip() or f"{script} died").splitlines()[-1]
+        raise ValueError(last.removeprefix(f"{script}: error: "))
+    return out
+
 
 def parse_flags(words):
     """train.py's flags as they stand on a command line -> {name: value}, True for a flag without
     one. Raises ValueError."""
     flags, name = {}, None
     for word in words:
-        if word.startswith("--") and len(word) > 2:
+        if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             flags[name] = value if equals else True
-            name = None if equals else name
-        elif name is None:
-            raise ValueError(f"{word!r} is neither a flag nor the value of one")
+        elif flags.get(name) is True:
+            flags[name] = word
         else:
-            flags[name], name = word, None
+            raise ValueError(f"{word!r} is neither a flag nor the value of one")
     for name in {"out_dir", "resume", "init_from", "eval_interval", "eval_iters"} & set(flags):
         raise ValueError(f"--{name} is for scaling.py to set")
     return flags
@@ -484,471 +477,343 @@ def parse_flags(words):
 def as_words(flags):
     """The reverse of `parse_flags`."""
     return [word for name, value in flags.items()
-            for word in ((f"--{name}",) if value is True else (f"--{name}", str(value)))]
-
-
-def start(script, words, threads, **options):
-    """Run one of the other scripts, on so many threads -> what it printed. Raises ValueError with
-    the last line of its errors."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with subprocess.Popen([sys.executable, os.path.join(ROOT, script), *words], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True, **options) as process:
-        CHILDREN.add(process)
-        try:
-            out, err = process.communicate()
-        finally:
-            CHILDREN.discard(process)
-    if process.returncode:
-        lines = [line for line in err.splitlines() if line.strip()] or [f"{script} died"]
-        raise ValueError(lines[-1].removeprefix(f"{script}: error: "))
-    return out
-
-
-CHILDREN = set()  # processes under way, which Ctrl-C has to reach
-
-
-@functools.lru_cache(maxsize=None)
-def cost(words, vocab_size):
-    """model.py's account of a model -> (parameters without the input embedding, FLOPs per token of
-    training). words: a tuple of flags. Raises ValueError."""
-    known = start("model.py", ["info", *words, *(("--vocab_size", str(vocab_size)) if vocab_size
-                                                 else ())], 1)
-    number = {name: int(re.search(pattern, known)[1].replace(",", "")) for name, pattern in {
-        "all": r"(?m)^parameters\s+([\d,]+)", "embedding": r"(?m)^\s+embedding\s+([\d,]+)",
-        "flops": r"FLOPs per token, training\s+([\d,]+)"}.items()}
-    return number["all"] - number["embedding"], number["flops"]
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
 MODEL = """vocab_size block_size n_layer n_head n_kv_head n_embd head_size d_ff activation position
 norm norm_place attention window kv_rank rope_size qk_norm qk_norm_joint n_expert top_k
 n_shared_expert bias qkv_bias tie_embeddings""".split()
+LEAST_STEPS = 20
 
 
 def vocabulary(data):
-    """The vocabulary size that train.bin's header gives, or None. Raises ValueError."""
-    path = os.path.join(data, "train.bin")
-    if not os.path.exists(path):
-        make = "python bpe.py" if data == "data/stdlib" else "python bpe.py encode"
-        raise ValueError(f"there is no {path}: {make} makes it")
-    head = np.fromfile(path, "<i4", 256)
-    return int(head[3]) if len(head) == 256 and head[0] in (20240520, 20240801) else None
+    """The vocabulary size that train.bin's header gives -> flags."""
+    head = np.fromfile(os.path.join(data, "train.bin"), "<i4", 256)
+    known = len(head) == 256 and head[0] in (20240520, 20240801)
+    return {"vocab_size": str(head[3])} if known else {}
+
+
+@functools.lru_cache(maxsize=None)
+def cost(*words):
+    """model.py's account of a model of these flags -> (parameters without the input embedding,
+    FLOPs per token of training). Raises ValueError."""
+    known = start("model.py", ["info", *words], 1)
+    total, embedding, flops = (
+        int(re.search(rf"(?m)^{row}\W+([\d,]+)", known)[1].replace(",", ""))
+        for row in ("parameters", "  embedding", "FLOPs per token, training"))
+    return total - embedding, flops
 
 
 def make_plan(flags, data):
     """What a run will take -> {"N", "D", "C", "iters"}; its --train_flops are turned into steps.
-    Raises ValueError."""
-    words = tuple(as_words({k: v for k, v in sorted(flags.items()) if k in MODEL}))
-    N, per_token = cost(words, None if "vocab_size" in flags else vocabulary(data))
+    Raises ValueError, and OSError where there is no data."""
+    N, per_token = cost(*as_words({name: value for name, value in sorted(
+        (vocabulary(data) | flags).items()) if name in MODEL}))
     try:
-        tokens = int(flags.get("batch_size", 8)) * int(flags.get("block_size", 256)) \
-            * int(flags.get("gradient_accumulation_steps", 1))
+        tokens = math.prod(int(flags.get(name, default)) for name, default in (
+            ("batch_size", 8), ("block_size", 256), ("gradient_accumulation_steps", 1)))
+        iters = int(flags.get("max_iters", 450))
         if "train_flops" in flags:
             iters = round(float(flags["train_flops"]) / per_token / tokens)
-        else:
-            iters = int(flags.get("max_iters", 450))
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"a flag is no number: {error}") from None
-    if iters < 20:
-        raise ValueError(f"a run takes at least 20 steps, this {iters} of {tokens:,} tokens "
-                         f"at {per_token:,} FLOPs each: use a smaller model or batch, or more "
-                         "compute")
     return {"N": N, "D": iters * tokens, "C": iters * tokens * per_token, "iters": iters}
 
 
 def key_of(flags, data):
     """Names a run: its flags (1e-2 is 0.01), and the data by name and size."""
-    def plain(value):
-        try:
-            return f"{float(value):.12g}"
-        except ValueError:
-            return str(value)
-
     path = os.path.join(data, "train.bin")
     size = os.path.getsize(path) if os.path.exists(path) else 0
-    text = json.dumps([sorted((name, plain(value)) for name, value in flags.items()),
-                       os.path.basename(os.path.abspath(data)), size])
+    plain = {name: str(value) if math.isnan(number(value)) else f"{number(value):.12g}"
+             for name, value in flags.items()}
+    text = json.dumps([sorted(plain.items()), os.path.basename(os.path.abspath(data)), size])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def train(flags, data, folder, threads):
-    """Train -> a record for runs.jsonl. A run that was stopped goes on from its last checkpoint.
-    Raises ValueError with train.py's error."""
-    plan, begin = make_plan(flags, data), time.time()
-    words = as_words({k: v for k, v in flags.items() if k != "train_flops"}
+def train(flags, data, home, threads):
+    """Train, in a folder of `home` -> (folder, record for runs.jsonl). A run that was stopped goes
+    on from its last checkpoint. Raises ValueError with train.py's error."""
+    plan, key, begin = make_plan(flags, data), key_of(flags, data), time.time()
+    if plan["iters"] < LEAST_STEPS:
+        raise ValueError(f"a run takes at least {LEAST_STEPS} steps, this {plan['iters']}: use a "
+                         "smaller model or batch, or more compute")
+    folder = os.path.join(home, f"run-{key}")
+    words = as_words({name: value for name, value in flags.items() if name != "train_flops"}
                      | {"max_iters": plan["iters"], "data": data, "out_dir": folder,
                         "eval_interval": max(100, plan["iters"] // 4), "eval_iters": 1})
     words += ["--resume"] * os.path.exists(os.path.join(folder, "ckpt.pt"))
     start("train.py", words, threads if plan["N"] > 5e5 else 1)  # small products are not shared
     with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    record = {"key": key_of(flags, data), "parameters": plan["N"], "tokens": plan["D"],
-              "compute": plan["C"], "loss": float(rows[-1]["val_loss"]),
-              "seconds": round(float(rows[-1]["seconds"]), 1), "date": round(begin),
-              "data": data, "flags": flags}
+        last = list(csv.DictReader(file))[-1]
+    record = {"key": key, "parameters": plan["N"], "tokens": plan["D"], "compute": plan["C"],
+              "loss": float(last["val_loss"]), "seconds": round(float(last["seconds"]), 1),
+              "date": round(begin), "data": data, "flags": flags}
     if "train_flops" in flags:
         record["compute_budget"] = float(flags["train_flops"])
-    return record
+    return folder, record
 
 
 def append(path, record):
     """Add a line; a last line that was cut short by a crash goes first."""
     with open(path, "ab+") as file:
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def describe(flags):
-    """Flags in a few words, for a line of the terminal."""
-    return " ".join(f"{k}={v}" for k, v in flags.items() if k not in ("mup", "seed"))
-
-
 def run_all(asked, args):
     """Runs for a list of flags, several at a time -> their records, in that order, None for those
-    that failed (which is said). What is in args.runs already is not trained again.
-    Raises ValueError if args.budget, of FLOPs for all runs in the file together, is too small."""
-    os.makedirs(os.path.dirname(os.path.abspath(args.runs)), exist_ok=True)
+    that failed (which is said). What is in args.runs already is not trained again. Raises
+    ValueError if all fail, or if args.budget, of FLOPs for all runs in the file, is too small."""
+    home = os.path.dirname(os.path.abspath(args.runs))
+    os.makedirs(home, exist_ok=True)
     known = {r.get("key"): r for r in load_runs(args.runs)} if os.path.exists(args.runs) else {}
     keys = [key_of(flags, args.data) for flags in asked]
     todo = {key: flags for key, flags in zip(keys, asked) if key not in known}
-    jobs = args.jobs or (1 if shutil.which("nvidia-smi") else os.cpu_count() or 1)
     if args.budget and todo:
         spent = sum(r.get("compute", 0) for r in known.values())
         need = sum(make_plan(flags, args.data)["C"] for flags in todo.values())
         if spent + need > args.budget:
             raise ValueError(f"of the budget of {args.budget:.3g} FLOPs {spent:.3g} are spent; "
                              f"{len(todo)} new runs would take {need:.3g}: none was started")
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(todo))))
-    lock, done, failed = threading.Lock(), len(asked) - len(todo), []
-
-    def one(key):
-        nonlocal done
-        folder = os.path.join(os.path.dirname(os.path.abspath(args.runs)), f"run-{key}")
-        try:
-            record = train(todo[key], args.data, folder, threads)
-        except ValueError as error:
-            if not STOPPED.is_set():
-                failed.append(key)
-                print(f"failed: {describe(todo[key])}: {error}", file=sys.stderr, flush=True)
-            return
-        with lock:
-            append(args.runs, record)
-            known[key] = record
-            done += 1
-            print(f"[{done}/{len(asked)}] {describe(todo[key])} | N {record['parameters']:,} | "
-                  f"D {record['tokens']:,} | loss {record['loss']:.4f} | "
-                  f"{record['seconds']:.0f} s", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)  # its checkpoint has done its duty
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(one, key) for key in todo]
-        try:
-            for future in work:
-                future.result()
-        except BaseException:
-            STOPPED.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(CHILDREN):
-                process.send_signal(signal.SIGINT)  # train.py saves, and leaves
-            raise
-    if failed and len(failed) == len(asked):
+    cores = os.cpu_count() or 1
+    jobs = args.jobs or (1 if shutil.which("nvidia-smi") else cores)
+    threads = max(1, cores // max(1, min(jobs, len(todo))))
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        work = {pool.submit(train, flags, args.data, home, threads): flags
+                for flags in todo.values()}
+        for i, future in enumerate(concurrent.futures.as_completed(work)):
+            what = " ".join(as_words(work[future]))
+            try:
+                folder, r = future.result()
+            except (ValueError, OSError) as error:
+                print(f"failed: {what}: {error}", file=sys.stderr, flush=True)
+                continue
+            append(args.runs, r)
+            known[r["key"]] = r
+            shutil.rmtree(folder, ignore_errors=True)  # its checkpoint has done its duty
+            print(f"[{i + 1}/{len(todo)}] {what} | N {r['parameters']:,} | D {r['tokens']:,} | "
+                  f"loss {r['loss']:.4f} | {r['seconds']:.0f} s", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not set(keys) & set(known):
         raise ValueError("all runs failed")
     return [known.get(key) for key in keys]
 
 
-STOPPED = threading.Event()
-
-
 def parse_size(text):
     """"64x2", n_embd and n_layer -> flags. Heads have 16 units, whatever the width."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,4})", text.strip())
-    if not match or int(match[1]) % 16 or not int(match[1]) or not int(match[2]):
-        raise ValueError(f"a size is n_embd x n_layer, such as 64x2, n_embd a multiple of 16: "
-                         f"not {text!r}")
-    width = int(match[1])
-    return {"n_embd": str(width), "n_layer": match[2], "n_head": str(width // 16)}
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,3})", text.strip())
+    if not match or int(match[1]) % 16:
+        raise argparse.ArgumentTypeError("a size is n_embd x n_layer, such as 64x2, n_embd a "
+                                         f"multiple of 16: not {text!r}")
+    return {"n_embd": match[1], "n_layer": match[2], "n_head": str(int(match[1]) // 16)}
 
 
-def isoflop_runs(budgets, sizes, flags, args):
-    """Runs of each size at each budget, args.repeat times with other seeds; but those with less
-    than 1 token per parameter, or more than 120: far from any optimum the law's three terms are
-    too simple, and bent to such runs they are wrong where it matters."""
+def isoflop_runs(flags, args):
+    """Flags of a run of each size at each budget; but none with less than 1 token per parameter,
+    or more than 120: far from any optimum the law's three terms are too simple, and bent to such
+    runs they are wrong where it matters."""
+    asked = [{**flags, **size, "train_flops": f"{C:g}"}
+             for C in sorted(args.budgets) for size in args.sizes]
     with concurrent.futures.ThreadPoolExecutor(args.jobs or os.cpu_count()) as pool:
-        seeds = [{}] + [{"seed": str(int(flags.get("seed", 1337)) + i)}
-                        for i in range(1, args.repeat)]
-        asked = [{**flags, **parse_size(size), "train_flops": f"{C:g}", **seed}
-                 for C in budgets for size in sizes for seed in seeds]
-
-        def sensible(f):
-            try:
-                plan = make_plan(f, args.data)
-            except ValueError as error:
-                if "steps" in str(error):
-                    return False
-                raise
-            return 1 <= plan["D"] / plan["N"] <= 120
-        return [f for f, good in zip(asked, pool.map(sensible, asked)) if good]
+        plans = list(pool.map(make_plan, asked, itertools.repeat(args.data)))
+    asked = [flags for flags, plan in zip(asked, plans)
+             if plan["iters"] >= LEAST_STEPS and 1 <= plan["D"] / plan["N"] <= 120]
+    if not asked:
+        raise ValueError("no size suits a budget: 20 steps, and 1 to 120 tokens per parameter")
+    return asked
 
 
 def grid_of(specs, random_runs, seed):
     """name=1,2,3 -> all combinations; or with random_runs name=low:high, drawn evenly in
     logarithms (Bergstra & Bengio 2012), -> as many draws. Raises ValueError."""
-    names, values = [], []
+    options = {}
     for spec in specs:
         name, _, text = spec.partition("=")
         if not name or not text:
             raise ValueError(f"{spec!r} is not name=value,value,...")
-        names.append(name.lstrip("-"))
-        values.append(text.split(","))
+        options[name.lstrip("-")] = text.split(",")
     if not random_runs:
-        return [dict(zip(names, row)) for row in itertools.product(*values)]
-    rng, rows = np.random.default_rng(seed), []
-    for _ in range(random_runs):
-        row = {}
-        for name, options in zip(names, values):
-            row[name] = str(rng.choice(options))
-            low, colon, high = row[name].partition(":")
-            if colon:
-                try:
-                    low, high = float(low), float(high)
-                    drawn = math.exp(rng.uniform(math.log(low), math.log(high)))
-                except ValueError:
-                    raise ValueError(f"{row[name]!r} is not low:high, two positive numbers") \
-                        from None
-                # as whole numbers if both ends are written so
-                whole = "." not in options[0] and "e" not in options[0].lower()
-                row[name] = str(round(drawn)) if whole else f"{drawn:.4g}"
-        rows.append(row)
-    return rows
+        return [dict(zip(options, row)) for row in itertools.product(*options.values())]
+    rng = np.random.default_rng(seed)
+
+    def draw_one(values):
+        value = str(rng.choice(values))
+        low, colon, high = value.partition(":")
+        if not colon:
+            return value
+        if not all(0 < number(end) < math.inf for end in (low, high)):
+            raise ValueError(f"{value!r} is not low:high, two positive numbers")
+        drawn = math.exp(rng.uniform(math.log(float(low)), math.log(float(high))))
+        return str(round(drawn)) if (low + high).isdigit() else f"{drawn:.4g}"
+
+    return [{name: draw_one(values) for name, values in options.items()}
+            for _ in range(random_runs)]
 
 
 # -----------------------------------------------------------------------------
-# Reports.
+# Reports: dicts that are printed as tables, and kept as JSON.
+
+METHODS = {"isoflop": fit_isoflops, "envelope": fit_envelope,
+           "minimum": functools.partial(fit_isoflops, method="minimum")}
 
 
-def law(name, fits, best):
-    """One power law of several fits -> a dict for JSON, with 80% intervals."""
-    laws = [getattr(f, name) for f in fits]
-    found = dict(getattr(best, name)._asdict())
-    if laws:
-        for part in ("coefficient", "exponent"):
-            values = [getattr(one, part) for one in laws]
-            found[part + "_error"] = float(np.std(values))
-            found[part + "_interval"] = interval(values)
-    return found
+def as_dict(law, fits=(), names=""):
+    """A law for JSON; with standard errors and 80% intervals, of what resampled runs gave. names:
+    of what a PowerLaw gives and of what it takes, such as "N C"."""
+    result = {}
+    for name, value in law._asdict().items():
+        result[name] = value
+        if fits and name not in ("objective", "left_out"):
+            values = [getattr(fit, name) for fit in fits]
+            result[name + "_error"], result[name + "_interval"] = np.std(values), interval(values)
+    if names:
+        y, x = names.split()
+        result["formula"] = f"{y} = {law.coefficient:.4g} {x}^{law.exponent:.4f}"
+    return result
 
 
-def later(C):
-    """Budgets to look ahead to: the next three powers of ten."""
-    first = math.floor(math.log10(C)) + 1
-    return [10.0 ** (first + i) for i in range(3)]
-
-
-def span(values):
-    """An interval as text."""
-    return "" if values is None else f"{values[0]:.4g} to {values[1]:.4g}"
-
-
-def report_compute_laws(table, fit, n, computes):
-    """Approaches 1 and 2 -> (dict for JSON, lines to print)."""
-    best = fit(table)
-    fits = bootstrap(table, fit, n)
-    result = {"N": law("N", fits, best), "D": law("D", fits, best),
-              "optima": [dict(zip(("C", "N", "D", "loss"), row)) for row in best.optima],
-              "resamples": len(fits), "predictions": []}
-    lines = [f"{'C':>10} {'best N':>11} {'D':>11} {'loss':>8}"]
-    lines += [f"{C:10.3g} {N:11.4g} {D:11.4g} {loss:8.4f}" for C, N, D, loss in best.optima]
-    for name in "ND":
-        p = result[name]
-        lines.append(f"{name} = {p['coefficient']:.4g} C^{p['exponent']:.4f}" + (
-            f"   (80%: {span(p['coefficient_interval'])}, exponent "
-            f"{span(p['exponent_interval'])})" if fits else ""))
-    lines.append(f"\n{'C':>10} {'N':>11} {'D':>11} {'D/N':>8}")
-    for C in computes:
-        _, N, D, _ = predict(best, C)
-        row = {"C": C, "N": N, "D": D, "tokens_per_parameter": D / N}
-        if fits:
-            row["N_interval"] = interval([float(f.N(C)) for f in fits])
-        result["predictions"].append(row)
-        lines.append(f"{C:10.3g} {N:11.4g} {D:11.4g} {D / N:8.3g}   {span(row.get('N_interval'))}")
-    return result, lines
-
-
-def report_parametric(table, n, computes, inference_tokens=0.0, outliers=11.0):
-    """Approach 3 -> (dict for JSON, lines to print)."""
-    N, D, loss = table["N"], table["D"], table["loss"]
-    best = fit_parametric(N, D, loss, outliers=outliers)
-    fits = bootstrap_parametric(best, N, D, loss, n) if n else []
-    result = {**best._asdict(), "predictions": []}
-    lines = [f"L = E + A / N^alpha + B / D^beta, of {len(N) - len(best.left_out)} runs; objective "
-             f"{best.objective:.6g}"]
-    if best.left_out:
-        lines.append("left out as outliers: runs " + ", ".join(str(i + 1) for i in best.left_out))
-    for name in ("E", "A", "B", "alpha", "beta"):
-        values, text = [getattr(f, name) for f in fits], f"{name:6} {getattr(best, name):10.4g}"
-        if fits:
-            result[name + "_error"], result[name + "_interval"] = float(np.std(values)), \
-                interval(values)
-            text += f" +- {np.std(values):8.3g}   80%: {span(interval(values))}"
-        lines.append(text)
-    lines.append(f"\n{'C':>10} {'N':>11} {'D':>11} {'D/N':>8} {'loss':>8}")
-    for tokens in dict.fromkeys((0.0, inference_tokens)):
-        if tokens:
-            lines.append(f"if {tokens:.3g} tokens of inference come out of the same compute:")
-        for C in computes:
-            choice = predict(best, C, inference_tokens=tokens)
-            row = {**choice._asdict(), "tokens_per_parameter": choice.D / choice.N,
-                   "inference_tokens": tokens}
-            if fits:
-                others = [predict(f, C, inference_tokens=tokens) for f in fits]
-                row["N_interval"] = interval([o.N for o in others])
-                row["loss_interval"] = interval([o.loss for o in others])
-            result["predictions"].append(row)
-            lines.append(f"{C:10.3g} {choice.N:11.4g} {choice.D:11.4g} {choice.D / choice.N:8.3g} "
-                         f"{choice.loss:8.4f}   {span(row.get('loss_interval'))}")
-    return result, lines
+def report(method, table, computes, n=100, inference_tokens=0.0, outliers=11.0):
+    """Fit by one of Chinchilla's approaches, n times more to resampled runs, and look ahead to
+    computes -> (dict, fit, list of the other fits)."""
+    if method == "parametric":
+        points = table["N"], table["D"], table["loss"]
+        best = fit_parametric(*points, outliers=outliers)
+        fits = bootstrap_parametric(best, *points, n)
+        result = as_dict(best, fits)
+    else:
+        best, fits = METHODS[method](table), bootstrap(table, METHODS[method], n)
+        result = {name: as_dict(getattr(best, name), [getattr(f, name) for f in fits], f"{name} C")
+                  for name in "ND"}
+        result["optima"] = [dict(zip(Choice._fields, optimum)) for optimum in best.optima]
+    result |= {"resamples": len(fits), "predictions": []}
+    for tokens, C in itertools.product(dict.fromkeys((0.0, inference_tokens)), computes):
+        choice, *others = (predict(f, C, inference_tokens=tokens) for f in (best, *fits))
+        row = {"inference_tokens": tokens, **choice._asdict(),
+               "tokens_per_parameter": choice.D / choice.N}
+        for name in ("N", "loss") if fits else ():
+            row[name + "_interval"] = interval([getattr(other, name) for other in others])
+        result["predictions"].append({k: v for k, v in row.items() if not np.isnan(v).any()})
+    return result, best, fits
 
 
 def report_kaplan(table):
-    """Kaplan et al.'s laws, of the best loss for each N, D and C -> (dict for JSON, lines)."""
-    result, lines = {}, []
+    """Kaplan et al.'s laws, of the best loss for each N, D and C -> dict."""
+    result = {}
     for name in "NDC":
-        groups = groups_of(table[name])
-        x = [float(np.exp(np.log(table[name][i]).mean())) for i in groups]
-        y = [float(table["loss"][i].min()) for i in groups]
-        best = fit_power_law(x, y)
-        result[name] = best._asdict()
-        lines.append(f"loss = {best.coefficient:.4g} {name}^{best.exponent:.4f}   "
-                     f"(best of each {name}, {len(x)} of them)")
-    return result, lines
+        best = [(x, table["loss"][i].min()) for x, i in groups_of(table[name])]
+        result[name] = as_dict(fit_power_law(*zip(*best)), names=f"loss {name}")
+    return result
 
 
 def report_optimum(runs, of, against):
-    """The best value of a hyperparameter, such as learning_rate, as a power law of N, D, C or
-    another flag -> (dict for JSON, lines)."""
-    def value(run, name):
-        try:
-            return float(run.get(name, (run.get("flags") or {}).get(name)))
-        except (TypeError, ValueError, AttributeError):
-            return math.nan
-
+    """The best value of a hyperparameter as a power law of N, D, C or another flag -> dict."""
     table = columns(runs)
-    x = np.array([value(run, of) for run in runs])
-    by = table[against] if against in table else np.array([value(run, against) for run in runs])
-    ok = (x > 0) & (by > 0)
-    if not ok.any():
+    for name in {of, against} - set(table):
+        table[name] = np.array([number({**(run.get("flags") or {}), **run}.get(name))
+                                for run in runs])
+    i = np.flatnonzero((table[of] > 0) & (table[against] > 0))
+    if not len(i):
         raise ValueError(f"no run has both {of} and {against}")
-    x, by, loss = x[ok], by[ok], table["loss"][ok]
-    found, lines = [], [f"{against:>12} {'best ' + of:>20} {'loss':>8}"]
-    for i in groups_of(by, 1.01):
-        at = float(np.exp(np.log(by[i]).mean()))
-        try:
-            best, least = valley(x[i], loss[i])
-        except ValueError as error:
-            lines.append(f"{at:12.4g} {'-':>20}          {error}")
-            continue
-        found.append({against: at, of: best, "loss": least})
-        lines.append(f"{at:12.4g} {best:20.4g} {least:8.4f}")
-    result = {"optima": found}
-    if len(found) > 1:
-        fit = fit_power_law([f[against] for f in found], [f[of] for f in found])
-        result["law"] = fit._asdict()
-        lines.append(f"{of} = {fit.coefficient:.4g} {against}^{fit.exponent:.4f}")
-    elif not found:
-        raise ValueError("\n".join(lines[1:]))
-    return result, lines
+    optima = valleys(table[against][i], table[of][i], table["loss"][i], tolerance=1.01)
+    result = {"optima": [dict(zip((against, of, "loss"), row)) for row in optima]}
+    if len(optima) > 1:
+        at, best, _ = zip(*optima)
+        result["law"] = as_dict(fit_power_law(at, best), names=f"{of} {against}")
+    return result
 
 
-def draw(path, table, laws=None, best=None, target=None):
-    """PNG of the isoFLOP curves, the law of N, and the parametric law, if matplotlib is installed.
-    target: (C, N, loss) of a run that tested the prediction."""
+def as_text(value):
+    """A number, numbers, or a word."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(as_text, value))}]"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def show(result):
+    """Print a report: laws as formulas, lists as tables, numbers by their names."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(value["formula"], *(f"{key} {as_text(value[key])}" for key in value
+                                      if key.endswith("_interval")), sep="   ")
+        elif isinstance(value, list):
+            rows = [list(row) for row in [*value[:1], *(map(as_text, r.values()) for r in value)]]
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            for row in rows:
+                print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        else:
+            print(f"{name}: {as_text(value)}")
+
+
+def save(folder, name, result, table=None, laws=None, law=None, measured=None):
+    """Leave name.json, and if matplotlib is installed name.png: the isoFLOP curves with their
+    minima, the best N for C among the parametric law's contours, and loss against compute with
+    the fit extrapolated. measured: a Choice that tested the prediction."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, name)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+    os.replace(path + ".tmp", path + ".json")
+    if table is None:
+        return
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no plots: they need matplotlib (pip install matplotlib)", file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.6))
-    for i in groups_of(table["C"]):
+    figure = Figure(figsize=(16, 4.6), layout="tight")
+    curves, sizes, losses = figure.subplots(1, 3)
+    curves.set(xscale="log", xlabel="N, parameters", ylabel="loss")
+    sizes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="best N; contours of L(N, D)")
+    losses.set(xscale="log", xlabel="C, FLOPs", ylabel="loss; the fit; what was measured")
+    for C, i in groups_of(table["C"]):
         i = i[np.argsort(table["N"][i])]
-        line, = axes[0].plot(table["N"][i], table["loss"][i], "o", ms=4,
-                             label=f"{table['C'][i].mean():.1e}")
-        if len(i) > 2:
-            c = np.polyfit(np.log(table["N"][i]), table["loss"][i], 2)
-            n = np.geomspace(table["N"][i[0]], table["N"][i[-1]], 50)
-            axes[0].plot(n, np.polyval(c, np.log(n)), color=line.get_color(), lw=1)
-    axes[0].set(xscale="log", xlabel="N, parameters", ylabel="loss", title="IsoFLOP curves")
-    if len(axes[0].get_lines()) < 30:
-        axes[0].legend(title="C", fontsize=7)
-    x = np.geomspace(table["C"].min(), max(table["C"].max() * 30, target[0] if target else 0), 50)
+        curves.plot(table["N"][i], table["loss"][i], "o-", ms=4, label=f"C = {C:.1e}")
+    curves.legend(fontsize=6)
+    losses.plot(table["C"], table["loss"], ".", color="gray")
+    x = np.geomspace(table["C"].min(), max(table["C"].max() * 30, measured.C if measured else 0))
     if laws:
         C, N, _, loss = np.array(laws.optima).T
-        axes[0].plot(N, loss, "k*", ms=9)
-        axes[1].plot(C, N, "k*")
-        axes[1].plot(x, laws.N(x), label=f"N = {laws.N.coefficient:.3g} C^{laws.N.exponent:.3f}")
-        axes[1].legend()
-    axes[1].set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="best N")
-    axes[2].plot(table["C"], table["loss"], ".", color="gray")
-    if best:
-        axes[2].plot(x, [predict(best, C).loss for C in x], label="best N and D, predicted")
-        N, C = np.geomspace(table["N"].min(), table["N"].max() * 3, 60), x
-        grid = best(N[:, None], C / (6 * N[:, None]))
-        axes[1].contour(C, N, grid, levels=np.quantile(grid, np.linspace(0.02, 0.9, 14)),
-                        linewidths=0.5)
-    if target:
-        axes[1].plot(target[0], target[1], "r*", ms=12)
-        axes[2].plot(target[0], target[2], "r*", ms=12, label="then measured")
-    axes[2].set(xscale="log", xlabel="C, FLOPs", ylabel="loss")
-    axes[2].legend()
-    figure.tight_layout()
+        curves.plot(N, loss, "k*", ms=9)
+        sizes.plot(C, N, "k*", x, laws.N(x))
+    if law:
+        y = np.geomspace(table["N"].min(), table["N"].max() * 3)[:, None]
+        loss = law(y, x / (6 * y))
+        sizes.contour(x, y[:, 0], loss, levels=np.quantile(loss, np.linspace(0.02, 0.9, 14)))
+        losses.plot(x, [predict(law, C).loss for C in x])
+    if measured:
+        sizes.plot(measured.C, measured.N, "r*", ms=12)
+        losses.plot(measured.C, measured.loss, "r*", ms=12)
     figure.savefig(path + ".tmp", dpi=110, format="png")
-    os.replace(path + ".tmp", path)
-    pyplot.close(figure)
-
-
-def save_json(path, result):
-    """Write beside and rename."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
+    os.replace(path + ".tmp", path + ".png")
 
 
 def fit_command(args):
     """`scaling.py fit`."""
     runs = load_runs(args.file)
-    laws = best = None
+    table = None if args.method == "optimum" else columns(runs, ("N", "D", "C", "loss"))
+    laws = law = None
     if args.method == "optimum":
-        if not args.of:
-            raise ValueError("--method optimum needs --of, such as --of learning_rate")
-        result, lines = report_optimum(runs, args.of, args.against)
+        result = report_optimum(runs, args.of, args.against)
+    elif args.method == "kaplan":
+        result = report_kaplan(table)
     else:
-        table = columns(runs, ("N", "D", "C", "loss"))
-        computes = args.compute or later(table["C"].max())
-        if args.method == "parametric":
-            result, lines = report_parametric(table, args.bootstrap, computes,
-                                              args.inference_tokens, args.outliers or None)
-            best = Parametric(*(result[name] for name in Parametric._fields))
-        elif args.method == "kaplan":
-            result, lines = report_kaplan(table)
-        else:
-            fit = {"envelope": fit_envelope, "isoflop": fit_isoflops, "minimum":
-                   functools.partial(fit_isoflops, method="minimum")}[args.method]
-            result, lines = report_compute_laws(table, fit, args.bootstrap, computes)
-            laws = fit(table)
+        above = 10.0 ** (1 + math.floor(math.log10(table["C"].max())))
+        computes = args.compute or [above, 10 * above, 100 * above]
+        result, fit, _ = report(args.method, table, computes, args.bootstrap,
+                                args.inference_tokens, args.outliers)
+        laws, law = (None, fit) if args.method == "parametric" else (fit, None)
     result = {"method": args.method, "runs": len(runs), **result}
-    print(json.dumps(result, indent=1) if args.json else "\n".join(lines))
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        show(result)
     if args.out:
-        os.makedirs(args.out, exist_ok=True)
-        save_json(os.path.join(args.out, f"{args.method}.json"), result)
-        if args.method in ("parametric", "isoflop", "minimum", "envelope"):
-            draw(os.path.join(args.out, f"{args.method}.png"), table, laws, best)
+        save(args.out, args.method, result, table, laws, law)
 
 
 # -----------------------------------------------------------------------------
@@ -958,183 +823,147 @@ def fit_command(args):
 def make_data(folder):
     """Python's own standard library in 512 tokens, few, so that small models are not all head."""
     library = os.path.dirname(os.__file__)
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "lib2to3"}
-    files = [path for pattern in ("*.py", "*/*.py") for path in sorted(glob.glob(
-        os.path.join(library, pattern))) if os.path.getsize(path)
-        and os.path.basename(os.path.dirname(path)) not in skip]
+    files = [path for path in sorted(glob.glob(f"{library}/**/*.py", recursive=True))
+             if os.path.getsize(path) and not re.search("-packages|test", path[len(library):])]
     print(f"{folder}: {len(files)} files of Python's standard library, in 512 tokens", flush=True)
-    threads = os.cpu_count() or 1
-    start("bpe.py", ["train", "--vocab_size", "512", "--input", *files, "--out", folder], threads)
-    start("bpe.py", ["encode", "--tokenizer", folder, "--input", *files, "--out", folder,
-                     "--val_fraction", "0.02"], threads)
-
-
-def nearest_size(N, vocab_size, n_layer):
-    """The size, as "64x2", whose parameters, about 12 n_layer n_embd^2 + vocab_size n_embd, are
-    nearest. Of the depth given: a law holds for models of one family."""
-    width = min(range(16, 8193, 16), key=lambda w: abs(math.log(
-        (12 * n_layer * w + vocab_size) * w / N)))
-    return f"{width}x{n_layer}"
+    for words in (["train", "--vocab_size", "512"],
+                  ["encode", "--tokenizer", folder, "--val_fraction", "0.02"]):
+        start("bpe.py", [*words, "--input", *files, "--out", folder], os.cpu_count())
 
 
 def study(args):
-    """Find the learning rate at a small size; train isoFLOP curves; fit; choose a model for a
-    larger compute, and predict its loss; train it."""
+    """The learning rate, isoFLOP curves, laws, a prediction at a larger compute, and its test."""
     # small batches, so that the shortest runs have some hundred steps: what happens in the first
     # ones is no power law, and with batches of 8 the predictions came out 0.1 nats too high
-    flags = args.flags = {"block_size": "128", "batch_size": "2", "mup": "64", **args.flags}
-    budgets, sizes = args.budgets, args.sizes
-    if args.target < 10 * max(budgets):
-        print(f"note: the target is {args.target / max(budgets):.1f} times the largest budget")
+    flags = {"block_size": "128", "batch_size": "2", "mup": "64", **args.flags}
+    C, depth = args.target, args.base["n_layer"]
     print("1. the learning rate, at one size: with --mup it holds for the others", flush=True)
     if "learning_rate" not in flags:
-        rates = ["2.5e-3", "5e-3", "1e-2", "2e-2", "4e-2"]
-        records = run_all([{**flags, **parse_size(args.base), "train_flops": f"{budgets[1]:g}",
-                            "learning_rate": rate} for rate in rates], args)
-        pairs = [(float(rate), r["loss"]) for rate, r in zip(rates, records) if r]
+        asked = [{**flags, **args.base, "train_flops": f"{sorted(args.budgets)[1]:g}",
+                  "learning_rate": rate} for rate in ("2.5e-3", "5e-3", "1e-2", "2e-2", "4e-2")]
+        tried = [(float(r["flags"]["learning_rate"]), r["loss"])
+                 for r in run_all(asked, args) if r]
         try:
-            flags["learning_rate"] = f"{valley(*zip(*pairs))[0]:.3g}"
+            best, _ = valley(*zip(*tried))
         except ValueError:  # a flat or slanting curve: its lowest point
-            flags["learning_rate"] = f"{min(pairs, key=lambda p: p[1])[0]:g}"
-    print(f"   {flags['learning_rate']}\n2. models of several sizes at each of "
-          f"{len(budgets)} budgets", flush=True)
-    records = [r for r in run_all(isoflop_runs(budgets, sizes, flags, args), args) if r]
-    table = columns(records)
-    laws = fit_isoflops(table)
-    result_laws, lines = report_compute_laws(table, fit_isoflops, 100, [args.target])
-    print("3. the laws\n" + "\n".join(lines) + "\n", flush=True)
-    result, lines = report_parametric(table, 100, [args.target])
-    print("\n".join(lines), flush=True)
-    best = Parametric(*(result[name] for name in Parametric._fields))
-    fits = bootstrap_parametric(best, table["N"], table["D"], table["loss"], 100)
+            best, _ = min(tried, key=lambda pair: pair[1])
+        flags["learning_rate"] = f"{best:.3g}"
+    print(f"   {flags['learning_rate']}\n2. models of several sizes at each budget", flush=True)
+    table = columns([r for r in run_all(isoflop_runs(flags, args), args) if r])
+    print("3. the laws")
+    isoflop, laws, _ = report("isoflop", table, [C])
+    show(isoflop)
+    parametric, law, others = report("parametric", table, [C])
+    show(parametric)
 
-    vocab = vocabulary(args.data) or int(flags.get("vocab_size", 50304))
-    depth = int(parse_size(args.base)["n_layer"])
-    size = nearest_size(predict(laws, args.target).N, vocab, depth)
-    final = {**flags, **parse_size(size), "train_flops": f"{args.target:g}"}
+    vocab_size = int((flags | vocabulary(args.data)).get("vocab_size", 50304))
+    parameters = {width: (12 * int(depth) * width + vocab_size) * width
+                  for width in range(16, 8193, 16)}  # of one depth: a law holds for one family
+    N = predict(laws, C).N
+    width = min(parameters, key=lambda width: abs(math.log(parameters[width] / N)))
+    final = {**flags, **parse_size(f"{width}x{depth}"), "train_flops": f"{C:g}"}
     plan = make_plan(final, args.data)
-    said = float(best(plan["N"], plan["D"]))
-    between = interval([float(f(plan["N"], plan["D"])) for f in fits])
-    print(f"4. at {args.target:.3g} FLOPs: {size}, N {plan['N']:,}, D {plan['D']:,}, learning "
-          f"rate {flags['learning_rate']}; predicted loss {said:.4f} (80%: {span(between)})",
-          flush=True)
-    record = run_all([final], args)[0]
-    if record is None:
-        raise ValueError("the run that was to test the prediction failed")
-    error = record["loss"] - said
-    print(f"\npredicted_loss: {said:.4f}\nmeasured_loss: {record['loss']:.4f}\n"
-          f"difference: {error:+.4f}\ncompute_beyond_largest_budget: "
-          f"{args.target / max(budgets):.1f}x\nrelative_to_flops_spent_before: "
-          f"{args.target / sum(r['compute'] for r in records):.2f}")
-    folder = os.path.dirname(os.path.abspath(args.runs))
-    save_json(os.path.join(folder, "study.json"), {
-        "isoflop": result_laws, "parametric": result, "predicted": said, "interval": between,
-        "measured": record["loss"], "size": size, "target": args.target, "flags": final})
-    draw(os.path.join(folder, "study.png"), table, laws, best,
-         (args.target, plan["N"], record["loss"]))
-    print(f"files: {folder}")
+    predicted, *rest = (float(fit(plan["N"], plan["D"])) for fit in (law, *others))
+    between = interval(rest)
+    print(f"4. at {C:.3g} FLOPs: {width}x{depth}, N {plan['N']:,}, D {plan['D']:,}; predicted "
+          f"loss {predicted:.4f} (80%: {as_text(between)})", flush=True)
+    record, = run_all([final], args)
+    print(f"predicted_loss: {predicted:.4f}\nmeasured_loss: {record['loss']:.4f}\n"
+          f"difference: {record['loss'] - predicted:+.4f}\n"
+          f"compute_beyond_largest_budget: {C / max(args.budgets):.1f}x")
+    home = os.path.dirname(os.path.abspath(args.runs))
+    save(home, "study", {"isoflop": isoflop, "parametric": parametric, "predicted": predicted,
+                         "interval": between, "measured": record["loss"], "target": C,
+                         "size": f"{width}x{depth}", "flags": final},
+         table, laws, law, Choice(C, plan["N"], plan["D"], record["loss"]))
+    print(f"files: {home}")
 
 
 # -----------------------------------------------------------------------------
+# The command line.
 
 
-def numbers(text):
-    """1e11,2e11 -> a list of positive floats."""
-    found = [float(part) for part in text.split(",")]
-    if not all(0 < value < math.inf for value in found):
-        raise argparse.ArgumentTypeError("positive numbers, please")
-    return found
+def at_least(least, kind=float):
+    """A type for argparse: a finite number from `least` on."""
+    def check(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return kind(text)
+    return check
 
 
-def build_parser():
-    """The command line: a parser for each command."""
-    parser = argparse.ArgumentParser(description="Scaling laws: small runs that predict large "
-                                     "ones. Flags not listed go to train.py.", allow_abbrev=False)
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--runs", default="scaling/runs.jsonl", metavar="FILE",
-                        help="finished runs (default scaling/runs.jsonl)")
-    common.add_argument("--data", default="data/scaling", help="folder of bpe.py (default: "
-                        "data/scaling, made of Python's standard library if it is not there)")
-    common.add_argument("--budget", type=float, help="FLOPs that all runs in the file may take")
-    common.add_argument("--jobs", type=int, help="runs at a time (default: 1 with a GPU, else one "
-                        "for each core)")
+def list_of(kind):
+    """A type for argparse: values with commas between."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def parse_args(words):
+    """The command line. Flags that are not known are train.py's, but not after `fit`."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Scaling laws: small runs "
+                                     "that predict large ones. Flags not listed are train.py's; "
+                                     "--train_flops C sets its --max_iters.")
     commands = parser.add_subparsers(dest="command", metavar="run|sweep|isoflop|fit|study")
-    options = {"parents": [common], "allow_abbrev": False}
-    p = commands.add_parser("run", help="one run; prints its loss", **options)
-    p.add_argument("--train_flops", type=float, help="instead of --max_iters")
-    p = commands.add_parser("sweep", help="a grid of hyperparameters, or random ones", **options)
-    p.add_argument("--grid", nargs="+", default=[], metavar="NAME=A,B", help="all combinations")
-    p.add_argument("--random", nargs="+", default=[], metavar="X", help="a number of runs, and "
-                   "NAME=LOW:HIGH or NAME=A,B for each hyperparameter")
-    p.add_argument("--random_seed", type=int, default=0)
-    for name, text in (("isoflop", "models of each size at each budget"),
-                       ("study", "all of it: what happens without a command")):
-        p = commands.add_parser(name, help=text, **options)
-        p.add_argument("--budgets", type=numbers, default=[1e11, 2e11, 4e11, 8e11],
-                       help="FLOPs (default 1e11,2e11,4e11,8e11)")
-        p.add_argument("--sizes", type=lambda text: text.split(","), metavar="WxL,WxL",
-                       default="16x2,32x2,48x2,64x2,80x2,96x2,128x2".split(","),
-                       help="n_embd x n_layer, with heads of 16")
-        p.add_argument("--repeat", type=int, default=1, help="runs of each, with other seeds "
-                       "(default 1)")
-    p.add_argument("--target", type=float, default=8e12, help="FLOPs of the test (default 8e12)")
-    p.add_argument("--base", default="64x2", help="the size at which the learning rate is found; "
-                   "the target has its depth")
-    p = commands.add_parser("fit", help="laws of a table of runs")
-    p.add_argument("file")
-    p.add_argument("--method", default="isoflop",
-                   choices=("isoflop", "minimum", "parametric", "envelope", "kaplan", "optimum"))
-    p.add_argument("--bootstrap", type=int, default=100, help="resamples (default 100)")
-    p.add_argument("--compute", type=float, nargs="+", metavar="C", help="FLOPs to predict for")
-    p.add_argument("--inference_tokens", type=float, default=0.0, help="to be served afterwards, "
-                   "out of the same compute (parametric)")
-    p.add_argument("--outliers", type=float, default=11.0, help="parametric: leave out runs more "
-                   "standard deviations away (default 11; 0: keep all)")
-    p.add_argument("--of", metavar="NAME", help="optimum: of which hyperparameter")
-    p.add_argument("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
-    p.add_argument("--json", action="store_true", help="print JSON")
-    p.add_argument("--out", metavar="DIR", help="write JSON, and PNG if matplotlib is installed")
-    return parser
+    for name, text in {"run": "one run; prints its loss",
+                       "sweep": "a grid of hyperparameters, or random ones",
+                       "isoflop": "models of each size at each budget",
+                       "study": "all of it: what happens without a command"}.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        add = command.add_argument_group("runs").add_argument
+        add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="where they are kept")
+        add("--data", default="data/scaling", help="bins; by default made of Python's library")
+        add("--budget", type=at_least(1), metavar="C", help="FLOPs that all of FILE may take")
+        add("--jobs", type=at_least(1, int), help="at a time (default: a GPU 1, else the cores)")
+        add = command.add_argument_group(name).add_argument
+        if name == "sweep":
+            add("--random_seed", type=int, default=0, help="of --random's draws (default 0)")
+            add = command.add_mutually_exclusive_group(required=True).add_argument
+            add("--grid", nargs="+", metavar="NAME=A,B", help="all combinations")
+            add("--random", nargs="+", metavar="X", help="COUNT NAME=LOW:HIGH NAME=A,B ...")
+        elif name != "run":
+            add("--budgets", type=list_of(at_least(1)), default="1e11,2e11,4e11,8e11",
+                help="FLOPs of a run (default %(default)s)")
+            add("--sizes", type=list_of(parse_size), default="16x2,32x2,48x2,64x2,80x2,96x2,128x2",
+                metavar="WxL,WxL", help="n_embd x n_layer (default %(default)s)")
+    add("--target", type=at_least(1), default=8e12, help="FLOPs of the test (default 8e12)")
+    add("--base", type=parse_size, default="64x2", help="where the learning rate is found; the "
+        "target has its depth (default 64x2)")
+    add = commands.add_parser("fit", help="laws of a table of runs").add_argument
+    add("file", help=".jsonl, .json or .csv")
+    add("--method", default="isoflop", choices=[*METHODS, "parametric", "kaplan", "optimum"])
+    add("--bootstrap", type=at_least(0, int), default=100, help="resamples (default 100)")
+    add("--compute", type=at_least(1), nargs="+", metavar="C", help="FLOPs to predict for")
+    add("--inference_tokens", type=at_least(0), default=0.0, metavar="D", help="parametric: served "
+        "out of the same compute")
+    add("--outliers", type=at_least(0), default=11.0, help="parametric: runs so many standard "
+        "deviations away are left out (default 11; 0: none)")
+    add("--of", default="learning_rate", metavar="NAME", help="optimum: of which hyperparameter")
+    add("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
+    add("--json", action="store_true", help="print JSON")
+    add("--out", metavar="DIR", help="leave JSON, and PNG if matplotlib is installed")
 
-
-def interrupted(number, frame):
-    """SIGTERM ends a run as Ctrl-C does, also where SIGINT is ignored."""
-    raise KeyboardInterrupt
+    if not words or words[0].startswith("--") and words[0] != "--help":
+        words = ["study", *words]
+    args, rest = parser.parse_known_args(words)
+    try:
+        if args.command == "fit" and rest:
+            raise ValueError(f"unknown: {' '.join(rest)}")
+        args.flags = parse_flags(rest)
+        args.asked = [args.flags]
+        if args.command == "study" and len(args.budgets) < 2:
+            raise ValueError("--budgets: a law needs two at least")
+        if args.command == "sweep":
+            count, *specs = args.random or ["0", *args.grid]
+            if not count.isdigit() or bool(args.random) != bool(int(count)) or not specs:
+                raise ValueError("--random takes a number of runs, and NAME=LOW:HIGH ...")
+            args.asked = [args.flags | row for row in grid_of(specs, int(count), args.random_seed)]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
-    parser = build_parser()
-    words = sys.argv[1:]
-    if not words or words[0].startswith("--") and words[0] not in ("-h", "--help"):
-        words.insert(0, "study")
-    args, rest = parser.parse_known_args(words)
-    try:
-        args.flags = parse_flags(rest) if args.command != "fit" else {}
-        if args.command == "fit":
-            if rest or args.bootstrap < 0 or min(args.compute or [1]) <= 0 or \
-                    args.inference_tokens < 0:
-                raise ValueError(f"unknown: {' '.join(rest)}" if rest else "--bootstrap and "
-                                 "--inference_tokens must not be negative, --compute positive")
-        elif args.jobs is not None and args.jobs < 1:
-            raise ValueError("--jobs must be at least 1")
-        elif args.command in ("isoflop", "study"):
-            for size in [*args.sizes, getattr(args, "base", "64x2")]:
-                parse_size(size)
-            if len(args.budgets) < 2 or args.repeat < 1:
-                raise ValueError("--budgets needs at least 2, --repeat at least 1")
-            args.budgets = sorted(args.budgets)
-        elif args.command == "sweep":
-            count = args.random.pop(0) if args.random else "0"
-            if not count.isdigit() or (int(count) == 0) == bool(args.random) or \
-                    bool(args.random) == bool(args.grid):
-                raise ValueError("give --grid NAME=A,B ... or --random COUNT NAME=LOW:HIGH ...")
-            args.asked = [{**args.flags, **row} for row in grid_of(
-                args.grid or args.random, int(count), args.random_seed)]
-        elif args.train_flops:
-            args.flags["train_flops"] = f"{args.train_flops:g}"
-    except ValueError as error:
-        parser.error(str(error))
+    args = parse_args(sys.argv[1:])
     try:
         if args.command == "fit":
             return fit_command(args)
@@ -1143,17 +972,13 @@ def main():
         if args.data == "data/scaling" and not os.path.exists("data/scaling/val.bin"):
             make_data(args.data)
         if args.command == "study":
-            study(args)
-        elif args.command == "run":
-            record, = run_all([args.flags], args)
-            print("\n".join(f"{name}: {record[name]}" for name in (
-                "loss", "parameters", "tokens", "compute", "seconds")))
-        else:
-            asked = args.asked if args.command == "sweep" else isoflop_runs(
-                args.budgets, args.sizes, args.flags, args)
-            records = [r for r in run_all(asked, args) if r]
-            best = min(records, key=lambda r: r["loss"])
-            print(f"best: {describe(best['flags'])}\nloss: {best['loss']}")
+            return study(args)
+        if args.command == "isoflop":
+            args.asked = isoflop_runs(args.flags, args)
+        best = min((r for r in run_all(args.asked, args) if r), key=lambda r: r["loss"])
+        print("best:", *as_words(best["flags"]))
+        for name in ("loss", "parameters", "tokens", "compute", "seconds"):
+            print(f"{name}: {best[name]}")
     except KeyboardInterrupt:
         print("stopped; finished runs are kept, and the rest goes on when asked again",
               file=sys.stderr)

@@ -1,13 +1,17 @@
 """scaling.py: fits against laws that are known, runs against their own promises."""
 
+import contextlib
 import csv
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ sys.path.insert(0, ROOT)
 import scaling as S
 
 LAW = 1.7, 400.0, 1500.0, 0.34, 0.36  # E, A, B, alpha, beta
+FORKS = multiprocessing.get_context("forkserver")  # processes that need not import torch again
+FORKS.set_forkserver_preload(["torch._dynamo", "pytest"])
 
 
 def loss_of(N, D, law=LAW):
@@ -32,61 +38,60 @@ def points(n=240, noise=0.005, seed=0):
     return N, D, loss_of(N, D) * np.exp(noise * rng.standard_normal(n))
 
 
+def isoflops(budgets=(1e18, 1e19, 1e20), sizes=9, width=2.0):
+    """Exact parabolas in log N with their bottoms at N = 0.5 C^0.45."""
+    return [{"parameters": 0.5 * C**0.45 * math.exp(u), "compute_budget": C,
+             "final_loss": 2 + 100 * C**-0.1 + 0.05 * u * u}
+            for C in budgets for u in np.linspace(-width, 1.3 * width, sizes)]
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """The command line, without a process -> returncode, stdout, stderr."""
+    def run(words, cwd="."):
+        words = words.split() if isinstance(words, str) else map(str, words)
+        monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+        before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        monkeypatch.chdir(cwd)
+        code = 0
+        try:
+            S.main()
+        except SystemExit as stop:
+            code = stop.code
+        for number, handler in before:
+            signal.signal(number, handler)
+        return types.SimpleNamespace(returncode=code, **capsys.readouterr()._asdict())
+    return run
+
+
 # ---- power laws and isoFLOPs
 
 
 def test_power_law():
     x = np.array([1.0, 10, 1000])
     fit = S.fit_power_law(x, 3 * x**-0.25)
-    assert fit.coefficient == pytest.approx(3) and fit.exponent == pytest.approx(-0.25)
-    assert fit(16) == pytest.approx(1.5)
-    assert S.predict(fit, 16) == pytest.approx(1.5)
-    for x, y in (
-        ([1], [1]),
-        ([2, 2], [1, 3]),
-        ([1, 2], [1, -1]),
-        ([1, 2], [1, math.nan]),
-        ([1, 2], [1]),
-    ):
+    assert fit == pytest.approx((3, -0.25))
+    assert fit(16) == pytest.approx(1.5) and S.predict(fit, 16) == pytest.approx(1.5)
+    for x, y in (([1], [1]), ([2, 2], [1, 3]), ([1, 2], [1, -1]), ([1, 2], [1, math.nan]),
+                 ([1, 2], [1])):
         with pytest.raises(ValueError):
             S.fit_power_law(x, y)
 
 
-def isoflops(budgets=(1e18, 1e19, 1e20), sizes=9, width=2.0):
-    """Exact parabolas in log N with their bottoms at N = 0.5 C^0.45."""
-    runs = []
-    for C in budgets:
-        for u in np.linspace(-width, 1.3 * width, sizes):
-            N = 0.5 * C**0.45 * math.exp(u)
-            runs.append(
-                {
-                    "parameters": N,
-                    "compute_budget": C,
-                    "final_loss": 2 + 100 * C**-0.1 + 0.05 * u * u,
-                }
-            )
-    return runs
-
-
 def test_parabolas_find_the_bottoms():
     fit = S.fit_isoflops(isoflops())
-    assert fit.N.coefficient == pytest.approx(0.5, rel=1e-6) and fit.N.exponent == pytest.approx(
-        0.45, rel=1e-6
-    )
+    assert fit.N == pytest.approx((0.5, 0.45), rel=1e-6)
     assert fit.D.exponent == pytest.approx(0.55, rel=1e-6)
-    assert [round(o[3], 6) for o in fit.optima] == [
-        round(2 + 100 * C**-0.1, 6) for C in (1e18, 1e19, 1e20)
-    ]
+    assert [o[3] for o in fit.optima] == pytest.approx(
+        [2 + 100 * C**-0.1 for C in (1e18, 1e19, 1e20)], abs=1e-6)
     choice = S.predict(fit, 1e23)
-    assert choice.N * choice.D * 6 == pytest.approx(1e23) and choice.N == pytest.approx(
-        0.5 * 1e23**0.45
-    )
+    assert choice.N * choice.D * 6 == pytest.approx(1e23)
+    assert choice.N == pytest.approx(0.5 * 1e23**0.45)
 
 
 def test_the_plain_minimum_takes_a_run():
     runs = isoflops()
-    fit = S.fit_isoflops(runs, "minimum")
-    for C, N, D, loss in fit.optima:
+    for C, N, D, loss in S.fit_isoflops(runs, "minimum").optima:
         same = [r for r in runs if r["compute_budget"] == pytest.approx(C)]
         assert loss == min(r["final_loss"] for r in same) and D == pytest.approx(C / 6 / N)
         assert N in [r["parameters"] for r in same]
@@ -97,15 +102,7 @@ def test_curves_without_a_bottom_are_refused():
     slope = [{**r, "final_loss": 5 - 0.1 * math.log(r["parameters"])} for r in runs]
     hill = [{**r, "final_loss": 10 - r["final_loss"]} for r in runs]
     far = [{**r, "final_loss": math.log(r["parameters"] / 1e15) ** 2} for r in runs]
-    for wrong in (
-        slope,
-        hill,
-        far,
-        runs[:9],
-        [r for r in runs if r["parameters"] < 0],
-        runs[::9],
-        runs[:2] + runs[9:],
-    ):
+    for wrong in (slope, hill, far, runs[:9], [], runs[::9], runs[:2] + runs[9:]):
         with pytest.raises(ValueError):
             S.fit_isoflops(wrong)
     with pytest.raises(ValueError, match="parabola or minimum"):
@@ -113,15 +110,9 @@ def test_curves_without_a_bottom_are_refused():
 
 
 def test_the_envelope_has_what_nothing_beats():
-    runs = [
-        {"N": 1e6, "C": 1e15, "loss": 4.0},
-        {"N": 2e6, "C": 2e15, "loss": 4.1},
-        {"N": 4e6, "C": 4e15, "loss": 3.5},
-        {"N": 9e6, "C": 4e15, "loss": 3.6},
-        {"N": 8e6, "C": 1e16, "loss": 3.0},
-    ]
-    fit = S.fit_envelope(runs)
-    assert [o[0] for o in fit.optima] == [1e15, 4e15, 1e16]
+    runs = [dict(zip(("N", "C", "loss"), row)) for row in (
+        (1e6, 1e15, 4.0), (2e6, 2e15, 4.1), (4e6, 4e15, 3.5), (9e6, 4e15, 3.6), (8e6, 1e16, 3.0))]
+    assert [o[0] for o in S.fit_envelope(runs).optima] == [1e15, 4e15, 1e16]
     with pytest.raises(ValueError, match="envelope"):
         S.fit_envelope(runs[:2])
 
@@ -130,20 +121,19 @@ def test_the_envelope_has_what_nothing_beats():
 
 
 def test_parametric_recovers_exact_points():
-    N, D, loss = points(60, noise=0)
-    fit = S.fit_parametric(N, D, loss)
+    fit = S.fit_parametric(*points(60, noise=0))
     assert fit[:5] == pytest.approx(LAW, rel=1e-4) and fit.objective < 1e-12 and fit.left_out == ()
     assert S.predict(fit, 1e9, 1e11) == pytest.approx(loss_of(1e9, 1e11), rel=1e-6)
 
 
 def test_a_scaling_fit_stops_early_or_keeps_outliers():
-    """No start of a simple search from the answer finds anything lower, the gradient is 0, and runs
-    that failed to learn do not move the law."""
+    """No step of a simple search from the answer finds anything lower, and runs that failed to
+    learn do not move the law."""
     N, D, loss = points()
     fit = S.fit_parametric(N, D, loss)
 
-    def objective(E, A, B, alpha, beta):
-        r = np.log(loss_of(N, D, (E, A, B, alpha, beta))) - np.log(loss)
+    def objective(*law):
+        r = np.log(loss_of(N, D, law)) - np.log(loss)
         return np.where(np.abs(r) <= 1e-3, r * r / 2, 1e-3 * (np.abs(r) - 5e-4)).sum()
 
     assert fit.objective == pytest.approx(objective(*fit[:5]), rel=1e-9)
@@ -151,7 +141,7 @@ def test_a_scaling_fit_stops_early_or_keeps_outliers():
     rng = np.random.default_rng(1)
     for scale in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         for _ in range(50):
-            near = [v * math.exp(scale * e) for v, e in zip(fit[:5], rng.standard_normal(5))]
+            near = fit[:5] * np.exp(scale * rng.standard_normal(5))
             assert objective(*near) >= fit.objective * (1 - 1e-12)
     spoilt = loss.copy()
     spoilt[[3, 50, 100, 150, 200]] *= 1.6, 1.5, 1.4, 1.8, 1.3
@@ -172,25 +162,20 @@ def test_intervals_cover_the_law_they_should_find():
     for i, true in enumerate(LAW):
         spread = np.std([f[i] for f in fits])
         assert abs(fit[i] - true) < 4 * spread and spread > 0
-    again = S.bootstrap_parametric(fit, N, D, loss, 100)
-    assert again == fits  # the same draws every time
-    low, high = S.interval(range(101))
-    assert (low, high) == pytest.approx((10, 90))
+    assert S.bootstrap_parametric(fit, N, D, loss, 100) == fits  # the same draws every time
+    assert S.interval(range(101)) == pytest.approx((10, 90))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda N, D, loss: (N[:5], D[:5], loss[:5]), "too few"),
-        (lambda N, D, loss: (N * 0 + 1e8, D, loss), "values of N"),
-        (lambda N, D, loss: (N, 20 * N, loss), "tied"),
-        (lambda N, D, loss: (N, D, -loss), "positive"),
-        (lambda N, D, loss: (N, D, loss * np.nan), "positive"),
-        (lambda N, D, loss: (N, D, 3 + 0 * loss), "bounds|converge"),
-        (lambda N, D, loss: (N, D, 2 + 400 * D**-0.3), "bounds|converge"),
-        (lambda N, D, loss: (N, D[:-1], loss), "as many"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (lambda N, D, loss: (N[:5], D[:5], loss[:5]), "too few"),
+    (lambda N, D, loss: (N * 0 + 1e8, D, loss), "values of N"),
+    (lambda N, D, loss: (N, 20 * N, loss), "tied"),
+    (lambda N, D, loss: (N, D, -loss), "positive"),
+    (lambda N, D, loss: (N, D, loss * np.nan), "positive"),
+    (lambda N, D, loss: (N, D, 3 + 0 * loss), "bounds|converge"),
+    (lambda N, D, loss: (N, D, 2 + 400 * D**-0.3), "bounds|converge"),
+    (lambda N, D, loss: (N, D[:-1], loss), "as many"),
+])
 def test_runs_that_do_not_determine_the_law(change, message):
     with pytest.raises(ValueError, match=message):
         S.fit_parametric(*change(*points(60, noise=0)))
@@ -205,11 +190,8 @@ def test_the_best_size_for_a_compute():
         assert choice.N == pytest.approx(G * (C / 6) ** (beta / (alpha + beta)), rel=1e-5)
         assert 6 * choice.N * choice.D == pytest.approx(C)
         served = S.predict(fit, C, inference_tokens=choice.D)
-        assert (
-            served.N < choice.N
-            and served.D / served.N > choice.D / choice.N
-            and served.loss > choice.loss
-        )
+        assert served.N < choice.N and served.loss > choice.loss
+        assert served.D / served.N > choice.D / choice.N
         assert 6 * served.N * served.D + 2 * served.N * choice.D == pytest.approx(C)
         for other in (0.98, 1.02):  # nothing beside it is better
             N = served.N * other
@@ -224,126 +206,71 @@ def test_the_best_size_for_a_compute():
 
 def test_columns_by_their_usual_names(tmp_path):
     N, D, loss = points(20)
-    rows = [
-        {"Model Size": n, "Training FLOP": 6 * n * d, "loss": x} for n, d, x in zip(N, D, loss)
-    ]
+    rows = list(zip(N, D, loss))
     with open(tmp_path / "a.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    (tmp_path / "a.json").write_text(
-        json.dumps(
-            [{"params": n, "Training Tokens": d, "val_loss": x} for n, d, x in zip(N, D, loss)]
-        )
-    )
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"N": n, "D": d, "loss": x}) + "\n" for n, d, x in zip(N, D, loss))
-        + '{"N": 12, "D"'
-    )
+        writer = csv.writer(file)
+        writer.writerows([("Model Size", "Training FLOP", "loss")] + [
+            (n, 6 * n * d, x) for n, d, x in rows])
+    (tmp_path / "a.json").write_text(json.dumps(
+        [{"params": n, "Training Tokens": d, "val_loss": x} for n, d, x in rows]))
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"N": n, "D": d, "loss": x}) + "\n" for n, d, x in rows) + '{"N": 12, "D"')
     for name in ("a.csv", "a.json", "a.jsonl"):
         table = S.columns(S.load_runs(str(tmp_path / name)))
-        np.testing.assert_allclose(table["N"], N)
-        np.testing.assert_allclose(table["D"], D)
-        np.testing.assert_allclose(table["C"], 6 * N * D)
+        for found, wanted in zip((table["N"], table["D"], table["C"]), (N, D, 6 * N * D)):
+            np.testing.assert_allclose(found, wanted)
 
 
-def script(*args, cwd, **options):
-    return subprocess.run(
-        [sys.executable, os.path.join(ROOT, "scaling.py"), *map(str, args)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[]", "no runs"),
-        ("{}", "list"),
-        ("[1]", "list"),
-        ("[{", "no table"),
-        ('[{"N": 1, "loss": 2}]', "column"),
-        ('[{"N": 1, "C": 2, "loss": -3}]', "loss is -3"),
-        ('[{"N": 1, "C": 2, "loss": NaN}]', "loss is nan"),
-        ('[{"N": 1, "C": 2, "loss": null}]', "loss is None"),
-        ('[{"N": 1, "C": 2, "loss": 3}]', "2 budgets"),
-        ("[" * 100000, "no table"),
-        (None, "No such file"),
-    ],
-)
-def test_bad_tables_get_one_line(tmp_path, content, message, capsys, monkeypatch):
+@pytest.mark.parametrize("content, message", [
+    ("[]", "no runs"),
+    ("{}", "list"),
+    ("[1]", "list"),
+    ("[{", "no table"),
+    ('[{"N": 1, "loss": 2}]', "column"),
+    ('[{"N": 1, "C": 2, "loss": -3}]', "loss is -3"),
+    ('[{"N": 1, "C": 2, "loss": NaN}]', "loss is nan"),
+    ('[{"N": 1, "C": 2, "loss": null}]', "loss is None"),
+    ('[{"N": 1, "C": 2, "loss": 3}]', "2 budgets"),
+    ("[" * 100000, "no table"),
+    (None, "No such file"),
+])
+def test_bad_tables_get_one_line(tmp_path, content, message, call):
     path = tmp_path / "runs.json"
     if content is not None:
         path.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "fit", str(path)])
-    with pytest.raises(SystemExit) as stop:
-        S.main()
-    printed = capsys.readouterr()
-    assert (
-        stop.value.code == 1
-        and message in printed.err
-        and printed.err.count("\n") == 1
-        and not printed.out
-    )
+    result = call(["fit", path])
+    assert result.returncode == 1 and message in result.err
+    assert result.err.count("\n") == 1 and not result.out
 
 
-def test_fit_prints_json_and_leaves_files(tmp_path):
-    N, D, loss = points()
-    (tmp_path / "runs.json").write_text(
-        json.dumps([{"N": n, "D": d, "loss": x} for n, d, x in zip(N, D, loss)])
-    )
-    result = script(
-        "fit",
-        "runs.json",
-        "--method",
-        "parametric",
-        "--bootstrap",
-        50,
-        "--json",
-        "--out",
-        "plots",
-        "--compute",
-        "1e23",
-        "--inference_tokens",
-        "1e12",
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert (
-        found["alpha"] == pytest.approx(0.34, abs=0.03)
-        and found["alpha_interval"][0] < found["alpha"]
-    )
+def test_fit_prints_json_and_leaves_files(tmp_path, call):
+    (tmp_path / "runs.json").write_text(json.dumps(
+        [{"N": n, "D": d, "loss": x} for n, d, x in zip(*points())]))
+    result = call("fit runs.json --method parametric --bootstrap 50 --json --out plots "
+                  "--compute 1e23 --inference_tokens 1e12", tmp_path)
+    assert result.returncode == 0, result.err
+    found = json.loads(result.out)
+    assert found["alpha"] == pytest.approx(0.34, abs=0.03)
+    assert found["alpha_interval"][0] < found["alpha"]
     first, served = found["predictions"]
-    assert (
-        served["N"] < first["N"]
-        and first["loss_interval"][0] <= first["loss"] <= first["loss_interval"][1]
-    )
+    assert served["N"] < first["N"]
+    assert first["loss_interval"][0] <= first["loss"] <= first["loss_interval"][1]
     assert json.loads((tmp_path / "plots/parametric.json").read_text()) == found
+    with contextlib.suppress(ImportError):
+        import matplotlib  # noqa: F401
+        assert (tmp_path / "plots/parametric.png").read_bytes()[1:4] == b"PNG"
     for method in ("kaplan", "envelope"):
-        result = script("fit", "runs.json", "--method", method, cwd=tmp_path)
-        assert result.returncode == 0 and "C^" in result.stdout, result.stderr
+        result = call(f"fit runs.json --method {method}", tmp_path)
+        assert result.returncode == 0 and "C^" in result.out, result.err
     (tmp_path / "iso.json").write_text(json.dumps(isoflops()))
-    result = script("fit", "iso.json", cwd=tmp_path)
-    assert "N = 0.5 C^0.4500" in result.stdout and "1e+23" in result.stdout, result.stdout
+    result = call("fit iso.json", tmp_path)
+    assert "N = 0.5 C^0.4500" in result.out and "1e+23" in result.out, result.out
 
 
 def test_the_best_learning_rate_by_size():
-    runs = [
-        {
-            "N": N,
-            "D": 1e6,
-            "loss": 3 + (math.log(lr) - math.log(0.1 * N**-0.2)) ** 2,
-            "flags": {"lr": str(lr)},
-        }
-        for N in (1e4, 1e5, 1e6)
-        for lr in (1e-3, 3e-3, 1e-2, 3e-2)
-    ]
-    result, lines = S.report_optimum(runs, "lr", "N")
+    runs = [{"N": N, "D": 1e6, "loss": 3 + (math.log(lr) - math.log(0.1 * N**-0.2)) ** 2,
+             "flags": {"lr": str(lr)}} for N in (1e4, 1e5, 1e6) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
+    result = S.report_optimum(runs, "lr", "N")
     assert result["law"]["exponent"] == pytest.approx(-0.2) and len(result["optima"]) == 3
     with pytest.raises(ValueError, match="no run has"):
         S.report_optimum(runs, "beta3", "N")
@@ -360,11 +287,9 @@ def test_grids_and_draws():
     assert 0.4 < sum(v < 1e-2 for v in values) / 200 < 0.6  # evenly in logarithms
     assert all(16 <= int(row["b"]) <= 64 for row in drawn)
     assert drawn == S.grid_of(["a=1e-3:1e-1", "b=16:64"], 200, 0)
-    for wrong in ("a", "a=", "=3"):
+    for wrong, draws in (("a", 0), ("a=", 0), ("=3", 0), ("a=-1:3", 2)):
         with pytest.raises(ValueError):
-            S.grid_of([wrong], 0, 0)
-    with pytest.raises(ValueError):
-        S.grid_of(["a=-1:3"], 2, 0)
+            S.grid_of([wrong], draws, 0)
 
 
 def test_a_line_cut_short_goes_when_the_next_is_added(tmp_path):
@@ -377,7 +302,7 @@ def test_a_line_cut_short_goes_when_the_next_is_added(tmp_path):
     assert S.load_runs(path) == [{"a": 1}, {"a": 3}]
 
 
-TINY = "--n_layer 1 --n_head 2 --block_size 16 --batch_size 4 --device cpu --data .".split()
+TINY = "--n_layer 1 --n_head 2 --block_size 16 --batch_size 4 --device cpu --data ."
 
 
 @pytest.fixture(scope="module")
@@ -392,134 +317,137 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_runs_are_kept_and_counted(data):
-    sweep = [
-        "sweep",
-        "--grid",
-        "n_embd=16,32",
-        "learning_rate=1e-2,nonsense",
-        "--train_flops",
-        "2e8",
-        *TINY,
-    ]
-    result = script(*sweep, cwd=data)
-    assert result.returncode == 0 and result.stderr.count("failed:") == 2, result.stderr
-    assert "best: " in result.stdout
-    runs = S.load_runs(str(data / "scaling/runs.jsonl"))
-    assert len(runs) == 2 and not [
-        name
-        for name in os.listdir(data / "scaling")
-        if name.startswith("run-") and os.path.exists(data / "scaling" / name / "ckpt.pt")
-    ]
+def forked(script, words, out):
+    """One of the scripts, with all that it prints in a file."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = [script, *words]
+    with open(out, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        importlib.import_module(script.removesuffix(".py")).main()
+
+
+@pytest.fixture
+def forks(monkeypatch, tmp_path):
+    """Runs of the other scripts by processes that have torch already."""
+    def start(script, words, threads):
+        out = tmp_path / f"{time.monotonic_ns()}.{len(words)}"
+        process = FORKS.Process(target=forked, args=(script, words, out))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise ValueError(out.read_text().splitlines()[-1])
+        return out.read_text()
+    monkeypatch.setattr(S, "start", start)
+
+
+def test_runs_are_kept_and_counted(data, call, forks):
+    result = call("sweep --grid n_embd=16,32 learning_rate=1e-2,nonsense --train_flops 2e8 "
+                  + TINY, data)
+    assert result.returncode == 0 and result.err.count("failed:") == 2, result.err
+    assert "best: " in result.out
+    path = str(data / "scaling/runs.jsonl")
+    runs = S.load_runs(path)
+    assert len(runs) == 2 and not list(data.glob("scaling/run-*/ckpt.pt"))
     for run in runs:
         assert run["compute"] == pytest.approx(2e8, rel=0.1) and 0 < run["loss"] < 6
         assert run["compute"] > 4 * run["parameters"] * run["tokens"]
     assert runs[0]["parameters"] != runs[1]["parameters"]
-    again = script(
-        "run", "--n_embd", 32, "--learning_rate", "1e-2", "--train_flops", "2e8", *TINY, cwd=data
-    )
-    assert again.returncode == 0 and "[1/1]" not in again.stdout  # no new run
+    again = call("run --n_embd 32 --learning_rate 1e-2 --train_flops 2e8 " + TINY, data)
+    assert again.returncode == 0 and "[1/1]" not in again.out  # no new run
     (wide,) = (run for run in runs if run["flags"]["n_embd"] == "32")
-    assert f"loss: {wide['loss']}" in again.stdout
+    assert f"loss: {wide['loss']}" in again.out
     spent = sum(run["compute"] for run in runs)
-    result = script(
-        "run", "--n_embd", 16, "--train_flops", "2e8", "--budget", spent * 1.2, *TINY, cwd=data
-    )
-    assert result.returncode == 1 and "budget" in result.stderr and result.stderr.count("\n") == 1
-    assert len(S.load_runs(str(data / "scaling/runs.jsonl"))) == 2
+    result = call(f"run --n_embd 16 --train_flops 2e8 --budget {spent * 1.2} " + TINY, data)
+    assert result.returncode == 1 and "budget" in result.err and result.err.count("\n") == 1
+    assert len(S.load_runs(path)) == 2
+
+
+def test_old_files_are_taken_up():
+    """What names a run must not change, or all that have been made are made again."""
+    flags = {"n_embd": "64", "train_flops": "1e11", "learning_rate": "1e-2", "bias": True}
+    assert S.key_of(flags, "no/such/folder") == "7beafa4ef2501e20"
+    assert S.key_of({**flags, "learning_rate": "0.01"}, "no/such/folder") == "7beafa4ef2501e20"
 
 
 def test_a_stopped_run_goes_on_and_is_not_counted_before(data):
-    command = [
-        sys.executable,
-        os.path.join(ROOT, "scaling.py"),
-        "run",
-        "--n_embd",
-        "16",
-        "--max_iters",
-        "600",
-        "--runs",
-        "stopped/runs.jsonl",
-        *TINY,
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=data,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    key = "run-" + S.key_of(
-        S.parse_flags(
-            [w for w in command[3:] if w not in ("--runs", "stopped/runs.jsonl", "--data", ".")]
-        ),
-        str(data),
-    )
-    folder, deadline = data / "stopped" / key, time.monotonic() + 60
+    words = ["run", "--n_embd", "16", "--max_iters", "400", *TINY.split()]
+    command = [sys.executable, os.path.join(ROOT, "scaling.py"), *words,
+               "--runs", "stopped/runs.jsonl"]
+    options = {"cwd": data, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    folder = data / "stopped" / ("run-" + S.key_of(S.parse_flags(words[1:-2]), str(data)))
+    deadline = time.monotonic() + 60
     while not (folder / "ckpt.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert not (data / "stopped/runs.jsonl").exists()
-    result = subprocess.run(command, cwd=data, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, timeout=100, **options)
     assert result.returncode == 0, result.stderr
     (run,) = S.load_runs(str(data / "stopped/runs.jsonl"))
-    assert run["tokens"] == 600 * 64 and not folder.exists()
+    assert run["tokens"] == 400 * 64 and not folder.exists()
 
 
-@pytest.mark.parametrize(
-    "args, code, message",
-    [
-        ("run stray", 2, "neither a flag"),
-        ("run --out_dir x", 2, "to set"),
-        ("sweep", 2, "--grid"),
-        ("sweep --random x a=1:2", 2, "--random"),
-        ("isoflop --sizes 30x2", 2, "multiple of 16"),
-        ("isoflop --budgets 0,1", 2, "budgets"),
-        ("run --jobs 0", 2, "jobs"),
-        ("fit", 2, "file"),
-        ("fit x --bogus", 2, "unknown"),
-        ("run --n_head 3 --train_flops 1e9 --data .", 1, "all runs failed"),
-        ("run --train_flops 1e3 --data .", 1, "all runs failed"),
-        ("run --data nowhere", 1, "all runs failed"),
-    ],
-)
-def test_bad_usage(data, args, code, message):
-    result = script(
-        *args.split(), "--runs" if "fit" not in args else "--method", "kaplan", cwd=data
-    )
-    assert (
-        result.returncode == code and message in result.stderr and "Traceback" not in result.stderr
-    ), result.stderr
+@pytest.mark.parametrize("args, code, message", [
+    ("run stray", 2, "neither a flag"),
+    ("run --out_dir x", 2, "to set"),
+    ("sweep", 2, "--grid"),
+    ("sweep --random x a=1:2", 2, "--random"),
+    ("isoflop --sizes 30x2", 2, "multiple of 16"),
+    ("isoflop --budgets 0,1", 2, "budgets"),
+    ("study --budgets 1e9", 2, "budgets"),
+    ("run --jobs 0", 2, "jobs"),
+    ("fit", 2, "file"),
+    ("fit x --bogus", 2, "unknown"),
+    ("run --n_head 3 --train_flops 1e9 --data .", 1, "all runs failed"),
+    ("run --train_flops 1e3 --data .", 1, "all runs failed"),
+    ("run --data nowhere", 1, "all runs failed"),
+])
+def test_bad_usage(data, args, code, message, call, forks):
+    result = call(args + (" --method kaplan" if "fit" in args else " --runs kaplan"), data)
+    assert result.returncode == code and message in result.err, result.err
 
 
-def test_a_whole_study(data):
+def test_a_whole_study(data, call, forks):
     """Tiny, and not to be believed; but every step of it takes what the one before leaves."""
-    result = script(
-        "study",
-        "--budgets",
-        "3e9,6e9",
-        "--sizes",
-        "16x1,16x2,32x1,32x2",
-        "--target",
-        "1e10",
-        "--base",
-        "16x1",
-        "--learning_rate",
-        "1e-2",
-        "--runs",
-        "study/runs.jsonl", "--repeat", "1",
-        *TINY,
-        "--batch_size",
-        "32",
-        cwd=data,
-    )
+    result = call("study --budgets 2e9,4e9 --sizes 16x1,16x2,16x3,32x1 --target 6e9 --base 16x1 "
+                  f"--learning_rate 1e-2 --runs study/runs.jsonl {TINY} --batch_size 32", data)
     # whether so few runs determine a law is chance; if not, that is said
-    assert result.returncode == 0 or result.stderr.count("\n") == 1, result.stderr
+    assert result.returncode == 0 or result.err.count("\n") == 1, result.err
     assert len(S.load_runs(str(data / "study/runs.jsonl"))) >= 6
     if result.returncode == 0:
         found = json.loads((data / "study/study.json").read_text())
-        assert f"measured_loss: {found['measured']:.4f}" in result.stdout
+        assert f"measured_loss: {found['measured']:.4f}" in result.out
         assert found["predicted"] > 0
+
+
+def test_a_study_predicts_models_that_follow_a_law(data, call, monkeypatch, tmp_path):
+    law = 1.2, 30.0, 60.0, 0.34, 0.37
+
+    def start(script, words, threads):
+        flags = dict(zip(words[words[0] == "info" :: 2], words[1 + (words[0] == "info") :: 2]))
+        flags = {name[2:]: value for name, value in flags.items()}
+        width, vocab_size = int(flags["n_embd"]), 264
+        N = 12 * int(flags["n_layer"]) * width**2 + vocab_size * width
+        if script == "model.py":
+            return (f"parameters {N + vocab_size * width:,}\n  embedding {vocab_size * width:,}\n"
+                    f"FLOPs per token, training {6 * N:,}\n")
+        os.makedirs(flags["out_dir"])
+        with open(os.path.join(flags["out_dir"], "log.csv"), "w") as file:
+            slip = math.log(float(flags["learning_rate"]) / 1.2e-2) ** 2 / 100
+            loss = loss_of(N, int(flags["max_iters"]) * 2 * 128, law) + slip
+            file.write(f"val_loss,seconds\n9,0\n{loss},1\n")
+
+    monkeypatch.setattr(S, "start", start)
+    S.cost.cache_clear()
+    result = call(f"--data {data} --runs study/runs.jsonl", tmp_path)
+    S.cost.cache_clear()
+    assert result.returncode == 0, result.err
+    found = json.loads((tmp_path / "study/study.json").read_text())
+    assert found["flags"]["learning_rate"] == "0.012" and found["target"] == 8e12
+    assert abs(found["predicted"] - found["measured"]) < 0.001
+    assert found["parametric"]["alpha"] == pytest.approx(0.34, rel=0.02)
+    runs = S.load_runs(str(tmp_path / "study/runs.jsonl"))
+    assert max(run["compute"] for run in runs) == pytest.approx(8e12, rel=0.01)
+    assert {run["compute_budget"] for run in runs} == {1e11, 2e11, 4e11, 8e11, 8e12}
