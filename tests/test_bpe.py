@@ -22,59 +22,14 @@ sys.path.insert(0, ROOT)
 import bpe
 from bpe import EOT, PATTERNS, Tokenizer
 
+# fmt: off
 PIECES = [
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\t",
-    "a",
-    "B",
-    "don't",
-    "'s",
-    "'LL",
-    "é",
-    "ſ",
-    "1",
-    "234",
-    "½",
-    ".",
-    ",",
-    "!",
-    "?'",
-    "_",
-    "(",
-    "/",
-    "日",
-    "本",
-    "\u3000",
-    "\xa0",
-    "\u0301",
-    "ا",
-    "😀",
-    "\0",
-    "\x1c",
-    "ǅ",
-    "’",
-    "-",
-    "\u200b",
-    "\u2028",
-    "Ⅷ",
-    "٣",
-    "ि",
-    "<|",
-    "the",
-    "ing",
-    "\x85",
-    "aaaa",
-    "camelCase",
-    "\ufeff",
-    "слово",
-    "\u1680",
-    "ếch",
-    "end.\n",
+    " ", "  ", "\n", "\n\n", "\r\n", "\t", "a", "B", "don't", "'s", "'LL", "é", "ſ", "1", "234", "½",
+    ".", ",", "!", "?'", "_", "(", "/", "日", "本", "\u3000", "\xa0", "\u0301", "ا", "😀", "\0",
+    "\x1c", "ǅ", "’", "-", "\u200b", "\u2028", "Ⅷ", "٣", "ि", "<|", "the", "ing", "\x85", "aaaa",
+    "camelCase", "\ufeff", "слово", "\u1680", "ếch", "end.\n",
 ]
+# fmt: on
 
 
 def random_text(rng, n=12):
@@ -108,12 +63,12 @@ def naive_pretokens(text, pattern, specials=(EOT,)):
     return counts
 
 
-def naive_encode(tokenizer, text):
+def naive_encode(tokenizer, text, pattern=None):
     """Textbook encoding without special tokens."""
     rank = {pair: i for i, pair in reversed(list(enumerate(tokenizer.merges)))}
     of = {token: i for i, token in tokenizer.vocab.items()}
     ids = []
-    for match in regex.finditer(tokenizer.pattern, text):
+    for match in regex.finditer(pattern or tokenizer.pattern, text):
         word = [bytes([b]) for b in match[0].encode()]
         while pairs := [(rank[p], i) for i, p in enumerate(zip(word, word[1:])) if p in rank]:
             _, i = min(pairs)
@@ -165,17 +120,11 @@ def test_docstring_examples():
 def test_mistake_6_bpe_ties_and_overlaps():
     """'aaaa' is two of (a, a), not three merges; equal counts go to the greater pair of bytes."""
     assert bpe.learn_merges({b"aaaa": 1}, 2) == [(b"a", b"a"), (b"aa", b"aa")]
-    assert bpe.learn_merges({b"aaaaa": 3, b"ab": 1}, 9) == [
-        (b"a", b"a"),
-        (b"aa", b"aa"),
-        (b"aaaa", b"a"),
-        (b"a", b"b"),
-    ]
+    merges = [(b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a"), (b"a", b"b")]
+    assert bpe.learn_merges({b"aaaaa": 3, b"ab": 1}, 9) == merges
     assert bpe.learn_merges({b"abab": 1, b"cd": 2}, 1) == [(b"c", b"d")]
-    assert bpe.learn_merges({b"ab": 1, b"b": 1, b"ac": 1, b"a\xc3": 1}, 2) == [
-        (b"a", b"\xc3"),
-        (b"a", b"c"),
-    ]
+    words = {b"ab": 1, b"b": 1, b"ac": 1, b"a\xc3": 1}
+    assert bpe.learn_merges(words, 2) == [(b"a", b"\xc3"), (b"a", b"c")]
     # a longer string is greater than its own beginning: (ab, z) before (a, z)
     words = {b"ab": 9, b"abz": 3, b"az": 3}
     assert bpe.learn_merges(words, 3) == [(b"a", b"b"), (b"ab", b"z"), (b"a", b"z")]
@@ -200,9 +149,8 @@ def test_training_equals_naive_pretokens_and_merges(corpus, tokenizers, name):
     text = corpus.read_bytes().decode()
     counts = naive_pretokens(text, PATTERNS[name])
     assert tokenizers[name].merges == bpe.learn_merges_naive(counts, 400 - 257)
-    assert bpe.count_pretokens([corpus], PATTERNS[name], [EOT], 1)[0] == {
-        word.decode(): n for word, n in counts.items()
-    }
+    ours = bpe.count_pretokens(0, 1, [corpus], PATTERNS[name], [EOT])[0]
+    assert ours == {word.decode(): n for word, n in counts.items()}
 
 
 def test_training_does_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
@@ -217,6 +165,16 @@ def test_training_does_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
         path.read_bytes().decode(), PATTERNS["gpt2"], sorted(specials, key=len, reverse=True)
     )
     assert expected[1] == bpe.learn_merges_naive(counts, 400 - 259)
+
+
+def test_spaces_before_a_separator_stay_together(monkeypatch):
+    """Alone, "b " and " |" would make two pre-tokens of what is one."""
+    monkeypatch.setattr(bpe, "BLOCK", 8)
+    text = b"a b  |s| c  |s|" * 9
+    for size in range(1, 20):
+        pieces = (text[i : i + size] for i in range(0, len(text), size))
+        for piece in bpe.cut_stream(pieces, ["|s|", "s|"], True):
+            assert not piece.startswith(b" |") and not piece.endswith(b"|s")
 
 
 def test_no_merge_crosses_a_special_token_or_pretoken(tmp_path):
@@ -235,8 +193,11 @@ def test_the_longest_special_token_wins_in_training(tmp_path):
 
 def test_training_with_a_pattern_of_ones_own(corpus):
     text = corpus.read_bytes().decode()
-    _, merges = bpe.train_bpe(corpus, 300, [EOT], r"\w+|\W+")
-    assert merges == bpe.learn_merges_naive(naive_pretokens(text, r"\w+|\W+"), 300 - 257)
+    for pattern in (r"\w+|\W+", r"(\w)\w*(e)?|\W+"):  # with groups, too
+        vocab, merges = bpe.train_bpe(corpus, 300, [EOT], pattern)
+        assert merges == bpe.learn_merges_naive(naive_pretokens(text, pattern), 300 - 257)
+    own = Tokenizer(vocab, merges, [EOT], r"(\w)\w*")  # what lies between matches is kept
+    assert own.decode(own.encode(text)) == text
 
 
 def test_training_a_small_corpus_is_quick(tmp_path):
@@ -265,35 +226,22 @@ def test_pretokens_of_the_parts_are_those_of_the_whole(name):
 def test_cuts_are_where_they_should_be():
     block = b"Two words, don't; x1.5\n\nyes \n no\nnew\xffdoc"
     cuts = [*bpe.find_cuts(block).tolist(), len(block)]
-    assert [block[i:j] for i, j in zip(cuts, cuts[1:])] == [
-        b"Two",
-        b" words",
-        b",",
-        b" don't",
-        b";",
-        b" x1",
-        b".5",
-        b"\n\nyes",
-        b" \n",
-        b" no",
-        b"\n",
-        b"new",
-        b"\xff",
-        b"doc",
-    ]
+    expected = "Two| words|,| don't|;| x1|.5|\n\nyes| \n| no|\n|new|\xff|doc".split("|")
+    assert [block[i:j].decode("latin-1") for i, j in zip(cuts, cuts[1:])] == expected
     assert bpe.find_cuts(b"end.\nNext").tolist() == [0, 3, 5]  # end, .\n, Next
 
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_chunk_table_numbers_chunks(zeros):
     rng = random.Random(6)
-    table, seen = bpe.ChunkTable(), {}
+    table, seen = bpe.ChunkTable(), {b"\xff": 0}
     for size in (0, 1, 5, 300, 70_000, 200_000):
         text = "".join(rng.choice(PIECES) * rng.choice([1, 1, 1, 9]) for _ in range(size))
         block = text.encode() if zeros else text.replace("\0", "").encode()
-        numbers = table.lookup(block)
+        known = list(table.number)
+        numbers, new = table.lookup(block)
         chunks = list(table.number)
-        assert b"".join(chunks[i] for i in numbers.tolist()) == block
+        assert b"".join(chunks[i] for i in numbers.tolist()) == block and chunks == known + new
         cuts = [*bpe.find_cuts(block).tolist(), len(block)] if block else []
         for i, j in zip(cuts, cuts[1:]):
             seen.setdefault(block[i:j], len(seen))
@@ -307,7 +255,7 @@ def test_chunk_table_compares_whole_chunks():
     rng.shuffle(words)
     words = [b" " + w.replace(b"_", b"x").replace(b" ", b"x") for w in words]
     table = bpe.ChunkTable()
-    numbers = table.lookup(b"".join(words))
+    numbers, _ = table.lookup(b"".join(words))
     chunks = list(table.number)
     assert [chunks[i] for i in numbers.tolist()] == words
 
@@ -334,16 +282,32 @@ def test_ways_to_merge_are_equal(tokenizer):
         "".join(rng.choices(["a", "the", "ing", "é", "日本", "x", "st"], k=rng.randint(2, 9)))
         for _ in range(3000)
     }
-    words = sorted({w.encode() for w in words if len(w.encode()) < 25}, key=len)
-    expected = [tokenizer._bpe(w) for w in words]
-    assert tokenizer._lockstep(words) == expected
-    assert [tokenizer._bpe_long(list(w)) for w in words] == expected
-    long = b"aaaaingtheing" * 5000
+    words = sorted(words) + ["aaaa" * 24, "", "x"]
+    naive = [naive_encode(tokenizer, word, r"[\s\S]+") for word in words]
+    assert [tokenizer._bpe(word) for word in words] == naive
+    for batch in (words, words[:99], words[::7], [*words, "the" * 99]):  # arrays or one by one
+        ids, lengths = tokenizer._bpe_many(batch)
+        ids, ends = ids.tolist(), np.cumsum(lengths).tolist()
+        assert [ids[i:j] for i, j in zip([0, *ends], ends)] == [tokenizer._bpe(w) for w in batch]
+    long = "aaaaingtheing" * 5000
     start = time.perf_counter()
     ids = tokenizer._bpe(long)
     assert time.perf_counter() - start < 5  # not quadratic
-    assert tokenizer.decode_bytes(ids) == long
+    assert tokenizer.decode(ids) == long
     assert ids[:30] == tokenizer._bpe(long[:90])[:30]
+
+
+def test_whole_pretokens_win_among_many():
+    """ignore_merges, and bytes that the vocabulary lacks, one by one and in arrays."""
+    vocab = {i: bytes([97 + i]) for i in range(9)} | {9: b"ab", 10: b"abc", 11: b"bca"}
+    words = ["".join(w) for n in (1, 2, 3, 4) for w in itertools.product("abcx", repeat=n)]
+    for ignore in (False, True):
+        tokenizer = Tokenizer(vocab, [(b"a", b"b")], ignore_merges=ignore)
+        assert tokenizer._bpe("abc") == ([10] if ignore else [9, 2])
+        assert tokenizer._bpe("xbcax") == [1, 2, 0] and tokenizer._bpe("x") == []
+        ids, lengths = tokenizer._bpe_many(words)
+        assert len(words) > 100 and len(lengths) == len(words)
+        assert ids.tolist() == [i for w in words for i in tokenizer._bpe(w)]
 
 
 def test_special_tokens(tokenizer):
@@ -418,29 +382,13 @@ def hf_json(**changes):
     model = {"type": "BPE", "vocab": vocab, "merges": ["t h", "th e", ["Ġ", "the"], "1 2", "a b"]}
     model |= changes.pop("model", {})
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    return json.dumps(
-        {
-            "version": "1.0",
-            "added_tokens": [],
-            "normalizer": None,
-            "pre_tokenizer": level,
-            "decoder": level,
-            "model": model,
-        }
-        | changes
-    )
+    parts = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": level}
+    return json.dumps({**parts, "decoder": level, "model": model, **changes})
 
 
 def added(i, content, **flags):
-    return {
-        "id": i,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    } | flags
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, **off, "special": True, **flags}
 
 
 def texts_of(tokenizer, text):
@@ -466,21 +414,17 @@ def test_hf_splits():
     assert not tokenizer.chunked
 
     def split(pattern, behavior, invert=False):
-        step = {
-            "type": "Split",
-            "pattern": {"Regex": pattern},
-            "behavior": behavior,
-            "invert": invert,
-        }
+        step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior}
+        step["invert"] = invert
         parts = {"type": "Sequence", "pretokenizers": [step, {**level, "use_regex": False}]}
         return bpe.split_text(bpe.pre_tokenizer(parts), "ab 12c3")
 
     assert split(r"\d", "Isolated") == ["ab ", "1", "2", "c", "3"]
     assert split(r"\d", "Removed") == ["ab ", "c"]
     assert split(r"\d", "Removed", True) == ["1", "2", "3"]
-    assert split(r"\d", "MergedWithPrevious") == ["ab 1", "2", "c3"]
-    assert split(r"\d", "MergedWithNext") == ["ab ", "1", "2c", "3"]
-    assert split(r"\d", "Contiguous") == ["ab ", "12", "c", "3"]
+    for behavior in ("MergedWithPrevious", "MergedWithNext", "Contiguous"):
+        with pytest.raises(ValueError, match=rf"Split \({behavior}\) is not supported"):
+            split(r"\d", behavior)
     prefix = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
     assert texts_of(Tokenizer.from_json(hf_json(pre_tokenizer=prefix)), "the") == [" the"]
 
@@ -539,14 +483,10 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
     hf = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
     rng = random.Random(11)
     texts = [random_text(rng) + rng.choice(["", EOT]) + random_text(rng) for _ in range(300)]
-    char = bpe.Tokenizer(
-        {i: c.encode() for i, c in enumerate("abé日 ")},
-        [],
-        [EOT],
-        bpe.CHAR_PATTERN,
-        ignore_merges=True,
-    )
-    for name, tokenizer in {**tokenizers, "char": char}.items():
+    vocab = {i: c.encode() for i, c in enumerate("abé日 ")}
+    char = Tokenizer(vocab, [], [EOT], bpe.CHAR_PATTERN, ignore_merges=True)
+    own = Tokenizer(tokenizers["gpt2"].vocab, tokenizers["gpt2"].merges, [EOT], r"\w+|[.,]")
+    for name, tokenizer in {**tokenizers, "char": char, "own": own}.items():
         tokenizer.save(tmp_path / f"{name}.json")
         theirs = hf.Tokenizer.from_file(str(tmp_path / f"{name}.json"))
         for text in texts:
@@ -555,46 +495,22 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
             assert theirs.decode(tokenizer.encode("the é 日本")) == "the é 日本"
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        "",
-        "{",
-        "[]",
-        "5",
-        '{"model": 3}',
-        '{"model": {"type": "WordPiece", "vocab": {}}}',
-        hf_json()[:-40],
-        hf_json(model={"vocab": {"a": "x"}}),
-        hf_json(model={"vocab": {"a": -1}}),
-        hf_json(model={"merges": ["t"]}),
-        hf_json(model={"merges": ["t q q"]}),
-        hf_json(model={"vocab": 3}),
-        hf_json(model={"merges": ["t zz"]}),
-        hf_json(pre_tokenizer=None),
-        hf_json(model={"vocab": []}),
-        hf_json(pre_tokenizer={"type": "Whitespace"}),
-        hf_json(normalizer={"type": "Precompiled"}),
-        hf_json(added_tokens=[{"id": 1}]),
-        hf_json(added_tokens=[7]),
-        "[" * 100_000,
-        hf_json(
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {
-                        "type": "Split",
-                        "pattern": {"Regex": "("},
-                        "behavior": "Isolated",
-                        "invert": False,
-                    },
-                    {"type": "ByteLevel", "add_prefix_space": False},
-                ],
-            }
-        ),
-        hf_json(model={"vocab": {"a": 10**15}}),
-    ],
-)
+BAD_REGEX = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+BROKEN = [
+    *("", "{", "[]", "5", '{"model": 3}', '{"model": {"type": "WordPiece", "vocab": {}}}'),
+    *(hf_json()[:-40], "[" * 100_000),
+    *(hf_json(model={"vocab": v}) for v in ({"a": "x"}, {"a": -1}, {"a": 10**15}, 3, [])),
+    *(hf_json(model={"merges": [merge]}) for merge in ("t", "t q q", "t zz")),
+    *(hf_json(pre_tokenizer=part) for part in (None, {"type": "Whitespace"})),
+    *(hf_json(normalizer={"type": kind}) for kind in ("Precompiled", "Lowercase")),
+    *(hf_json(added_tokens=[token]) for token in ({"id": 1}, 7)),
+    hf_json(pre_tokenizer={"type": "Sequence", "pretokenizers": [BAD_REGEX, LEVEL]}),
+    hf_json(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, LEVEL]}),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_broken_tokenizer_files_are_refused_in_one_line(tmp_path, broken):
     (tmp_path / "tokenizer.json").write_text(broken)
     with pytest.raises(ValueError) as error:
@@ -734,12 +650,8 @@ def test_command_line_train_encode_decode_show(tmp_path):
 def test_character_level_as_for_nanogpt(tmp_path):
     text = "To be, or not to bé.\n" * 40
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    assert (
-        run(
-            "train", "--pattern", "char", "--input", "a.txt", "--out", "o", cwd=tmp_path
-        ).returncode
-        == 0
-    )
+    args = ("train", "--pattern", "char", "--input", "a.txt", "--out", "o")
+    assert run(*args, cwd=tmp_path).returncode == 0
     args = ("encode", "--tokenizer", "o", "--input", "a.txt", "--out", "o", "--val_fraction", 0.1)
     assert run(*args, cwd=tmp_path).returncode == 0
     ids = np.concatenate([bpe.read_bin(tmp_path / "o" / n)[0] for n in ("train.bin", "val.bin")])
@@ -750,65 +662,30 @@ def test_character_level_as_for_nanogpt(tmp_path):
     assert "4 bytes are in no token" in result.stderr and result.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "args, code, message",
-    [
-        (("train", "--input", "no.txt", "--out", "o"), 1, "no.txt"),
-        (("train", "--input", "empty.txt", "--out", "o"), 1, "is empty"),
-        (("train", "--input", "bad.jsonl", "--out", "o"), 1, "bad.jsonl:2"),
-        (("train", "--input", "cut.txt.gz", "--out", "o"), 1, "gzip"),
-        (("train", "--input", "no.gz", "--out", "o"), 1, "gzip"),
-        (("train", "--input", "a.txt", "--out", "o", "--vocab_size", "256"), 2, "257"),
-        (("train", "--input", "a.txt", "--out", "o", "--pattern", "("), 1, "pattern"),
-        (("train", "--input", "a.txt", "--out", "a.txt"), 1, "a.txt"),
-        (("encode", "--tokenizer", "bad.json", "--input", "a.txt", "--out", "o"), 1, "bad.json"),
-        (("encode", "--tokenizer", "no.json", "--input", "a.txt", "--out", "o"), 1, "no.json"),
-        (
-            ("encode", "--tokenizer", "t.json", "--input", "a.txt", "bad.jsonl", "--out", "o"),
-            1,
-            "bad.jsonl:2",
-        ),
-        (
-            (
-                "encode",
-                "--tokenizer",
-                "t.json",
-                "--input",
-                "a.txt",
-                "bad.jsonl",
-                "--out",
-                "o",
-                "--num_proc",
-                "2",
-            ),
-            1,
-            "bad.jsonl:2",
-        ),
-        (
-            ("encode", "--tokenizer", "t.json", "--input", "blank.jsonl", "--out", "o"),
-            1,
-            "no text",
-        ),
-        (
-            (
-                "encode",
-                "--tokenizer",
-                "t.json",
-                "--input",
-                "a.txt",
-                "--out",
-                "o",
-                "--val_fraction",
-                "2",
-            ),
-            2,
-            "val_fraction",
-        ),
-        (("decode", "--tokenizer", "t.json", "--input", "wild.bin"), 1, "not in the vocabulary"),
-        (("decode", "--tokenizer", "t.json", "--input", "no.bin"), 1, "no.bin"),
-        (("shine",), 2, "shine"),
-    ],
-)
+TRAIN, ENCODE = "train --out o --input ", "encode --out o --tokenizer t.json --input "
+BAD_INPUT = [
+    (TRAIN + "no.txt", 1, "no.txt"),
+    (TRAIN + "empty.txt", 1, "is empty"),
+    (TRAIN + "bad.jsonl", 1, "bad.jsonl:2"),
+    (TRAIN + "cut.txt.gz", 1, "gzip"),
+    (TRAIN + "no.gz", 1, "gzip"),
+    (TRAIN + "a.txt --vocab_size 256", 2, "257"),
+    (TRAIN + "a.txt --pattern (", 1, "pattern"),
+    (TRAIN + "a.txt --out a.txt", 1, "a.txt"),
+    (ENCODE + "a.txt --tokenizer bad.json", 1, "bad.json"),
+    (ENCODE + "a.txt --tokenizer no.json", 1, "no.json"),
+    (ENCODE + "a.txt bad.jsonl", 1, "bad.jsonl:2"),
+    (ENCODE + "a.txt bad.jsonl --num_proc 2", 1, "bad.jsonl:2"),
+    (ENCODE + "cut.txt.gz --num_proc 2", 1, "gzip"),
+    (ENCODE + "blank.jsonl", 1, "no text"),
+    (ENCODE + "a.txt --val_fraction 2", 2, "val_fraction"),
+    ("decode --tokenizer t.json --input wild.bin", 1, "not in the vocabulary"),
+    ("decode --tokenizer t.json --input no.bin", 1, "no.bin"),
+    ("shine", 2, "shine"),
+]
+
+
+@pytest.mark.parametrize("args, code, message", BAD_INPUT)
 def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, code, message):
     tokenizer.save(tmp_path / "t.json")
     (tmp_path / "a.txt").write_text("some text, and more of it")
@@ -819,7 +696,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, c
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 1000)[:30])
     (tmp_path / "no.gz").write_bytes(b"this is not gzip at all")
     np.full(9, 60_000, np.uint16).tofile(tmp_path / "wild.bin")
-    result = run(*args, cwd=tmp_path)
+    result = run(*args.split(), cwd=tmp_path)
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == code and message in last and "error" in last
     assert "Traceback" not in result.stderr
@@ -830,19 +707,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, c
 def test_interrupted_run_keeps_the_old_files(trained):
     (trained / "a.txt").write_text("".join(f"w{i:x} " for i in range(3_000_000)))
     (trained / "train.bin").write_bytes(b"old")
-    command = [
-        sys.executable,
-        os.path.join(ROOT, "bpe.py"),
-        "encode",
-        "--tokenizer",
-        str(trained),
-        "--input",
-        str(trained / "a.txt"),
-        "--out",
-        str(trained),
-        "--num_proc",
-        "2",
-    ]
+    args = f"encode --tokenizer {trained} --input {trained}/a.txt --out {trained} --num_proc 2"
+    command = [sys.executable, os.path.join(ROOT, "bpe.py"), *args.split()]
     for how in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(600):
@@ -858,7 +724,7 @@ def test_interrupted_run_keeps_the_old_files(trained):
 
 def test_a_killed_worker_is_reported(trained, tokenizer, monkeypatch):
     (trained / "a.txt").write_text("text " * 1000)
-    monkeypatch.setattr(bpe.DocumentEncoder, "__call__", lambda *_: os._exit(9))
+    monkeypatch.setattr(bpe, "encode_block", lambda *_, **__: os._exit(9))
     with pytest.raises(ValueError, match="worker process was killed"):
         bpe.encode_files(tokenizer, [trained / "a.txt"], trained, num_proc=2)
     assert not (trained / "train.bin").exists() and not list(trained.glob("*.tmp"))
