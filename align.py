@@ -46,7 +46,6 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -198,39 +197,42 @@ def make_template(name, tokenizer):
     return template
 
 
-def encode_response(tokenizer, template, text):
-    """Ids of what the assistant says, with the mark of its end."""
+def encode_example(tokenizer, template, prompt, response):
+    """Messages, and what the assistant says to them -> (ids, mask), the mask being 1 for the
+    response, its end included. Both are tokenized one by one here, unlike in `score`, since that
+    is how it will be when the model writes the response."""
+    head = encode_chat(tokenizer, template, prompt)
     alone = {"begin": "", "default_system": "",
              "assistant": "{content}" + template["assistant"].split("{content}")[1]}
-    return encode_chat(tokenizer, alone, [{"role": "assistant", "content": text}], reply=False)
+    tail = encode_chat(tokenizer, alone, [{"role": "assistant", "content": response}], reply=False)
+    return head + tail, [0] * len(head) + [1] * len(tail)
 
 
 def encode_conversation(tokenizer, template, messages):
-    """A chat that ends with the assistant's message -> (ids, mask), the mask being 1 for all that
-    the assistant says, its end included. Prompt and response are tokenized one by one here,
-    unlike in `score`, since that is how it will be when the model writes the response."""
+    """A chat that ends with the assistant's message -> (ids, mask) of all that it says."""
     ids, mask, start = [], [], 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            head = encode_chat(tokenizer, template, messages[start:i])
-            tail = encode_response(tokenizer, template, message["content"])
-            ids, mask = ids + head + tail, mask + [0] * len(head) + [1] * len(tail)
+            example = encode_example(tokenizer, template, messages[start:i], message["content"])
+            ids, mask = ids + example[0], mask + example[1]
             start, template = i + 1, template | {"begin": "", "default_system": ""}
     return ids, mask
 
 
+def padded(rows, fill=0, device="cpu"):
+    """Lists of ids -> (B, T) int64. Shorter ones are filled up on the right, where causal
+    attention does not see it."""
+    width = max([len(row) for row in rows] + [1])
+    rows = [row + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
+
+
 def collate(examples, pad_id=0, device="cpu"):
     """(ids, mask) of several texts -> dict of (B, T) tensors: input_ids and labels, ids without
-    the last and without the first, and response_mask, True where the label is to be learned.
-    Shorter rows are filled up on the right, where causal attention does not see it."""
-    width = max([len(ids) for ids, _ in examples] + [1])
-
-    def filled(rows, fill):
-        rows = [row + [fill] * (width - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
-
-    ids, mask = filled([ids for ids, _ in examples], pad_id), filled([m for _, m in examples], 0)
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:].bool()}
+    the last and without the first, and response_mask, True where the label is to be learned."""
+    ids = padded([ids for ids, _ in examples], pad_id, device)
+    mask = padded([mask for _, mask in examples], 0, device).bool()
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
 
 
 def tokenize_prompts_and_responses(prompts, responses, tokenizer):
@@ -584,13 +586,15 @@ def power(base, exponent):
 
 
 class MathParser:
-    """The value of an expression in plain or LaTeX notation, by recursive descent: a Fraction
+    """The value of an expression in plain or LaTeX notation, by precedence climbing: a Fraction
     where it is exact, else a float. Single letters stand for arbitrary fixed numbers, so that
     2x + 3 and 3 + 2x come out equal. Raises ValueError, ArithmeticError or RecursionError for all
     else, and for what is too large."""
 
     TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\[a-zA-Z]+|\\%|\*\*|[-+*/^(){}\[\]%√π]|[a-zA-Z]")
     CLOSING = {"{": "}", "(": ")", "[": "]"}
+    BINDING = {"+": 1, "-": 1, "*": 2, "\\times": 2, "\\cdot": 2, "/": 2, "\\div": 2, "^": 4,
+               "**": 4, "": 0, "}": 0, ")": 0, "]": 0, "%": 0, "\\%": 0}
 
     def __init__(self, text):
         tokens = self.TOKEN.findall(text)
@@ -603,33 +607,28 @@ class MathParser:
         """The next token, if it is one of these, else ''."""
         return self.tokens.pop() if self.tokens[-1] in wanted else ""
 
-    def sum(self):
-        x = self.product()
-        while op := self.take("+", "-"):
-            x = bounded(x + self.product() if op == "+" else x - self.product())
+    def value(self, least=0):
+        """What begins here, as far as operators bind more tightly than `least`."""
+        if sign := self.take("+", "-"):
+            x = self.value(3) if sign == "+" else -self.value(3)
+        else:
+            x = self.atom()
+        while (binding := self.BINDING.get(op := self.tokens[-1], 2)) > least:
+            if self.take("^", "**"):  # from right to left
+                x = power(x, self.group() if self.tokens[-1] == "{" else self.value(3))
+                continue
+            self.take(*self.BINDING)
+            y = self.value(binding)
+            if op in ("+", "-"):
+                x = x + y if op == "+" else x - y
+            elif op in ("/", "\\div"):
+                x = x / y
+            elif op == "\\frac" and isinstance(x, Fraction) and x.denominator == 1:
+                x = x + (y if x >= 0 else -y)  # 1\frac12
+            else:  # also without a sign, as in 2x or 3\sqrt{2}
+                x = x * y
+            bounded(x)
         return x
-
-    def product(self):
-        x = self.factor()
-        while self.tokens[-1] not in ("", "+", "-", ")", "}", "]", "%", "\\%"):
-            if self.take("*", "\\times", "\\cdot"):
-                x = bounded(x * self.factor())
-            elif self.take("/", "\\div"):
-                x = bounded(x / self.factor())
-            else:  # 2x and 3\sqrt{2} are products, 1\frac12 is a sum
-                mixed = self.tokens[-1] == "\\frac" and isinstance(x, Fraction) and \
-                    x.denominator == 1
-                y = self.factor()
-                x = bounded(x + (y if x >= 0 else -y) if mixed else x * y)
-        return x
-
-    def factor(self):
-        if op := self.take("+", "-"):
-            return self.factor() if op == "+" else -self.factor()
-        base = self.atom()
-        if self.take("^", "**"):
-            return power(base, self.group() if self.tokens[-1] == "{" else self.factor())
-        return base
 
     def atom(self):
         if self.tokens[-1] in self.CLOSING:
@@ -648,7 +647,7 @@ class MathParser:
         return bounded(x / 100 if self.take("%", "\\%") else x)
 
     def group(self):
-        closing, x = self.CLOSING[self.tokens.pop()], self.sum()
+        closing, x = self.CLOSING[self.tokens.pop()], self.value()
         if not self.take(closing):
             raise ValueError(f"{closing} is missing")
         return x
@@ -667,7 +666,7 @@ def math_value(text):
     """The value of a normalized answer, or None."""
     try:
         parser = MathParser(re.sub(r"(\d)\s*[eE]([+-]?\d+)\b", r"\1*10^{\2}", text))
-        x = parser.sum()
+        x = parser.value()
         return x if parser.tokens == [""] else None
     except (ValueError, ArithmeticError, RecursionError):
         return None
@@ -1144,10 +1143,8 @@ class ScalarModel(nn.Module):
 
     def score(self, ids, device):
         """Rewards of whole texts, a list of B lists of ids -> (B,)"""
-        width = max(map(len, ids))
-        rows = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
-        last = torch.tensor([len(row) - 1 for row in ids], device=device)
-        return self(rows).gather(1, last[:, None])[:, 0]
+        last = torch.tensor([[len(row) - 1] for row in ids], device=device)
+        return self(padded(ids, device=device)).gather(1, last)[:, 0]
 
 
 def load_reward_model(path, device):
@@ -1321,6 +1318,16 @@ def batch_of(items, batch_size, step, seed):
     return batch
 
 
+def scheduled(step, args):
+    """The learning rate of a step: up in a straight line, then level or down a cosine."""
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / (args.warmup_iters + 1)
+    if args.schedule == "constant":
+        return args.learning_rate
+    done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
 class Run:
     """What the commands that train share: the model, from --ckpt or from where a run was stopped,
     its tokenizer, template and optimizers, and the loop."""
@@ -1359,21 +1366,15 @@ class Run:
             torch.optim.Muon(matrices, a.learning_rate, a.weight_decay, 0.95,
                              adjust_lr_fn="match_rms_adamw"), adamw]
 
-    def add(self, head, save):
-        """Train a head that is no part of the model; `save`: the module whose weights are kept in
-        the checkpoint so that the run can be taken up."""
-        self.optimizers.append(torch.optim.AdamW(head.parameters(), weight_decay=0.0))
-        self.others.append(save)
+    def autocast(self):
+        """The context of matrix products in bfloat16, if asked for."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16,
+                              enabled=self.args.dtype == "bfloat16")
 
     def log_probs(self, model, batch, **how):
         """`response_log_probs` in the dtype of training."""
         with self.autocast():
             return response_log_probs(model, batch["input_ids"], batch["labels"], **how)
-
-    def autocast(self):
-        """The context of matrix products in bfloat16, if asked for."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16,
-                              enabled=self.args.dtype == "bfloat16")
 
     def keep_fitting(self, items, lengths, what):
         """Those of `items` whose length is at most block_size; says how many were not."""
@@ -1395,30 +1396,17 @@ class Run:
         self.model.update_router_bias()
         return norm
 
-    def set_learning_rate(self, step):
-        """From 0 up in a straight line, then level or down a cosine."""
-        a = self.args
-        lr = a.learning_rate
-        if step < a.warmup_iters:
-            lr *= (step + 1) / (a.warmup_iters + 1)
-        elif a.schedule == "cosine":
-            done = (step - a.warmup_iters) / max(1, a.max_iters - a.warmup_iters)
-            lr *= 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        return lr
-
     def save(self, step, rows):
-        """ckpt.pt, which model.py chats with and --resume goes on from, and log.csv."""
-        save_checkpoint(self.path, self.model, self.optimizers + self.others, step,
-                        args=vars(self.args) | self.more, tokenizer=self.tokenizer.to_json(),
-                        template=self.template)
+        """log.csv, then ckpt.pt, which model.py chats with and --resume goes on from: a run that is
+        killed between the two has rows too many, which --resume leaves out."""
         with replacing(os.path.join(self.args.out_dir, "log.csv")) as file:
             names = dict.fromkeys(name for row in rows for name in row)
             writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        save_checkpoint(self.path, self.model, self.optimizers + self.others, step,
+                        args=vars(self.args) | self.more, tokenizer=self.tokenizer.to_json(),
+                        template=self.template)
 
     def fit(self, do_step, evaluate):
         """The loop of every kind of training: learning rate, step, log, evaluation, checkpoint.
@@ -1440,7 +1428,9 @@ class Run:
             if not step:
                 show({"step": 0} | evaluate())
             while step < args.max_iters and not stopped:
-                begin, lr = time.perf_counter(), self.set_learning_rate(step)
+                begin, lr = time.perf_counter(), scheduled(step, args)
+                for group in [g for optimizer in self.optimizers for g in optimizer.param_groups]:
+                    group["lr"] = lr
                 row = {"step": step + 1} | do_step(step)
                 if not all(map(math.isfinite, row.values())):
                     raise ValueError(f"at step {step + 1} the numbers are no longer finite: {row};"
@@ -1562,11 +1552,8 @@ def encode_pairs(run, path):
         print(f"{useless} rows of {path} dropped: an empty response, or both the same", flush=True)
     if not pairs:
         raise ValueError(f"{path} has no pair with two responses")
-    encoded = []
-    for prompt, *sides in pairs:
-        head = encode_chat(run.tokenizer, run.template, prompt)
-        tails = [encode_response(run.tokenizer, run.template, text) for text in sides]
-        encoded.append([(head + tail, [0] * len(head) + [1] * len(tail)) for tail in tails])
+    encoded = [[encode_example(run.tokenizer, run.template, prompt, text) for text in sides]
+               for prompt, *sides in pairs]
     lengths = [max(len(ids) for ids, _ in pair) - 1 for pair in encoded]
     return run.keep_fitting(encoded, lengths, f"pairs of {path}")
 
@@ -1613,7 +1600,8 @@ def run_reward(args):
     """`reward`: a model that gives chosen responses more than rejected ones."""
     run = Run(args)
     reward = ScalarModel(run.model.eval())
-    run.add(reward.head, reward.head)
+    run.optimizers.append(torch.optim.AdamW(reward.head.parameters(), weight_decay=0.0))
+    run.others = [reward.head]
     run.more = {"reward_head": reward.head.weight.detach()}
 
     def measure(pairs):
@@ -1677,7 +1665,8 @@ def run_rl(args):
     critic = ScalarModel(copy.deepcopy(model)) if algorithm == "ppo" else None
     if critic:
         run.optimizers += run.optimizers_for(critic.body)
-        run.add(critic.head, critic)
+        run.optimizers.append(torch.optim.AdamW(critic.head.parameters(), weight_decay=0.0))
+        run.others = [critic]
     params = [p for optimizer in run.optimizers for group in optimizer.param_groups
               for p in group["params"]]
     # the tokens of a minibatch are weighed as dapo does, if the algorithm says nothing else
@@ -1966,10 +1955,7 @@ def score(model, requests, batch_size=16):
     ordered = sorted(rows.items(), key=lambda row: -len(row[0][0]))  # rows of a batch: alike long
     for at in range(0, len(ordered), batch_size):
         some = ordered[at : at + batch_size]
-        width = len(some[0][0][0])
-        ids = torch.tensor([row + (0,) * (width - len(row)) for (row, _), _ in some],
-                           device=device)
-        hidden = model(ids, hidden=True)
+        hidden = model(padded([list(row) for (row, _), _ in some], device=device), hidden=True)
         for ((row, n), wanted), h in zip(some, hidden):
             logits = upcast(model.head(h[len(row) - n : len(row)]))  # no others are needed
             if cap := model.config.logit_cap:
@@ -2246,12 +2232,10 @@ def run_demo(args):
     """
     begin, names = time.perf_counter(), ["sft", args.algorithm, "control"]
     seeds = range(args.seed, args.seed + args.seeds)
-    with ProcessPoolExecutor(min(2, args.seeds), get_context("spawn"), torch.set_num_threads,
-                             (1,)) as pool:
+    with get_context("spawn").Pool(min(2, args.seeds), torch.set_num_threads, (1,)) as pool:
         # of the first seed all is shown
-        jobs = [pool.submit(demonstrate, args.out_dir, seed, args.algorithm, seed == args.seed)
-                for seed in seeds]
-        results = [job.result() for job in jobs]
+        results = pool.starmap(demonstrate, [(args.out_dir, seed, args.algorithm,
+                                              seed == args.seed) for seed in seeds], chunksize=1)
     accuracies, seconds = (list(zip(*table)) for table in zip(*results))
     print(f"\n{'held-out problems solved':26}" + "".join(f"{name:>12}" for name in names))
     for seed, (row, _) in zip(seeds, results):
@@ -2480,13 +2464,18 @@ def parse_args(argv):
     return args
 
 
+def interrupted(number, frame):
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
+    signal.signal(signal.SIGTERM, interrupted)
     try:
         args = parse_args(sys.argv[1:])
         COMMANDS[args.command][0](args)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
