@@ -71,10 +71,13 @@ def columns(runs, need=("N", "C", "loss")):
     plain = {" ".join(str(key).lower().replace("_", " ").split()): key for key in runs[0]}
     found = {}
     for name, usual in NAMES.items():
-        for key in [plain[known] for known in usual if known in plain][:1]:
-            found[name] = np.array([number(run.get(key)) for run in runs])
+        keys = [plain[known] for known in usual if known in plain]
+        if keys:  # of several, a run's first that it has: its budget, or the compute it took
+            values = [next((run[key] for key in keys if run.get(key) is not None), None)
+                      for run in runs]
+            found[name] = np.array(list(map(number, values)))
             for i in np.flatnonzero(~((found[name] > 0) & (found[name] < math.inf))):
-                raise ValueError(f"run {i + 1}: {key} is {runs[i].get(key)!r}: not positive")
+                raise ValueError(f"run {i + 1}: {keys[0]} is {values[i]!r}: not positive")
     if {"N", "D"} <= set(found):
         found.setdefault("C", 6 * found["N"] * found["D"])
     elif {"N", "C"} <= set(found):
@@ -176,17 +179,6 @@ def groups_of(values, tolerance=1.1):
     return [(float(np.exp(np.log(values[i]).mean())), i) for i in np.split(order, cuts)]
 
 
-def valleys(by, x, loss, method="parabola", tolerance=1.1):
-    """The valley along x of each group of runs with one value of `by` -> list of (by, x, loss)."""
-    found = []
-    for at, i in groups_of(by, tolerance):
-        try:
-            found.append((at, *valley(x[i], loss[i], method)))
-        except ValueError as error:
-            raise ValueError(f"at {at:.3g}: {error}") from None
-    return found
-
-
 # -----------------------------------------------------------------------------
 # Chinchilla's three approaches (Hoffmann et al. 2022) to the question: for a given compute, how
 # large a model, on how many tokens?
@@ -231,11 +223,17 @@ def fit_isoflops(runs, method="parabola"):
     law joins them. method: "parabola" or "minimum", see `valley`. -> as `fit_envelope`."""
     if method not in ("parabola", "minimum"):
         raise ValueError(f"method is parabola or minimum, not {method}")
-    table = columns(runs)
-    if len(groups_of(table["C"])) < 2:
+    table, optima = columns(runs), []
+    groups = groups_of(table["C"])
+    if len(groups) < 2:
         raise ValueError("all runs have the same compute: a law needs 2 budgets at least")
-    bottoms = valleys(table["C"], table["N"], table["loss"], method)
-    return compute_laws([(C, N, C / (6 * N), loss) for C, N, loss in bottoms])
+    for C, i in groups:
+        try:
+            N, loss = valley(table["N"][i], table["loss"][i], method)
+        except ValueError as error:
+            raise ValueError(f"at C = {C:.3g}: {error}") from None
+        optima.append((C, N, C / (6 * N), loss))
+    return compute_laws(optima)
 
 
 class Parametric(NamedTuple):
@@ -497,11 +495,10 @@ def vocabulary(data):
 def cost(*words):
     """model.py's account of a model of these flags -> (parameters without the input embedding,
     FLOPs per token of training). Raises ValueError."""
-    known = start("model.py", ["info", *words], 1)
-    total, embedding, flops = (
-        int(re.search(rf"(?m)^{row}\W+([\d,]+)", known)[1].replace(",", ""))
-        for row in ("parameters", "  embedding", "FLOPs per token, training"))
-    return total - embedding, flops
+    known = start("model.py", ["info", *words], 1).replace(",", "")
+    N, embedding, flops = (int(re.search(rf"(?m)^{row}\W+(\d+)", known)[1])
+                           for row in ("parameters", "  embedding", "FLOPs per token training"))
+    return N - embedding, flops
 
 
 def make_plan(flags, data):
@@ -628,7 +625,7 @@ def isoflop_runs(flags, args):
     return asked
 
 
-def grid_of(specs, random_runs, seed):
+def grid_of(specs, random_runs=0, seed=0):
     """name=1,2,3 -> all combinations; or with random_runs name=low:high, drawn evenly in
     logarithms (Bergstra & Bengio 2012), -> as many draws. Raises ValueError."""
     options = {}
@@ -677,12 +674,12 @@ def as_dict(law, fits=(), names=""):
     return result
 
 
-def report(method, table, computes, n=100, inference_tokens=0.0, outliers=11.0):
+def report(method, table, computes, n=100, inference_tokens=0.0):
     """Fit by one of Chinchilla's approaches, n times more to resampled runs, and look ahead to
     computes -> (dict, fit, list of the other fits)."""
     if method == "parametric":
         points = table["N"], table["D"], table["loss"]
-        best = fit_parametric(*points, outliers=outliers)
+        best = fit_parametric(*points)
         fits = bootstrap_parametric(best, *points, n)
         result = as_dict(best, fits)
     else:
@@ -712,18 +709,25 @@ def report_kaplan(table):
 
 def report_optimum(runs, of, against):
     """The best value of a hyperparameter as a power law of N, D, C or another flag -> dict."""
-    table = columns(runs)
+    table, optima, without = columns(runs), [], []
     for name in {of, against} - set(table):
         table[name] = np.array([number({**(run.get("flags") or {}), **run}.get(name))
                                 for run in runs])
-    i = np.flatnonzero((table[of] > 0) & (table[against] > 0))
-    if not len(i):
+    rows = np.flatnonzero((table[of] > 0) & (table[against] > 0))
+    if not len(rows):
         raise ValueError(f"no run has both {of} and {against}")
-    optima = valleys(table[against][i], table[of][i], table["loss"][i], tolerance=1.01)
-    result = {"optima": [dict(zip((against, of, "loss"), row)) for row in optima]}
+    for at, i in groups_of(table[against][rows], 1.01):
+        try:
+            best, loss = valley(table[of][rows[i]], table["loss"][rows[i]])
+            optima.append({against: at, of: best, "loss": loss})
+        except ValueError as error:
+            without.append({against: at, "why": str(error)})
+    if not optima:
+        raise ValueError("; ".join(f"{row[against]:.4g}: {row['why']}" for row in without))
+    result = {"optima": optima, "without": without}
     if len(optima) > 1:
-        at, best, _ = zip(*optima)
-        result["law"] = as_dict(fit_power_law(at, best), names=f"{of} {against}")
+        law = fit_power_law([row[against] for row in optima], [row[of] for row in optima])
+        result["law"] = as_dict(law, names=f"{of} {against}")
     return result
 
 
@@ -805,7 +809,7 @@ def fit_command(args):
         above = 10.0 ** (1 + math.floor(math.log10(table["C"].max())))
         computes = args.compute or [above, 10 * above, 100 * above]
         result, fit, _ = report(args.method, table, computes, args.bootstrap,
-                                args.inference_tokens, args.outliers)
+                                args.inference_tokens)
         laws, law = (None, fit) if args.method == "parametric" else (fit, None)
     result = {"method": args.method, "runs": len(runs), **result}
     if args.json:
@@ -915,7 +919,6 @@ def parse_args(words):
         add("--jobs", type=at_least(1, int), help="at a time (default: a GPU 1, else the cores)")
         add = command.add_argument_group(name).add_argument
         if name == "sweep":
-            add("--random_seed", type=int, default=0, help="of --random's draws (default 0)")
             add = command.add_mutually_exclusive_group(required=True).add_argument
             add("--grid", nargs="+", metavar="NAME=A,B", help="all combinations")
             add("--random", nargs="+", metavar="X", help="COUNT NAME=LOW:HIGH NAME=A,B ...")
@@ -932,10 +935,8 @@ def parse_args(words):
     add("--method", default="isoflop", choices=[*METHODS, "parametric", "kaplan", "optimum"])
     add("--bootstrap", type=at_least(0, int), default=100, help="resamples (default 100)")
     add("--compute", type=at_least(1), nargs="+", metavar="C", help="FLOPs to predict for")
-    add("--inference_tokens", type=at_least(0), default=0.0, metavar="D", help="parametric: served "
-        "out of the same compute")
-    add("--outliers", type=at_least(0), default=11.0, help="parametric: runs so many standard "
-        "deviations away are left out (default 11; 0: none)")
+    add("--inference_tokens", type=at_least(0), default=0.0, metavar="D", help="parametric: to be "
+        "served afterwards, out of the same compute")
     add("--of", default="learning_rate", metavar="NAME", help="optimum: of which hyperparameter")
     add("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
     add("--json", action="store_true", help="print JSON")
@@ -955,7 +956,7 @@ def parse_args(words):
             count, *specs = args.random or ["0", *args.grid]
             if not count.isdigit() or bool(args.random) != bool(int(count)) or not specs:
                 raise ValueError("--random takes a number of runs, and NAME=LOW:HIGH ...")
-            args.asked = [args.flags | row for row in grid_of(specs, int(count), args.random_seed)]
+            args.asked = [args.flags | row for row in grid_of(specs, int(count))]
     except ValueError as error:
         parser.error(str(error))
     return args

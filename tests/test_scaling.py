@@ -219,6 +219,8 @@ def test_columns_by_their_usual_names(tmp_path):
         table = S.columns(S.load_runs(str(tmp_path / name)))
         for found, wanted in zip((table["N"], table["D"], table["C"]), (N, D, 6 * N * D)):
             np.testing.assert_allclose(found, wanted)
+    mixed = [{"N": 1, "loss": 1, "compute": 9} | more for more in ({"compute_budget": 8}, {})]
+    assert S.columns(mixed)["C"].tolist() == [8, 9]
 
 
 @pytest.mark.parametrize("content, message", [
@@ -272,6 +274,9 @@ def test_the_best_learning_rate_by_size():
              "flags": {"lr": str(lr)}} for N in (1e4, 1e5, 1e6) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
     result = S.report_optimum(runs, "lr", "N")
     assert result["law"]["exponent"] == pytest.approx(-0.2) and len(result["optima"]) == 3
+    result = S.report_optimum(runs[:6] + runs[8:], "lr", "N")  # of one size too few runs
+    assert [row["N"] for row in result["without"]] == pytest.approx([1e5])
+    assert result["law"]["exponent"] == pytest.approx(-0.2)
     with pytest.raises(ValueError, match="no run has"):
         S.report_optimum(runs, "beta3", "N")
 
@@ -280,16 +285,16 @@ def test_the_best_learning_rate_by_size():
 
 
 def test_grids_and_draws():
-    assert S.grid_of(["a=1,2", "b=x,y"], 0, 0) == [{"a": a, "b": b} for a in "12" for b in "xy"]
-    drawn = S.grid_of(["a=1e-3:1e-1", "b=16:64"], 200, 0)
+    assert S.grid_of(["a=1,2", "b=x,y"]) == [{"a": a, "b": b} for a in "12" for b in "xy"]
+    drawn = S.grid_of(["a=1e-3:1e-1", "b=16:64"], 200)
     values = [float(row["a"]) for row in drawn]
     assert len(drawn) == 200 and 1e-3 <= min(values) < 2e-3 and 5e-2 < max(values) <= 1e-1
     assert 0.4 < sum(v < 1e-2 for v in values) / 200 < 0.6  # evenly in logarithms
     assert all(16 <= int(row["b"]) <= 64 for row in drawn)
-    assert drawn == S.grid_of(["a=1e-3:1e-1", "b=16:64"], 200, 0)
+    assert drawn == S.grid_of(["a=1e-3:1e-1", "b=16:64"], 200)
     for wrong, draws in (("a", 0), ("a=", 0), ("=3", 0), ("a=-1:3", 2)):
         with pytest.raises(ValueError):
-            S.grid_of([wrong], draws, 0)
+            S.grid_of([wrong], draws)
 
 
 def test_a_line_cut_short_goes_when_the_next_is_added(tmp_path):
@@ -320,6 +325,7 @@ def data(tmp_path_factory):
 def forked(script, words, out):
     """One of the scripts, with all that it prints in a file."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    sys.modules["matplotlib"] = None  # it takes longer than the run
     sys.argv = [script, *words]
     with open(out, "w") as sys.stdout:
         sys.stderr = sys.stdout
