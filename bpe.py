@@ -33,7 +33,6 @@ import os
 import signal
 import sys
 import sysconfig
-import threading
 import time
 import unicodedata
 import zlib
@@ -384,7 +383,7 @@ def parallel(work, items, num_proc):
     # fork starts in no time and needs no importable __main__; elsewhere than on Linux it is unsafe
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     hold_signals("SIG_BLOCK")  # Python drops an interrupt that arrives in the middle of a fork
-    with context.Pool(num_proc, start_process, (work, os.getpid())) as pool:
+    with context.Pool(num_proc, start_process, (work,)) as pool:
         hold_signals("SIG_UNBLOCK")
         started = set(multiprocessing.active_children())
         results = pool.imap(call_work, items)
@@ -398,19 +397,12 @@ def parallel(work, items, num_proc):
                     raise ValueError("a worker process was killed (out of memory?)") from None
 
 
-def start_process(work, parent):
+def start_process(work):
     """The first thing a process of `parallel` does."""
-
-    def end_with_parent():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
     call_work.work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     hold_signals("SIG_UNBLOCK")
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def call_work(item):
@@ -447,7 +439,7 @@ class Progress:
             rate = max(done, 1e-6) / spent
             print(f"\r{self.what}: {done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.1f} "
                   f"{self.unit}/s, {max(0, self.total - done) / rate:.0f} s left \x1b[K",
-                  file=sys.stderr, end="\n" if done == self.total else "", flush=True)
+                  file=sys.stderr, end="\n" if done >= self.total else "", flush=True)
 
 
 @contextlib.contextmanager
@@ -488,8 +480,12 @@ def count_pretokens(first, step, paths, pattern, separators):
             for pretoken in split.findall(chunk.decode("utf-8")):
                 counts[pretoken] += n
 
-    blocks = read_blocks(paths, separators, chunked)
-    for block in itertools.islice(blocks, first, None, step):
+    for i, block in enumerate(read_blocks(paths, separators, chunked)):
+        done += len(block[2])
+        if first == 0:  # one process tells how far all are
+            progress(done / 1e6)
+        if i % step != first:
+            continue
         documents, invalid = to_documents(block, separators)
         if chunked:
             numbers, new = table.lookup(b"\xff".join(documents))
@@ -501,9 +497,7 @@ def count_pretokens(first, step, paths, pattern, separators):
         else:
             for match in itertools.chain(*(split.finditer(d.decode("utf-8")) for d in documents)):
                 counts[match[0]] += 1
-        done, bad = done + len(block[2]) * step, bad + invalid
-        if not first:
-            progress(done / 1e6)
+        bad += invalid
     count_chunks()
     return dict(counts), bad
 
@@ -1278,10 +1272,10 @@ def read_bin(path):
 
 
 def encode_block(block, tokenizer):
-    """A block of `read_blocks` -> (array of ids, bytes of text, invalid bytes)."""
+    """A block of `read_blocks` -> (array of ids, bytes of the file, of text, invalid ones)."""
     documents, invalid = to_documents(block)
     ids = tokenizer.encode_documents(documents).astype(id_dtype(tokenizer))
-    return ids, sum(map(len, documents)), invalid
+    return ids, len(block[2]), sum(map(len, documents)), invalid
 
 
 def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_proc=None):
@@ -1303,7 +1297,8 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
                 continue
             blocks = read_blocks(files, chunked=tokenizer.chunked)
             progress, done, seen = Progress("encoding", text_size(files) / 1e6, "MB"), 0, 0
-            for ids, size, invalid in parallel(work, blocks, num_proc or default_processes(files)):
+            results = parallel(work, blocks, num_proc or default_processes(files))
+            for ids, size, text_bytes, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
                 ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
                 number = seen + np.arange(len(ends) + 1)
@@ -1312,11 +1307,10 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
                 chosen = np.repeat(chosen, np.diff(ends, prepend=0, append=len(ids)))
                 for file, mine in zip(bins, (~chosen, chosen)):
                     file.write(ids[mine])
-                done, bad = done + size, bad + invalid
+                done, lost, bad = done + size, lost + text_bytes, bad + invalid
                 progress(done / 1e6)
             if not seen:
                 raise ValueError("there is no text in " + ", ".join(map(str, files)))
-            lost += done
         if not bins[-1].tokens:
             bins[1].write(bins[0].take_tail(max(1, int(bins[0].tokens * val_fraction))))
     if bad:
