@@ -53,9 +53,8 @@ def tuned(configs, key, room=None):
                 if (c.kwargs["BM"] + c.kwargs["BN"]) * more["BD"] <= room * c.num_warps]
         return kept or configs[-1:]
 
-    if INTERPRETED:
-        return triton.autotune(configs[:1], key)
-    return triton.autotune(configs, key, {"early_config_prune": roomy} if room else None)
+    prune = {"early_config_prune": roomy} if room and not INTERPRETED else None
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key, prune)
 
 
 def config(warps, stages=3, **sizes):
@@ -196,17 +195,13 @@ matmul_kernel = tuned(
     ["M", "N", "K"])(product_tile)
 
 
-def tiles_of(M, N):
-    """Launch grid: a program for each tile of an (M, N) result."""
-    return lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
-
-
 def product(kernel, a, b, scales=None, **options):
     """a @ b, of two matrices with any strides, by a kernel of product_tile."""
     (M, K), N = a.shape, b.shape[1]
     c = a.new_zeros(M, N)
     if c.numel() and K:
-        kernel[tiles_of(M, N)](a, b, scales, c, M, N, K, *a.stride(), *b.stride(), **options)
+        kernel[lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)](
+            a, b, scales, c, M, N, K, *a.stride(), *b.stride(), **options)
     return c
 
 
@@ -283,8 +278,8 @@ def rms_norm_backward(h, weight, inverse, g, g_total, dx, partial, rows, n, BLOC
 
 
 class RMSNorm(torch.autograd.Function):
-    """rms_norm of contiguous x: (..., n) or, with a residual, of their sum, which is then the
-    second output; the sum and 1 / rms, a number for each row, are kept."""
+    """rms_norm of contiguous x: (..., n) or, with a residual, of their sum h, which is then the
+    second output; h and 1 / rms, a number for each row, are kept."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
@@ -315,10 +310,11 @@ def rms_norm(x, weight, eps=1e-5, residual=None):
 
     x, residual: (..., n), n at most 65,536; weight: (n,) -> (..., n), or (that, h).
     """
-    same_kind(x, weight, *([] if residual is None else [residual]))
+    same_kind(x, weight)
     expect_fit(weight.ndim == 1 and weight.shape == x.shape[-1:] and len(weight) <= 65536,
                x=x, weight=weight)
     if residual is not None:
+        same_kind(x, residual)
         expect_fit(residual.shape == x.shape, x=x, residual=residual)
         residual = residual.contiguous()
     return RMSNorm.apply(x.contiguous(), weight.contiguous(), eps, residual)
@@ -865,11 +861,10 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
         rows += [[*pointers, min(BLOCK, n - i), i] for i in range(0, n, BLOCK)]
     if rows:
         table = torch.tensor(rows, dtype=torch.int64).to(params[0].device, non_blocking=True)
-        dtype = {torch.float32: tl.float32, torch.float16: tl.float16,
-                 torch.bfloat16: tl.bfloat16}[params[0].dtype]
-        adamw_kernel[(len(rows),)](table, lr, betas[0], betas[1], eps, weight_decay,
-                                   1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step),
-                                   dtype, BLOCK)
+        dtype = getattr(tl, str(params[0].dtype).removeprefix("torch."))
+        adamw_kernel[(len(rows),)](
+            table, lr, *betas, eps, weight_decay, 1 - betas[0] ** step,
+            math.sqrt(1 - betas[1] ** step), dtype, BLOCK)
 
 
 # -----------------------------------------------------------------------------
@@ -932,7 +927,8 @@ class IntegerMatMul(torch.autograd.Function):
         (M, K), (N, groups) = rows.shape, scale.shape
         y = x.new_zeros((*x.shape[:-1], N))
         if y.numel():
-            int4_kernel[tiles_of(M, N)](rows, weight, scale, low, y, M, N, K, groups, GROUP=group)
+            int4_kernel[lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)](
+                rows, weight, scale, low, y, M, N, K, groups, GROUP=group)
         return y
 
     @staticmethod
@@ -1022,17 +1018,15 @@ def cases(rows, losses, attention, products, integers, dtype=torch.float64, devi
     for *lead, C, V in losses:
         N, targets = math.prod(lead), torch.randint(V, lead, device=device)
         targets.view(-1)[:2] = -100
-        for reduction, special in (("mean", 0), ("mean", 1), ("sum", 0), ("sum", 1)):
-            options = {"targets": targets, "reduction": reduction}
-            flags = f"{reduction}, in place or chunks" if special or reduction == "sum" else ""
-            plain = partial(plain_loss, **options)
-            yield ("cross_entropy", f"{N} x {V}", flags,
-                   partial(cross_entropy, inplace=bool(special), **options), plain, [(*lead, V)],
-                   (2 * N * V, 6 * N * V), (4 * N * V, 7 * N * V))
-            yield ("linear_cross_entropy", f"{N} x {C} x {V}", flags,
-                   partial(linear_cross_entropy, chunk=3 if special else None, **options), plain,
-                   [(*lead, C), (V, C)], (2 * (N + V) * C, 4 * (N + V) * C),
-                   (2 * N * C * V, 6 * N * C * V))
+        for flags in ("", "sum", "in place, in chunks", "sum, in place, in chunks"):
+            options = {"targets": targets, "reduction": "sum" if "sum" in flags else "mean"}
+            loss = partial(cross_entropy, inplace="place" in flags, **options)
+            yield ("cross_entropy", f"{N} x {V}", flags, loss, partial(plain_loss, **options),
+                   [(*lead, V)], (2 * N * V, 6 * N * V), (4 * N * V, 7 * N * V))
+            loss = partial(linear_cross_entropy, chunk=3 if "chunks" in flags else None, **options)
+            yield ("linear_cross_entropy", f"{N} x {C} x {V}", flags, loss,
+                   partial(plain_loss, **options), [(*lead, C), (V, C)],
+                   (2 * (N + V) * C, 4 * (N + V) * C), (2 * N * C * V, 6 * N * C * V))
     for B, H, K, T, S, D, causal, window in attention:
         a, flops = B * H * T * D, 4 * B * H * T * S * D / (1 + causal)  # a mask leaves half
         mask = {"causal": causal, "window": window}
@@ -1046,17 +1040,16 @@ def cases(rows, losses, attention, products, integers, dtype=torch.float64, devi
         a, b, c = M * K, K * N, M * N
         yield ("matmul", f"{M} x {K} x {N}", "", matmul, torch.matmul, [(M, K), (K, N)],
                (2 * (a + b + c), 2 * (3 * a + 3 * b + 2 * c)), (2 * M * N * K, 6 * M * N * K))
-    for M, K, N in integers:  # these have no backward pass to speak of
-        size, groups, least, flops = f"{M} x {K} x {N}", triton.cdiv(K, 32), 2 * M * (K + N), \
-            (2 * M * N * K,)
+    for M, K, N in integers:  # of these, bench times the forward pass only
+        size, groups, least = f"{M} x {K} x {N}", triton.cdiv(K, 32), 2 * M * (K + N)
         w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
         w4 = torch.randint(256, (N, groups * 16), dtype=torch.uint8, device=device)
         scale, low = torch.rand(2, N, groups, device=device) + 0.5
-        for f, parts, moved in ((int8_matmul, (w8, scale[:, 0]), least + N * K),
-                                (int4_matmul, (w4, scale, low), least + N * K * (1 / 2 + 8 / 32))):
+        for f, *parts, moved in ((int8_matmul, w8, scale[:, 0], least + N * K),
+                                 (int4_matmul, w4, scale, low, least + N * K * (1 / 2 + 8 / 32))):
             plain = partial(F.linear, weight=dequantize(*parts)[:, :K].to(dtype))
             yield (f.__name__, size, "", lambda x, f=f, parts=parts: f(x, *parts), plain, [(M, K)],
-                   (moved,), flops)
+                   (moved,), (2 * M * N * K,))
 
 
 # -----------------------------------------------------------------------------
@@ -1143,13 +1136,13 @@ def check():
 # bench: how far from the roofline (Williams et al. 2009). A kernel takes at least the time its
 # bytes need at the memory's speed, and at least the time its operations need at the processor's.
 
-LARGE = {"rows": [(32768, 1024), (32768, 8192)],
-         "losses": [(8192, 2048, 32768), (8192, 2048, 131072)],
-         "attention": [(4, 16, 16, 4096, 4096, 64, True, None),
-                       (1, 16, 16, 16384, 16384, 64, True, None),
-                       (4, 16, 16, 8192, 8192, 128, True, None)],
-         "products": [(4096, 4096, 4096), (8192, 8192, 8192)],
-         "integers": [(1, 4096, 14336), (16, 4096, 14336)]}
+LARGE = {
+    "rows": [(32768, 1024), (32768, 8192)],
+    "losses": [(8192, 2048, 32768), (8192, 2048, 131072)],
+    "attention": [(B, 16, 16, T, T, D, True, None)
+                  for B, T, D in ((4, 4096, 64), (1, 16384, 64), (4, 8192, 128))],
+    "products": [(4096, 4096, 4096), (8192, 8192, 8192)],
+    "integers": [(1, 4096, 14336), (16, 4096, 14336)]}
 
 
 def measured(f, inputs, backward):
@@ -1236,9 +1229,9 @@ def step_loss(params, x, y, heads, use):
 
 def profile():
     """Print where the time of a training step goes, with and without these kernels."""
-    B, T, C, V, n_layer, heads, dtype, key = (
-        8, 1024, 768, 32768, 12, 12, torch.bfloat16, "self_device_time_total") \
-        if DEVICE == "cuda" else (1, 32, 64, 1024, 1, 2, torch.float32, "self_cpu_time_total")
+    gpu = DEVICE == "cuda"
+    B, T, C, V, n_layer, heads = (8, 1024, 768, 32768, 12, 12) if gpu else (1, 32, 64, 1024, 1, 2)
+    dtype, where = (torch.bfloat16, "device") if gpu else (torch.float32, "cpu")
     x, y = torch.randint(V, (2, B, T), device=DEVICE)
     layer = [(C,), (3 * C, C), (C, C), (C,), (3 * C, C), (3 * C, C), (C, 3 * C)]
     for use in (False, True):
@@ -1257,7 +1250,8 @@ def profile():
                     optimizer.step()
                 optimizer.zero_grad()
                 loss = loss.item()
-        table = result.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=48)
+        table = result.key_averages().table(sort_by=f"self_{where}_time_total", row_limit=12,
+                                            max_name_column_width=48)
         print(f"{'with' if use else 'without'} these kernels, loss {loss:.4f}\n{table}")
 
 
