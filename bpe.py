@@ -1006,32 +1006,32 @@ class Tokenizer:
         """Merge the bytes of one pre-token: of all pairs that can be merged the one of the
         lowest rank first, of several such the leftmost. str -> list of ids
 
-        A heap holds the pairs (rank, position of the left one), two lists say where the next and
-        the previous token begin: n log n for n bytes.
+        A heap holds the pairs that can be merged, as (rank, position of the left one); two lists
+        say where the next and the previous token begin: n log n for n bytes.
         """
         if pretoken in self._cache:
             return self._cache[pretoken]
-        raw, rank = pretoken.encode("utf-8"), self._rank.get
+        raw, rank, heap = pretoken.encode("utf-8"), self._rank.get, []
         ids = [i for i in map(self._byte_id.__getitem__, raw) if i >= 0]
         if self.ignore_merges and raw in self._id:
             ids = [self._id[raw]]
-        end = len(ids)
-        after, before = list(range(1, end + 1)), list(range(-1, end - 1))
-        heap = [(rank(pair), i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in self._rank]
-        heapq.heapify(heap)
+        after, before = list(range(1, len(ids) + 1)), list(range(-1, len(ids)))
+        ids.append(None)  # None stands for the end, and for what was merged into the one before
+
+        def push(i):
+            if i >= 0 and (r := rank((ids[i], ids[after[i]]))) is not None:
+                heapq.heappush(heap, (r, i))
+
+        for i in range(len(ids) - 1):
+            push(i)
         while heap:
             lowest, i = heapq.heappop(heap)
-            j = after[i]
-            if ids[i] is None or j == end or rank((ids[i], ids[j])) != lowest:
-                continue  # one of the two was merged with something else meanwhile
-            ids[i], ids[j] = self._merged[lowest], None
-            after[i] = k = after[j]
-            if k < end:
-                before[k] = i
-                if (r := rank((ids[i], ids[k]))) is not None:
-                    heapq.heappush(heap, (r, i))
-            if (h := before[i]) >= 0 and (r := rank((ids[h], ids[i]))) is not None:
-                heapq.heappush(heap, (r, h))
+            if ids[i] is not None and rank((ids[i], ids[j := after[i]])) == lowest:
+                ids[i], ids[j] = self._merged[lowest], None
+                after[i] = after[j]
+                before[after[j]] = i
+                push(i)
+                push(before[i])
         ids = [i for i in ids if i is not None]
         if len(pretoken) < 64:
             if len(self._cache) >= MAX_WORDS:
@@ -1069,7 +1069,7 @@ class Tokenizer:
         rank = np.full(len(ids), never)  # of the merge of the token at this place with the next
         at, done = np.arange(len(ids) - 1), [(word[:0], ids[:0])]
         while len(ids):
-            at = at[word[at] == word[at + 1]]
+            at = at[word[at] == word[at + 1]]  # where a pair begins that is new
             pair = ids[at] << 32 | ids[at + 1]
             place = np.searchsorted(pairs, pair)
             rank[at] = np.where(pairs[place] == pair, ranks[place], never)
@@ -1084,7 +1084,7 @@ class Tokenizer:
             going[hit + 1] = False  # from here on: what stays
             hit = (np.cumsum(going) - 1)[hit]
             ids, word, rank = ids[going], word[going], rank[going]
-            at = np.concatenate((hit, hit - 1))  # the new tokens and those before have new ranks
+            at = np.concatenate((hit, hit - 1))
             at = at[(at >= 0) & (at + 1 < len(ids))]
         word, ids = map(np.concatenate, zip(*done))
         return ids[np.argsort(word, kind="stable")], np.bincount(word, minlength=len(words))
