@@ -1145,22 +1145,6 @@ LARGE = {
     "integers": [(1, 4096, 14336), (16, 4096, 14336)]}
 
 
-def measured(f, inputs, backward):
-    """-> milliseconds, and bytes of memory at the peak, of f(*inputs) or of both passes."""
-    def run():
-        y = f(*inputs)
-        if backward:
-            y.backward(torch.ones_like(y))
-            for x in inputs:
-                x.grad = None
-
-    run()  # compiles, and tries settings
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return triton.testing.do_bench(run), torch.cuda.max_memory_allocated() - before
-
-
 def bench():
     """Print what each kernel has to move and to compute and, on a GPU, how fast it does."""
     try:
@@ -1194,14 +1178,23 @@ def bench():
                 more = {"eps": 1e-5} if name == "rms_norm" else {}
                 contestants["liger"] = functools.partial(getattr(liger, "liger_" + name), **more)
             for contestant, f in contestants.items():
+                def run(f=f, inputs=inputs, backward=which != "forward"):
+                    y = f(*inputs)
+                    if backward:
+                        torch.autograd.grad(y, inputs, torch.ones_like(y))
                 try:
-                    ms, peak = measured(f, inputs, which != "forward")
+                    run()  # compiles, and tries settings
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    run()
+                    peak = torch.cuda.max_memory_allocated() - before
+                    ms = triton.testing.do_bench(run)
                 except torch.OutOfMemoryError:
                     print(f"    {contestant:10}out of memory")
                     continue
+                best = max(b / memory, n / compute) * 1e3
                 print(f"    {contestant:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s"
-                      f"{n / ms / 1e9:7.0f} TFLOP/s"
-                      f"{max(b / memory, n / compute) * 1e3 / ms:6.0%} of the roofline"
+                      f"{n / ms / 1e9:7.0f} TFLOP/s{best / ms:6.0%} of the roofline"
                       f"{peak / 1e6:9,.0f} MB at the peak", flush=True)
 
 
@@ -1308,7 +1301,8 @@ def ptx():
                 tool = os.path.join(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
                 said = subprocess.check_output([tool, "-res-usage", file.name], text=True)
             registers, stack = (re.search(name + r":(\d+)", said)[1] for name in ("REG", "STACK"))
-            cores = re.search(r"wgmma(?=\.mma)|mma(?=\.sync)|$", built.asm["ptx"])[0] or "-"
+            code = built.asm["ptx"]
+            cores = "wgmma" if "wgmma.mma" in code else "mma" if "mma.sync" in code else "-"
             shown = [f"{k}={v}" for k, v in known.items() if k in ("D", "BM", "BN", "BK", "BLOCK")]
             shown += [f"warps={setting.num_warps}", *types.values()]
             print(f"{fn.__name__:26}{' '.join(shown):36}{registers:>10}{stack:>9}"
