@@ -62,13 +62,18 @@ from model import (Transformer, TransformerConfig, chat_stops, chat_template, en
 # Data: files of rows, rows to messages, messages to ids.
 
 
+def open_text(path):
+    """A file of text, or of compressed text, to read."""
+    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+
+
 def read_rows(path):
     """Rows of a .jsonl file, or of a .json file that is a list -> list of (where, dict), `where`
     naming file and line for error messages. Raises ValueError for malformed ones, or OSError."""
     whole = path.removesuffix(".gz").endswith(".json")
     rows, where = [], path if whole else f"{path}, line 1"
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, row in enumerate(json.load(file) if whole else file, 1):
                 where = f"{path}, {'row' if whole else 'line'} {number}"
                 if whole or row.strip():
@@ -1397,8 +1402,8 @@ class Run:
         return norm
 
     def save(self, step, rows):
-        """log.csv, then ckpt.pt, which model.py chats with and --resume goes on from: a run that is
-        killed between the two has rows too many, which --resume leaves out."""
+        """log.csv, then ckpt.pt, which model.py chats with and --resume goes on from. A run that
+        is killed between the two has rows too many, which --resume leaves out."""
         with replacing(os.path.join(self.args.out_dir, "log.csv")) as file:
             names = dict.fromkeys(name for row in rows for name in row)
             writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
@@ -1995,21 +2000,19 @@ def read_item(task, row, where):
     lm-evaluation-harness (Gao et al. 2021). Raises ValueError for rows without what they need."""
     label, more = row.get("label"), {}
     if task == "mmlu":
-        *texts, letter = row["cells"]
-        if len(texts) != 5 or letter not in tuple("ABCD"):
+        cells, texts = row["cells"], list("ABCD")
+        if len(cells) != 6 or cells[5] not in texts:
             raise ValueError(f"{where}: it needs a question, four choices, and one of A to D, not "
-                             f"{str(row['cells'])[:80]}")
-        context, texts, label = lettered(texts[0].strip(), texts[1:]), list("ABCD"), "ABCD".index(
-            letter)
+                             f"{str(cells)[:80]}")
+        context, label = lettered(cells[0].strip(), cells[1:5]), texts.index(cells[5])
         more = {"header": "The following are multiple choice questions (with answers) about "
                           f"{row['subject'].replace('_', ' ')}.\n\n"}
     elif task in ("arc", "arithmetic") and "choices" in row:
         choices = field(row, where, "choices", kind=dict)
-        texts, labels = choices.get("text"), choices.get("label")
-        if type(texts) is not list or type(labels) is not list or len(texts) != len(labels) or \
-                not all(type(t) is str for t in texts) or row.get("answerKey") not in labels:
-            raise ValueError(f"{where}: choices needs text and label, lists of one length, and "
-                             "answerKey one of the labels")
+        texts, labels = (field(choices, where, name, kind=list) for name in ("text", "label"))
+        if len(texts) != len(labels) or row.get("answerKey") not in labels or \
+                not all(type(text) is str for text in texts):
+            raise ValueError(f"{where}: it needs as many labels as texts, and one as answerKey")
         context = f"Question: {field(row, where, 'question')}\nAnswer:"
         label = labels.index(row["answerKey"])
     elif task == "piqa":
@@ -2035,12 +2038,10 @@ def read_item(task, row, where):
         return {"context": field(row, where, "prompt"), "problem": row, "target": ""}
     else:  # gsm8k, and problems of `synth`
         answer = field(row, where, "answer")
-        problem = {"answer": answer.split("####")[-1].strip()}
-        if "prompt" in row:
-            return {"context": field(row, where, "prompt"), "target": answer, "problem": problem}
-        question = field(row, where, "question", "problem", "prompt")
-        return {"context": f"Question: {question}\nAnswer:", "target": " " + answer,
-                "problem": problem}
+        question = field(row, where, "prompt", "question", "problem")
+        item = {"context": question, "target": answer} if "prompt" in row else {
+            "context": f"Question: {question}\nAnswer:", "target": " " + answer}
+        return item | {"problem": {"answer": answer.split("####")[-1].strip()}}
     if type(label) is not int or not 0 <= label < len(texts):
         raise ValueError(f"{where}: label must be one of the choices' numbers, not {label!r}")
     return {"context": context, "choices": texts, "label": label,
@@ -2182,8 +2183,7 @@ def evaluate_text(model, tokenizer, args):
     if args.data.removesuffix(".gz").endswith((".jsonl", ".json")):
         texts = [field(row, where, "text") for where, row in read_rows(args.data)]
     else:
-        reader = gzip.open if args.data.endswith(".gz") else open
-        with reader(args.data, "rt", encoding="utf-8") as file:
+        with open_text(args.data) as file:
             texts = file.read().split("<|endoftext|>")
     texts = [text for text in texts if text.strip()][: args.limit]
     requests, T = [], model.config.block_size
@@ -2331,64 +2331,63 @@ def number(kind, low, high=math.inf):
     return read
 
 
+COUNT, NATURAL, REAL = number(int, 1), number(int, 0), number(float, 0)
 FLAGS = {  # of the commands below: what they are read with, their default, their meaning
     "ckpt": (str, None, "checkpoint to use"),
-    "template": (("raw", "alpaca", "chatml", "llama3", "llama2", "plain"), None, "of a chat "
-                 "(default: the checkpoint's, or raw: nothing but the text)"),
+    "template": (("raw", "alpaca", "chatml", "llama3", "llama2", "plain"), None,
+                 "of a chat (default: the checkpoint's, or raw: nothing but the text)"),
     "device": (str, "auto", "auto, cpu, cuda, mps"),
     "seed": (int, 1337, "of all that is drawn"),
     "data": (str, None, "file of rows, .jsonl or .json, also .gz; for eval as it was published"),
-    "limit": (number(int, 1), None, "only the first rows of it"),
+    "limit": (COUNT, None, "only the first rows of it"),
     "out": (str, None, "file to write; for judge and eval: to keep what is done, to be taken up"),
-    "batch_size": (number(int, 1), 16, "rows of a step of training, or texts at a time"),
+    "batch_size": (COUNT, 16, "rows of a step of training, or texts at a time"),
 
     "val_data": (str, None, "held-out rows, measured as it learns"),
     "out_dir": (str, None, "folder for checkpoints and log.csv"),
-    "resume": (bool, False, "go on with out_dir/ckpt.pt, with the flags of its run where none are "
-               "given"),
-    "max_iters": (number(int, 1), 200, "steps"),
-    "gradient_accumulation_steps": (number(int, 1), 1, "parts that a batch is computed in"),
-    "learning_rate": (number(float, 0), 1e-5, "the highest"),
-    "warmup_iters": (number(int, 0), 0, "steps to get there"),
+    "resume": (bool, False, "go on with out_dir/ckpt.pt, and the flags of its run"),
+    "max_iters": (COUNT, 200, "steps"),
+    "gradient_accumulation_steps": (COUNT, 1, "parts that a batch is computed in"),
+    "learning_rate": (REAL, 1e-5, "the highest"),
+    "warmup_iters": (NATURAL, 0, "steps to get there"),
     "schedule": (("constant", "cosine"), "constant", "from there to the end"),
     "optimizer": (("adamw", "muon", "sgd"), "adamw", "muon: of hidden matrices, the rest adamw"),
-    "weight_decay": (number(float, 0), 0.0, "of matrices, times the learning rate in each step"),
-    "grad_clip": (number(float, 0), 1.0, "largest norm of the gradient; 0: any"),
-    "eval_interval": (number(int, 1), 50, "steps between evaluations, and between checkpoints"),
-    "log_interval": (number(int, 1), 10, "steps between lines on the terminal"),
+    "weight_decay": (REAL, 0.0, "of matrices, times the learning rate in each step"),
+    "grad_clip": (REAL, 1.0, "largest norm of the gradient; 0: any"),
+    "eval_interval": (COUNT, 50, "steps between evaluations, and between checkpoints"),
+    "log_interval": (COUNT, 10, "steps between lines on the terminal"),
     "dtype": (("float32", "bfloat16"), "float32", "of matrix products"),
     "no_packing": (bool, False, "one text to a row, filled up"),
-    "beta": (number(float, 0), 0.1, "how near to stay to the reference"),
+    "beta": (REAL, 0.1, "how near to stay to the reference"),
 
     "algorithm": (ALGORITHMS, "grpo", "of reinforcement learning"),
-    "prompts_per_step": (number(int, 1), 16, "prompts in a batch"),
-    "group_size": (number(int, 1), 8, "responses to each prompt"),
-    "epochs": (number(int, 1), 1, "passes over each batch"),
-    "minibatches": (number(int, 1), 1, "updates in a pass"),
-    "micro_batch": (number(int, 1), 1024, "responses whose gradient is computed at a time; does "
-                    "not change the result"),
-    "clip": (number(float, 0), 0.2, "of ratios, below and above 1"),
-    "clip_high": (number(float, 0), None, "above 1 (default: as --clip; dapo 0.28)"),
+    "prompts_per_step": (COUNT, 16, "prompts in a batch"),
+    "group_size": (COUNT, 8, "responses to each prompt"),
+    "epochs": (COUNT, 1, "passes over each batch"),
+    "minibatches": (COUNT, 1, "updates in a pass"),
+    "micro_batch": (COUNT, 1024, "responses computed at a time; does not change the result"),
+    "clip": (REAL, 0.2, "of ratios, below and above 1"),
+    "clip_high": (REAL, None, "above 1 (default: as --clip; dapo 0.28)"),
     "no_clip": (bool, False, "grpo and its variants without clipping"),
-    "kl": (number(float, 0), 0.0, "weight of the distance from --ckpt"),
+    "kl": (REAL, 0.0, "weight of the distance from --ckpt"),
     "gamma": (number(float, 0, 1), 1.0, "ppo: discount"),
     "lam": (number(float, 0, 1), 0.95, "ppo: lambda of GAE"),
-    "value_weight": (number(float, 0), 0.1, "ppo: weight of the critic's loss"),
+    "value_weight": (REAL, 0.1, "ppo: weight of the critic's loss"),
     "reward_model": (str, None, "checkpoint whose score takes the place of a verifier's"),
-    "show": (number(int, 0), 3, "responses printed at evaluations"),
-    "max_new_tokens": (number(int, 1), 256, "tokens of a response, at most"),
-    "temperature": (number(float, 0), 1.0, "that logits are divided by"),
+    "show": (NATURAL, 3, "responses printed at evaluations"),
+    "max_new_tokens": (COUNT, 256, "tokens of a response, at most"),
+    "temperature": (REAL, 1.0, "that logits are divided by"),
 
-    "seeds": (number(int, 1), 5, "how many runs"),
+    "seeds": (COUNT, 5, "how many runs"),
     "kind": (("addition", "arithmetic", "word"), "arithmetic", "of problems"),
-    "level": (number(int, 1), 2, "digits, operations, or steps"),
-    "n": (number(int, 1), 1000, "problems"),
-    "samples": (number(int, 1), 1, "responses to each; for eval pass@k and a vote; 1: greedy"),
+    "level": (COUNT, 2, "digits, operations, or steps"),
+    "n": (COUNT, 1000, "problems"),
+    "samples": (COUNT, 1, "responses to each; for eval pass@k and a vote; 1: greedy"),
     "pairs": (bool, False, "write chosen and rejected responses, by the verifier"),
     "judge": (str, None, "checkpoint by whose judgement to write pairs"),
     "task": (("ppl", "mmlu", "arc", "hellaswag", "piqa", "gsm8k", "arithmetic", "ifeval"), None,
              "what to measure"),
-    "fewshot": (number(int, 0), 0, "solved examples before each"),
+    "fewshot": (NATURAL, 0, "solved examples before each"),
     "fewshot_data": (str, None, "where they are (default: --data)"),
     "cot": (bool, False, "ask to think step by step; choices are then answered, not scored"),
     "chat": (bool, False, "put the question in the chat template"),
@@ -2409,13 +2408,13 @@ COMMANDS = {  # what runs, what it does, its flags (!: required), their defaults
            "prompts_per_step group_size max_new_tokens temperature epochs minibatches micro_batch "
            "clip clip_high no_clip kl gamma lam value_weight reward_model show",
            {"max_iters": 100}),
-    "synth": (run_synth, "problems with answers; with --ckpt, verified responses to --data, or "
-              "pairs", "out! kind level n ckpt template device seed data limit samples pairs judge "
+    "synth": (run_synth, "problems; with --ckpt, verified responses to those in --data, or pairs",
+              MODEL.replace("!", "") + "out! kind level n data limit samples pairs judge "
               "batch_size max_new_tokens temperature", {"samples": 4, "batch_size": 64}),
     "judge": (run_judge, "a checkpoint compares the two answers of pairs, in both orders",
               MODEL + "data! limit out", {}),
-    "eval": (run_eval, "measure a checkpoint", MODEL + "task! data! limit fewshot fewshot_data cot "
-             "chat samples max_new_tokens temperature batch_size out", {"temperature": 0.7}),
+    "eval": (run_eval, "measure a checkpoint", MODEL + "task! data! limit fewshot fewshot_data "
+             "cot chat samples max_new_tokens temperature batch_size out", {"temperature": 0.7}),
 }
 
 
@@ -2435,11 +2434,14 @@ def build_parser():
     for command, (_, text, flags, defaults) in COMMANDS.items():
         p = commands.add_parser(command, help=text, description=text, formatter_class=Help)
         for flag in flags.split():
-            kind, default, meaning = FLAGS[flag.rstrip("!")]
-            how = {"action": "store_true"} if kind is bool else {"type": kind} \
-                if callable(kind) else {"choices": kind}
-            p.add_argument("--" + flag.rstrip("!"), required=flag.endswith("!"), default=default,
-                           help=meaning, **how)
+            name, required = flag.rstrip("!"), flag.endswith("!")
+            kind, default, meaning = FLAGS[name]
+            if kind is bool:
+                p.add_argument(f"--{name}", action="store_true", help=meaning)
+            else:
+                how = {"choices": kind} if type(kind) is tuple else {"type": kind}
+                p.add_argument(f"--{name}", default=default, required=required, help=meaning,
+                               **how)
         p.set_defaults(**defaults)
     return parser
 

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 
@@ -86,9 +85,8 @@ def batch(B=6, T=9):
 def test_masked_reductions():
     x = torch.arange(6.0).view(2, 3)
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
-    assert (
-        A.masked_sum(x, mask).item() == 2 and A.masked_sum(x, mask, normalize_constant=4.0) == 0.5
-    )
+    assert A.masked_sum(x, mask).item() == 2
+    assert A.masked_sum(x, mask, normalize_constant=4.0) == 0.5
     assert A.masked_mean(x, mask).item() == 1
     assert A.masked_mean(x, mask, 1).tolist() == [1, 0]  # not NaN where nothing counts
     assert A.masked_mean(x, mask, dim=0).tolist() == [0, 0, 2]
@@ -218,8 +216,7 @@ def test_losses_do_not_mind_what_is_masked():
     wild = old.masked_fill(~mask, -1e30)
     for loss in (
         A.grpo_loss(new, wild, torch.ones(6), mask),
-        A.ppo_loss(new, wild, torch.ones(6, 9), mask),
-    ):
+        A.ppo_loss(new, wild, torch.ones(6, 9), mask)):
         assert math.isfinite(loss.item())
         assert torch.autograd.grad(loss, new, retain_graph=True)[0].isfinite().all()
     nothing = torch.zeros_like(mask)
@@ -356,15 +353,9 @@ def test_pack_sequences_by_hand():
     assert A.pack_sequences([], 4)["labels"].shape == (0, 4)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"position": "learned"},
-        {"attention": "sliding,full", "window": 3, "n_layer": 4},
-        {"n_head": 4, "n_kv_head": 2, "norm_place": "post", "position": "sinusoidal"},
-    ],
-)
+@pytest.mark.parametrize("more", [
+    {}, {"position": "learned"}, {"attention": "sliding,full", "window": 3, "n_layer": 4},
+    {"n_head": 4, "n_kv_head": 2, "norm_place": "post", "position": "sinusoidal"}])
 def test_packed_losses_equal_unpacked_ones(more):
     model = tiny(**more)
     rng = random.Random(1)
@@ -418,21 +409,17 @@ def test_what_people_write_is_no_special_token():
         template,
         [
             {"role": "user", "content": "a<|endoftext|>"},
-            {"role": "assistant", "content": "b<|endoftext|>"},
-        ],
+            {"role": "assistant", "content": "b<|endoftext|>"}],
     )
     assert ids.count(tokenizer.eot_id) == 1 and ids[-1] == tokenizer.eot_id and mask[-1]
 
 
 def test_formats_of_data(tmp_path):
     rows = [
-        {"prompt": "p", "response": "r"},
-        {"instruction": "i", "input": "x", "output": "o"},
-        {"instruction": "i", "input": "", "output": "o"},
-        {"prompt": "p", "response": " "},
+        {"prompt": "p", "response": "r"}, {"instruction": "i", "input": "x", "output": "o"},
+        {"instruction": "i", "input": "", "output": "o"}, {"prompt": "p", "response": " "},
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
-        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
-    ]
+        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}]
     chats, empty = A.read_conversations(str(write(tmp_path / "a.jsonl", rows)))
     said = [[m["content"] for m in chat] for chat in chats]
     assert empty == 1 and said == [["p", "r"], ["i\n\nx", "o"], ["i", "o"], ["u", "a"], ["u", "a"]]
@@ -443,50 +430,32 @@ def test_formats_of_data(tmp_path):
     pairs = [
         {"prompt": "p", "chosen": "c", "rejected": "r"},
         {"chosen": human + "good", "rejected": human + "bad"},
-        {
-            "conversations": [{"from": "human", "value": "u"}],
-            "chosen": {"from": "gpt", "value": "c"},
-            "rejected": {"from": "gpt", "value": "r"},
-        },
+        {"conversations": [{"from": "human", "value": "u"}], "chosen":
+         {"from": "gpt", "value": "c"}, "rejected": {"from": "gpt", "value": "r"}},
         {"prompt": "p", "chosen": "c", "rejected": "c"},
-        {
-            "chosen": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "c"}],
-            "rejected": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "r"}],
-        },
-    ]
+        {"chosen": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "c"}],
+         "rejected": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "r"}]}]
     with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in pairs)
     read, useless = A.read_pairs(str(tmp_path / "p.jsonl.gz"))
     assert useless == 1
     assert [([m["content"] for m in p], c, r) for p, c, r in read] == [
-        (["p"], "c", "r"),
-        (["hi", "yes?", "ok"], "good", "bad"),
-        (["u"], "c", "r"),
-        (["u"], "c", "r"),
-    ]
+        (["p"], "c", "r"), (["hi", "yes?", "ok"], "good", "bad"), (["u"], "c", "r"),
+        (["u"], "c", "r")]
     rows = [{"question": "q", "answer": "so 1+1\n#### 2"}, {"problem": "q", "answer": 3}]
     problems = A.read_problems(str(write(tmp_path / "g.jsonl", rows)))
     assert [p["answer"] for p in problems] == ["2", "3"]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (
-            '{"prompt": "a", "response": "b"}\n{"prompt": 3, "response": "b"}',
-            "line 2: prompt must be of type str",
-        ),
-        ('{"prompt": "a", "response": "b"}\n\n{"prompt": ', "line 3"),
-        ("[1]\n", "line 1: a row must be an object"),
-        ('{"prompt": "a"}', "line 1: it has none of the fields response"),
-        ("", "holds no rows"),
-        ('{"messages": [{"role": "nobody", "content": "x"}]}', "role"),
-        ('{"messages": [3]}', "line 1"),
-        ("[" * 100_000, "line 1"),
-        ("\x00\n", "line 1"),
-        ('{"messages": []}', "no row with a response"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ('{"prompt": "a", "response": "b"}\n{"prompt": 3, "response": "b"}',
+     "line 2: prompt must be of type str"),
+    ('{"prompt": "a", "response": "b"}\n\n{"prompt": ', "line 3"),
+    ("[1]\n", "line 1: a row must be an object"),
+    ('{"prompt": "a"}', "line 1: it has none of the fields response"), ("", "holds no rows"),
+    ('{"messages": [{"role": "nobody", "content": "x"}]}', "role"),
+    ('{"messages": [3]}', "line 1"), ("[" * 100_000, "line 1"), ("\x00\n", "line 1"),
+    ('{"messages": []}', "no row with a response")])
 def test_malformed_data_is_reported_with_its_line(tmp_path, base, capsys, text, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
@@ -507,43 +476,31 @@ def test_binary_and_truncated_files(tmp_path, base, capsys):
 # ---- verifiers
 
 
-@pytest.mark.parametrize("answer, truth", [("1/2", "0.5"), (r"\frac{1}{2}", "0.5"),
-                                           (r"The answer is \boxed{\dfrac12}.", "1/2"),
-                                           ("1,234", "1234"), ("$1,234.00", "1234"),
-                                           ("50%", "0.5"), (r"50\%", "50"), ("(1, 2)", "(1,2)"),
-                                           ("2x+3", "3+2x"),
-                                           (r"\frac{\sqrt{2}}{2}", r"1/\sqrt{2}"), ("x = 5", "5"),
-                                           ("5 apples", "5"), ("she has 18 left.\n#### 18", "18"),
-                                           ("-3", "-3.0"), ("1e5", "100000"),
-                                           (r"1.5\times 10^{3}", "1500"), (r"\{1,2\}", r"\{2,1\}"),
-                                           (r"\text{Yes}", "Yes"), (r"3\frac{1}{2}", "3.5"),
-                                           ("The answer is 42.", "42"), ("10^{10}", "10000000000"),
-                                           (r"90^\circ", "90"),
-                                           ("Tom has 5 and 7, total 12.", "12"), (" 007", "7"),
-                                           ("1{,}000", "1000"),
-                                           (r"first \boxed{1}, then \boxed{\frac{3}{4}}", "0.75"),
-                                           ("<answer>7</answer>", "7"), ("**Answer: 12**", "12"),
-                                           (r"\left( 1, \frac{1}{2} \right)", "(1, 0.5)"),
-                                           ("3 + 4 = 7", "7"), ("It costs $1,250.", "1250"),
-                                           ("−5", "-5"), ("The answer is 5 dollars per day", "5"),
-                                           ("so 72", "it is\n#### 72"), ("12\n", "12"),
-                                           (r"2\pi", r"\pi 2")])
+@pytest.mark.parametrize("answer, truth", [
+    ("1/2", "0.5"), (r"\frac{1}{2}", "0.5"), (r"The answer is \boxed{\dfrac12}.", "1/2"),
+    ("1,234", "1234"), ("$1,234.00", "1234"), ("50%", "0.5"), (r"50\%", "50"), ("(1, 2)", "(1,2)"),
+    ("2x+3", "3+2x"), (r"\frac{\sqrt{2}}{2}", r"1/\sqrt{2}"), ("x = 5", "5"), ("5 apples", "5"),
+    ("she has 18 left.\n#### 18", "18"), ("-3", "-3.0"), ("1e5", "100000"),
+    (r"1.5\times 10^{3}", "1500"), (r"\{1,2\}", r"\{2,1\}"), (r"\text{Yes}", "Yes"),
+    (r"3\frac{1}{2}", "3.5"), ("The answer is 42.", "42"), ("10^{10}", "10000000000"),
+    (r"90^\circ", "90"), ("Tom has 5 and 7, total 12.", "12"), (" 007", "7"), ("1{,}000", "1000"),
+    (r"first \boxed{1}, then \boxed{\frac{3}{4}}", "0.75"), ("<answer>7</answer>", "7"),
+    ("**Answer: 12**", "12"), (r"\left( 1, \frac{1}{2} \right)", "(1, 0.5)"), ("3 + 4 = 7", "7"),
+    ("It costs $1,250.", "1250"), ("−5", "-5"), ("The answer is 5 dollars per day", "5"),
+    ("so 72", "it is\n#### 72"), ("12\n", "12"), (r"2\pi", r"\pi 2")])
 def test_equal_answers(answer, truth):
     assert A.grade_math(answer, truth)
 
 
-@pytest.mark.parametrize("answer, truth", [("9^9^9^9", "1"), ("2", "3"), ("10**10**10", "1"),
-                                           ("", "5"), ("", ""), ("0.333", "1/3"), ("18 19", "18"),
-                                           (r"\boxed{5", "6"), ("1/0", "0"), ("dog", "god"),
-                                           ("9" * 5000, "9"), ("0^{-1}", "0"),
-                                           ("1e999999999", "1"), ("(-1)^{0.5}", "1"), ("A", "B"),
-                                           ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"),
-                                           (r"\boxed{18} no, \boxed{17}", "18"), ("{" * 900, "1"),
-                                           ("-" * 900, "1"), (r"\boxed{" * 3000, "1"),
-                                           ("\\sqrt{" * 150 + "}" * 150, "1"),
-                                           ("__import__('os').system('id')", "0"), ("nan", "1"),
-                                           ("inf", "1"), ("1" + "0" * 900 + "^" + "9" * 90, "1"),
-                                           ("(((2^60)^60)^60)^60", "1"), (None, "1"), ("5", None)])
+@pytest.mark.parametrize("answer, truth", [
+    ("9^9^9^9", "1"), ("2", "3"), ("10**10**10", "1"), ("", "5"), ("", ""), ("0.333", "1/3"),
+    ("18 19", "18"), (r"\boxed{5", "6"), ("1/0", "0"), ("dog", "god"), ("9" * 5000, "9"),
+    ("0^{-1}", "0"), ("1e999999999", "1"), ("(-1)^{0.5}", "1"), ("A", "B"), ("(1,2)", "(2,1)"),
+    ("[1,2]", "(1,2)"), (r"\boxed{18} no, \boxed{17}", "18"), ("{" * 900, "1"), ("-" * 900, "1"),
+    (r"\boxed{" * 3000, "1"), ("\\sqrt{" * 150 + "}" * 150, "1"),
+    ("__import__('os').system('id')", "0"), ("nan", "1"), ("inf", "1"),
+    ("1" + "0" * 900 + "^" + "9" * 90, "1"), ("(((2^60)^60)^60)^60", "1"), (None, "1"),
+    ("5", None), ("10^{400}", r"\pi"), ("5", r"\boxed{")])
 def test_unequal_or_hostile_answers(answer, truth):
     begin = time.perf_counter()
     assert A.grade_math(answer, truth) is False
@@ -553,30 +510,18 @@ def test_unequal_or_hostile_answers(answer, truth):
 def test_extract_answer():
     assert A.extract_answer(r"so \boxed{\frac{1}{2}} it is 3") == r"\frac{1}{2}"
     assert A.extract_answer("a 5, b 6 ate 2.") == "2" and A.extract_answer("nothing") is None
-    assert (A.extract_answer("Thus 12.5%.") == "12.5%" and A.extract_answer("cost: $1,200.50") ==
-            "$1,200.50")
+    assert A.extract_answer("Thus 12.5%.") == "12.5%"
+    assert A.extract_answer("cost: $1,200.50") == "$1,200.50"
     assert A.extract_answer("x <answer> 4 </answer> y 5") == "4"
-    assert (A.extract_answer("the answer is 7. Then 8") == "7" and
-            A.extract_answer("work 1\n#### -3") == "-3")
+    assert A.extract_answer("the answer is 7. Then 8") == "7"
+    assert A.extract_answer("work 1\n#### -3") == "-3"
 
 
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("The answer is (B).", "B"),
-        ("B", "B"),
-        ("(C) because", "C"),
-        ("D. photosynthesis", "D"),
-        ("A dog ran", "A"),
-        ("I think A or B", None),
-        ("it must be C", "C"),
-        (r"\boxed{D}", "D"),
-        ("E", None),
-        ("", None),
-        ("First A seems right, but the correct answer is B", "B"),
-        ("answer: C", "C"),
-    ],
-)
+@pytest.mark.parametrize("text, letter", [
+    ("The answer is (B).", "B"), ("B", "B"), ("(C) because", "C"), ("D. photosynthesis", "D"),
+    ("A dog ran", "A"), ("I think A or B", None), ("it must be C", "C"), (r"\boxed{D}", "D"),
+    ("E", None), ("", None), ("First A seems right, but the correct answer is B", "B"),
+    ("answer: C", "C")])
 def test_choices(text, letter):
     assert A.find_choice(text) == letter
     assert A.grade_choice(text, "B") is (letter == "B")
@@ -584,88 +529,50 @@ def test_choices(text, letter):
 
 CONSTRAINT_CASES = [
     ("keywords:existence", {"keywords": ["cat", "Dog"]}, "a dog and a CAT", "a dog"),
-    (
-        "keywords:frequency",
-        {"keyword": "the", "frequency": 2, "relation": "at least"},
-        "The the",
-        "the",
-    ),
-    ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "category", "a Cat."),
-    (
-        "keywords:letter_frequency",
-        {"letter": "a", "let_frequency": 2, "let_relation": "less than"},
-        "bA",
-        "banana",
-    ),
-    (
-        "length_constraints:number_sentences",
-        {"num_sentences": 2, "relation": "at least"},
-        "One. Two!",
-        "One",
-    ),
-    (
-        "length_constraints:number_words",
-        {"num_words": 3, "relation": "less than"},
-        "two words",
-        "now three words",
-    ),
+    ("keywords:frequency", {"keyword": "the", "frequency": 2, "relation": "at least"}, "The the",
+     "the"), ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "category", "a Cat."),
+    ("keywords:letter_frequency", {"letter": "a", "let_frequency": 2, "let_relation": "less than"},
+     "bA", "banana"),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"},
+     "One. Two!", "One"),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "two words",
+     "now three words"),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n\nb"),
-    (
-        "length_constraints:nth_paragraph_first_word",
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "hello"},
-        "a\n\nHello, b",
-        "hello\n\nb",
-    ),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "hello"}, "a\n\nHello, b",
+     "hello\n\nb"),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a]"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "x\nP.S. y", "x"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a"),
     ("detectable_format:constrained_response", {}, "My answer is yes.", "yes"),
-    (
-        "detectable_format:number_highlighted_sections",
-        {"num_highlights": 2},
-        "*a* and **b**",
-        "*a*",
-    ),
-    (
-        "detectable_format:multiple_sections",
-        {"section_spliter": "SECTION", "num_sections": 2},
-        "SECTION 1 a SECTION 2 b",
-        "SECTION 1",
-    ),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and **b**",
+     "*a*"),
+    ("detectable_format:multiple_sections", {"section_spliter": "SECTION", "num_sections": 2},
+     "SECTION 1 a SECTION 2 b", "SECTION 1"),
     ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{a: 1}"),
     ("detectable_format:title", {}, "<<joy>> x", "<< >> x"),
     ("combination:two_responses", {}, "a******b", "a******a"),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say it"}, "say it\nx", "x"),
     ("startend:end_checker", {"end_phrase": "The end."}, 'x the end."', "the end. x"),
     ("startend:quotation", {}, '"x"', 'x"'),
-    (
-        "change_case:capital_word_frequency",
-        {"capital_frequency": 1, "capital_relation": "at least"},
-        "I AM",
-        "no",
-    ),
+    ("change_case:capital_word_frequency",
+     {"capital_frequency": 1, "capital_relation": "at least"}, "I AM", "no"),
     ("change_case:english_capital", {}, "ABC 1", "ABc"),
     ("change_case:english_lowercase", {}, "abc", "Abc"),
-    ("punctuation:no_comma", {}, "a b", "a, b"),
-]
+    ("punctuation:no_comma", {}, "a b", "a, b")]
 
 
 @pytest.mark.parametrize("name, arguments, good, bad", CONSTRAINT_CASES)
 def test_constraints(name, arguments, good, bad):
-    assert A.check_constraint(name, arguments, good) and not A.check_constraint(
-        name, arguments, bad
-    )
-    assert not A.check_constraint(name, arguments, " ")
+    assert A.check_constraint(name, arguments, good)
+    assert not any(A.check_constraint(name, arguments, text) for text in (bad, " "))
 
 
 def test_constraints_are_complete_and_checked():
     assert {name for name, *_ in CONSTRAINT_CASES} == set(A.CONSTRAINTS)
     assert A.check_constraint("punctuation:no_comma", {}, "Sure, here:\nno comma", loose=True)
-    for name, arguments in (
-        ("no:such", {}),
-        ("keywords:existence", {}),
-        ("keywords:existence", {"keywords": 3}),
-    ):
+    for name, arguments in (("no:such", {}), ("keywords:existence", {}),
+                            ("keywords:existence", {"keywords": 3})):
         with pytest.raises(ValueError, match=name):
             A.check_constraint(name, arguments, "x")
 
@@ -674,21 +581,15 @@ def test_code_that_is_right_passes():
     for code, tests in (
         ("def f(x): return x + 1", ["assert f(1) == 2", "assert f(x=2) == 3"]),
         ("def f(a): a.sort()", "a = [3, 1]\nf(a)\nassert a == [1, 3]"),
-        (
-            "class S:\n    def __init__(self): self.x = []\n"
-            "    def push(self, a): self.x.append(a)\n"
-            "    def __len__(self): return len(self.x)",
-            "s = S()\ns.push(3)\nassert len(s) == 1 and s.x == [3]",
-        ),
-        (
-            "import math\nfrom collections import Counter\ndef g(n):\n    yield from range(n)\n"
-            "def f(s): return Counter(s)\ndef h(x):\n    if x < 0: raise ValueError('no')\n"
-            "    return x / 2, {x}",
-            "assert list(g(3)) == [0, 1, 2]\nassert f('aab') == {'a': 2, 'b': 1}\n"
-            "assert h(1) == (0.5, {1})\n"
-            "try:\n    h(-1)\nexcept ValueError: pass\nelse: assert False\nassert math.pi > 3",
-        ),
-    ):
+        ("class S:\n    def __init__(self): self.x = []\n"
+         "    def push(self, a): self.x.append(a)\n    def __len__(self): return len(self.x)",
+         "s = S()\ns.push(3)\nassert len(s) == 1 and s.x == [3]"),
+        ("import math\nfrom collections import Counter\ndef g(n):\n    yield from range(n)\n"
+         "def f(s): return Counter(s)\ndef h(x):\n    if x < 0: raise ValueError('no')\n"
+         "    return x / 2, {x}",
+         "assert list(g(3)) == [0, 1, 2]\nassert f('aab') == {'a': 2, 'b': 1}\n"
+         "assert h(1) == (0.5, {1})\n"
+         "try:\n    h(-1)\nexcept ValueError: pass\nelse: assert False\nassert math.pi > 3")):
         verdict = A.run_code(code, tests)
         assert verdict and verdict.error == "", verdict
 
@@ -696,7 +597,7 @@ def test_code_that_is_right_passes():
 FORGERIES = {
     "wrong": "def f(x): return x",
     "syntax": "def f(:",
-    "prints": "print(2); print('{\"passed\": true}')\ndef f(x): return 1",
+    "prints": "print(2); print('[true, \"\"]')\ndef f(x): return 1",
     "leaves": "import os\nos._exit(0)",
     "leaves when called": "import sys\ndef f(x): sys.exit(0)",
     "equal to all": "class E(int):\n    def __eq__(s, o): return True\n    __hash__ = None\n"
@@ -705,7 +606,9 @@ FORGERIES = {
     "patches": "import builtins\nbuiltins.AssertionError = ValueError\nbuiltins.eval = print\n"
     "def f(x): return 1",
     "shadows": "def all(x): return True\ndef isinstance(*a): return True\ndef f(x): return 1",
-    "writes results": "import os\nos.write(1, b'{\"passed\": true}\\n' * 9)\ndef f(x): return 1",
+    "writes a verdict": "import os\nos.write(1, b'[true, \"\"]\\n' * 9)\ndef f(x): return 1",
+    "writes answers": "import os\nos.write(1, b'[\"ok\", [\"dict\", []]]\\n' * 9)\n"
+    "def f(x): return 1",
     "frames": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        frame.f_locals.update(error=None)\n        frame = frame.f_back\n    return 1",
     "raises": "def f(x): raise SystemExit(0)",
@@ -853,11 +756,8 @@ def test_tasks_are_read_as_published(tmp_path):
     for task, row in (
         ("arc", {"question": "q", "choices": {"text": ["a"], "label": []}, "answerKey": "A"}),
         ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}),
-        ("gsm8k", {"question": "q"}),
-        ("arc", {"question": "q"}),
-        ("hellaswag", {"endings": []}),
-        ("ifeval", {"prompt": "x"}),
-    ):
+        ("gsm8k", {"question": "q"}), ("arc", {"question": "q"}), ("hellaswag", {"endings": []}),
+        ("ifeval", {"prompt": "x"})):
         with pytest.raises(ValueError, match="line 1"):
             A.read_task(task, str(write(tmp_path / "bad.jsonl", [row])))
     (folder / "high_school_art_dev.csv").write_text("a,b\n")
@@ -1012,9 +912,10 @@ def test_dpo_begins_at_ln_2_and_prefers_the_chosen(tmp_path, trained, capsys):
 def test_reward_model_learns_and_serves(tmp_path, trained):
     pairs = [{"prompt": p["prompt"], "chosen": p["answer"], "rejected": "no"} for p in sums(40)]
     pairs = write(tmp_path / "a.jsonl", pairs)
-    rows = train("reward", trained[0], pairs, tmp_path / "rm", f"--val_data {pairs} --max_iters 15 "
-                 "--learning_rate 1e-2")
-    assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6 and float(rows[-1]["val_accuracy"]) == 1
+    rows = train("reward", trained[0], pairs, tmp_path / "rm", f"--val_data {pairs} --max_iters "
+                 "15 --learning_rate 1e-2")
+    assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6
+    assert float(rows[-1]["val_accuracy"]) == 1
     reward = A.load_reward_model(str(tmp_path / "rm" / "ckpt.pt"), "cpu")
     texts = ("1+1=2<|endoftext|>", "1+1=no<|endoftext|>")
     good, bad = reward.score([char_tokenizer().encode(text) for text in texts], "cpu")
