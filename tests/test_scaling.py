@@ -375,12 +375,12 @@ def test_old_files_are_taken_up():
     assert S.key_of({**flags, "learning_rate": "0.01"}, "no/such/folder") == "7beafa4ef2501e20"
 
 
-def test_a_stopped_run_goes_on_and_is_not_counted_before(data):
+def test_a_stopped_run_goes_on_and_is_not_counted_before(data, call, forks):
     words = ["run", "--n_embd", "16", "--max_iters", "400", *TINY.split()]
-    command = [sys.executable, os.path.join(ROOT, "scaling.py"), *words,
-               "--runs", "stopped/runs.jsonl"]
-    options = {"cwd": data, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    runs = ["--runs", "stopped/runs.jsonl"]
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, "scaling.py"), *words, *runs], cwd=data, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder = data / "stopped" / ("run-" + S.key_of(S.parse_flags(words[1:-2]), str(data)))
     deadline = time.monotonic() + 60
     while not (folder / "ckpt.pt").exists() and time.monotonic() < deadline:
@@ -389,8 +389,8 @@ def test_a_stopped_run_goes_on_and_is_not_counted_before(data):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert not (data / "stopped/runs.jsonl").exists()
-    result = subprocess.run(command, capture_output=True, timeout=100, **options)
-    assert result.returncode == 0, result.stderr
+    result = call([*words, *runs], data)
+    assert result.returncode == 0, result.err
     (run,) = S.load_runs(str(data / "stopped/runs.jsonl"))
     assert run["tokens"] == 400 * 64 and not folder.exists()
 
