@@ -24,8 +24,10 @@ n_head = num_heads, block_size = context_length, and d_ff is d_ff. In the commen
 import argparse
 import codecs
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -39,6 +41,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+kernels = None  # kernels.py, once `Transformer.use_kernels` has asked for it
 
 # -----------------------------------------------------------------------------
 # The parts.
@@ -55,8 +59,7 @@ class Linear(nn.Module):
         std = math.sqrt(2 / (d_in + d_out))
         nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std)
 
-    def forward(self, x):
-        """(..., d_in) -> (..., d_out)"""
+    def forward(self, x):  # (..., d_in) -> (..., d_out)
         # F.linear is x @ weight.T + bias, with the addition inside the matrix product
         return F.linear(x, self.weight, self.bias)
 
@@ -69,8 +72,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, d, device=device, dtype=dtype))
         nn.init.trunc_normal_(self.weight, 0.0, std, -3 * std, 3 * std)
 
-    def forward(self, ids):
-        """(...) int64 -> (..., d)"""
+    def forward(self, ids):  # (...) int64 -> (..., d)
         # the same as self.weight[ids]; the backward pass of indexing is several times slower
         return F.embedding(ids, self.weight)
 
@@ -78,8 +80,7 @@ class Embedding(nn.Module):
 class Dropout(nn.Dropout):
     """Zeros in training, and no call that costs time otherwise."""
 
-    def forward(self, x):
-        """(...) -> (...)"""
+    def forward(self, x):  # (...) -> (...)
         return super().forward(x) if self.training and self.p else x
 
 
@@ -132,11 +133,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d, device=device, dtype=dtype))
         self.eps, self.kernels = eps, False
 
-    def forward(self, x):
-        """(..., d) -> (..., d)"""
+    def forward(self, x):  # (..., d) -> (..., d)
         if self.kernels and x.dtype == self.weight.dtype:
-            import kernels
-
             return kernels.rms_norm(x, self.weight, self.eps)
         by_hand = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return (_RMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
@@ -152,8 +150,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(d)) if bias else None
         self.eps = eps
 
-    def forward(self, x):
-        """(..., d) -> (..., d)"""
+    def forward(self, x):  # (..., d) -> (..., d)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -173,17 +170,15 @@ def scale_frequencies(frequencies, scaling):
     """
     kind, _, numbers = scaling.partition(":")
     try:
-        values = [float(x) for x in numbers.split(",")] if numbers else []
+        values = [float(x) for x in numbers.split(",") if x]
     except ValueError:
         values = []
     if len(values) != {"": 0, "linear": 1, "llama3": 4}.get(kind) or \
             not all(0 < v < 1e30 for v in values) or (kind == "llama3" and values[1] >= values[2]):
         raise ValueError(f"rope_scaling must be linear:FACTOR or llama3:FACTOR,LOW,HIGH,LENGTH, "
                          f"not {scaling!r}")
-    if kind == "":
-        return frequencies
-    if kind == "linear":
-        return frequencies / values[0]
+    if kind != "llama3":
+        return frequencies / values[0] if values else frequencies
     factor, low, high, length = values
     turns = length * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -227,6 +222,13 @@ def whole_heads(cos, sin):
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+def sinusoids(T, C):
+    """Position embeddings that are not learned: sines and cosines of falling frequency (Vaswani
+    et al. 2017). -> (T, C)"""
+    cos, sin = rope_angles(torch.arange(T), C + C % 2)
+    return torch.cat((sin, cos), 1)[:, :C]
+
+
 def scaled_dot_product_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v: each query takes a mean of the values, weighted by how well
     their keys fit (Vaswani et al. 2017).
@@ -236,11 +238,11 @@ def scaled_dot_product_attention(q, k, v, mask=None):
     nothing gets 0.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-        nothing = ~mask.any(-1, keepdim=True)
-        return softmax(scores.masked_fill(nothing, 0.0)).masked_fill(nothing, 0.0) @ v
-    return softmax(scores) @ v
+    if mask is None:
+        return softmax(scores) @ v
+    nothing = ~mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~mask, -math.inf).masked_fill(nothing, 0.0)
+    return softmax(scores).masked_fill(nothing, 0.0) @ v
 
 
 def fast_attention(q, k, v, dropout=0.0):
@@ -312,56 +314,53 @@ class TransformerConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        def refuse(wrong, why):
+            if wrong:
+                raise ValueError(why)
+
         positive = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window",
                     "n_expert", "top_k", "rope_theta")
-        for field in dataclasses.fields(self):  # larger numbers are mistakes, or malice
+        for field in dataclasses.fields(self):
             name, value, kind = field.name, getattr(self, field.name), type(field.default)
-            least, most = int(name in positive), 2**24 if kind is int else 1e30
-            if kind in (int, float) and (type(value) not in (int, kind)
-                                         or not least <= value <= most):
-                raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'} "
-                                 f"of {least} to {most:,}, not {value!r}")
-            if kind is float:
-                setattr(self, name, float(value))
-            if kind is str and type(value) is not str:
-                raise ValueError(f"{name} must be a text, not {value!r}")
+            if kind in (int, float):  # larger numbers are mistakes, or malice
+                least, most = int(name in positive), 2**24 if kind is int else 1e30
+                refuse(type(value) not in (int, kind) or not least <= value <= most,
+                       f"{name} must be {'an integer' if kind is int else 'a number'} of {least} "
+                       f"to {most:,}, not {value!r}")
+                setattr(self, name, kind(value))
+            refuse(kind is str and type(value) is not str, f"{name} must be a text, not {value!r}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, "
-                                 f"not {getattr(self, name)!r}")
-        kinds = self.attention.split(",")
-        if unknown := set(kinds) - set(ATTENTION):
-            raise ValueError(f"attention must be a list of {', '.join(ATTENTION)}, "
-                             f"not {min(unknown)!r}")
-        self.n_kv_head = self.n_kv_head or self.n_head
-        if not self.head_size and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} can not be divided by n_head {self.n_head}")
+            refuse(getattr(self, name) not in choices,
+                   f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        kinds, moe = self.attention.split(","), self.activation == "moe"
+        refuse(set(kinds) - set(ATTENTION),
+               f"attention must be a list of {', '.join(ATTENTION)}, not {self.attention!r}")
+        scale_frequencies(torch.ones(1), self.rope_scaling)  # raises if it is not understood
+        refuse(self.dropout >= 1, f"dropout must be below 1, not {self.dropout}")
+        refuse(not self.head_size and self.n_embd % self.n_head,
+               f"n_embd {self.n_embd} can not be divided by n_head {self.n_head}")
         self.head_size = self.head_size or self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} can not be divided by n_kv_head "
-                             f"{self.n_kv_head}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        refuse(self.n_head % self.n_kv_head,
+               f"n_head {self.n_head} can not be divided by n_kv_head {self.n_kv_head}")
         for kind in {"latent", "hyena"} & set(kinds):
-            if self.n_kv_head != self.n_head:
-                raise ValueError(f"{kind} attention has no heads of keys and values to share: "
-                                 "n_kv_head must be n_head")
-            if self.qk_norm or self.qk_norm_joint:
-                raise ValueError(f"{kind} attention has no keys to normalise: leave qk_norm out")
+            refuse(self.n_kv_head != self.n_head, f"{kind} attention has no heads of keys and "
+                   "values to share: n_kv_head must be n_head")
+            refuse(self.qk_norm or self.qk_norm_joint,
+                   f"{kind} attention has no keys to normalise: leave qk_norm out")
         self.kv_rank = self.kv_rank or max(1, self.n_embd // 4)
         self.rope_size = self.rope_size or self.head_size // 2 // 2 * 2 or 2
-        rotated = {self.rope_size if kind == "latent" else self.head_size
-                   for kind in kinds if kind != "hyena"}
-        if self.position == "rope" and any(size % 2 for size in rotated):
-            raise ValueError(f"rope needs an even head size, not {max(rotated)}")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout must be below 1, not {self.dropout}")
-        scale_frequencies(torch.ones(1), self.rope_scaling)  # raises if it is not understood
-        if self.activation == "moe" and self.top_k > self.n_expert:
-            raise ValueError(f"top_k {self.top_k} is more than n_expert {self.n_expert}")
-        if self.n_parts() > 2**16:
-            raise ValueError(f"{self.n_parts():,} feed-forward parts are too many: 65,536 at most")
+        turned = {self.rope_of(kind) for kind in kinds} - {0}
+        refuse(any(size % 2 for size in turned), f"rope needs an even head size, not {turned}")
+        width = self.n_embd if self.position == "sinusoidal" else max(turned, default=0)
+        refuse(self.block_size * width >= 2**28,
+               f"positions up to block_size {self.block_size} take too much memory")
+        refuse(moe and self.top_k > self.n_expert,
+               f"top_k {self.top_k} is more than n_expert {self.n_expert}")
+        refuse(self.n_parts() > 2**16, f"{self.n_parts():,} feed-forward parts are too many")
         if not self.d_ff:
             self.d_ff = max(64, round(8 / 3 * self.n_embd / 64) * 64)  # three matrices for two
-            if self.activation == "moe":  # as many active parameters as without experts
+            if moe:  # as many active parameters as without experts
                 self.d_ff = max(8, self.d_ff // (self.top_k + self.n_shared_expert) // 8 * 8)
             elif self.activation != "swiglu":
                 self.d_ff = 4 * self.n_embd
@@ -375,6 +374,12 @@ class TransformerConfig:
         """The kind of attention of a layer, by the repeating pattern."""
         kinds = self.attention.split(",")
         return kinds[layer % len(kinds)]
+
+    def rope_of(self, kind):
+        """Channels of a head that are turned by its position, in this kind of attention."""
+        if self.position != "rope" or kind == "hyena":
+            return 0
+        return self.rope_size if kind == "latent" else self.head_size
 
 
 # -----------------------------------------------------------------------------
@@ -410,22 +415,6 @@ def remember(cache, new, places):
     return cache[:, :, : places.end].to(new.dtype)
 
 
-def zeros_for(linear, *shape, dtype=None):
-    """Zeros of the dtype of a layer's output, on its device."""
-    return getattr(linear, "scale", linear.weight).new_zeros(shape, dtype=dtype)
-
-
-def join(linears):
-    """-> (weight, bias) of one product in place of several of the same input, where the matrices
-    are so small that calls cost more than what they do; else None."""
-    if any(type(linear) is not Linear for linear in linears) or \
-            sum(linear.weight.numel() for linear in linears) > 2**20:
-        return None
-    bias = [linear.bias for linear in linears if linear.bias is not None]
-    weight = torch.cat([linear.weight for linear in linears])
-    return weight, torch.cat(bias) if bias else None
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries,
     each serves a group of queries (Ainslie et al. 2023), which makes a smaller cache.
@@ -436,39 +425,33 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, fast=True):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_size = config.head_size
-        self.dropout, self.fast = config.dropout, fast
+        self.head_size, self.dropout, self.fast = config.head_size, config.dropout, fast
+        self.qk_norm, self.qk_norm_joint = config.qk_norm, config.qk_norm_joint
         width, kv_width = self.n_head * self.head_size, self.n_kv_head * self.head_size
         self.q_proj = Linear(config.n_embd, width, config.bias or config.qkv_bias)
         self.k_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
         self.v_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
         self.o_proj = Linear(width, config.n_embd, config.bias)
-        self.qk_norm, self.qk_norm_joint = config.qk_norm, config.qk_norm_joint
         self.joined, self.kernels = None, False
+        self.joinable = ("q_proj", "k_proj", "v_proj")
         if self.qk_norm or self.qk_norm_joint:  # (Henry et al. 2020): scores can not grow freely
+            self.joinable = ()
             joint = self.qk_norm_joint
             self.q_norm = RMSNorm(width if joint else self.head_size, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if joint else self.head_size, config.norm_eps)
-
-    def join(self, on):
-        """Before generation, on; and off after it: compute q, k and v as one."""
-        can = on and not (self.qk_norm or self.qk_norm_joint)
-        self.joined = join((self.q_proj, self.k_proj, self.v_proj)) if can else None
 
     def project(self, x, rope):
         """x -> q: (B, H, T, D); k, v: (B, n_kv_head, T, D)"""
         B, T, _ = x.shape
         if self.joined:
-            heads = self.n_head + self.n_kv_head
             y = F.linear(x, *self.joined).view(B, T, -1, self.head_size).transpose(1, 2)
-            qk, v = y[:, :heads], y[:, heads:]
+            qk, v = y[:, : -self.n_kv_head], y[:, -self.n_kv_head :]
             qk = qk if rope is None else apply_rope(qk, *rope)
             return qk[:, : self.n_head], qk[:, self.n_head :], v
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)
-        k, v = (a.view(B, T, self.n_kv_head, self.head_size).transpose(1, 2) for a in (k, v))
+        q, k, v = (a.view(B, T, -1, self.head_size).transpose(1, 2) for a in (q, k, v))
         if self.qk_norm and not self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -483,38 +466,33 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v):
         """Attention among T tokens."""
         if self.kernels and not (self.training and self.dropout):
-            import kernels
-
             return kernels.flash_attention(q, k, v, causal=True)
         k, v = self.repeat_heads(k, v)
         if self.fast:
             return fast_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
         return scaled_dot_product_attention(q, k, v, causal_mask(q.shape[2], q.device))
 
-    def attend_masked(self, q, k, v, mask):
-        """Attention of T queries to S keys and values where mask, (B or 1, 1, T, S), is True. The
-        queries of a group are taken as further queries of one head: no key is copied."""
-        B, H, T, D = q.shape
-        n = self.n_head // self.n_kv_head
-        q = q.reshape(B, self.n_kv_head, n * T, D)
-        if mask is not None and T > 1:
-            mask = mask.repeat(1, 1, n, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
+    def new_cache(self, zeros, B, length):
+        """Keys and values of up to `length` tokens. zeros: a function that makes a tensor."""
+        return {name: zeros((B, self.n_kv_head, length, self.head_size)) for name in ("k", "v")}
 
-    def new_cache(self, batch, length):
-        """Keys and values of up to `length` tokens: (B, n_kv_head, length, D) each."""
-        shape = batch, self.n_kv_head, length, self.head_size
-        return {"k": zeros_for(self.k_proj, *shape), "v": zeros_for(self.v_proj, *shape)}
+    def recall(self, cache, k, v, places):
+        """Add k and v of T tokens to the cache -> keys and values (B, n_kv_head, S, D) to attend
+        to, and the mask (B or 1, 1, T, S), or None for all."""
+        return remember(cache["k"], k, places), remember(cache["v"], v, places), places.mask
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """x: (B, T, C) -> (B, T, C)"""
+    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         q, k, v = self.project(x, rope)
         if cache is not None:
-            all_k, all_v = (remember(cache[name], a, places) for name, a in (("k", k), ("v", v)))
+            past_k, past_v, mask = self.recall(cache, k, v, places)
         if cache is None or (places.start == 0 and x.shape[1] > 1):
             y = self.attend(q, k, v)
-        else:
-            y = self.attend_masked(q, all_k, all_v, places.mask)
+        else:  # the queries of a group as further queries of one head: no key is copied
+            n, T = self.n_head // self.n_kv_head, x.shape[1]
+            mask = mask.repeat(1, 1, n, 1) if mask is not None and T > 1 else mask
+            y = F.scaled_dot_product_attention(
+                q.reshape(len(x), self.n_kv_head, n * T, self.head_size), past_k, past_v, mask)
+            y = y.reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
@@ -535,51 +513,39 @@ class SlidingWindowAttention(CausalSelfAttention):
     def attend(self, q, k, v):
         """In chunks as long as the window: a query's keys lie in its own and the previous one."""
         if self.kernels:
-            import kernels
-
             return kernels.flash_attention(q, k, v, causal=True, window=self.window)
         k, v = self.repeat_heads(k, v)
-        B, H, T, D = q.shape
-        W = self.window
-        i = torch.arange(T, device=q.device)
+        T, W = q.shape[2], self.window
+        i, j = torch.arange(T, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
         if not self.fast or T <= 2 * W:
-            mask = (i[:, None] >= i) & (i[:, None] - i < W)
-            attention = F.scaled_dot_product_attention if self.fast else \
-                scaled_dot_product_attention
-            return attention(q, k, v, mask)
-        n = -(-T // W)
-        q, k, v = (F.pad(a, (0, 0, 0, n * W - T)).view(B, H, n, W, D) for a in (q, k, v))
-        k, v = (torch.cat((F.pad(a, (0, 0, 0, 0, 1, 0))[:, :, :-1], a), 3) for a in (k, v))
-        i, j = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
-        mask = ((j > i) & (j <= i + W)).expand(n, W, 2 * W).clone()
+            mask = (i.T <= i) & (i - i.T < W)
+            fused = F.scaled_dot_product_attention
+            return (fused if self.fast else scaled_dot_product_attention)(q, k, v, mask)
+        n = -(-T // W)  # chunks
+        mask = ((j > i[:W]) & (j <= i[:W] + W)).repeat(n, 1, 1)
         mask[0] &= j >= W  # before the first chunk there is none
-        mask = mask.repeat(B, 1, 1)[:, None]
-        q, k, v = (a.transpose(1, 2).flatten(0, 1) for a in (q, k, v))  # (B n, H, W, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask)
-        return y.view(B, n, H, W, D).transpose(1, 2).reshape(B, H, n * W, D)[:, :, :T]
+        chunks, k, v = (F.pad(a, (0, 0, 0, n * W - T)).unflatten(2, (n, W)).flatten(0, 1)
+                        for a in (q, k, v))  # (B H, n, W, D)
+        k, v = (torch.cat((F.pad(a, (0, 0, 0, 0, 1, 0))[:, :-1], a), 2) for a in (k, v))
+        y = F.scaled_dot_product_attention(chunks, k, v, mask[None])
+        return y.flatten(1, 2)[:, :T].view_as(q)
 
-    def new_cache(self, batch, length):
+    def new_cache(self, zeros, B, length):
         """A ring: position p lies in slot p % slots."""
-        return super().new_cache(batch, min(length, self.window + self.SLACK))
+        return super().new_cache(zeros, B, min(length, self.window + self.SLACK))
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """x: (B, T, C) -> (B, T, C)"""
-        if cache is None:
-            return super().forward(x, rope)
-        q, k, v = self.project(x, rope)
-        T, at, slots = x.shape[1], places.at, cache["k"].shape[2]
-        slot = torch.arange(slots, device=x.device)
+    def recall(self, cache, k, v, places):
+        """As for full attention; the keys are those of the ring, and then the new ones."""
+        at, slots = places.at, cache["k"].shape[2]
         # what a slot holds: the last position before these with this remainder
-        held = at[:, :1] - 1 - (at[:, :1] - 1 - slot) % slots
-        keys, values = (torch.cat((cache[name].to(a.dtype), a), 2)
-                        for name, a in (("k", k), ("v", v)))
-        key_at = torch.cat((held, at), 1)[:, None]  # (B, 1, slots + T)
-        mask = (key_at >= 0) & (key_at <= at[..., None]) & (at[..., None] - key_at < self.window)
-        y = self.attend_masked(q, keys, values, mask[:, None])
-        kept = slice(max(0, T - slots), T)
-        write(cache["k"], k[:, :, kept], at[:, kept] % slots)
-        write(cache["v"], v[:, :, kept], at[:, kept] % slots)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        held = at[:, :1] - 1 - (at[:, :1] - 1 - torch.arange(slots, device=at.device)) % slots
+        distance = at[..., None] - torch.cat((held, at), 1)[:, None]  # (B, T, slots + T)
+        mask = (distance >= 0) & (distance < self.window) & (distance <= at[..., None])
+        found = []
+        for name, new in (("k", k), ("v", v)):
+            found.append(torch.cat((cache[name].to(new.dtype), new), 2))
+            write(cache[name], new[:, :, -slots:], at[:, -slots:] % slots)
+        return *found, mask[:, None]
 
     def mixing_flops(self, T):
         """As for full attention, over the mean number of positions in the window."""
@@ -615,18 +581,15 @@ def linear_attention(q, k, v, rope=None, state=None, chunk=64):
 class LinearAttention(CausalSelfAttention):
     """Attention without softmax, in time proportional to T: see `linear_attention`."""
 
-    def new_cache(self, batch, length):
-        """The state, (B, H, D, D) and (B, H, D), in float32, however long the text."""
-        H, D, dtype = self.n_head, self.head_size, torch.float32
-        return {"S": zeros_for(self.k_proj, batch, H, D, D, dtype=dtype),
-                "z": zeros_for(self.k_proj, batch, H, D, dtype=dtype)}
+    def new_cache(self, zeros, B, length):
+        """The state, in float32, however long the text."""
+        shape = (B, self.n_head, self.head_size)
+        return {"S": zeros((*shape, self.head_size)).float(), "z": zeros(shape).float()}
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """x: (B, T, C) -> (B, T, C)"""
+    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         q, k, v = self.project(x, None)
         k, v = self.repeat_heads(k, v)
-        state = (cache["S"], cache["z"]) if cache else None
-        y, state = linear_attention(q, k, v, rope, state)
+        y, state = linear_attention(q, k, v, rope, (cache["S"], cache["z"]) if cache else None)
         if cache is not None:
             cache["S"], cache["z"] = state
         return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))
@@ -650,7 +613,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         C, H, self.rank = config.n_embd, config.n_head, config.kv_rank
         self.n_head, self.head_size, self.dropout = H, config.head_size, config.dropout
-        self.rope_size = config.rope_size if config.position == "rope" else 0
+        self.rope_size = config.rope_of("latent")
         self.q_proj = Linear(C, H * (self.head_size + self.rope_size), config.bias)
         self.kv_down = Linear(C, self.rank + self.rope_size, config.bias)
         self.kv_norm = RMSNorm(self.rank, config.norm_eps)
@@ -658,39 +621,35 @@ class LatentAttention(nn.Module):
         self.v_up = Linear(self.rank, H * self.head_size)
         self.o_proj = Linear(H * self.head_size, C, config.bias)
 
-    def new_cache(self, batch, length):
-        """(B, 1, length, rank + rope_size)"""
-        return {"latent": zeros_for(self.k_up, batch, 1, length, self.rank + self.rope_size)}
+    def new_cache(self, zeros, B, length):
+        return {"latent": zeros((B, 1, length, self.rank + self.rope_size))}
 
-    def forward(self, x, rope=None, cache=None, places=None, absorb=None):
-        """x: (B, T, C) -> (B, T, C)"""
-        B, T, C = x.shape
+    def forward(self, x, rope=None, cache=None, places=None, absorb=None):  # as for the others
+        B, T, _ = x.shape
         H, D, R = self.n_head, self.head_size, self.rope_size
-        q = self.q_proj(x).view(B, T, H, D + R).transpose(1, 2)
+        q, q_rope = self.q_proj(x).view(B, T, H, D + R).transpose(1, 2).split((D, R), -1)
         latent, k_rope = self.kv_down(x).split((self.rank, R), -1)
         latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]  # (B, 1, T, ...)
         if R:
-            q = torch.cat((q[..., :D], apply_rope(q[..., D:], *rope)), -1)
-            k_rope = apply_rope(k_rope, *rope)
-        mask = None
+            q_rope, k_rope = apply_rope(q_rope, *rope), apply_rope(k_rope, *rope)
+        keys = torch.cat((latent, k_rope), -1)
         if cache is not None:
-            both = remember(cache["latent"], torch.cat((latent, k_rope), -1), places)
-            (latent, k_rope), mask = both.split((self.rank, R), -1), places.mask
-        scale, dropout = 1 / math.sqrt(D + R), self.dropout if self.training else 0.0
-        if cache is not None if absorb is None else absorb:
-            # q . (U l) = (U^T q) . l, and the sum of p (U l) is U (sum of p l)
-            up = self.k_up.weight.view(H, D, self.rank).to(q.dtype)
-            q = torch.cat((q[..., :D] @ up, q[..., D:]), -1)  # (B, H, T, rank + R)
-            k = torch.cat((latent, k_rope), -1).expand(B, H, -1, -1)
-            v = latent.expand(B, H, -1, -1)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, cache is None, scale=scale)
-            y = y @ self.v_up.weight.view(H, D, self.rank).mT.to(q.dtype)
+            keys = remember(cache["latent"], keys, places)
+            latent, k_rope = keys.split((self.rank, R), -1)
+        # q . (U l) = (U^T q) . l, and the sum of p (U l) is U (sum of p l)
+        absorb = cache is not None if absorb is None else absorb
+        if absorb:
+            q = q @ self.k_up.weight.view(H, D, self.rank).to(q.dtype)  # (B, H, T, rank)
+            k, v = keys.expand(B, H, -1, -1), latent.expand(B, H, -1, -1)
         else:
-            S = latent.shape[2]
-            k, v = (up(latent[:, 0]).view(B, S, H, D).transpose(1, 2)
+            k, v = (up(latent[:, 0]).unflatten(-1, (H, D)).transpose(1, 2)
                     for up in (self.k_up, self.v_up))
-            k = torch.cat((k, k_rope.expand(B, H, S, R)), -1)
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, cache is None, scale=scale)
+            k = torch.cat((k, k_rope.expand(B, H, -1, -1)), -1)
+        y = F.scaled_dot_product_attention(
+            torch.cat((q, q_rope), -1), k, v, places.mask if cache is not None else None,
+            self.dropout if self.training else 0.0, cache is None, scale=1 / math.sqrt(D + R))
+        if absorb:
+            y = y @ self.v_up.weight.view(H, D, self.rank).mT.to(q.dtype)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def mixing_flops(self, T):
@@ -737,25 +696,22 @@ class Hyena(nn.Module):
         decay = torch.linspace(0, math.log(5e-4), len(self.skip), device=t.device).exp()
         return h * torch.exp(-decay * t)
 
-    def new_cache(self, batch, length):
+    def new_cache(self, zeros, B, length):
         """What the convolutions need of the past: the inputs of the short one, of the long one."""
-        C, linear = len(self.skip), self.o_proj
-        return {"short": zeros_for(linear, batch, 3, 2, C),
-                "long": zeros_for(linear, batch, 1, length, C)}
+        C = len(self.skip)
+        return {"short": zeros((B, 3, 2, C)), "long": zeros((B, 1, length, C))}
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """x: (B, T, C) -> (B, T, C)"""
+    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         u = torch.stack([project(x) for project in self.in_proj], 1)  # (B, 3, T, C)
         past = u.new_zeros(B, 3, 2, C) if cache is None else cache["short"].to(u.dtype)
         u = torch.cat((past, u), 2)
-        if cache is not None:
-            cache["short"] = u[:, :, -2:]
         taps = self.short[:, None].to(u.dtype).unbind(-1)  # three of (3, 1, C)
-        u = u[:, :, 2:] * taps[0] + u[:, :, 1:-1] * taps[1] + u[:, :, :-2] * taps[2]
-        x0, x1, v = u.unbind(1)
+        x0, x1, v = (u[:, :, 2:] * taps[0] + u[:, :, 1:-1] * taps[1]
+                     + u[:, :, :-2] * taps[2]).unbind(1)
         v = x1 * v
         if cache is not None:
+            cache["short"] = u[:, :, -2:]
             past = remember(cache["long"], v[:, None], places)[:, 0]
         if cache is None or places.start == 0:
             y = fft_convolution(v, self.filter(T))
@@ -782,22 +738,16 @@ class SwiGLU(nn.Module):
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
         self.w3 = Linear(d, d_ff, bias)
-        self.joined, self.kernels = None, False
+        self.joined, self.joinable, self.kernels = None, ("w1", "w3"), False
 
-    def join(self, on):
-        """Before generation, on; and off after it: compute w1 x and w3 x as one."""
-        self.joined = join((self.w1, self.w3)) if on else None
-
-    def forward(self, x):
-        """(..., d) -> (..., d)"""
+    def forward(self, x):  # (..., d) -> (..., d)
         if self.joined:
             gate, up = F.linear(x, *self.joined).chunk(2, -1)
-            return self.w2(F.silu(gate) * up)
-        if self.kernels:
-            import kernels
-
-            return self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # silu(x) = x * sigmoid(x)
+        else:
+            gate, up = self.w1(x), self.w3(x)
+        # silu(x) = x * sigmoid(x)
+        fused = self.kernels and not self.joined
+        return self.w2(kernels.swiglu(gate, up) if fused else F.silu(gate) * up)
 
 
 class FeedForward(nn.Module):
@@ -809,11 +759,10 @@ class FeedForward(nn.Module):
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
         self.f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
-                  "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+                  "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
                   "relu2": lambda x: F.relu(x).square()}[activation]
 
-    def forward(self, x):
-        """(..., d) -> (..., d)"""
+    def forward(self, x):  # (..., d) -> (..., d)
         return self.w2(self.f(self.w1(x)))
 
 
@@ -852,8 +801,7 @@ class MixtureOfExperts(nn.Module):
         weights = p.gather(-1, chosen)
         return weights / weights.sum(-1, keepdim=True), chosen, logits, p
 
-    def forward(self, x):
-        """(..., C) -> (..., C)"""
+    def forward(self, x):  # (..., C) -> (..., C)
         shape, x = x.shape, x.flatten(0, -2)
         weights, chosen, logits, p = self.route(x)
         order = chosen.flatten().argsort(stable=True)  # all that goes to expert 0, then 1, ...
@@ -916,8 +864,7 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.n_embd, config.d_ff, config.activation, config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """(B, T, C) -> (B, T, C)"""
+    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, places))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
@@ -926,8 +873,7 @@ class PostNormBlock(Block):
     """norm(x + attention(x)), then norm(x + feed_forward(x)): as in 2017. The norm lies in the way
     of the gradient, which makes deep models hard to train (Xiong et al. 2020)."""
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """(B, T, C) -> (B, T, C)"""
+    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         x = self.attn_norm(x + self.dropout(self.attn(x, rope, cache, places)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
@@ -936,8 +882,7 @@ class ResPostNormBlock(Block):
     """x + norm(attention(x)), then x + norm(feed_forward(x)): what is added has a known size, and
     the way of the gradient stays free (Liu et al. 2021, Swin V2; OLMo 2)."""
 
-    def forward(self, x, rope=None, cache=None, places=None):
-        """(B, T, C) -> (B, T, C)"""
+    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         x = x + self.dropout(self.attn_norm(self.attn(x, rope, cache, places)))
         return x + self.dropout(self.ffn_norm(self.ffn(x)))
 
@@ -948,9 +893,10 @@ class Cache:
     first dimension of every tensor is the sequence."""
 
     def __init__(self, model, batch, length):
-        self.layers = [block.attn.new_cache(batch, length) for block in model.blocks]
-        self.lengths = [0] * batch  # tokens seen of each sequence
-        self.device = model.embedding.weight.device
+        like = getattr(model.embedding, "scale", model.embedding.weight)  # integers have a scale
+        self.layers = [block.attn.new_cache(like.new_zeros, batch, length)
+                       for block in model.blocks]
+        self.lengths, self.device = [0] * batch, like.device  # tokens seen of each sequence
 
     def places(self, T):
         """`Places` of the next T tokens."""
@@ -961,10 +907,6 @@ class Cache:
             return Places(self.lengths[0], at, end, None)
         mask = torch.arange(end, device=self.device) <= at[..., None]
         return Places(self.lengths[0] if agree else None, at, end, mask[:, None])
-
-    def advance(self, n):
-        """Count n more tokens of each sequence."""
-        self.lengths = [length + n for length in self.lengths]
 
     def select(self, rows):
         """Keep these sequences only, in this order; one can be named several times."""
@@ -981,29 +923,22 @@ class Cache:
 
     def copy(self):
         """A copy that shares what is written by position, but not states and lengths."""
-        copy = object.__new__(Cache)
-        copy.layers, copy.lengths = [dict(layer) for layer in self.layers], self.lengths
-        copy.device = self.device
-        return copy
+        other = copy.copy(self)
+        other.layers = [dict(layer) for layer in self.layers]
+        return other
 
     def rewind(self, model, saved, ids):
         """Take back what came after `ids`, the whole text of the one sequence. saved: a copy from
         before. -> the cache to go on with. Keys and values are overwritten in time; a state can
         not be taken back, so it is computed once more from the saved one."""
-        if self.lengths[0] > len(ids):
-            if any(not {"k", "latent"} & set(layer) for layer in self.layers):
-                if new := ids[saved.lengths[0] :]:
-                    model(torch.tensor([new], device=self.device), saved, last=1)
-                return saved
+        if self.lengths[0] <= len(ids):
+            return self
+        if all({"k", "latent"} & set(layer) for layer in self.layers):
             self.lengths = [len(ids)]
-        return self
-
-
-def sinusoids(T, C):
-    """Position embeddings that are not learned: sines and cosines of falling frequency (Vaswani
-    et al. 2017). -> (T, C)"""
-    cos, sin = rope_angles(torch.arange(T), C + C % 2)
-    return torch.cat((sin, cos), 1)[:, :C]
+            return self
+        if new := ids[saved.lengths[0] :]:
+            model(torch.tensor([new], device=self.device), saved, last=1)
+        return saved
 
 
 class Transformer(nn.Module):
@@ -1016,11 +951,12 @@ class Transformer(nn.Module):
         self.quantized = None  # or int8, int4: see `quantize`
         self.activation_checkpointing = False  # True: keep only each block's input for backward
         # a unit variance suits the norms; as output weights it would make logits too large
-        std = 1 / math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
-        self.embedding = Embedding(config.vocab_size, config.n_embd, std)
+        self.std = 1 / math.sqrt(config.n_embd) if config.tie_embeddings else 1.0
+        self.embedding = Embedding(config.vocab_size, config.n_embd, self.std)
         if config.position == "learned":
-            self.positions = Embedding(config.block_size, config.n_embd, std)
-        self.make_tables()
+            self.positions = Embedding(config.block_size, config.n_embd, self.std)
+        if not self.embedding.weight.is_meta:  # if only shapes are wanted, `fill` makes them
+            self.make_tables()
         self.dropout = Dropout(config.dropout)
         block = {"pre": Block, "post": PostNormBlock, "res_post": ResPostNormBlock}
         self.blocks = nn.ModuleList(block[config.norm_place](config, i)
@@ -1038,19 +974,14 @@ class Transformer(nn.Module):
 
     def make_tables(self, device=None):
         """Tables of positions that are not learned, and so not in checkpoints."""
-        c = self.config
-        if device is None and self.embedding.weight.is_meta:
-            return  # only shapes are wanted; `fill` makes them
+        c, tables = self.config, {}
         if c.position == "sinusoidal":
-            std = 1 / math.sqrt(c.n_embd) if c.tie_embeddings else 1.0
-            table = std * sinusoids(c.block_size, c.n_embd)
-            self.register_buffer("sinusoids", table.to(device), persistent=False)
-        elif c.position == "rope":
-            at = torch.arange(c.block_size)
-            for size in {c.head_size, c.rope_size}:
-                for name, x in zip(("cos", "sin"),
-                                   rope_angles(at, size, c.rope_theta, c.rope_scaling)):
-                    self.register_buffer(f"{name}{size}", x.to(device), persistent=False)
+            tables["sinusoids"] = self.std * sinusoids(c.block_size, c.n_embd)
+        for size in {c.rope_of(kind) for kind in c.attention.split(",")} - {0}:
+            angles = rope_angles(torch.arange(c.block_size), size, c.rope_theta, c.rope_scaling)
+            tables[f"cos{size}"], tables[f"sin{size}"] = whole_heads(*angles)
+        for name, table in tables.items():
+            self.register_buffer(name, table.to(device), persistent=False)
 
     def tie(self):
         """Let head and embedding share one matrix, if they are to."""
@@ -1060,14 +991,17 @@ class Transformer(nn.Module):
 
     def rope(self, kind, at):
         """cos and sin for whole heads at positions `at`, a slice or (B, T) of int64; or None."""
-        if self.config.position != "rope" or kind == "hyena":
+        size = self.config.rope_of(kind)
+        if not size:
             return None
-        size = self.config.rope_size if kind == "latent" else self.config.head_size
-        tables = whole_heads(getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at])
+        tables = getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at]
         return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
 
     def use_kernels(self, on=True):
         """Compute norms, attention and SwiGLU by kernels.py, or as it is written here."""
+        global kernels
+        if on:
+            import kernels
         for module in self.modules():
             if hasattr(module, "kernels"):
                 module.kernels = on
@@ -1079,13 +1013,12 @@ class Transformer(nn.Module):
         last: only the logits of so many last positions, (B, last, V); 0: all.
         hidden: in place of logits, what the head would take, (B, T, C).
         """
-        T, first, places = ids.shape[1], self.first_position, None
-        at = slice(first, first + T)
-        if cache is not None:
-            places = cache.places(T)
-            at = places.at if places.start is None else slice(places.start, places.end)
-        if (end := places.end if places else at.stop) > self.config.block_size:
-            raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
+        T, first = ids.shape[1], self.first_position
+        places = Places(first, None, first + T, None) if cache is None else cache.places(T)
+        at = places.at if places.start is None else slice(places.start, places.end)
+        if places.end > self.config.block_size:
+            raise ValueError(f"{places.end} tokens are more than block_size "
+                             f"{self.config.block_size}")
         x = self.embed(ids, at)
         ropes = {kind: self.rope(kind, at) for kind in set(self.kinds)}
         for i, block in enumerate(self.blocks):
@@ -1097,7 +1030,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, rope)
         if cache is not None:
-            cache.advance(T)
+            cache.lengths = [length + T for length in cache.lengths]
         x = x[:, -last:]
         return self.final_norm(x) if hidden else self.predict(x)
 
@@ -1112,55 +1045,60 @@ class Transformer(nn.Module):
 
     def predict(self, x):
         """What comes out of the last block -> logits. (B, T, C) -> (B, T, V)"""
-        logits = self.head(self.final_norm(x))
-        if self.config.logit_cap:
-            logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
-        return logits
+        logits, cap = self.head(self.final_norm(x)), self.config.logit_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def mixtures(self):
+        """The blocks' mixtures of experts, if they are such."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MixtureOfExperts)]
 
     def auxiliary_loss(self):
         """What mixtures of experts add to the loss, of the last forward pass; 0 without any."""
-        return sum(block.ffn.loss for block in self.blocks
-                   if isinstance(block.ffn, MixtureOfExperts))
+        return sum(mixture.loss for mixture in self.mixtures())
 
     def update_router_bias(self):
         """To be called after each step of the optimizer: see MixtureOfExperts."""
-        for block in self.blocks:
-            if isinstance(block.ffn, MixtureOfExperts):
-                block.ffn.update_bias()
+        for mixture in self.mixtures():
+            mixture.update_bias()
 
     def join(self, on):
-        """Before generation, on, and after it, off: fewer and larger matrix products."""
-        for block in self.blocks:
-            for part in (block.attn, block.ffn):
-                if hasattr(part, "join"):
-                    part.join(on)
+        """Before generation, on, and after it, off: one product in place of several of the same
+        input, where the matrices are so small that calls cost more than what they do."""
+        for part in (part for block in self.blocks for part in (block.attn, block.ffn)):
+            linears = [getattr(part, name) for name in getattr(part, "joinable", ())]
+            if not on:
+                part.joined = None
+            elif linears and sum(linear.weight.numel() for linear in linears) <= 2**20 and \
+                    all(type(linear) is Linear for linear in linears):
+                bias = [linear.bias for linear in linears if linear.bias is not None]
+                part.joined = (torch.cat([linear.weight for linear in linears]),
+                               torch.cat(bias) if bias else None)
 
     def prefill(self, prompts, length):
         """Read prompts, lists of ids of unequal lengths -> (Cache for `length` tokens, logits of
         the next ids (B, V)). Equal prompts are read once."""
-        device = self.embedding.weight.device
-        distinct = sorted({tuple(prompt) for prompt in prompts}, key=lambda p: (len(p), p))
-        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+        cache = Cache(self, 0, length)
+        distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
         same = len(distinct[0]) == len(distinct[-1])
-        # keys and values of what fills up a shorter text lie behind it, where no token looks until
-        # the text itself has written there; a state or a ring would have taken it in
-        can_fill = set(self.kinds) <= {"full", "latent"}
-        cache, group = Cache(self, 0, length), []
-        for i, prompt in enumerate(distinct):
-            group.append(prompt if same else prompt[:-1])
-            nxt = len(distinct[i + 1]) if i + 1 < len(distinct) else math.inf
-            if nxt == len(prompt) or (can_fill and 2 * nxt < 3 * len(group[0]) + 32):
-                continue
+
+        def size(prompt):
+            # keys and values of what fills up a shorter text lie behind it, where no token looks
+            # until the text has written there; a state or a ring would have taken it in
+            can_fill = set(self.kinds) <= {"full", "latent"}
+            return max(5, len(prompt).bit_length()) if can_fill else len(prompt)
+
+        for _, group in itertools.groupby(distinct, size):
+            group = [prompt if same else prompt[:-1] for prompt in group]
             part, longest = Cache(self, len(group), length), len(group[-1])
-            filled = [ids + (0,) * (longest - len(ids)) for ids in group]
             if longest:
-                logits = self(torch.tensor(filled, device=device), part, last=1)[:, 0]
-                part.lengths = [len(ids) for ids in group]
+                filled = [prompt + (0,) * (longest - len(prompt)) for prompt in group]
+                logits = self(torch.tensor(filled, device=cache.device), part, last=1)[:, 0]
+            part.lengths = [len(prompt) for prompt in group]
             cache.append(part)
-            group = []
         if not same:  # the last token of each, then, is the first that all read together
-            last = torch.tensor([prompt[-1:] for prompt in distinct], device=device)
-            logits = self(last, cache, last=1)[:, 0]
+            ends = torch.tensor([prompt[-1:] for prompt in distinct], device=cache.device)
+            logits = self(ends, cache, last=1)[:, 0]
+        rows = [distinct.index(tuple(prompt)) for prompt in prompts]
         cache.select(rows)
         return cache, logits[rows]
 
@@ -1181,49 +1119,48 @@ class Transformer(nn.Module):
         texts = ids.tolist() if torch.is_tensor(ids) else [list(text) for text in ids]
         if not all(texts):
             raise ValueError("an empty prompt can not be continued: give it one token at least")
-        wishes = (temperature, top_k, top_p, generator, min_p)
-        wish = list(zip(*(x if type(x) is list else [x] * len(texts) for x in wishes)))
-        one_wish = list not in map(type, wishes)
-        stops = [{x} if type(x) is int else set(x or ())
-                 for x in (stop if type(stop) is list else [stop] * len(texts))]
-        counts = max_new_tokens if type(max_new_tokens) is list else [max_new_tokens] * len(texts)
-        ends = [len(text) + n for text, n in zip(texts, counts)]
-        limit = self.config.block_size
-        rows = [i for i, text in enumerate(texts) if len(text) < ends[i]]  # still to be written
+
+        def each(x):
+            return x if type(x) is list else [x] * len(texts)
+
+        wishes = temperature, top_k, top_p, generator, min_p
+        own_wishes = list(zip(*map(each, wishes))) if list in map(type, wishes) else None
+        stops = [{x} if type(x) is int else set(x or ()) for x in each(stop)]
+        ends = [len(text) + n for text, n in zip(texts, each(max_new_tokens))]
+        limit, device = self.config.block_size, self.embedding.weight.device
+        rows = cached = [i for i in range(len(texts)) if len(texts[i]) < ends[i]]
         with generating(self):
             if rows:
                 cache, logits = self.prefill([texts[i][-limit:] for i in rows],
                                              min(limit, max(ends[i] for i in rows)))
-            cached, uncached = rows, []
             while rows:
-                if one_wish:
-                    new = sample(logits, *wishes).tolist()
+                if own_wishes:
+                    new = [sample(logits[j, None], *own_wishes[i]).item()
+                           for j, i in enumerate(rows)]
                 else:
-                    new = [sample(row[None], *wish[i]).item() for i, row in zip(rows, logits)]
+                    new = sample(logits, *wishes).tolist()
                 for i, token in zip(rows, new):
                     texts[i].append(token)
                     if on_token:
                         on_token(i, token)
                 rows = [i for i in rows
                         if texts[i][-1] not in stops[i] and len(texts[i]) < ends[i]]
+                inside = [i for i in rows if len(texts[i]) <= limit]
                 # in a text that has grown out of the window, every token has a new position
-                uncached = [i for i in rows if len(texts[i]) > limit]
-                left = [j for j, i in enumerate(cached) if i in rows and i not in uncached]
-                cache.select(left)
-                cached = [cached[j] for j in left]
-                rows, logits = cached + uncached, []
-                if cached:
-                    last = torch.tensor([texts[i][-1:] for i in cached], device=cache.device)
-                    logits = [self(last, cache, last=1)[:, 0]]
-                if uncached:
-                    window = torch.tensor([texts[i][-limit:] for i in uncached],
-                                          device=cache.device)
+                outside = [i for i in rows if len(texts[i]) > limit]
+                cache.select([cached.index(i) for i in inside])
+                cached, rows, logits = inside, inside + outside, []
+                if inside:
+                    last = torch.tensor([texts[i][-1:] for i in inside], device=device)
+                    logits += [self(last, cache, last=1)[:, 0]]
+                if outside:
+                    window = torch.tensor([texts[i][-limit:] for i in outside], device=device)
                     logits += [self(window, last=1)[:, 0]]
                 logits = torch.cat(logits) if rows else None
-        if torch.is_tensor(ids):
-            length = max(map(len, texts))
-            return ids.new_tensor([text + text[-1:] * (length - len(text)) for text in texts])
-        return texts
+        if not torch.is_tensor(ids):
+            return texts
+        length = max(map(len, texts))
+        return ids.new_tensor([text + text[-1:] * (length - len(text)) for text in texts])
 
 
 COLD = 1e-6  # temperatures below are taken for 0: logits divided by them could overflow
@@ -1236,8 +1173,7 @@ def generating(*models):
     were = [model.training for model in models]
     try:
         for model in models:
-            model.eval()
-            model.join(True)
+            model.eval().join(True)
         yield
     finally:
         for model, was_training in zip(models, were):
@@ -1298,23 +1234,21 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
                          f"{target.config.vocab_size}")
     if not 0 < gamma < SlidingWindowAttention.SLACK:
         raise ValueError(f"gamma must be in 1 to {SlidingWindowAttention.SLACK - 1}, not {gamma}")
-    text, device = ids[0].tolist(), ids.device
+    text, device, done = ids[0].tolist(), ids.device, False
     end = len(text) + max_new_tokens
     limit = min(end, target.config.block_size, draft.config.block_size)
     stops = {stop} if type(stop) is int else set(stop or ())
     caches = Cache(target, 1, limit), Cache(draft, 1, limit)
-    how = temperature, top_k, top_p, min_p
     counts = {"proposed": 0, "accepted": 0, "calls": 0}
 
     def draw(p):
         return torch.multinomial(p, 1, generator=generator).item()
 
     def ask(model, cache, new, last):  # -> the probabilities after the last tokens of text + new
-        unseen = (text + new)[cache.lengths[0] :]
-        logits = model(torch.tensor([unseen], device=device), cache, last=last)[0]
-        return token_probabilities(logits, *how)
+        unseen = torch.tensor([(text + new)[cache.lengths[0] :]], device=device)
+        return token_probabilities(model(unseen, cache, last=last)[0],
+                                   temperature, top_k, top_p, min_p)
 
-    done = False
     with generating(target, draft):
         while not done and len(text) < limit:
             n = min(gamma, limit - len(text) - 1)
@@ -1323,14 +1257,12 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
             for _ in range(n):
                 q.append(ask(draft, caches[1], guesses, 1)[0])
                 guesses.append(draw(q[-1]))
-            p = ask(target, caches[0], guesses, n + 1)
-            kept = 0
+            p, kept = ask(target, caches[0], guesses, n + 1), 0
             while kept < n and torch.rand(1, generator=generator, device=device).item() * \
                     q[kept][guesses[kept]] < p[kept][guesses[kept]]:
                 kept += 1
-            counts["proposed"] += n
-            counts["accepted"] += kept
-            counts["calls"] += 1
+            for name, more in (("proposed", n), ("accepted", kept), ("calls", 1)):
+                counts[name] += more
             last = draw((p[kept] - q[kept]).clamp(min=0) if kept < n else p[n])
             for token in guesses[:kept] + [last]:
                 text.append(token)
@@ -1341,9 +1273,8 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
             caches = [cache.rewind(model, old, text[:-1])
                       for model, cache, old in zip((target, draft), caches, saved)]
     if not done and len(text) < end:  # no room in the window is left for guesses
-        ids = target.generate([text], end - len(text), temperature, top_k, top_p, stop, generator,
-                              on_token, min_p)
-        return torch.tensor(ids, device=device), counts
+        text, = target.generate([text], end - len(text), temperature, top_k, top_p, stop,
+                                generator, on_token, min_p)
     return torch.tensor([text], device=device), counts
 
 
@@ -1366,30 +1297,32 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear, kind):
         super().__init__()
         w = linear.weight.detach().float()
-        self.kind, self.d_in, self.bias = kind, w.shape[1], linear.bias
+        d_out, self.d_in = w.shape
+        self.kind, self.bias = kind, linear.bias
         if kind == "int8":
             scale = (w.abs().amax(1) / 127).clamp(min=1e-30)
             weight, low = (w / scale[:, None]).round().to(torch.int8), None
         else:
-            w = F.pad(w, (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+            w = F.pad(w, (0, -self.d_in % GROUP)).unflatten(1, (-1, GROUP))
             low, high = w.aminmax(dim=-1)
             scale = ((high - low) / 15).clamp(min=1e-30)
             weight = ((w - low[..., None]) / scale[..., None]).round().to(torch.uint8).flatten(1)
             weight = weight[:, 0::2] | weight[:, 1::2] << 4
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("low", low)
+        for name, x in (("weight", weight), ("scale", scale), ("low", low)):
+            self.register_buffer(name, x)
         self.packed = None  # int4: as PyTorch's CPU kernel wants it, made when it is first used
-        d_out, d_in = w.shape[:2]
-        self.fits = d_in % 32 == 0 if kind == "int8" else d_out % 16 == 0  # the kernel
+        self.fits = self.d_in % 32 == 0 if kind == "int8" else d_out % 16 == 0  # the kernel
+
+    def nibbles(self, weight):
+        """int4: bytes (..., d_in / 2) -> integers (..., d_in)"""
+        return torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
 
     def rows(self, ids=slice(None)):
         """The weights of these outputs, as numbers again: (..., d_in) float32."""
-        weight, scale = self.weight[ids], self.scale[ids]
+        weight, scale = self.weight[ids], self.scale[ids][..., None]
         if self.kind == "int8":
-            return weight * scale[..., None]
-        weight = torch.stack((weight & 15, weight >> 4), -1).flatten(-2).unflatten(-1, (-1, GROUP))
-        weight = weight * scale[..., None] + self.low[ids][..., None]
+            return weight * scale
+        weight = self.nibbles(weight).unflatten(-1, (-1, GROUP)) * scale + self.low[ids][..., None]
         return weight.flatten(-2)[..., : self.d_in]
 
     def kernel(self, x):
@@ -1400,16 +1333,14 @@ class QuantizedLinear(nn.Module):
             one = torch.ones_like(self.scale, dtype=torch.bfloat16)  # the scale keeps its float32
             return torch._weight_int8pack_mm(x, self.weight, one).float() * self.scale
         if self.packed is None:
-            integers = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1).int()
-            self.packed = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1),
-                           torch.stack((self.scale, self.low + 8 * self.scale), -1)
-                           .transpose(0, 1).contiguous().bfloat16())  # (groups, d_out, 2)
+            scales = torch.stack((self.scale, self.low + 8 * self.scale), -1).transpose(0, 1)
+            self.packed = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                self.nibbles(self.weight).int(), 1), scales.contiguous().bfloat16())
         x = F.pad(x, (0, self.weight.shape[1] * 2 - self.d_in))
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed[0], GROUP,
-                                                          self.packed[1]).float()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, self.packed[0], GROUP, self.packed[1]).float()
 
-    def forward(self, x):
-        """(..., d_in) -> (..., d_out)"""
+    def forward(self, x):  # (..., d_in) -> (..., d_out)
         few = 0 < x.numel() <= 32 * self.d_in  # for more, turning weights into numbers is worth it
         if few and self.fits and x.device.type == "cpu" and fast_integers(self.kind):
             y = self.kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
@@ -1420,8 +1351,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(QuantizedLinear):
     """The table of a head that serves as embedding, too."""
 
-    def forward(self, ids):
-        """(...) int64 -> (..., d)"""
+    def forward(self, ids):  # (...) int64 -> (..., d)
         return self.rows(ids)
 
 
@@ -1429,8 +1359,7 @@ class QuantizedEmbedding(QuantizedLinear):
 def fast_integers(kind):
     """Whether this PyTorch has the kernels (they are not part of its documented interface)."""
     try:
-        linear = nn.Linear(64, 32, bias=False)
-        ours, x = QuantizedLinear(linear, kind), torch.randn(2, 64)
+        ours, x = QuantizedLinear(nn.Linear(64, 32, bias=False), kind), torch.randn(2, 64)
         return torch.allclose(ours.kernel(x), x @ ours.rows().T, atol=0.1)
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -1446,11 +1375,12 @@ def quantize(model, kind):
         raise ValueError(f"a model can be quantized to int8 or int4, not {kind}")
     if model.quantized:
         raise ValueError(f"the model is quantized already, to {model.quantized}")
+    kept = ("router", "k_up", "v_up",  # of these two LatentAttention uses the matrix
+            "filter_in", "filter_mid", "filter_out")
     for parent in list(model.blocks.modules()):
-        for child, module in list(parent.named_children()):
-            if isinstance(module, Linear) and child != "router" and "filter" not in child and \
-                    child not in ("k_up", "v_up"):  # of which LatentAttention uses the matrix
-                setattr(parent, child, QuantizedLinear(module, kind))
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear) and name not in kept:
+                setattr(parent, name, QuantizedLinear(child, kind))
     if model.config.tie_embeddings:
         model.embedding = QuantizedEmbedding(model.head, "int8")
     model.head = QuantizedLinear(model.head, "int8")
@@ -1462,6 +1392,25 @@ def quantize(model, kind):
 # -----------------------------------------------------------------------------
 # Checkpoints.
 
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """A file that takes the name `path` only once it is whole: a killed run leaves no half."""
+    temporary = os.fspath(path) + ".tmp"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
 
 def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf, rng=None,
                     args=None, tokenizer=None, template=None):
@@ -1469,8 +1418,7 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
 
     optimizer: anything with state_dict(), or a list of such; rng: dict of RNG states; args: dict
     of plain values; tokenizer: the text of its tokenizer.json; template: that of a chat.
-    The file is written under another name, and renamed when it is safe on disk: whatever happens
-    meanwhile, `path` is a whole checkpoint, the old or the new. Raises OSError.
+    Whatever happens meanwhile, `path` is a whole checkpoint, the old or the new. Raises OSError.
     """
     if isinstance(optimizer, (list, tuple)):
         optimizer_state = [o.state_dict() for o in optimizer]
@@ -1478,22 +1426,13 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
         optimizer_state = optimizer.state_dict() if optimizer else None
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     checkpoint = {
-        "config": dataclasses.asdict(model.config),
-        "model": model.state_dict(),
-        "optimizer": optimizer_state,
-        "step": step, "best_val_loss": best_val_loss, "rng": rng, "args": args,
-        "tokenizer": tokenizer, "template": template, "quantize": model.quantized,
-    }
-    temporary = os.fspath(path) + ".tmp"
+        "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+        "optimizer": optimizer_state, "step": step, "best_val_loss": best_val_loss, "rng": rng,
+        "args": args, "tokenizer": tokenizer, "template": template, "quantize": model.quantized}
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
         raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from None
 
 
@@ -1514,16 +1453,12 @@ def load_checkpoint(path, device="cpu"):
     if type(checkpoint) is not dict or not {"config", "model"} <= set(checkpoint):
         raise ValueError(f"{path} is no checkpoint: it has no config and model")
     try:
-        known = {field.name for field in dataclasses.fields(TransformerConfig)}
-        if unknown := set(checkpoint["config"]) - known:
-            raise ValueError(f"its config has {', '.join(sorted(map(str, unknown)))}")
-        kind, state = checkpoint.get("quantize"), checkpoint["model"]
+        state, kind = checkpoint["model"], checkpoint.get("quantize")
         if checkpoint.get("template") is not None:
             check_template(checkpoint["template"])
         model = empty_model(TransformerConfig(**checkpoint["config"]), len(state))
         model = quantize(model, kind) if kind else model
-        floats = torch.float64, torch.float32, torch.float16, torch.bfloat16
-        want, found = ({name: (tuple(x.shape), "float" if x.dtype in floats else str(x.dtype))
+        want, found = ({name: (tuple(x.shape), "float" if x.dtype in FLOATS else str(x.dtype))
                         for name, x in tensors.items()} for tensors in (model.state_dict(), state))
         for name in sorted({*want, *found}):
             if want.get(name) != found.get(name):
@@ -1531,21 +1466,17 @@ def load_checkpoint(path, device="cpu"):
             # strides of 0 can make much out of few bytes
             if state[name].untyped_storage().nbytes() < state[name].nbytes:
                 raise ValueError(f"{name} has fewer bytes than numbers")
-        model = fill(model, state, device)
+        return fill(model, state, device), checkpoint
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no checkpoint of this model: {reason}") from None
-    return model, checkpoint
 
 
 def empty_model(config, n_tensors):
     """A Transformer of shapes without numbers, for a file of so many tensors. Raises ValueError,
-    at once, if the file can not hold it: a few bytes must not cost hours, or all of memory."""
-    width = {"rope": max(config.head_size, config.rope_size), "sinusoidal": config.n_embd}
+    at once, if the file can not hold it: a few bytes must not cost hours."""
     if config.n_parts() > n_tensors:
         raise ValueError(f"{config.n_layer} layers need more than its {n_tensors} tensors")
-    if config.block_size * width.get(config.position, 1) >= 2**28:
-        raise ValueError(f"positions up to block_size {config.block_size} take too much memory")
     with torch.device("meta"):
         return Transformer(config)
 
@@ -1586,33 +1517,34 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
     the d_ff units with the largest activation.
     Raises ValueError for models or sizes it does not fit.
     """
-    c = model.config
+    c, D = model.config, model.config.head_size
     n_layer, n_embd, d_ff = n_layer or c.n_layer, n_embd or c.n_embd, d_ff or c.d_ff
-    head_size = c.head_size
-    if set(c.attention.split(",")) != {"full"} or c.activation == "moe" or c.norm == "none":
+    n_head = c.n_head if n_embd == c.n_embd else n_embd // D
+    n_kv_head = c.n_kv_head if n_head == c.n_head else n_head
+    if set(model.kinds) != {"full"} or c.activation == "moe" or c.norm == "none":
         raise ValueError("only models of full attention, with norms and without experts, "
                          "can be pruned")
-    n_head = c.n_head if n_embd == c.n_embd else n_embd // head_size
-    if n_head != c.n_head and (c.n_kv_head != c.n_head or c.n_head * head_size != c.n_embd
+    if n_head != c.n_head and (c.n_kv_head != c.n_head or c.n_head * D != c.n_embd
                                or c.qk_norm_joint):
         raise ValueError("the width of a model whose heads are grouped, normalised together, or "
                          "do not add up to it can not be pruned")
-    if n_embd % head_size:
-        raise ValueError(f"n_embd must be a multiple of the head size, {head_size}, not {n_embd}")
-    if not (0 < n_layer <= c.n_layer and 0 < n_embd <= c.n_embd and 0 < d_ff <= c.d_ff):
+    if (n_embd != c.n_embd and n_embd % D) or not (
+            0 < n_layer <= c.n_layer and 0 < n_embd <= c.n_embd and 0 < d_ff <= c.d_ff):
         raise ValueError(f"the sizes must be at most the model's: n_layer {c.n_layer}, n_embd "
-                         f"{c.n_embd}, d_ff {c.d_ff}")
+                         f"{c.n_embd} (and a multiple of the head size, {D}), d_ff {c.d_ff}")
     change, heads, units, sizes, handles = [], [], [], [], []
+
+    def watch(module, into, measure):
+        handles.append(module.register_forward_hook(
+            lambda _, args, y: into.append(measure(args[0].float(), y.float()))))
+
     for block in model.blocks:
-        handles.append(block.register_forward_hook(lambda _, args, y: change.append(
-            1 - F.cosine_similarity(args[0].float(), y.float(), dim=-1).mean().item())))
-        handles.append(block.attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(
-            args[0].unflatten(-1, (c.n_head, head_size)).norm(dim=-1).mean((0, 1)))))
-        handles.append(block.ffn.w2.register_forward_pre_hook(lambda _, args: units.append(
-            args[0].abs().mean((0, 1)))))
+        watch(block, change, lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1).mean())
+        watch(block.attn.o_proj, heads,
+              lambda x, y: x.unflatten(-1, (-1, D)).norm(dim=-1).mean((0, 1)))
+        watch(block.ffn.w2, units, lambda x, y: x.abs().mean((0, 1)))
         for norm in (block.attn_norm, block.ffn_norm):
-            handles.append(norm.register_forward_hook(
-                lambda _, args, y: sizes.append(y.abs().mean((0, 1)))))
+            watch(norm, sizes, lambda x, y: y.abs().mean((0, 1)))
     model(ids)
     for handle in handles:
         handle.remove()
@@ -1620,31 +1552,25 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
     def best(importance, n):  # indices of the n largest, in their order
         return torch.as_tensor(importance).topk(n).indices.sort().values
 
-    layers, channels = best(change, n_layer).tolist(), best(sum(sizes), n_embd)
-    small = Transformer(dataclasses.replace(
-        c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff, n_head=n_head, kv_rank=0,
-        n_kv_head=c.n_kv_head if n_head == c.n_head else n_head)).to(ids.device).eval()
-    state = {}
-    for name, x in model.state_dict().items():
-        part = name.split(".")
-        if part[0] == "blocks":
-            if (old := int(part[1])) not in layers:
-                continue
-            name = ".".join(("blocks", str(layers.index(old)), *part[2:]))
-            inside = best(units[old], d_ff)
-            width = torch.arange(c.n_head * head_size, device=x.device).view(c.n_head, head_size)
-            width = width[best(heads[old], n_head)].flatten()
-            kv_width = width if n_head != c.n_head else slice(None)
-            rows = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width, "w1": inside,
-                    "w3": inside, "q_norm": slice(None), "k_norm": slice(None)}
-            x = x[rows.get(part[-2], channels)]
-            columns = {"o_proj": width, "w2": inside}.get(part[-2], channels)
-            x = x[:, columns] if x.ndim == 2 else x
-        else:  # embedding, positions, head: (n, C); final_norm: (C,)
-            x = x[..., channels]
-        state[name] = x.clone()
+    channels, everything = best(sum(sizes), n_embd), slice(None)
+    state = {name: x[..., channels] for name, x in model.state_dict().items()
+             if not name.startswith("blocks.")}  # embeddings, head: (n, C); final_norm: (C,)
+    for new, old in enumerate(best(change, n_layer).tolist()):
+        inside = best(units[old], d_ff)
+        width = torch.arange(c.n_head * D, device=ids.device).view(-1, D)
+        width = width[best(heads[old], n_head)].flatten()
+        kv_width = width if n_head != c.n_head else everything
+        rows = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width, "w1": inside,
+                "w3": inside, "q_norm": everything, "k_norm": everything}
+        columns = {"o_proj": width, "w2": inside}
+        for name, x in model.blocks[old].state_dict().items():
+            part = name.split(".")[-2]
+            x = x[rows.get(part, channels)]
+            state[f"blocks.{new}.{name}"] = x[:, columns.get(part, channels)] if x.ndim > 1 else x
+    small = Transformer(dataclasses.replace(c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff,
+                                            n_head=n_head, n_kv_head=n_kv_head, kv_rank=0))
     small.load_state_dict(state)
-    return small
+    return small.to(ids.device).eval()
 
 
 # -----------------------------------------------------------------------------
@@ -1652,31 +1578,28 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
 # where the message goes; "begin", what comes first; and "default_system", if nobody gives one.
 
 ROLES = ("system", "user", "assistant")
+TEMPLATES = {  # what begins a conversation, and a message: of any role, or of each
+    "chatml": ("", "<|im_start|>ROLE\n{content}<|im_end|>\n"),  # Qwen, SmolLM2
+    "llama3": ("<|begin_of_text|>",
+               "<|start_header_id|>ROLE<|end_header_id|>\n\n{content}<|eot_id|>"),
+    "llama2": ("<s>", "{content}\n\n", "[INST] {content} [/INST]", " {content}</s>"),  # Mistral
+    "plain": ("", "ROLE: {content}\n")}  # needs no special tokens
+
+
+def chat_template(name="chatml", system=""):
+    """One of the templates that models in use have."""
+    begin, *texts = TEMPLATES[name]
+    texts = texts if len(texts) > 1 else [texts[0].replace("ROLE", role) for role in ROLES]
+    return dict(zip(ROLES, texts)) | {"begin": begin, "default_system": system}
 
 
 def check_template(template):
     """Raise ValueError unless this is a template: as any part of a checkpoint, a stranger's."""
     if type(template) is not dict or set(template) != {*ROLES, "begin", "default_system"} or \
-            any(type(text) is not str for text in template.values()):
-        raise ValueError("its chat template has not the parts begin, default_system, "
-                         f"{', '.join(ROLES)}, each a text")
-    for role in ROLES:
-        if template[role].count("{content}") != 1:
-            raise ValueError(f"its chat template has not one {{content}} for the {role}")
-
-
-def chat_template(name="chatml", system=""):
-    """The templates that models in use have: chatml (Qwen, SmolLM2), llama3, llama2 (and Mistral),
-    and plain, which needs no special tokens."""
-    if name == "llama2":
-        return {"begin": "<s>", "system": "{content}\n\n", "user": "[INST] {content} [/INST]",
-                "assistant": " {content}</s>", "default_system": system}
-    one = {"chatml": "<|im_start|>ROLE\n{content}<|im_end|>\n",
-           "llama3": "<|start_header_id|>ROLE<|end_header_id|>\n\n{content}<|eot_id|>",
-           "plain": "ROLE: {content}\n"}[name]
-    template = {role: one.replace("ROLE", role) for role in ROLES}
-    return template | {"begin": "<|begin_of_text|>" if name == "llama3" else "",
-                       "default_system": system}
+            any(type(text) is not str for text in template.values()) or \
+            any(template[role].count("{content}") != 1 for role in ROLES):
+        raise ValueError("its chat template has not the parts begin, default_system and, each "
+                         f"with one {{content}}, {', '.join(ROLES)}")
 
 
 def recognise_template(jinja_text):
@@ -1690,25 +1613,6 @@ def recognise_template(jinja_text):
                                r"((?:[^{}'\"<]|<(?!\|im_))*)<\|im_end\|>", jinja_text)
             return chat_template(name, system[1] if system else "")
     return None
-
-
-def jinja(template):
-    """The same as a chat_template for transformers."""
-    def show(text):
-        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
-
-    out = show(template["begin"])
-    if template["default_system"]:
-        head, tail = template["system"].split("{content}")
-        out += ("{% if messages[0]['role'] != 'system' %}"
-                + show(head + template["default_system"] + tail) + "{% endif %}")
-    out += "{% for m in messages %}"
-    for role in ROLES:
-        head, tail = template[role].split("{content}")
-        out += (f"{{% if m['role'] == '{role}' %}}" + show(head) + "{{ m['content'] }}"
-                + show(tail) + "{% endif %}")
-    return (out + "{% endfor %}{% if add_generation_prompt %}"
-            + show(template["assistant"].split("{content}")[0]) + "{% endif %}")
 
 
 def read_tokenizer(text):
@@ -1730,8 +1634,7 @@ def encode_chat(tokenizer, template, messages, reply=True):
     pieces = [template["begin"]]  # template and content in turn
     for message in messages:
         if message["role"] not in ROLES:
-            raise ValueError(f"a message's role is system, user or assistant, not "
-                             f"{message['role']!r}")
+            raise ValueError(f"a message's role is {', '.join(ROLES)}, not {message['role']!r}")
         head, tail = template[message["role"]].split("{content}")
         pieces[-1] += head
         pieces += [message["content"], tail]
@@ -1742,12 +1645,11 @@ def encode_chat(tokenizer, template, messages, reply=True):
     for i, piece in enumerate(pieces):
         for part in re.split(f"({special})", piece) if special and i % 2 == 0 else [piece]:
             if i % 2 == 0 and part in tokenizer.special_tokens:
-                ids += tokenizer.encode_ordinary(text) if text else []
-                ids.append(tokenizer.special_tokens[part])
+                ids += [*tokenizer.encode_ordinary(text), tokenizer.special_tokens[part]]
                 text = ""
             else:
                 text += part
-    return ids + (tokenizer.encode_ordinary(text) if text else [])
+    return ids + tokenizer.encode_ordinary(text)
 
 
 def chat_stops(tokenizer, template):
@@ -1764,26 +1666,48 @@ def chat_stops(tokenizer, template):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
-
-
-FAMILIES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-            "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM",
-            "olmo2": "Olmo2ForCausalLM"}  # {model_type: architecture}, by their names
-
-
-def read_text(path):
-    """The text in a file. Raises ValueError if it is not UTF-8, or OSError."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from None
+FAMILIES = {  # {model_type: (architecture, what all such models have)}
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
+    "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
+    "olmo2": ("Olmo2ForCausalLM", {"qk_norm_joint": True, "norm_place": "res_post"}),
+    "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "bias": True})}
+# for reading and writing alike: {our name: theirs}, of GPT-2 and of all others, for the numbers in
+# config.json, and for tensors, {} being the number of the layer
+NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+           "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+           "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_size": "head_dim",
+           "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps"}
+GPT2_NUMBERS = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
+                "n_head": "n_head", "n_embd": "n_embd", "d_ff": "n_inner",
+                "norm_eps": "layer_norm_epsilon"}
+TENSORS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
+           "attn_norm": "model.layers.{}.input_layernorm",
+           "ffn_norm": "model.layers.{}.post_attention_layernorm",
+           **{f"ffn.{ours}": f"model.layers.{{}}.mlp.{theirs}_proj"
+              for ours, theirs in (("w1", "gate"), ("w2", "down"), ("w3", "up"))},
+           **{f"attn.{part}": f"model.layers.{{}}.self_attn.{part}"
+              for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}}
+OLMO2_TENSORS = TENSORS | {"attn_norm": "model.layers.{}.post_attention_layernorm",
+                           "ffn_norm": "model.layers.{}.post_feedforward_layernorm"}
+GPT2_TENSORS = {"embedding": "transformer.wte", "positions": "transformer.wpe", "head": "lm_head",
+                "final_norm": "transformer.ln_f", "attn_norm": "transformer.h.{}.ln_1",
+                "ffn_norm": "transformer.h.{}.ln_2", "attn.o_proj": "transformer.h.{}.attn.c_proj",
+                "ffn.w1": "transformer.h.{}.mlp.c_fc", "ffn.w2": "transformer.h.{}.mlp.c_proj",
+                **{f"attn.{x}_proj": f"transformer.h.{{}}.attn.c_attn.{x}" for x in "qkv"}}
+GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+                    "relu": "relu", "silu": "silu", "swish": "silu"}
+SCALING = {"default": (), "linear": ("factor",),
+           "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                      "original_max_position_embeddings")}
 
 
 def read_json(path):
     """The dict in a JSON file. Raises ValueError, or OSError."""
     try:
-        data = json.loads(read_text(path))
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if type(data) is not dict:
@@ -1795,16 +1719,16 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes, the length of a header of JSON, which says
     of each tensor dtype, shape, and where its bytes are in the rest. Nothing in it is believed:
     raises ValueError if a length, a shape or a place does not fit the file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        n = int.from_bytes(file.read(8), "little")
-        if size < 8 or n > min(size - 8, 100_000_000):
-            raise ValueError(f"{path} is no safetensors file: its header does not fit in it")
-        try:
+    size, tensors, at = os.path.getsize(path), {}, 0
+    try:
+        with open(path, "rb") as file:
+            n = int.from_bytes(file.read(8), "little")
+            room = size - 8 - n
+            if size < 8 or room < 0 or n > 100_000_000:
+                raise ValueError("its header does not fit in it")
             header = json.loads(file.read(n))
             header.pop("__metadata__", None)
-            places = []
-            for name, entry in header.items():
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
                 begin, end = entry["data_offsets"]
                 if len(shape) > 64 or not all(type(x) is int and 0 <= x < 2**48
@@ -1812,20 +1736,16 @@ def read_safetensors(path):
                     raise ValueError(f"{name} has sizes that are no numbers, or too large")
                 if math.prod(shape) * dtype.itemsize != end - begin:
                     raise ValueError(f"{name} of shape {shape} can not have {end - begin} bytes")
-                places.append((begin, end, name, dtype, shape))
-            places.sort(key=lambda place: place[:2])
-            ends = [0] + [end for _, end, *_ in places]
-            if [begin for begin, *_ in places] != ends[:-1] or ends[-1] != size - 8 - n:
-                raise ValueError("its tensors overlap, leave gaps, or end elsewhere than the file")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from None
-        tensors = {}
-        for begin, end, name, dtype, shape in places:  # in the order of their bytes
-            data = bytearray(end - begin)
-            if file.readinto(data) != end - begin:
-                raise ValueError(f"{path} ends too early")
-            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.view(shape)
+                if begin != at or end > room:
+                    raise ValueError("its tensors overlap, leave gaps, or go on behind its end")
+                data = bytearray(end - begin)
+                at += file.readinto(data)
+                flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+                tensors[name] = flat.view(shape)
+            if at != room:
+                raise ValueError("its tensors end before the file")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
     return tensors
 
 
@@ -1833,9 +1753,9 @@ def write_safetensors(path, tensors):
     """Write {name: tensor} as a .safetensors file. Raises OSError."""
     names, header, at = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
     for name, x in tensors.items():
-        end = at + x.numel() * x.element_size()
-        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [at, end]}
-        at = end
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape),
+                        "data_offsets": [at, at + x.nbytes]}
+        at += x.nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -1844,100 +1764,108 @@ def write_safetensors(path, tensors):
             file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def their_names(names, family):
-    """{our name of a tensor: theirs} for all these names."""
-    if family == "gpt2":
-        block, top = "h.{}.", {"embedding": "wte", "positions": "wpe", "final_norm": "ln_f"}
-        parts = {"attn_norm": "ln_1", "ffn_norm": "ln_2", "attn.q_proj": "attn.c_attn.q",
-                 "attn.k_proj": "attn.c_attn.k", "attn.v_proj": "attn.c_attn.v",
-                 "attn.o_proj": "attn.c_proj", "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}
-    else:
-        block, top = "layers.{}.", {"embedding": "embed_tokens", "final_norm": "norm"}
-        parts = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-                 "ffn.w1": "mlp.gate_proj", "ffn.w3": "mlp.up_proj", "ffn.w2": "mlp.down_proj"}
-        if family == "olmo2":
-            parts |= {"attn_norm": "post_attention_layernorm",
-                      "ffn_norm": "post_feedforward_layernorm"}
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
-            parts["attn." + part] = "self_attn." + part
-    prefix, theirs = "transformer." if family == "gpt2" else "model.", {}
-    for name in names:
+def their_names(model, family, biased):
+    """{our name of a tensor: theirs} of all that a file of this model holds. biased: the parts of
+    a block that have biases there, though ours may have them in more."""
+    table, theirs = {"gpt2": GPT2_TENSORS, "olmo2": OLMO2_TENSORS}.get(family, TENSORS), {}
+    for name in model.state_dict():
         module, _, kind = name.rpartition(".")
-        if module.startswith("blocks."):
-            _, i, part = module.split(".", 2)
-            theirs[name] = f"{prefix}{block.format(i)}{parts[part]}.{kind}"
-        else:
-            theirs[name] = f"{prefix}{top[module]}.{kind}" if module in top else "lm_head.weight"
+        _, layer, part = module.split(".", 2) if module.startswith("blocks.") else ("", "", module)
+        extra = kind == "bias" and "norm" not in part and not part.startswith(biased)
+        if not extra and not (part == "head" and model.config.tie_embeddings):
+            theirs[name] = f"{table[part].format(layer)}.{kind}"
     return theirs
 
 
 def config_from(theirs):
     """Their config.json, a dict -> (TransformerConfig, family, the parts that have biases).
-    Raises ValueError for what our model can not be."""
+    Raises ValueError for what our model can not be, or what a dict of nonsense leads to."""
     family = theirs.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"its model_type is {family!r}; known are {', '.join(FAMILIES)}")
 
     def need(name, *values):  # what we take for granted
         if theirs.get(name, values[0]) not in values:
             raise ValueError(f"its {name} is {theirs[name]!r}, which is not supported")
 
+    optional, ours = ("n_kv_head", "head_size", "d_ff", "norm_eps"), dict(FAMILIES[family][1])
+    for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
+        if name not in optional or theirs.get(key) is not None:
+            ours[name] = theirs[key]
+    ours["tie_embeddings"] = theirs.get("tie_word_embeddings", family == "gpt2")
     if family == "gpt2":
         need("scale_attn_weights", True)
         need("scale_attn_by_inverse_layer_idx", False)
         need("add_cross_attention", False)
-        f = theirs.get("activation_function", "gelu_new")
-        known = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
-                 "relu": "relu", "silu": "silu", "swish": "silu"}
-        if f not in known:
-            raise ValueError(f"its activation_function is {f!r}, which is not supported")
-        n_embd = theirs.get("n_embd", 768)
-        return TransformerConfig(
-            vocab_size=theirs.get("vocab_size", 50257), block_size=theirs.get("n_positions", 1024),
-            n_layer=theirs.get("n_layer", 12), n_head=theirs.get("n_head", 12), n_embd=n_embd,
-            d_ff=theirs.get("n_inner") or 4 * n_embd, activation=known[f], position="learned",
-            norm="layernorm", norm_eps=theirs.get("layer_norm_epsilon", 1e-5), bias=True,
-            tie_embeddings=theirs.get("tie_word_embeddings", True)), family, ("attn", "ffn")
-    if family not in FAMILIES:
-        raise ValueError(f"its model_type is {family!r}; known are {', '.join(FAMILIES)}")
+        need("activation_function", *GPT2_ACTIVATIONS)
+        activation = GPT2_ACTIVATIONS[theirs.get("activation_function", "gelu_new")]
+        return TransformerConfig(**ours, activation=activation), family, ("attn", "ffn")
     need("hidden_act", "silu", "swish")
     need("clip_qkv", None)
+    need("partial_rotary_factor", 1)
+    n_layer = ours["n_layer"]
+    if type(n_layer) is not int or not 0 < n_layer <= 2**16:
+        raise ValueError(f"its num_hidden_layers is {n_layer!r}")
+    ours.setdefault("norm_eps", 1e-6)
+    ours.setdefault("head_size", 128 if family == "qwen3" else 0)
     rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 10000.0)}
     for old_or_new in ("rope_scaling", "rope_parameters"):
         rope |= theirs.get(old_or_new) or {}
     kind = rope.get("type", "default") if rope["rope_type"] == "default" else rope["rope_type"]
-    scaling = {"default": lambda: "", "linear": lambda: f"linear:{rope['factor']}",
-               "llama3": lambda: f"llama3:{rope['factor']},{rope['low_freq_factor']},"
-               f"{rope['high_freq_factor']},{rope['original_max_position_embeddings']}"}
-    if kind not in scaling or rope.get("partial_rotary_factor", 1) != 1:
+    if kind not in SCALING or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"its rotary positions are of type {kind!r}, which is not supported")
-    n_layer, heads = theirs["num_hidden_layers"], theirs["num_attention_heads"]
-    if type(n_layer) is not int or not 0 < n_layer <= 2**16:
-        raise ValueError(f"its num_hidden_layers is {n_layer!r}")
-    block_size, window = theirs["max_position_embeddings"], theirs.get("sliding_window")
-    if family in ("qwen2", "qwen3") and not theirs.get("use_sliding_window", False):
-        window = None
-    kinds = ["full"] * n_layer
-    if window and window < block_size and family != "llama":
-        first = theirs.get("max_window_layers", 28) if family != "mistral" else 0
-        layers = theirs.get("layer_types") or [
-            "sliding_attention" if i >= first else "full_attention" for i in range(n_layer)]
-        known = {"sliding_attention": "sliding", "full_attention": "full"}
-        if len(layers) != n_layer or any(kind not in known for kind in layers):
-            raise ValueError(f"its layer_types are not {n_layer} of {', '.join(known)}")
-        kinds = [known[kind] for kind in layers]
-    biased = [part for part, flag in (("attn", "attention_bias"), ("ffn", "mlp_bias"))
-              if theirs.get(flag) and family in ("llama", "qwen3", "olmo2")]
+    scaling = ",".join(str(rope[name]) for name in SCALING[kind])
+    window, layers = theirs.get("sliding_window"), ["full"] * n_layer
+    windowed = family == "mistral" or (family in ("qwen2", "qwen3")
+                                       and theirs.get("use_sliding_window"))
+    if windowed and window and window < ours["block_size"]:
+        first = 0 if family == "mistral" else theirs.get("max_window_layers", 28)
+        layers = family != "mistral" and theirs.get("layer_types") or [
+            f"{'full' if i < first else 'sliding'}_attention" for i in range(n_layer)]
+        layers, ours["window"] = [kind.removesuffix("_attention") for kind in layers], window
+        if len(layers) != n_layer or not set(layers) <= {"sliding", "full"}:
+            raise ValueError(f"its layer_types are not {n_layer} of sliding_ and full_attention")
+    flags = {"attn": "attention_bias", "ffn": "mlp_bias"} if family != "mistral" else {}
+    biased = ("attn.q", "attn.k", "attn.v") if family == "qwen2" else tuple(
+        part for part, flag in flags.items() if theirs.get(flag))
     return TransformerConfig(
-        vocab_size=theirs["vocab_size"], block_size=block_size, n_layer=n_layer, n_head=heads,
-        n_kv_head=theirs.get("num_key_value_heads") or heads, n_embd=theirs["hidden_size"],
-        head_size=theirs.get("head_dim") or (128 if family == "qwen3" else 0),
-        d_ff=theirs["intermediate_size"], norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        attention=",".join(kinds) if len(set(kinds)) > 1 else kinds[0],
-        **({"window": window} if window else {}), bias=bool(biased), qkv_bias=family == "qwen2",
-        rope_theta=float(rope["rope_theta"]), rope_scaling=scaling[kind](),
-        qk_norm=family == "qwen3", qk_norm_joint=family == "olmo2",
-        norm_place="res_post" if family == "olmo2" else "pre",
-        tie_embeddings=theirs.get("tie_word_embeddings", False),
-    ), family, ("attn.q", "attn.k", "attn.v") if family == "qwen2" else tuple(biased)
+        **ours, attention=",".join(layers) if len(set(layers)) > 1 else layers[0],
+        bias=bool({"attn", "ffn"} & set(biased)), rope_theta=float(rope["rope_theta"]),
+        rope_scaling=f"{kind}:{scaling}" if scaling else ""), family, biased
+
+
+def config_for(config):
+    """-> (their config.json as a dict, family). Raises ValueError if no family is so: one is if it
+    reads the same model out of that."""
+    c = config
+    layers = ["full" if kind == "sliding" and c.window >= c.block_size else kind
+              for kind in map(c.attention_of, range(c.n_layer))]
+    activations = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
+    kind, _, values = c.rope_scaling.partition(":")
+    values = [float(x) if i < 3 else int(float(x)) for i, x in enumerate(values.split(",")) if x]
+    for family, (architecture, _) in FAMILIES.items():
+        out = {theirs: getattr(c, ours)
+               for ours, theirs in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items()}
+        out |= {"model_type": family, "architectures": [architecture], "torch_dtype": "float32",
+                "tie_word_embeddings": c.tie_embeddings}
+        if family == "gpt2":
+            out["activation_function"] = activations.get(c.activation, "relu")
+        else:
+            out |= {"hidden_act": "silu", "rope_theta": c.rope_theta, "attention_bias": c.bias,
+                    "mlp_bias": c.bias and family == "llama"}
+            if values:
+                out["rope_scaling"] = {"rope_type": kind, **dict(zip(SCALING[kind], values))}
+            if "sliding" in layers:
+                out |= {"sliding_window": c.window, "use_sliding_window": True, "layer_types": [
+                    f"{layer}_attention" for layer in layers]}
+        back = config_from(out)[0]
+        same = all(getattr(c, name) == getattr(back, name) for name in (
+            "activation", "position", "norm", "norm_place", "logit_cap", "qk_norm",
+            "qk_norm_joint", "n_kv_head", "head_size"))
+        if same and layers == [back.attention_of(i) for i in range(c.n_layer)] and \
+                back.bias >= c.bias and back.bias + back.qkv_bias >= c.qkv_bias:
+            return out, family
+    raise ValueError(f"transformers has no family of this kind among {', '.join(FAMILIES)}")
 
 
 def import_folder(folder):
@@ -1947,110 +1875,73 @@ def import_folder(folder):
     rotary positions turn halves of a head, as ours do; no row has to change its place. Raises
     ValueError for other models, and for tensors that are missing, left over or of another shape.
     """
-    config = read_json(os.path.join(folder, "config.json"))
-    try:
-        config, family, biased = config_from(config)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        what = f"it lacks {error}" if type(error) is KeyError else error
-        raise ValueError(f"{folder} holds no model that can be imported: {what}") from None
-    index = os.path.join(folder, "model.safetensors.index.json")
+    theirs = read_json(os.path.join(folder, "config.json"))
+    index, files = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
     if os.path.exists(index):
         files = read_json(index).get("weight_map")
         files = sorted({str(name) for name in files.values()}) if type(files) is dict else []
         if not files or any(os.path.basename(name) != name for name in files):
             raise ValueError(f"{index} names no files of its own folder")
-    else:
-        files = ["model.safetensors"]
-    found = {}
-    for name in files:
-        if not os.path.exists(os.path.join(folder, name)):
-            raise ValueError(f"{folder} has no {name} (pickled weights, .bin, are not read: they "
-                             "could run code)")
-        found |= read_safetensors(os.path.join(folder, name))
-    if family == "gpt2":  # one matrix for queries, keys and values; and all of them transposed
-        own = ("transformer.", "lm_head.")
-        found = {name if name.startswith(own) else f"transformer.{name}": x
-                 for name, x in found.items() if not name.endswith((".attn.bias", "masked_bias"))}
-        for name in [name for name in found if ".c_" in name]:
-            module, kind = name.rsplit(".", 1)
-            x = found.pop(name)
-            if "c_attn" in name and (x.ndim == 0 or x.shape[-1] % 3):
-                raise ValueError(f"{name} of shape {tuple(x.shape)} can not be cut in three")
-            parts = zip((".q", ".k", ".v"), x.chunk(3, -1)) if "c_attn" in name else [("", x)]
-            found |= {f"{module}{part}.{kind}": y.T if y.ndim == 2 else y for part, y in parts}
     try:
+        config, family, biased = config_from(theirs)
+        found = {}
+        for name in files:
+            if not os.path.exists(os.path.join(folder, name)):
+                raise ValueError(f"it has no {name} (pickled weights, .bin, are not read: they "
+                                 "could run code)")
+            found |= read_safetensors(os.path.join(folder, name))
+        if family == "gpt2":
+            found = gpt2_apart(found)
         model = empty_model(config, len(found))
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no model that can be imported: {error}") from None
-    shapes, state = model.state_dict(), {}
-    names = their_names(shapes, family)
-    for ours, theirs in names.items():
-        has_bias = ours.partition(".")[2].partition(".")[2].startswith(biased) if biased else False
-        if ours == "head.weight" and config.tie_embeddings:
-            found.pop(theirs, None)
-            state[ours] = state["embedding.weight"]
-        elif ours.endswith("bias") and not has_bias and "norm" not in ours and theirs not in found:
-            state[ours] = torch.zeros(shapes[ours].shape)
-        elif theirs not in found:
-            raise ValueError(f"{folder} lacks the tensor {theirs}")
-        elif found[theirs].shape != shapes[ours].shape or not found[theirs].is_floating_point():
-            raise ValueError(f"{theirs} is {tuple(found[theirs].shape)} of {found[theirs].dtype}; "
-                             f"by config.json it is {tuple(shapes[ours].shape)}")
-        else:
-            state[ours] = found.pop(theirs).float().contiguous()
-    if left := [name for name in found if not name.endswith("rotary_emb.inv_freq")]:
-        raise ValueError(f"{folder} holds {left[0]}, for which the model has no place")
+        shapes, names, state = model.state_dict(), their_names(model, family, biased), {}
+        for ours, shape in ((name, x.shape) for name, x in shapes.items()):
+            x = found.pop(names.get(ours), None)
+            if ours not in names:  # tied, or a bias that they do not have
+                x = state["embedding.weight"] if ours == "head.weight" else torch.zeros(shape)
+            if x is None:
+                raise ValueError(f"it lacks the tensor {names[ours]}")
+            if x.shape != shape or not x.is_floating_point():
+                raise ValueError(f"{names[ours]} is {tuple(x.shape)} of {x.dtype}; by config.json "
+                                 f"it is {tuple(shape)}")
+            state[ours] = x.float().contiguous()
+        tied = "lm_head.weight" if config.tie_embeddings else None
+        for name in found:
+            if name != tied and not name.endswith("rotary_emb.inv_freq"):
+                raise ValueError(f"{name} has no place in the model")
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
+        what = f"it lacks {error}" if type(error) is KeyError else error
+        raise ValueError(f"{folder} holds no model that can be imported: {what}") from None
     return fill(model, state, "cpu")
 
 
-def config_for(config):
-    """-> (their config.json as a dict, family). Raises ValueError if no family is so."""
-    c = config
-    kinds = {c.attention_of(i) for i in range(c.n_layer)}
-    common = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings,
-              "torch_dtype": "float32"}
-    plain = kinds <= {"full", "sliding"} and not c.logit_cap
-    if plain and kinds == {"full"} and c.norm == "layernorm" and c.position == "learned" and \
-            c.norm_place == "pre" and not (c.qk_norm or c.qk_norm_joint) and \
-            c.n_kv_head == c.n_head and c.head_size * c.n_head == c.n_embd and \
-            c.activation in ("gelu", "gelu_tanh", "relu", "silu"):
-        f = {"gelu_tanh": "gelu_new"}.get(c.activation, c.activation)
-        return common | {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
-                         "n_head": c.n_head, "n_inner": c.d_ff, "activation_function": f,
-                         "layer_norm_epsilon": c.norm_eps}, "gpt2"
-    family = {("pre", False, False): "llama", ("pre", True, False): "qwen3",
-              ("res_post", False, True): "olmo2"}.get((c.norm_place, c.qk_norm, c.qk_norm_joint))
-    if family == "llama" and c.qkv_bias and not c.bias:
-        family = "qwen2"
-    if family == "llama" and "sliding" in kinds:  # Mistral has a window in all layers, or in none
-        family = "mistral" if kinds == {"sliding"} and not c.bias else "qwen2"
-    if not plain or c.norm != "rmsnorm" or c.position != "rope" or c.activation != "swiglu" or \
-            not family or ("sliding" in kinds and family in ("llama", "olmo2")):
-        raise ValueError("transformers has no family of this architecture among "
-                         f"{', '.join(FAMILIES)}")
-    out = common | {
-        "hidden_size": c.n_embd, "intermediate_size": c.d_ff, "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
-        "head_dim": c.head_size, "max_position_embeddings": c.block_size, "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "attention_bias": c.bias,
-        "sliding_window": c.window if "sliding" in kinds else None}
-    if family == "llama":
-        out["mlp_bias"] = c.bias
-    if "sliding" in kinds and family != "mistral":
-        out |= {"use_sliding_window": True, "max_window_layers": 0, "layer_types": [
-            f"{c.attention_of(i)}_attention" for i in range(c.n_layer)]}
-    kind, _, numbers = c.rope_scaling.partition(":")
-    if kind:
-        names = ("factor", "low_freq_factor", "high_freq_factor",
-                 "original_max_position_embeddings")
-        values = [float(x) for x in numbers.split(",")]
-        out["rope_scaling"] = {"rope_type": kind} | dict(zip(names, values[:3]))
-        if kind == "llama3":
-            out["rope_scaling"][names[3]] = int(values[3])
-    return out, family
+def gpt2_apart(found):
+    """GPT-2 has one matrix for queries, keys and values, and all of them (.c_) transposed."""
+    tensors = {}
+    for name, x in found.items():
+        if name.endswith((".attn.bias", "masked_bias")):  # not learned
+            continue
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if ".c_attn." not in name:
+            tensors[name] = x.t() if ".c_" in name and x.ndim < 3 else x
+            continue
+        if x.ndim not in (1, 2) or x.shape[-1] % 3:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} can not be cut in three")
+        for part, y in zip("qkv", x.chunk(3, -1)):
+            tensors[name.replace("c_attn", f"c_attn.{part}")] = y.t()
+    return tensors
 
 
-def export_folder(model, folder, tokenizer=None, template=None):
+def gpt2_together(tensors):
+    """The inverse of `gpt2_apart`."""
+    out = {}
+    for name, x in tensors.items():
+        x = x.t() if ".c_" in name else x
+        whole = re.sub(r"c_attn\.[qkv]", "c_attn", name)
+        out[whole] = torch.cat((out[whole], x), -1) if whole in out else x
+    return out
+
+
+def export_folder(model, folder, tokenizer=None):
     """Write a model as a folder that transformers opens. tokenizer: the text of tokenizer.json.
     Raises ValueError if it has no family there, or if the folder is there and not empty; OSError.
     """
@@ -2058,50 +1949,31 @@ def export_folder(model, folder, tokenizer=None, template=None):
         raise ValueError(f"{folder} is there already")
     if model.quantized:
         raise ValueError("a quantized model can not be exported: take the one it was made from")
-    config, family = config_for(model.config)
-    state, tensors = model.state_dict(), {}
-    for ours, theirs in their_names(state, family).items():
-        unknown = ours.endswith("bias") and (
-            (family in ("qwen3", "olmo2") and ".ffn." in ours) or
-            (family == "qwen2" and (".ffn." in ours or "o_proj" in ours)))
-        if unknown and state[ours].any():
-            raise ValueError(f"{FAMILIES[family]} has no place for {ours}")
-        if not unknown and not (ours == "head.weight" and model.config.tie_embeddings):
-            tensors[theirs] = state[ours]
-    width = model.config.n_head * model.config.head_size
-    kv_width = model.config.n_kv_head * model.config.head_size
-    if family == "qwen2":
-        for i in range(model.config.n_layer):
-            for part, n in (("q", width), ("k", kv_width), ("v", kv_width)):
-                name = f"model.layers.{i}.self_attn.{part}_proj.bias"
-                tensors.setdefault(name, torch.zeros(n))
-    if family == "gpt2":
-        for name in [name for name in tensors if ".c_" in name and name.endswith("weight")]:
-            tensors[name] = tensors[name].T
-        for name in [name for name in tensors if name.endswith("weight") and "wte" not in name
-                     and "wpe" not in name and "lm_head" not in name]:  # they always have biases
-            x = tensors[name]
-            tensors.setdefault(name[:-6] + "bias", x.new_zeros(x.shape[-1]))
-        for name in [name for name in tensors if ".c_attn.q." in name]:
-            parts = [tensors.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-            tensors[name.replace(".q.", ".")] = torch.cat(parts, -1)
+    files = {"config.json": config_for(model.config)[0]}
+    config, family, biased = config_from(files["config.json"])
+    with torch.device("meta"):
+        theirs = Transformer(config)
+    shapes, state = theirs.state_dict(), model.state_dict()
+    names = their_names(theirs, family, biased)
+    for ours in set(state) - set(names):
+        if ours.endswith("bias") and state[ours].any():
+            raise ValueError(f"{family} has no place for {ours}")
+    tensors = {name: state[ours] if ours in state else torch.zeros(shapes[ours].shape)
+               for ours, name in names.items()}
+    if tokenizer:
+        t = read_tokenizer(tokenizer)
+        ends = [text for text, i in t.special_tokens.items() if i == t.eot_id]
+        files["config.json"] |= {"eos_token_id": t.eot_id, "bos_token_id": t.eot_id}
+        files["tokenizer.json"] = json.loads(tokenizer)
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size,
+            **({"eos_token": ends[0], "bos_token": ends[0]} if ends else {})}
     temporary = os.path.normpath(folder) + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     try:
-        write_safetensors(os.path.join(temporary, "model.safetensors"), tensors)
-        config |= {"model_type": family, "architectures": [FAMILIES[family]]}
-        files = {"config.json": config}
-        if tokenizer:
-            t = read_tokenizer(tokenizer)
-            ends = [text for text, i in t.special_tokens.items() if i == t.eot_id]
-            files["tokenizer.json"] = json.loads(tokenizer)
-            files["tokenizer_config.json"] = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": model.config.block_size,
-                **({"eos_token": ends[0], "bos_token": ends[0]} if ends else {}),
-                **({"chat_template": jinja(template)} if template else {})}
-            config |= {"eos_token_id": t.eot_id, "bos_token_id": t.eot_id}
+        write_safetensors(os.path.join(temporary, "model.safetensors"),
+                          gpt2_together(tensors) if family == "gpt2" else tensors)
         for name, data in files.items():
             with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
                 json.dump(data, file, indent=2, ensure_ascii=False)
@@ -2118,34 +1990,33 @@ def export_folder(model, folder, tokenizer=None, template=None):
 
 
 def _parts(config):
-    """The model without its numbers, and {part: its modules}."""
+    """The model without its numbers, and {part: (its modules, the share that one token meets)}."""
     with torch.device("meta"):
         model = Transformer(config)
-    mixtures = [block.ffn for block in model.blocks if isinstance(block.ffn, MixtureOfExperts)]
+    mixtures, shared = model.mixtures(), config.n_shared_expert
     return model, {
-        "embedding": [model.embedding],
-        "positions": [model.positions] if config.position == "learned" else [],
-        "attention": [block.attn for block in model.blocks],
-        "feed-forward": [block.ffn for block in model.blocks if not mixtures],
-        "experts": [m for mixture in mixtures for m in (*mixture.experts, *mixture.shared)],
-        "router": [mixture.router for mixture in mixtures],
-        "norms": [model.final_norm, *(norm for block in model.blocks
-                                      for norm in (block.attn_norm, block.ffn_norm))],
-        "head": [model.head],
-    }
+        "embedding": ([model.embedding], 1),
+        "positions": ([model.positions] if config.position == "learned" else [], 1),
+        "attention": ([block.attn for block in model.blocks], 1),
+        "feed-forward": ([block.ffn for block in model.blocks if not mixtures], 1),
+        "experts": ([expert for m in mixtures for expert in m.experts + m.shared],
+                    (config.top_k + shared) / (config.n_expert + shared)),
+        "router": ([mixture.router for mixture in mixtures], 1),
+        "norms": ([model.final_norm, *(norm for block in model.blocks
+                                       for norm in (block.attn_norm, block.ffn_norm))], 1),
+        "head": ([model.head], 1)}
 
 
-def _active(config, part):
-    """The share of a part's weights that one token meets."""
-    shared = config.n_shared_expert
-    return (config.top_k + shared) / (config.n_expert + shared) if part == "experts" else 1
+def _matrices(modules):
+    """The weights of all linear layers that work on tokens."""
+    return [m.weight for module in modules for name, m in module.named_modules()
+            if isinstance(m, Linear) and "filter" not in name]
 
 
 def count_parameters(config):
     """{part: number of parameters}. Matrices that are tied count once."""
-    _, parts = _parts(config)
     counts = {part: sum(p.numel() for module in modules for p in module.parameters())
-              for part, modules in parts.items()}
+              for part, (modules, _) in _parts(config)[1].items()}
     if config.tie_embeddings:
         counts["head"] = 0
     return {part: n for part, n in counts.items() if n or part in ("positions", "head")}
@@ -2156,12 +2027,8 @@ def count_flops(config, T=None):
     takes three times that. A multiplication and its addition are two. Matrix products count, of
     attention what the mask leaves, of experts those a token goes to; and Hyena's transforms."""
     model, parts = _parts(config)
-    flops = {}
-    for part, modules in parts.items():
-        weights = sum(m.weight.numel() for module in modules for name, m in module.named_modules()
-                      if isinstance(m, Linear) and "filter" not in name)
-        if weights:
-            flops[part] = round(2 * weights * _active(config, part))
+    flops = {part: round(2 * sum(w.numel() for w in _matrices(modules)) * share)
+             for part, (modules, share) in parts.items() if _matrices(modules)}
     flops["attention, scores and values"] = sum(block.attn.mixing_flops(T or config.block_size)
                                                 for block in model.blocks)
     return flops
@@ -2170,11 +2037,10 @@ def count_flops(config, T=None):
 def count_activations(config, batch_size):
     """Numbers kept for the backward pass of a batch of sequences of block_size, roughly: the input
     and the output of each linear layer, what the two norms of a block keep, and the logits."""
-    _, parts = _parts(config)
+    parts = _parts(config)[1]
     n = (2 * config.n_layer + 1) * 2 * config.n_embd + 2 * config.vocab_size
-    for part in ("attention", "feed-forward", "experts"):
-        n += sum(sum(m.weight.shape) for module in parts[part] for m in module.modules()
-                 if isinstance(m, Linear)) * _active(config, part)
+    for modules, share in (parts[name] for name in ("attention", "feed-forward", "experts")):
+        n += sum(sum(w.shape) for w in _matrices(modules)) * share
     return int(batch_size * config.block_size * n)
 
 
@@ -2182,22 +2048,19 @@ def info(config, batch_size, tflops):
     """Print what a model of this config costs."""
     parameters, flops = count_parameters(config), count_flops(config)
     total, forward = sum(parameters.values()), sum(flops.values())
-    print(", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), "\n")
-    print(f"{'parameters':32}{total:16,}")
-    for part, n in parameters.items():
-        print(f"  {part:30}{n:16,}{n / total:8.1%}")
-    print(f"\n{'FLOPs per token, forward':32}{forward:16,}")
-    for part, n in flops.items():
-        print(f"  {part:30}{n:16,}{n / forward:8.1%}")
-    print(f"{'FLOPs per token, training':32}{3 * forward:16,}   (6 x parameters: {6 * total:,})")
-    activations = 4 * count_activations(config, batch_size)
     memory = {"weights": 4 * total, "gradients": 4 * total, "optimizer (AdamW)": 8 * total,
-              f"activations of a batch of {batch_size}, about": activations}
-    print(f"\n{'memory for training in float32':32}{sum(memory.values()) / 1e6:13,.1f} MB")
-    for part, n in memory.items():
-        print(f"  {part:40}{n / 1e6:3,.1f} MB")
+              f"activations of {batch_size} texts, about":
+                  4 * count_activations(config, batch_size)}
+    print(", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
+    for title, table in (("parameters", parameters), ("FLOPs per token, forward", flops),
+                         ("bytes for training in float32", memory)):
+        whole = sum(table.values())
+        print(f"\n{title:40}{whole:16,}")
+        for part, n in table.items():
+            print(f"  {part:38}{n:16,}{n / whole:8.1%}")
     rate = tflops * 1e12 / (3 * forward)
-    print(f"\nat {tflops:g} TFLOP/s: {rate:,.0f} tokens/s in training, "
+    print(f"\nFLOPs per token, training: {3 * forward:,} (6 x parameters: {6 * total:,})\n"
+          f"at {tflops:g} TFLOP/s: {rate:,.0f} tokens/s in training, "
           f"{total * 20 / rate / 3600:,.2f} hours for 20 tokens per parameter")
 
 
@@ -2205,72 +2068,66 @@ def info(config, batch_size, tflops):
 # The command line.
 
 CKPT = os.path.join("out", "ckpt.pt")
+COMMANDS = {"sample": 0, "chat": 0, "info": 0, "prune": 0, "quantize": 0, "import": 1, "export": 2}
+
+
+def number(kind, least, most=math.inf):
+    """An argparse type: numbers of this range."""
+    def read(text):
+        if not least <= (value := kind(text)) <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {least} to {most}, not {text}")
+        return value
+    return read
 
 
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     parser = argparse.ArgumentParser(description="Sample from a model, chat with it, make it "
                                      "smaller, account for its costs, bring it in or out.")
-    parser.add_argument("command", nargs="?", default="sample", choices=(
-        "sample", "chat", "info", "prune", "quantize", "import", "export"))
-    parser.add_argument("paths", nargs="*", help="import: the folder; export: the checkpoint, and "
-                        "the folder to make")
-    parser.add_argument("--ckpt", default=CKPT, metavar="FILE", help=f"default: {CKPT}")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="weights as integers")
-    parser.add_argument("--out", metavar="FILE", help="prune, quantize, import: the checkpoint to "
-                        "write (default out/COMMAND.pt)")
-    parser.add_argument("--text", metavar="FILE", help="quantize: text to measure the loss on "
-                        "(default: what the model writes itself)")
-    g = parser.add_argument_group("sample and chat")
-    g.add_argument("--prompt", default=None, help="text to continue (default: a new document)")
-    g.add_argument("--num_samples", type=int, default=1)
-    g.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add (default 200)")
-    g.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    g.add_argument("--top_k", type=int, default=None, help="draw from the k likeliest tokens")
-    g.add_argument("--top_p", type=float, default=None, help="draw from the likeliest tokens that "
-                   "together have this probability")
-    g.add_argument("--min_p", type=float, default=None, help="draw from tokens at least so "
-                   "likely, compared with the likeliest")
-    g.add_argument("--seed", type=int, default=1337)
-    g.add_argument("--draft", metavar="CKPT", help="sample: a small model of the same tokenizer "
-                   "that guesses ahead; the distribution stays the same")
-    g.add_argument("--gamma", type=int, default=4, help="tokens that it guesses (default 4)")
-    g.add_argument("--system", default=None, help="chat: what the assistant is told to be")
-    g.add_argument("--template", choices=("chatml", "llama3", "llama2", "plain"), help="chat: in "
-                   "place of the one in the checkpoint")
-    g = parser.add_argument_group("info, prune", "of a checkpoint, or of a model of these sizes")
+    add, positive = parser.add_argument, number(int, 1)
+    add("command", nargs="?", default="sample", choices=COMMANDS)
+    add("paths", nargs="*", help="import: the folder; export: the checkpoint, the folder to make")
+    add("--ckpt", default=CKPT, metavar="FILE", help=f"default: {CKPT}")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--quantize", choices=("int8", "int4"), help="weights as integers")
+    add("--out", metavar="FILE", help="prune, quantize, import: the checkpoint to write (default "
+        "out/COMMAND.pt)")
+    add = parser.add_argument_group("sample and chat").add_argument
+    add("--prompt", help="text to continue (default: a new document)")
+    add("--num_samples", type=positive, default=1)
+    add("--max_new_tokens", type=positive, default=200, help="tokens to add (default 200)")
+    add("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest token")
+    add("--top_k", type=positive, help="draw from the k likeliest tokens")
+    add("--top_p", type=number(float, 1e-9, 1), help="draw from the likeliest tokens that have "
+        "this probability together")
+    add("--min_p", type=number(float, 0, 1), help="draw from tokens at least so likely, compared "
+        "with the likeliest")
+    add("--seed", type=number(int, -(2**63), 2**63 - 1), default=1337)
+    add("--draft", metavar="CKPT", help="sample: a small model of the same tokenizer that guesses "
+        "ahead; the distribution stays the same")
+    add("--gamma", type=number(int, 1, SlidingWindowAttention.SLACK - 1), default=4,
+        help="tokens that it guesses (default 4)")
+    add("--system", help="chat: what the assistant is told to be")
+    add("--template", choices=TEMPLATES, help="chat: in place of the one in the checkpoint")
+    add = parser.add_argument_group("info, prune", "of a checkpoint, or of a model of these "
+                                    "sizes").add_argument
     for field in dataclasses.fields(TransformerConfig):
-        if field.name == "top_k":  # the flag is there already
-            continue
-        if field.type is bool or field.type == "bool":
-            g.add_argument(f"--{field.name}", action="store_true", default=None)
-        else:
-            g.add_argument(f"--{field.name}", type=type(field.default), default=None, metavar="X")
-    g.add_argument("--batch_size", type=int, default=32, help="sequences (default 32)")
-    g.add_argument("--tflops", type=float, default=0.1, help="of the device (default 0.1)")
+        how = {"action": "store_true"} if field.type is bool else {"type": field.type,
+                                                                   "metavar": "X"}
+        if field.name != "top_k":  # the flag is there already
+            add(f"--{field.name}", default=None, **how)
+    add("--batch_size", type=positive, default=32, help="sequences (default 32)")
+    add("--tflops", type=number(float, 1e-9), default=0.1, help="of the device (default 0.1)")
     args = parser.parse_args()
-    if not 0 <= args.temperature < math.inf or not 0 < args.tflops < math.inf:
-        parser.error("--temperature must not be negative, and --tflops must be above 0")
-    for name in ("num_samples", "max_new_tokens", "batch_size", "top_k"):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            parser.error(f"--{name} must be at least 1")
-    if not -(2**63) <= args.seed < 2**63:
-        parser.error("--seed must be a number of 64 bits")
-    if not 0 < (1 if args.top_p is None else args.top_p) <= 1 or not 0 <= (args.min_p or 0) <= 1:
-        parser.error("--top_p must be above 0 and at most 1, --min_p in 0 to 1")
-    if not 0 < args.gamma < SlidingWindowAttention.SLACK:
-        parser.error(f"--gamma must be in 1 to {SlidingWindowAttention.SLACK - 1}")
-    if len(args.paths) != {"import": 1, "export": 2}.get(args.command, 0):
-        parser.error({"import": "import takes one folder", "export": "export takes a checkpoint "
-                      "and a folder to make"}.get(args.command, f"{args.command} takes no paths: "
-                                                  "see --ckpt and --out"))
+    if len(args.paths) != COMMANDS[args.command]:
+        parser.error({0: f"{args.command} takes no paths: see --ckpt and --out",
+                      1: "import takes one folder", 2: "export takes a checkpoint and a folder to "
+                      "make"}[COMMANDS[args.command]])
     if args.command == "prune" and not (args.n_layer or args.n_embd or args.d_ff):
         parser.error("prune needs a size to come down to: --n_layer, --n_embd or --d_ff")
     try:
         run(args)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2288,20 +2145,15 @@ def run(args):
         sizes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
         if args.ckpt != CKPT or (not sizes and os.path.exists(CKPT)):
             sizes = dataclasses.asdict(load_checkpoint(args.ckpt)[0].config) | sizes
-        info(TransformerConfig(**sizes), args.batch_size, args.tflops)
-        return
+        return info(TransformerConfig(**sizes), args.batch_size, args.tflops)
     if args.command == "import":
-        import_command(args)
-        return
-    device = pick_device(args.device)
-    path = args.paths[0] if args.command == "export" else args.ckpt
+        return import_command(args)
+    path, device = args.paths[0] if args.paths else args.ckpt, pick_device(args.device)
     model, checkpoint = load_checkpoint(path, device)
     if args.command == "export":
-        export_folder(model, args.paths[1], checkpoint.get("tokenizer"),
-                      checkpoint.get("template"))
-        print(f"{args.paths[1]}: {config_for(model.config)[1]}, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters")
-        return
+        export_folder(model, args.paths[1], checkpoint.get("tokenizer"))
+        return print(f"{args.paths[1]}: {config_for(model.config)[1]}, {n_parameters(model):,} "
+                     "parameters")
     if not checkpoint.get("tokenizer"):
         raise ValueError(f"{path} holds no tokenizer: it was trained on ids of unknown meaning")
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
@@ -2317,16 +2169,14 @@ def run(args):
                          f"{model.config.block_size} at most")
     generator = torch.Generator(device).manual_seed(args.seed)
     if args.command in ("prune", "quantize"):
-        smaller_command(args, model, checkpoint, tokenizer, ids, generator)
-        return
+        return smaller_command(args, model, checkpoint, ids, generator)
     if args.quantize and args.quantize != model.quantized:
         quantize(model, args.quantize)
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
                generator=generator)
     if args.command == "chat":
         template = chat_template(args.template) if args.template else checkpoint.get("template")
-        chat(model, tokenizer, template, args.system, args.max_new_tokens, **how)
-        return
+        return chat(model, tokenizer, template, args.system, args.max_new_tokens, **how)
     draft = None
     if args.draft:
         draft, theirs = load_checkpoint(args.draft, device)
@@ -2336,26 +2186,28 @@ def run(args):
             quantize(draft, args.quantize)
     total, seconds, tokens = {"proposed": 0, "accepted": 0, "calls": 0}, 0.0, 0
     for i in range(args.num_samples):
-        print(args.prompt or "", end="", flush=True)
+        print("---------------\n" if i else "", args.prompt or "", sep="", end="", flush=True)
         show, finish = printer(tokenizer, {tokenizer.eot_id})
+        how |= {"stop": tokenizer.eot_id, "on_token": show}
         begin = time.perf_counter()
         if draft:
             text, counts = speculate(model, draft, torch.tensor([ids], device=device),
-                                     args.max_new_tokens, args.gamma, stop=tokenizer.eot_id,
-                                     on_token=show, **how)
+                                     args.max_new_tokens, args.gamma, **how)
             total = {k: n + counts[k] for k, n in total.items()}
         else:
-            text = model.generate([ids], args.max_new_tokens, stop=tokenizer.eot_id,
-                                  on_token=show, **how)
+            text = model.generate([ids], args.max_new_tokens, **how)
         seconds, tokens = seconds + time.perf_counter() - begin, tokens + len(text[0]) - len(ids)
         finish()
-        if i + 1 < args.num_samples:
-            print("---------------")
     if draft:
-        accepted = total["accepted"] / max(1, total["proposed"])
-        print(f"{tokens / seconds:.1f} tokens/s, {accepted:.0%} of guesses accepted, "
+        print(f"{tokens / seconds:.1f} tokens/s, "
+              f"{total['accepted'] / max(1, total['proposed']):.0%} of guesses accepted, "
               f"{tokens / max(1, total['calls']):.2f} tokens per call of the target",
               file=sys.stderr)
+
+
+def n_parameters(model):
+    """Their number, of matrices that are shared once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def printer(tokenizer, stops):
@@ -2377,8 +2229,7 @@ def chat(model, tokenizer, template, system, max_new_tokens, **how):
         raise ValueError("this checkpoint holds no chat template (align.py sft makes models that "
                          "chat): choose one with --template")
     template = template | ({"default_system": system} if system is not None else {})
-    messages, stops = [], chat_stops(tokenizer, template)
-    limit = model.config.block_size
+    messages, stops, limit = [], chat_stops(tokenizer, template), model.config.block_size
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -2399,8 +2250,7 @@ def chat(model, tokenizer, template, system, max_new_tokens, **how):
         text = model.generate([ids], min(max_new_tokens, limit - len(ids)), stop=stops,
                               on_token=show, **how)[0]
         finish()
-        new = text[len(ids) :]
-        reply = tokenizer.decode(new[:-1] if new[-1] in stops else new)
+        reply = tokenizer.decode([i for i in text[len(ids) :] if i not in stops])
         messages.append({"role": "assistant", "content": reply.strip()})
 
 
@@ -2412,77 +2262,62 @@ def out_path(args):
 
 
 @torch.no_grad()
-def smaller_command(args, model, checkpoint, tokenizer, ids, generator):
-    """`prune` and `quantize`: write a smaller checkpoint, and say what it is."""
-    def n_bytes():  # of each tensor once: tied ones are one
-        return sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())
-
-    before = n_bytes()
-    length = model.config.block_size
-    own = model.generate([ids] * 16, min(256, length) - len(ids), generator=generator)
-    kept = dict(args=checkpoint.get("args"), tokenizer=checkpoint["tokenizer"],
-                template=checkpoint.get("template"))
-    if args.command == "prune":  # importance is measured on text of the model's own
-        small = prune(model, torch.tensor(own, device=generator.device), args.n_layer or 0,
+def smaller_command(args, model, checkpoint, ids, generator):
+    """`prune` and `quantize`: write a smaller checkpoint, and say what it is. Both look at what
+    the model does with text of its own."""
+    texts = model.generate([ids] * 16, min(256, model.config.block_size) - len(ids),
+                           generator=generator)
+    kept = {name: checkpoint.get(name) for name in ("args", "tokenizer", "template")}
+    if args.command == "prune":
+        small = prune(model, torch.tensor(texts, device=generator.device), args.n_layer or 0,
                       args.n_embd or 0, args.d_ff or 0)
         save_checkpoint(out := out_path(args), small, **kept)
-        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, small)]
-        print(f"{out}: {sizes[1]:,} of {sizes[0]:,} parameters")
-        return
-    if args.text:
-        text = tokenizer.encode(read_text(args.text)[:100_000])
-        if len(text) < 2:
-            raise ValueError(f"{args.text} has too little text to measure a loss on")
-        own = [text[i : i + min(512, length)] for i in range(0, min(8192, len(text)), 512)]
+        return print(f"{out}: {n_parameters(small):,} of {n_parameters(model):,} parameters")
 
-    def measure():  # -> mean loss, tokens per second
-        total = count = 0
-        for row in own:
-            x = torch.tensor([row], device=generator.device)
-            if len(row) > 1:
-                logits = model(x)[0, :-1].float()
-                total += F.cross_entropy(logits, x[0, 1:], reduction="sum").item()
-                count += len(row) - 1
+    def measure():  # -> bytes, of each tensor once; mean loss; tokens per second
+        n_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())
+        x = torch.tensor(texts, device=generator.device)
+        losses = [F.cross_entropy(model(row[None])[0, :-1], row[1:]).item() for row in x]
         rates = []
         for _ in range(3):
             begin = time.perf_counter()
             model.generate([ids], 48, temperature=0)
             rates.append(48 / (time.perf_counter() - begin))
-        return total / max(1, count), max(rates)
+        return n_bytes, sum(losses) / len(losses), max(rates)
 
-    loss, rate = measure()
+    n_bytes, loss, rate = measure()
     quantize(model, args.quantize or "int8")
-    new_loss, new_rate = measure()
+    new_bytes, new_loss, new_rate = measure()
     save_checkpoint(out := out_path(args), model, **kept)
-    print(f"{out}: {model.quantized}, {n_bytes():,} bytes instead of {before:,} | {new_rate:.1f} "
+    print(f"{out}: {model.quantized}, {new_bytes:,} bytes instead of {n_bytes:,} | {new_rate:.1f} "
           f"tokens/s instead of {rate:.1f} | loss {new_loss:.4f} nats instead of {loss:.4f} "
           f"({new_loss - loss:+.4f})")
 
 
 def import_command(args):
     """`import`: a folder of transformers -> a checkpoint."""
-    folder, tokenizer = args.paths[0], None
+    folder, tokenizer, text = args.paths[0], None, ""
     model = import_folder(folder)
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
-        tokenizer = read_text(path)
+    if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
         try:
+            with open(path, encoding="utf-8") as file:
+                tokenizer = file.read()
             if read_tokenizer(tokenizer).vocab_size > model.config.vocab_size:
                 raise ValueError("its tokenizer has more tokens than the model")
         except ValueError as error:
             print(f"{path} is left out: {error}", file=sys.stderr)
             tokenizer = None
-    text = ""
     if os.path.exists(path := os.path.join(folder, "chat_template.jinja")):
-        text = read_text(path)
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
     elif os.path.exists(path := os.path.join(folder, "tokenizer_config.json")):
         text = str(read_json(path).get("chat_template") or "")
     template = recognise_template(text)
     if text and not template:
         print("its chat template is of an unknown kind, and is left out", file=sys.stderr)
     save_checkpoint(out := out_path(args), model, tokenizer=tokenizer, template=template)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters"
-          f"{', a tokenizer' if tokenizer else ''}{', a chat template' if template else ''}")
+    print(f"{out}: {n_parameters(model):,} parameters{', a tokenizer' if tokenizer else ''}"
+          f"{', a chat template' if template else ''}")
 
 
 if __name__ == "__main__":

@@ -681,7 +681,8 @@ TABLE = torch.zeros(50, 32)
     broken_checkpoint(quantize="int3"), changed(surprise=1),
     # of a size that would take hours or all of memory
     changed(n_layer=10**12), changed(n_layer=10**6), changed(block_size=2**30),
-    changed(block_size=2**24, rope_size=64), changed(rope_size=2**24), changed(n_head=10**400),
+    changed(block_size=2**24, head_size=64), changed(attention="latent", rope_size=2**24),
+    changed(n_head=10**400),
     changed(activation="moe", n_expert=2**24), changed(n_embd=2**24), changed(norm_eps="x"),
     changed(attention=5), changed(rope_theta=math.nan), changed(rope_scaling="llama3:8,4,4,9"),
     # tensors of other kinds, or of more numbers than bytes
@@ -827,8 +828,7 @@ def test_chat_templates():
     assert bytes_tokenizer().decode(plain) == "user: \nassistant: "
 
 
-def test_templates_of_others_are_recognised_and_written():
-    jinja2 = pytest.importorskip("jinja2")
+def test_templates_of_others_are_recognised():
     theirs = ("{% for message in messages %}"
               "{% if loop.first and messages[0]['role'] != 'system' %}"
               "{{ '<|im_start|>system\\nBe brief<|im_end|>\\n' }}{% endif %}"
@@ -838,15 +838,6 @@ def test_templates_of_others_are_recognised_and_written():
     assert M.recognise_template("{{ x }}") is None
     assert M.recognise_template("<|im_start|>system\n" * 50_000)["default_system"] == ""  # at once
     assert M.recognise_template("<|start_header_id|>")["begin"] == "<|begin_of_text|>"
-    messages = [{"role": "user", "content": "{{ 1 }}\n'"}, {"role": "assistant", "content": '"b"'}]
-    for name in ("chatml", "llama3", "llama2", "plain"):
-        template = M.chat_template(name, "Sys \"é\" 😀")
-        special = [x for x in ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<s>", "</s>")
-                   if x in str(template)]
-        tokenizer = bytes_tokenizer(*special)
-        rendered = jinja2.Template(M.jinja(template), keep_trailing_newline=True).render(
-            messages=messages, add_generation_prompt=True)
-        assert rendered == tokenizer.decode(M.encode_chat(tokenizer, template, messages))
 
 
 # ---- models from outside
@@ -935,7 +926,7 @@ def test_export_and_import(tmp_path, name):
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     tokenizer = bytes_tokenizer().to_json()
-    M.export_folder(model, tmp_path / "hf", tokenizer, M.chat_template("plain"))
+    M.export_folder(model, tmp_path / "hf", tokenizer)
     assert M.config_for(model.config)[1] == name.split(",")[0]
     again = M.import_folder(tmp_path / "hf")
     check_close(again(ids), model(ids))
@@ -1192,8 +1183,6 @@ def test_command_line_info_of_gpt2(tmp_path):
     (("chat", "--ckpt", "tiny.pt"), 1, "template"),
     (("quantize", "--ckpt", "tiny.pt", "--out", "no/q.pt"), 1, "could not write"),
     (("quantize", "--ckpt", "tiny.pt", "--out", "folder"), 1, "could not write"),
-    (("quantize", "--ckpt", "tiny.pt", "--text", "noise"), 1, "noise is not UTF-8"),
-    (("quantize", "--ckpt", "tiny.pt", "--text", "folder"), 1, "folder"),
     (("--draft", "other.pt", "--ckpt", "tiny.pt"), 1, "another tokenizer")])
 def test_bad_input_gets_one_line(bad_inputs, args, code, message):
     result = run(*args, cwd=bad_inputs)
