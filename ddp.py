@@ -396,8 +396,7 @@ class FSDP(nn.Module):
         return self.module(*args, **kwargs)
 
     def finish_gradient_synchronization(self):
-        """After the backward pass: average the gradients of the whole parameters. Those of shards
-        are averaged already."""
+        """Average the gradients of whole parameters; those of shards are averaged already."""
         self.others[0].finish_gradient_synchronization()
 
     @torch.no_grad()
@@ -508,7 +507,7 @@ def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100,
 
 
 def split_tensors(model, group):
-    """Make a Transformer tensor parallel, in place -> the model. Raises ValueError."""
+    """Make a Transformer tensor parallel, in place -> itself. Raises ValueError."""
     c, W = model.config, world(group)
     other = c.tie_embeddings or c.qk_norm_joint or c.dropout or c.logit_cap
     if set(c.attention.split(",")) - {"full", "sliding"} or c.norm_place != "pre" or \
@@ -766,7 +765,7 @@ class Parallel:
     def __init__(self, model, args, device):
         self.args, self.device, self.config = args, device, model.config
         self.autocast, self.dtype = train.make_autocast(device, args.dtype)
-        self.tp, self.pp, self.sp, zero = args.tp, args.pp, args.sp, args.scheme.startswith("zero")
+        self.tp, self.pp, self.sp, zero = args.tp, args.pp, args.sp, "zero" in args.scheme
         n, W = self.tp * self.pp * self.sp, world()  # ranks of one copy, and all
         self.dp, self.copy_rank = W // n, rank() // n
         self.group = self.grads = None  # ranks of one copy; those that average their gradients
@@ -1028,9 +1027,9 @@ def run(args):
     path = os.path.join(args.out_dir, "ckpt.pt")
     model, checkpoint, train_data, val_data, tokenizer, bytes_per_token = \
         train.open_model(args, device)
-    config, T = model.config, model.config.block_size
-    if len(train_data) <= T * args.batch_size:
-        raise ValueError(f"{args.data}/train.bin has {len(train_data):,} tokens, fewer than the "
+    config, T, n = model.config, model.config.block_size, len(train_data)
+    if n <= T * args.batch_size:
+        raise ValueError(f"{args.data}/train.bin has {n:,} tokens, fewer than the "
                          f"{T * args.batch_size:,} of one batch of all ranks")
     model.activation_checkpointing = args.activation_checkpointing
     parallel = Parallel(model, args, device)
@@ -1052,8 +1051,8 @@ def run(args):
         torch.manual_seed(args.seed + parallel.copy_rank + 1_000_003 * step)
     warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
     say(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
-        f"{args.scheme} | {len(train_data):,} training tokens | {tokens_per_step:,} tokens per "
-        f"step | {device}, {parallel.dtype}")
+        f"{args.scheme} | {n:,} training tokens | {tokens_per_step:,} tokens per step | {device}, "
+        f"{parallel.dtype}")
 
     def like_module(state):
         return types.SimpleNamespace(config=config, quantized=None, state_dict=lambda: state)
@@ -1078,11 +1077,13 @@ def run(args):
         for optimizer in parallel.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
-        loss = parallel.backward([
-            train.get_batch(train_data, batch_size, T, device, i, args.seed,
-                            parallel.copy_rank, parallel.dp)
-            for i in range(step * accumulate, (step + 1) * accumulate)])
-        norm = parallel.clip(args.grad_clip)
+        batches = [train.get_batch(train_data, batch_size, T, device, i, args.seed,
+                                   parallel.copy_rank, parallel.dp)
+                   for i in range(step * accumulate, (step + 1) * accumulate)]
+        if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
+            raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
+                             f"vocabulary has {config.vocab_size}")
+        loss, norm = parallel.backward(batches), parallel.clip(args.grad_clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
                              f"{norm}: try a smaller --learning_rate")
@@ -1113,12 +1114,13 @@ def build_parser():
     add("--scheme", choices=SCHEMES, default="ddp", help="data parallelism: naive, flat and ddp "
         "(in buckets, while the backward pass goes on) average gradients; zero1 divides the "
         "optimizer's state, zero2 gradients, too, fsdp parameters, too")
-    add("--bucket_mb", type=float, default=25.0, help="of ddp (default 25)")
-    add("--dp", type=int, default=0, help="copies of the model (default: as many as fit)")
-    add("--tp", type=int, default=1, help="processes that share each matrix")
-    add("--pp", type=int, default=1, help="processes that share the layers")
-    add("--sp", type=int, default=1, help="processes that share each sequence")
-    add("--microbatches", type=int, default=4, help="of a pipeline (default 4)")
+    some, any_number = train.number(int, 1), train.number(int)
+    add("--bucket_mb", type=train.number(float), default=25.0, help="of ddp (default 25)")
+    add("--dp", type=any_number, default=0, help="copies of the model (default: as many as fit)")
+    add("--tp", type=some, default=1, help="processes that share each matrix")
+    add("--pp", type=some, default=1, help="processes that share the layers")
+    add("--sp", type=some, default=1, help="processes that share each sequence")
+    add("--microbatches", type=some, default=4, help="of a pipeline (default 4)")
     add("--pp_schedule", choices=("gpipe", "1f1b"), default="1f1b", help="(default 1f1b)")
     add("--impl", choices=("own", "torch"), default="own",
         help="torch: PyTorch's DDP, and FSDP2 for --scheme fsdp")
@@ -1207,6 +1209,7 @@ def bench():
         say(f"{name:14}{1e3 * np.median(times[2:]):10.1f}{np.median(sent[2:]):9.2f}{formula:8}P   "
             + "".join(f"{x:{width}.1f}" for x, width in zip(memory, (9, 7, 8) * 3)))
         if (impl, scheme) == ("own", "ddp"):
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks
             with torch.profiler.profile() as profile:
                 parallel.backward([batch])
             if rank() == 0:
@@ -1303,11 +1306,7 @@ def main():
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(path):
             sys.argv.append("--resume")
         fresh = "scheme", "dp", "tp", "pp", "sp", "microbatches", "pp_schedule", "impl", "device"
-        args = train.parse_args(parser, fresh)
-        if min(args.tp, args.pp, args.sp, args.microbatches, args.dp + 1, args.bucket_mb + 1) < 1:
-            parser.error("--tp, --pp, --sp and --microbatches must be at least 1, --dp and "
-                         "--bucket_mb not negative")
-        run(args)
+        run(train.parse_args(parser, fresh))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
