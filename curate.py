@@ -329,27 +329,18 @@ MAX_DEPTH = 256
 MAX_BLOCKS = 50_000  # of a page; what comes after them is dropped
 
 
-def spellings(name):
-    """How people write a name. (A dict with all three is faster than lower case for each tag.)"""
-    return name, name.upper(), name.capitalize()
-
-
 # What a tag does: change the link state; break a line; begin and end a block (LEAF); the same, and
 # be remembered as the place where blocks lie (NODE); stand between the cells of a row.
 LINK, BREAK, LEAF, NODE, CELL = range(5)
-TAGS = {}
-for _kind, _names in (
-    (LINK, "a"),
-    (BREAK, "br"),
-    (LEAF, "p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption address hr"),
-    (NODE, "div ul ol li table tbody thead tfoot tr section article aside nav header footer main "
-           "form blockquote pre figure dl details center body fieldset dialog menu noscript"),
-    (CELL, "td th"),
-):
+TAGS = {}  # {name, or "/" and it: (what it does, name, whether it is an end tag)}
+for _kind, _names in {
+    LINK: "a", BREAK: "br", CELL: "td th",
+    LEAF: "p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption address hr",
+    NODE: "div ul ol li table tbody thead tfoot tr section article aside nav header footer main "
+          "form blockquote pre figure dl details center body fieldset dialog menu noscript",
+}.items():
     for _name in _names.split():
-        for _spelling in spellings(_name):
-            TAGS[_spelling] = (_kind, _name, False)
-            TAGS["/" + _spelling] = (_kind, _name, True)
+        TAGS[_name], TAGS["/" + _name] = (_kind, _name, False), (_kind, _name, True)
 CELL_WALLS = {"table", "tbody", "thead", "tfoot", "tr", "td", "th", "body"}
 
 # Elements, and words in class, id, role and itemprop, that say what kind of place a block lies in,
@@ -382,8 +373,7 @@ for _i, _names in enumerate(PLACES):
         if _name[0] == "<":
             PLACE_BIT[_name.strip("<>")] = 1 << _i
         else:
-            for _spelling in spellings(_name):
-                CUE_BITS[_spelling] |= 1 << _i
+            CUE_BITS[_name] |= 1 << _i
 PLACE_BIT["ol"] = PLACE_BIT["ul"]
 HIDING = re.compile(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden")
 CUE_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
@@ -397,7 +387,7 @@ def place_bits(attributes):
         name, value = name.lower(), "".join(values)
         if name in ("class", "id", "role", "itemprop"):
             for word in CUE_WORD.findall(value):
-                bits |= CUE_BITS.get(word, 0)
+                bits |= CUE_BITS.get(word.lower(), 0)
         elif (name == "style" and HIDING.search(value) or name == "aria-hidden" and value == "true"
               # React streams visible parts as <div hidden id="S:1">
               or name == "hidden" and 'id="S:' not in attributes):
@@ -422,15 +412,6 @@ def drop_raw(html):
             unclosed.add(close)
         found = RAW_START.search(html, max(last, found.end()))
     return " ".join([*out, html[last:]])
-
-
-def tokens(html):
-    """The matches of TOKEN, found a megabyte at a time: all at once take too much memory."""
-    cuts = [0]
-    while (end := html.find("<", cuts[-1] + (1 << 20))) >= 0:
-        cuts.append(end)
-    for begin, end in zip(cuts, [*cuts[1:], len(html)]):
-        yield from TOKEN.findall(html, begin, end)
 
 
 class Blocks:
@@ -474,10 +455,11 @@ def scan(html):
             is_open[b.node_tag[node]] -= 1
         in_link = in_link and depth >= link_depth
 
-    for name, attributes, text in tokens(html):
+    for match in TOKEN.finditer(html):
         if len(b.text) >= MAX_BLOCKS:
             break
-        kind, tag, closing = TAGS.get(name, (None, None, None))
+        name, attributes, text = match.groups()
+        kind, tag, closing = TAGS.get(name.lower(), (None, None, None))
         if kind is None:
             pass
         elif kind == LINK:
@@ -574,10 +556,11 @@ def describe(b, texts):
     link = np.minimum(np.array(b.linked) / [max(1, len(t)) for t in texts], 1.0)
     tag = np.array([TAG_NUMBER.get(t, -1) for t in b.tag])
     sentence = np.array([t[-1] in ".!?…。！？\"”’'" for t in texts], np.float64)
-    cues = np.zeros(n, np.int64)
+    cues = [0] * n
     for i, t in enumerate(texts):
         for word in t.lower().split() if len(t) < 250 else ():
             cues[i] |= TEXT_CUE_BITS.get(word, 0)
+    cues = np.array(cues)
     f["log length"] = np.log1p(length)
     f |= {f"words <= {k}": words <= k for k in (3, 8)}
     f |= {f"words >= {k}": words >= k for k in (20, 50)}
@@ -617,7 +600,7 @@ def describe(b, texts):
         at = wider[at]
     for name, column in (("log length", f["log length"]), ("linked", link),
                          ("ends a sentence", sentence)):
-        padded = np.pad(column, 3)
+        padded = np.concatenate([np.zeros(3), column, np.zeros(3)])
         f |= {f"at {k:+}: {name}": padded[3 + k : 3 + k + n] for k in (-3, -2, -1, 1, 2, 3)}
     index = np.arange(n)
     for k in (3, 10):
@@ -634,8 +617,9 @@ def describe(b, texts):
     f["after <h1>"] = np.clip(index - h1, 0, 50) / 50
 
     # The page as a whole, and what that means for this block.
-    share = {name: (bit * length).sum() / total for name, bit in inside.items()}
-    has_main, has_article = share["<main>"] > 0.05, share["<article>"] > 0.05
+    share = {name: inside[name] @ length / total for name in (
+        "<main> <article> comment post product card thread question docs reply".split())}
+    has_main, has_article = share.pop("<main>") > 0.05, share.pop("<article>") > 0.05
     articles = b.node_tag.count("article")
     f["outside of <main>"] = has_main * (1 - inside["<main>"])
     f["outside of <article>"] = has_article * (1 - inside["<article>"])
@@ -643,8 +627,7 @@ def describe(b, texts):
     page = {"log text": np.log(total), "log sentences": np.log(total_sentence),
             "sentences": total_sentence / total, "linked": link_sum[-1] / total,
             "has <main>": has_main, "has <article>": has_article, "<article> > 3": articles > 3}
-    for name in "comment post product card thread question docs reply".split():
-        page["in " + name] = share[name]
+    page |= {"in " + name: value for name, value in share.items()}
     f |= {"page: " + name: np.full(n, value) for name, value in page.items()}
     return list(f), np.stack(list(f.values()), 1).astype(np.float32)
 
@@ -832,9 +815,9 @@ class LinearClassifier:
     @classmethod
     def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, scale=3.0,
               prior=1.0, seed=0):
-        """Learn from texts and their labels (lists of str): from `prior` times the log-probabilities
-        of naive Bayes on by stochastic gradient descent, a text at a time, the rate falling to 0.
-        Scores are divided by the root of a text's length: long ones do not outvote short ones."""
+        """Learn from texts and their labels (lists of str): begin at `prior` times the logarithms
+        of naive Bayes, and go on by stochastic gradient descent, a text at a time, the rate falling
+        to 0. Scores are divided by the root of a text's length, that long ones do not rule."""
         names = sorted(set(labels))
         if len(names) < 2:
             raise ValueError("a classifier needs examples of two labels or more")
@@ -1000,13 +983,10 @@ def lines_of(text):
 
 
 def gopher_quality_reason(text, language="en"):
-    """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks, or
-    None.
-
-    50 to 100,000 words; mean length of a word 3 to 10; a "#" or an ellipsis to less than 0.1 of
-    the words; bullets before at most 0.9, ellipses after at most 0.3 of the lines; 0.8 of the
-    words with a letter; two of eight stop words, where the language is English. In scripts without
-    spaces a character is taken for a word, and word length says nothing.
+    """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks, if any:
+    50 to 100,000 words, their mean length 3 to 10; a "#" or an ellipsis to less than 0.1 of them;
+    bullets before at most 0.9, ellipses after at most 0.3 of the lines; 0.8 of the words with a
+    letter; in English, two of eight stop words. In scripts without spaces a character is a word.
     """
     words, lines = text.split(), lines_of(text)
     dense = len(NO_SPACES.findall(text))
@@ -1064,10 +1044,10 @@ def gopher_repetition_reason(text):
         grams = ngram_hashes(hashes, n)
         if not len(grams):
             break
-        _, first, counts = np.unique(grams, return_index=True, return_counts=True)
-        if n < 5 and (most := counts.max()) > 1:
+        _, first, *counts = np.unique(grams, return_index=True, return_counts=n < 5)
+        if n < 5 and (most := counts[0].max()) > 1:
             # of those that occur most often the one with the most characters
-            top = first[counts == most]
+            top = first[counts[0] == most]
             if most * (ends[top + n] - ends[top]).max() > limit * ends[-1]:
                 return f"most frequent {n}-gram"
         elif n >= 5:
@@ -1320,7 +1300,8 @@ def read_lines(path, counts, limit=4 * MAX_PAGE):
             fits = len(line) < limit or line.endswith(b"\n")
             if whole and fits:
                 yield line
-            counts["line too long"] += whole and not fits
+            elif whole:
+                counts["line too long"] += 1
             whole = line.endswith(b"\n")
 
 
@@ -1364,7 +1345,8 @@ def read_documents(path, counts=None):
             data = file.read(MAX_PAGE + 1)
             if len(data) <= MAX_PAGE:
                 yield {"html": decode_page(data), "url": path}
-            counts["page too large"] += len(data) > MAX_PAGE
+            else:
+                counts["page too large"] += 1
     elif kind == ".pdf":
         try:
             import pypdf
@@ -1519,8 +1501,8 @@ def write_report(path, inputs, steps, seconds):
                   sorted(s["reasons"].items(), key=lambda item: (-item[1], item[0]))[:3]))
     print(f"{files:,} files, {size / 1e6:,.1f} MB, {seconds:.1f} s; 100,000 files like these: "
           f"{at['documents']:,} documents, {at['text_bytes'] / 1e9:,.1f} GB, "
-          f"{at['tokens_at_4_bytes'] / 1e9:,.2f} billion tokens, {at['cpu_hours']:,.1f} CPU hours\n"
-          f"{path}: examples of what each step kept and dropped")
+          f"{at['tokens_at_4_bytes'] / 1e9:,.2f} billion tokens, {at['cpu_hours']:,.1f} CPU hours"
+          f"\n{path}: examples of what each step kept and dropped")
 
 
 # -----------------------------------------------------------------------------
@@ -1532,7 +1514,7 @@ def write_report(path, inputs, steps, seconds):
 # the spilled file again for every range is what bounds the memory. Marks are memory-mapped files.
 
 PART = 1 << 24  # hashes held in memory at a time: 128 MB, and thrice that while they are sorted
-BATCH = 1 << 18  # numbers read from disk at a time
+BATCH = 1 << 16  # numbers read from disk at a time
 
 
 def stable_hash(data):
@@ -1619,11 +1601,9 @@ def open_marks(work, name):
 
 class BloomFilter:
     """A set that may say yes to what it does not hold, with a probability of error_rate at most as
-    long as it holds no more than capacity (Bloom 1970).
-
-    With n = capacity and p = error_rate it has m = -n ln p / (ln 2)^2 bits, and sets k = m / n ln
-    2 of them per item: bits h1 + i h2 mod m (Kirsch and Mitzenmacher 2006).
-    """
+    long as it holds no more than capacity (Bloom 1970): m = -capacity ln error_rate / (ln 2)^2
+    bits, of which an item sets k = m / capacity ln 2, at h1 + i h2 mod m (Kirsch and Mitzenmacher
+    2006)."""
 
     def __init__(self, capacity, error_rate=0.001):
         if capacity < 1 or not 0 < error_rate < 1:
@@ -1707,11 +1687,8 @@ def write_unique_lines(path, out, work, at):
 
 def exact_line_dedup(input_files, output_dir, workers=1):
     """Drop every line that occurs more than once in all input files together, each time it occurs,
-    and write what is left under the same names to output_dir.
-
-    input_files: paths of text files, of which the bytes of lines are compared without their ends,
-    or of .jsonl, where the lines are those of the texts. Memory does not grow with the corpus.
-    """
+    and write what is left under the same names to output_dir. Of text files the bytes of lines are
+    compared, without their ends, of .jsonl the lines of texts. Memory does not grow with them."""
     inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".lines-") as work:
         starts = spill(inputs, work, workers, {"lines": "<u8"}, line_hashes)[:, 0].tolist()
@@ -1874,17 +1851,14 @@ def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5
                   workers=1):
     """Keep one of each cluster of near duplicates: the first, in the order of input_files.
 
-    A .jsonl has a document per line, any other file is a document. What is kept is written under
-    the same name to output_dir; a file that is dropped is not. Texts whose sets of `ngram` words
-    have a Jaccard similarity of `threshold` or more, truly and not by estimate, are in one
-    cluster, and so are those that a chain of such pairs connects. Texts below it are not compared.
-    Returns {"documents", "duplicates", "compared", "steps": a Tally}.
+    A .jsonl has a document per line, any other file is one. What is kept is written under the same
+    name to output_dir. Texts whose sets of `ngram` words have a Jaccard similarity of `threshold`
+    or more, truly and not by estimate, are in one cluster, as are those that a chain of such pairs
+    connects. Returns {"documents", "duplicates", "compared", "steps": a Tally}.
     """
-    if num_bands < 1 or num_hashes < 1 or num_hashes % num_bands or ngram < 1:
-        raise ValueError(f"{num_hashes} hashes can not be cut into {num_bands} equal bands, or an "
-                         f"n-gram has no {ngram} words")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"the threshold must be between 0 and 1, not {threshold}")
+    if min(num_bands, num_hashes, ngram) < 1 or num_hashes % num_bands or not 0 <= threshold <= 1:
+        raise ValueError(f"{num_hashes} hashes can not be cut into {num_bands} equal bands, or "
+                         f"there are no {ngram}-grams, or no similarity of {threshold}")
     inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".minhash-") as work:
         starts = spill(inputs, work, workers, {"keys": "<u8", "sets": "<u8", "counts": "<i8"},
@@ -1911,7 +1885,7 @@ def document_hashes(path, min_paragraph):
 
 
 def write_units(path, out, work, first, at, min_words):
-    """Pass 3 of dedup_documents. first, at: the file's first document and line. Returns a Tally."""
+    """Pass 3 of dedup_documents. first, at: its first document and line. Returns a Tally."""
     tally, drop, cut = Tally(), open_marks(work, "drop"), open_marks(work, "cut")
     with packing(out) as file:
         for number, document in enumerate(read_documents(path), first):
@@ -2047,10 +2021,13 @@ def learn_weights(sources, target, pieces=2000, rounds=100):
     """
     def cut(paths):
         """The first pieces of documents."""
-        words = (document.get("text", "").split() for path in paths
-                 for document in read_documents(path))
-        return list(itertools.islice((" ".join(w[i : i + 50]) for w in words
-                                      for i in range(0, len(w), 50)), pieces))
+        out = []
+        for document in itertools.chain.from_iterable(map(read_documents, paths)):
+            words = document.get("text", "").split()
+            out += [" ".join(words[i : i + 50]) for i in range(0, len(words), 50)]
+            if len(out) >= pieces:
+                break
+        return out[:pieces]
 
     examples = [(text, name) for name in sorted(sources) for text in cut(sources[name])]
     model = LinearClassifier.train(*zip(*examples))
@@ -2065,13 +2042,12 @@ def learn_weights(sources, target, pieces=2000, rounds=100):
 
 
 def mix(sources, output_dir, weights, budget=None, max_epochs=4):
-    """Take documents from sources in turn, so that bytes of text are as weights say at any time.
+    """Write mixed.jsonl.gz: documents from sources in turn, so that bytes of text are at any time
+    as weights say. Returns {name: {"weight", "bytes", "documents", "epochs"}}.
 
-    sources: {name: [paths]}; weights: {name: share}; budget: bytes of text; without it, as many as
-    there are until a source would have to be repeated. With it, sources are repeated, at most
-    max_epochs times (after four, repetition is worth little: Muennighoff et al. 2023); one that is
-    used up leaves its share to the others. Writes mixed.jsonl.gz. Returns {name: {"weight",
-    "bytes", "documents", "epochs"}}.
+    sources: {name: [paths]}; weights: {name: share}; budget: bytes of text. Without it, one source
+    is used up; with it, sources are repeated, max_epochs times at most (after four, repetition is
+    worth little: Muennighoff et al. 2023), and one that is used up leaves its share to the others.
     """
     total = sum(weights.values())
     if set(weights) != set(sources) or min(weights.values()) < 0 or total <= 0:
@@ -2121,8 +2097,8 @@ MASKS = {"email": mask_emails, "phone": mask_phone_numbers, "ip": mask_ips}
 
 
 def make_steps(o):
-    """The steps on single documents that the options `o` (a dict) ask for: (name, function) pairs,
-    where function(document) gives the reason to drop it, or None, and may change it."""
+    """The steps on single documents that the options `o` (a dict) ask for: pairs (name, function);
+    function(document) gives the reason to drop it, or None, and may change it."""
     def read(document):
         if "html" in document and o["steps"] and "extract" not in o["steps"]:
             return "page without text: run extract first"
@@ -2143,7 +2119,8 @@ def make_steps(o):
             document["language"], document["language_score"] = code, round(score, 4)
             if o["languages"] and code not in o["languages"]:
                 return f"language {code}"
-            return "language unsure" if o["languages"] and score < o["min_language_score"] else None
+            sure = score >= o["min_language_score"] or not o["languages"]
+            return None if sure else "language unsure"
         yield "language", language
 
     if "filter" in o["steps"]:
@@ -2419,7 +2396,7 @@ def build_parser():
         add("--workers", type=some, default=os.cpu_count() or 1, metavar="N",
             help="processes; the output does not depend on it")
         if "language" in steps:
-            add("--languages", nargs="*", default=["en"], metavar="CODE", help="to keep; none: all")
+            add("--languages", nargs="*", default=["en"], metavar="CODE", help="kept; none: all")
             add("--min_language_score", type=share, default=0.5, metavar="P",
                 help="drop what is less certain")
             add("--language_model", metavar="FILE",
@@ -2452,7 +2429,7 @@ def build_parser():
                 help="similarity of near duplicates; above 1: keep them")
             add("--ngram", type=some, default=5, metavar="N", help="words in a row, for MinHash")
             add("--num_hashes", type=some, default=112, metavar="N", help="of MinHash")
-            add("--num_bands", type=some, default=14, metavar="N", help="of MinHash, of equal size")
+            add("--num_bands", type=some, default=14, metavar="N", help="of MinHash, equal")
 
     add = command("mix", "sources by weight, temperature or token budget")
     add("--input", nargs="+", type=source, required=True, metavar="NAME=FILE", help="sources")
