@@ -1217,31 +1217,28 @@ def make_problem(kind, level, rng):
     lines, value = [], ""
     if kind == "addition":
         a, b = rng.randrange(10**level), rng.randrange(10**level)
-        return {"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b),
-                "level": level}
-    if kind == "arithmetic":
+        prompt, value = f"{a}+{b}=", a + b
+    elif kind == "arithmetic":
         value = rng.randrange(1, 20)
         text = str(value)
         for i in range(level):
             step = f"{rng.choice('+-*')} {rng.randrange(2, 10)}"
             text = f"({text}) {step}" if i else f"{text} {step}"
-            lines.append(f"{value} {step} = ")
-            value = math_value(f"{value} {step}")
-            lines[-1] += str(value)
+            before, value = value, math_value(f"{value} {step}")
+            lines.append(f"{before} {step} = {value}")
         prompt = f"Calculate {text}."
     else:
         text, steps = rng.choice([p for p in WORD_PROBLEMS if len(p[1]) == min(level, 3)])
-        drawn = {"n": rng.choice(("Ana", "Ben", "Chen", "Dora", "Emil", "Fatima"))}
-        for name, low, high in (("a", 5, 20), ("b", 5, 20), ("c", 20, 60), ("d", 2, 10),
-                                ("e", 5, 50)):
-            drawn[name] = rng.randrange(low, high)
+        drawn = {"n": rng.choice(("Ana", "Ben", "Chen", "Dora", "Emil", "Fatima")),
+                 "a": rng.randrange(5, 20), "b": rng.randrange(5, 20), "c": rng.randrange(20, 60),
+                 "d": rng.randrange(2, 10), "e": rng.randrange(5, 50)}
         for step in steps:
             step = step.format(**drawn).replace("_", str(value))
             value = math_value(step)
             lines.append(f"{step}={value}")
         prompt = text.format(**drawn)
-    return {"prompt": prompt, "response": "\n".join([*lines, f"#### {value}"]),
-            "answer": str(value), "level": level}
+    response = "\n".join([*lines, f"#### {value}"]) if lines else str(value)
+    return {"prompt": prompt, "response": response, "answer": str(value), "level": level}
 
 
 def make_problems(kind, level, n, seed):
@@ -1331,6 +1328,12 @@ def scheduled(step, args):
         return args.learning_rate
     done = (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters)
     return args.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def read_log(folder):
+    """Rows of log.csv: list of dicts of strings."""
+    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 class Run:
@@ -1424,8 +1427,7 @@ class Run:
                     part.load_state_dict(state)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"{self.path} can not be resumed: {error}") from None
-            with open(os.path.join(args.out_dir, "log.csv"), encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            rows = [row for row in read_log(args.out_dir) if int(row["step"]) <= step]
         os.makedirs(args.out_dir, exist_ok=True)
         previous = {s: signal.signal(s, lambda number, _: stopped.append(number))
                     for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1665,7 +1667,7 @@ def run_rl(args):
     model, algorithm = run.model.eval(), args.algorithm  # no dropout: log-probs have to agree
     problems = encode_problems(run, args.data)
     held_out = encode_problems(run, args.val_data) if args.val_data else []
-    judge = load_reward_model(args.reward_model, run.device) if args.reward_model else None
+    reward_model = load_reward_model(args.reward_model, run.device) if args.reward_model else None
     reference = load_model(args.ckpt, run.device)[0] if args.kl else None
     critic = ScalarModel(copy.deepcopy(model)) if algorithm == "ppo" else None
     if critic:
@@ -1699,14 +1701,15 @@ def run_rl(args):
         texts = [ids for ids, _ in answers]
         batch = collate([(ids, [0] * len(p["ids"]) + [1] * (len(ids) - len(p["ids"])))
                          for p, ids in zip(asked, texts)], device=run.device)
-        if judge:
-            batch["rewards"] = torch.cat([judge.score(texts[i : i + args.micro_batch], run.device)
-                                          for i in range(0, len(texts), args.micro_batch)])
+        if reward_model:
+            rewards = torch.cat([reward_model.score(texts[i : i + args.micro_batch], run.device)
+                                 for i in range(0, len(texts), args.micro_batch)])
         else:
-            batch["rewards"] = torch.tensor([verify(p, said) for p, (_, said) in
-                                             zip(asked, answers)], device=run.device)
+            rewards = torch.tensor([verify(p, said) for p, (_, said) in zip(asked, answers)],
+                                   device=run.device)
+        batch["rewards"] = rewards
         examples[:] = [(p, said, reward) for p, (_, said), reward in
-                       zip(asked, answers, batch["rewards"].tolist())][:: args.group_size]
+                       zip(asked, answers, rewards.tolist())][:: args.group_size]
         return batch, texts
 
     @torch.no_grad()
@@ -2244,12 +2247,6 @@ def run_demo(args):
     print(f"{'seconds of training':26}" + "".join(f"{statistics.mean(x):12.1f}" for x in seconds))
     plot_demo(args.out_dir, seeds, args.algorithm)
     print(f"\nseconds: {time.perf_counter() - begin:.1f}\nout_dir: {args.out_dir}", flush=True)
-
-
-def read_log(folder):
-    """Rows of log.csv."""
-    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def demonstrate(out_dir, seed, algorithm, aloud):
