@@ -66,8 +66,8 @@ def columns(runs, need=("N", "C", "loss")):
     spaces and underscores. Raises ValueError for what is missing or not positive."""
     if isinstance(runs, dict):
         return runs  # columns already
-    if not runs:
-        raise ValueError("there are no runs")
+    if not runs or not all(isinstance(run, dict) for run in runs):
+        raise ValueError("there are no runs: a table is a list of objects, one for each run")
     plain = {" ".join(str(key).lower().replace("_", " ").split()): key for key in runs[0]}
     found = {}
     for name, usual in NAMES.items():
@@ -913,10 +913,12 @@ def parse_args(words):
                        "study": "all of it: what happens without a command"}.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         add = command.add_argument_group("runs").add_argument
-        add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="where they are kept")
-        add("--data", default="data/scaling", help="bins; by default made of Python's library")
-        add("--budget", type=at_least(1), metavar="C", help="FLOPs that all of FILE may take")
-        add("--jobs", type=at_least(1, int), help="at a time (default: a GPU 1, else the cores)")
+        add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="finished runs")
+        add("--data", default="data/scaling", help="folder of bpe.py (default: data/scaling, made "
+            "of Python's standard library if it is not there)")
+        add("--budget", type=at_least(1), metavar="C", help="FLOPs that all in FILE may take")
+        add("--jobs", type=at_least(1, int), help="runs at a time (default: 1 with a GPU, else as "
+            "many as cores)")
         add = command.add_argument_group(name).add_argument
         if name == "sweep":
             add = command.add_mutually_exclusive_group(required=True).add_argument

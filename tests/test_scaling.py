@@ -102,7 +102,7 @@ def test_curves_without_a_bottom_are_refused():
     slope = [{**r, "final_loss": 5 - 0.1 * math.log(r["parameters"])} for r in runs]
     hill = [{**r, "final_loss": 10 - r["final_loss"]} for r in runs]
     far = [{**r, "final_loss": math.log(r["parameters"] / 1e15) ** 2} for r in runs]
-    for wrong in (slope, hill, far, runs[:9], [], runs[::9], runs[:2] + runs[9:]):
+    for wrong in (slope, hill, far, runs[:9], [], [1], runs[::9], runs[:2] + runs[9:]):
         with pytest.raises(ValueError):
             S.fit_isoflops(wrong)
     with pytest.raises(ValueError, match="parabola or minimum"):
