@@ -188,7 +188,7 @@ class DDP(nn.Module):
 
     bucket_mb: gradients travel together in buckets of about this size: 0, each parameter alone
     (naive); math.inf, all in one (flat). overlap: a bucket leaves as soon as its gradients are
-    there, while the backward pass still computes those of earlier layers.
+    there, while the backward pass still computes those of earlier layers. params: default all.
 
         model = DDP(model); loss = ...; loss.backward(); model.finish_gradient_synchronization()
 
@@ -196,11 +196,12 @@ class DDP(nn.Module):
     as 0. Use `with model.no_sync()` around the backward passes of a step but the last.
     """
 
-    def __init__(self, module, bucket_mb=25.0, overlap=True, group=None):
+    def __init__(self, module, bucket_mb=25.0, overlap=True, group=None, params=None):
         super().__init__()
         self.module, self.group, self.overlap, self.work = module, group, overlap, []
-        broadcast([*module.parameters(), *module.buffers()], group)
-        self.buckets = Buckets(module.parameters(), bucket_mb, self._send, overlap)
+        params = list(module.parameters()) if params is None else params
+        broadcast([*params, *module.buffers()], group)
+        self.buckets = Buckets(params, bucket_mb, self._send, overlap)
 
     def _send(self, bucket):
         """Start the all-reduce of a bucket."""
@@ -339,10 +340,10 @@ def gather_weight(shard, shape, dtype, group=None):
     return Collective.apply(shard, lambda x: whole_of(x.to(dtype), shape, group), scatter)
 
 
-class FSDP(nn.Module):
+class FSDP(DDP):
     """Wrap a module so that each rank keeps 1/W of every Linear's and Embedding's weight, as a
     flat parameter; gathers it just ahead of its use, in the forward pass and again in the backward
-    pass, and frees it afterwards. Other parameters are small, and stay whole.
+    pass, and frees it afterwards. Other parameters are small: they stay whole, as in DDP.
 
     compute_dtype: bfloat16 or float16, of gathered weights and their gradients; the shards stay as
     they are (float32 masters). Optimizers are given FSDP's parameters(): AdamW, which looks at
@@ -350,22 +351,20 @@ class FSDP(nn.Module):
     """
 
     def __init__(self, module, compute_dtype=None, group=None):
-        super().__init__()
-        self.module, self.group, self.compute_dtype = module, group, compute_dtype
-        broadcast([*module.parameters(), *module.buffers()], group)
         shards = {}  # whole parameter -> its shard; of tied ones there is one
         self.shapes = {}  # shard -> shape of the whole
         for part in module.modules():
             if isinstance(part, (nn.Linear, nn.Embedding, model_py.Linear, model_py.Embedding)):
                 p = part.weight
                 if p not in shards:
+                    broadcast([p], group)
                     shards[p] = nn.Parameter(shard_of(p, group), p.requires_grad)
                     self.shapes[shards[p]] = p.shape
                 part.weight = shards[p]
                 part.forward = functools.partial(self._run, part, part.forward)
-        others = nn.ParameterList(p for p in module.parameters() if p not in self.shapes)
-        # (in a tuple, so that they are not listed twice among our parameters)
-        self.others = (DDP(others, math.inf, False, group),)
+        others = [p for p in module.parameters() if p not in self.shapes]
+        super().__init__(module, math.inf, False, group, others)
+        self.compute_dtype = compute_dtype
 
     def _run(self, part, forward, *args, **kwargs):
         """Call a Linear or an Embedding with its whole weight."""
@@ -391,13 +390,6 @@ class FSDP(nn.Module):
                 return forward(*args, **kwargs)
         finally:
             del part.__dict__["weight"]
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def finish_gradient_synchronization(self):
-        """Average the gradients of whole parameters; those of shards are averaged already."""
-        self.others[0].finish_gradient_synchronization()
 
     @torch.no_grad()
     def gather_full_params(self):
@@ -625,35 +617,32 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
     return loss
 
 
-class Stage(nn.Module):
-    """Some of the layers of a Transformer, under their own names: with the embedding if they are
-    the first ones, with the head if they are the last. Raises ValueError."""
+class Skip(nn.Module):
+    """A layer that another rank has."""
 
-    def __init__(self, model, group=None):
-        super().__init__()
-        c, W, r = model.config, world(group), rank(group)
-        if c.tie_embeddings or c.activation == "moe":
-            raise ValueError("--pp does not go with tied embeddings or experts")
-        if c.n_layer < W:
-            raise ValueError(f"{c.n_layer} layers are too few for {W} stages")
-        self.config, self.first, self.last = c, r == 0, r == W - 1
-        layers = range(r * c.n_layer // W, (r + 1) * c.n_layer // W)
-        self.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers})
-        model.blocks = self.blocks  # the others can go
-        self._model = [model]  # in a list, so that its other parts are no parts of ours
-        for name, here in (("embedding", self.first), ("positions", self.first),
-                           ("final_norm", self.last), ("head", self.last)):
-            if here and hasattr(model, name):
-                setattr(self, name, getattr(model, name))
+    def forward(self, x, *others):
+        return x
 
-    def forward(self, x):
-        """ids (B, T), or (B, T, C) -> (B, T, C), or logits"""
-        model, at = self._model[0], slice(0, x.shape[1])
-        if self.first:
-            x = model.embed(x, at)
-        for i, block in self.blocks.items():
-            x = block(x, model.rope(model.kinds[int(i)], at))
-        return model.predict(x) if self.last else x
+
+def split_layers(model, group=None):
+    """Leave a Transformer this rank's layers, in place -> itself. The first rank also keeps the
+    embedding, and takes ids, the others (B, T, C); the last one keeps the head, and gives logits,
+    the others (B, T, C). Raises ValueError."""
+    c, W, r = model.config, world(group), rank(group)
+    if c.tie_embeddings or c.activation == "moe":
+        raise ValueError("--pp does not go with tied embeddings or experts")
+    if c.n_layer < W:
+        raise ValueError(f"{c.n_layer} layers are too few for {W} stages")
+    for i in range(c.n_layer):
+        if not r * c.n_layer // W <= i < (r + 1) * c.n_layer // W:
+            model.blocks[i] = Skip()
+    if r > 0:
+        model.embedding = model.positions = None
+        model.embed = lambda x, at: x
+    if r < W - 1:
+        model.final_norm = model.head = None
+        model.predict = lambda x: x
+    return model
 
 
 # -----------------------------------------------------------------------------
@@ -787,7 +776,7 @@ class Parallel:
         if self.tp > 1:
             model = split_tensors(model, self.group)
         elif self.pp > 1:
-            model = Stage(model, self.group)
+            model = split_layers(model, self.group)
         elif self.sp > 1:
             part_of(self.config.block_size, self.group, "block_size")
             model = split_sequence(model, self.config.block_size // self.sp, self.group)
@@ -926,7 +915,7 @@ class Parallel:
         p = self.params[name]
         if name not in self.split or not torch.is_tensor(x):
             return x
-        if hasattr(p, "full_tensor"):
+        if hasattr(p, "full_tensor"):  # of PyTorch's FSDP2
             from torch.distributed.tensor import distribute_tensor
 
             return distribute_tensor(x, p.device_mesh, p.placements)
@@ -1258,21 +1247,19 @@ def plan():
     """Print memory and time of each way to divide a model and its batch among GPUs."""
     parser = argparse.ArgumentParser(prog="ddp.py plan", description="Napkin arithmetic of large "
                                      "runs: what fits, and what waits for what.")
-    add = parser.add_argument
-    add("--params", type=float, default=7e9, help="of the model (default 7e9)")
-    add("--gpus", type=int, default=64, help="in all (default 64)")
-    add("--gpu_gb", type=float, default=80, help="memory of one (default 80)")
-    add("--tflops", type=float, default=989, help="of one (default 989, H100)")
-    add("--mfu", type=float, default=0.4, help="share of that in practice (default 0.4)")
-    add("--node", type=int, default=8, help="GPUs in a machine (default 8)")
-    add("--node_gbs", type=float, default=450, help="GB/s of a GPU inside one (default 450)")
-    add("--net_gbs", type=float, default=50, help="GB/s of a GPU between machines (default 50)")
-    add("--batch_tokens", type=float, default=4e6, help="of a step (default 4e6)")
-    add("--microbatches", type=int, default=16, help="of a pipeline (default 16)")
+    add, some, positive = parser.add_argument, train.number(int, 1), train.number(float, 1e-9)
+    add("--params", type=positive, default=7e9, help="of the model (default 7e9)")
+    add("--gpus", type=some, default=64, help="in all (default 64)")
+    add("--gpu_gb", type=positive, default=80, help="memory of one (default 80)")
+    add("--tflops", type=positive, default=989, help="of one (default 989, H100)")
+    add("--mfu", type=positive, default=0.4, help="share of that in practice (default 0.4)")
+    add("--node", type=some, default=8, help="GPUs in a machine (default 8)")
+    add("--node_gbs", type=positive, default=450, help="GB/s of a GPU inside one (default 450)")
+    add("--net_gbs", type=positive, default=50, help="GB/s of a GPU between machines (default 50)")
+    add("--batch_tokens", type=positive, default=4e6, help="of a step (default 4e6)")
+    add("--microbatches", type=some, default=16, help="of a pipeline (default 16)")
     add("--checkpoint", action="store_true", help="activation checkpointing")
     a = parser.parse_args()
-    if min(value for name, value in vars(a).items() if name != "checkpoint") <= 0:
-        parser.error("all numbers must be positive")
     *_, L, h = estimate(a.params, a.gpus, 1, 1, "ddp", a)
     print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
           f"{a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n\nscheme      dp  tp  pp  GB:  "

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import math
 import multiprocessing
 import os
@@ -302,7 +303,7 @@ def pipeline(rank, world):
         model.zero_grad()
         for schedule in ("gpipe", "1f1b"):
             for n in (1, 2, 8):
-                stage = D.Stage(copy.deepcopy(model))
+                stage = D.split_layers(copy.deepcopy(model))
                 batches = [(b[:, :-1], b[:, 1:]) for b in ids.chunk(n)]
                 held = []
                 stage.register_forward_hook(lambda *_: held.append(1))
@@ -469,6 +470,28 @@ def test_runs_go_on_elsewhere_with_equal_losses(data, constant, tmp_path, first,
 def test_schemes_train_like_one_process(data, alone, tmp_path, processes, flags):
     train(processes, data, tmp_path, *flags.split(), "--max_iters", 8, "--eval_iters", 2)
     equal(rows_of(tmp_path), alone, 2e-4)
+
+
+def test_bench(tmp_path):
+    flags = f"bench --max_mb 1 --repeat 1 --n_embd 32 --n_layer 1 --trace {tmp_path}/trace.json"
+    good, printed = run(2, tmp_path, *flags.split())
+    assert good, printed
+    rows = {words[0]: words for words in map(str.split, printed.splitlines()) if len(words) > 11}
+    params, grads, state = (float(x) for x in rows["zero1"][-3:])
+    assert grads == 0 and params / 2 < state < 1.5 * params  # two means of half the parameters
+    assert float(rows["ddp"][-1]) > 1.5 * params
+    with open(tmp_path / "trace.json") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert any("all_reduce" in name or "allreduce" in name for name in names)
+
+
+def test_plan(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "ddp.py plan --params 7e9 --gpus 64 --gpu_gb 80".split())
+    D.main()
+    rows = {tuple(row.split()[:4]): row.split() for row in capsys.readouterr().out.splitlines()}
+    assert rows["ddp", "64", "1", "1"][4:7] == ["14.0", "14.0", "84.0"]  # GB: 2, 2, 12 bytes each
+    largest = [float(rows[scheme, "64", "1", "1"][-1]) for scheme in ("ddp", "zero1", "fsdp")]
+    assert largest == sorted(largest) and 2e9 < largest[0] < 80e9 / 16
 
 
 def test_plain_python_is_a_world_of_one(data, alone, tmp_path):
