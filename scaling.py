@@ -288,6 +288,7 @@ def minimize_huber(theta, x, y, z, weights, delta, iterations=300):
     slopes = np.zeros((3, 5, len(x)))  # derivatives of the logarithms of the three terms
     slopes[0, 0] = slopes[1, 1] = slopes[2, 2] = 1
     slopes[0, 3], slopes[1, 4] = -x, -y
+    squares = slopes[:, :, None] * slopes[:, None]  # (3, 5, 5, n)
     weights = np.broadcast_to(weights, (len(theta), len(x)))
     value = evaluate(theta, x, y, z, weights, delta)[0]
     damping, slope = np.full(len(theta), 1e-2), np.full(len(theta), np.inf)
@@ -303,9 +304,9 @@ def minimize_huber(theta, x, y, z, weights, delta, iterations=300):
         g = np.einsum("sn,sjn->sj", psi, J)
         slope[i] = np.abs(g).max(1)
         touching = w * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))
-        safe = np.einsum("sn,sjn,sin->sij", touching, J, J)
-        exact = np.einsum("sn,sjn,sin->sij", w * (np.abs(r) < delta) - psi, J, J) \
-            + np.einsum("ksn,kjn,kin->sij", psi * share, slopes, slopes)
+        safe = (touching[:, None] * J) @ J.swapaxes(1, 2)
+        exact = ((w * (np.abs(r) < delta) - psi)[:, None] * J) @ J.swapaxes(1, 2) \
+            + np.tensordot(psi * share, squares, ((0, 2), (0, 3)))
         diagonal = damping[i, None] * np.einsum("sjj->sj", safe) + 1e-14
         for H in (safe, exact):
             try:
