@@ -619,11 +619,14 @@ def isoflop_runs(flags, args):
              for C in sorted(args.budgets) for size in args.sizes]
     with concurrent.futures.ThreadPoolExecutor(args.jobs or os.cpu_count()) as pool:
         plans = list(pool.map(make_plan, asked, itertools.repeat(args.data)))
-    asked = [flags for flags, plan in zip(asked, plans)
-             if plan["iters"] >= LEAST_STEPS and 1 <= plan["D"] / plan["N"] <= 120]
-    if not asked:
-        raise ValueError("no size suits a budget: 20 steps, and 1 to 120 tokens per parameter")
-    return asked
+    good = [plan["iters"] >= LEAST_STEPS and 1 <= plan["D"] / plan["N"] <= 120 for plan in plans]
+    for flags, plan in itertools.compress(zip(asked, plans), [not kept for kept in good]):
+        print(f"left out: {' '.join(as_words(flags))}: {plan['iters']} steps, "
+              f"{plan['D'] / plan['N']:.2g} tokens per parameter", flush=True)
+    if not any(good):
+        raise ValueError(f"no size suits a budget: it takes {LEAST_STEPS} steps, and 1 to 120 "
+                         "tokens per parameter")
+    return list(itertools.compress(asked, good))
 
 
 def grid_of(specs, random_runs=0, seed=0):
