@@ -826,7 +826,7 @@ class Parallel:
         """Gradients of the mean loss over all tokens of all ranks -> that loss, a number."""
         batches = [(self.cut(x), self.cut(y)) for x, y in batches]
         total = sum(y.numel() for _, y in batches)  # the same on all ranks
-        loss, never = 0.0, contextlib.nullcontext
+        loss, quiet = 0.0, getattr(self.wrapped, "no_sync", contextlib.nullcontext)
         if self.pp > 1:
             n = self.args.microbatches
             batches = [piece for x, y in batches for piece in zip(x.chunk(n), y.chunk(n))]
@@ -836,8 +836,7 @@ class Parallel:
                     self.group, self.args.pp_schedule, self.device)
         else:
             for i, (x, y) in enumerate(batches):
-                last = i + 1 == len(batches)
-                with never() if last else getattr(self.wrapped, "no_sync", never)():
+                with quiet() if i + 1 < len(batches) else contextlib.nullcontext():
                     with self.autocast():
                         part = self.loss_sum(self.wrapped(x), y) / total
                     (part + self.module.auxiliary_loss() / len(batches)).backward()
@@ -879,7 +878,7 @@ class Parallel:
         starts = np.arange(0, len(data) - 1, T)
         if most and len(starts) > most:
             starts = starts[np.linspace(0, len(starts) - 2, most).astype(int)]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = count = 0
         self.module.eval()
         for i in range(self.copy_rank * batch_size, -(-len(starts) // n) * n, n):
             # -100, no target, stands where a copy lacks windows, and behind the data's end
@@ -892,9 +891,10 @@ class Parallel:
             with self.autocast():
                 loss = self.loss_sum(self.wrapped(x), y) if self.pp == 1 else pipeline_step(
                     self.module, [(x, y)], self.loss_sum, self.group, device=self.device)
-            sums += self.speaks * torch.stack((loss.double(), (y != -100).sum()))
+            total += self.speaks * loss.item()
+            count += self.speaks * (y != -100).sum().item()
         self.module.train()
-        total, count = all_reduce(sums).tolist()
+        total, count = all_reduce(torch.tensor([total, count], device=self.device)).tolist()
         return total / count
 
     # ---- checkpoints, which are those of one process
