@@ -200,9 +200,8 @@ def unpack_http(content):
             raise ValueError("damaged content encoding") from None
         if unpacker.unconsumed_tail:
             raise ValueError("decompression bomb")
-    elif coding not in ("", "identity") and b"<" not in body[:2000]:
-        # Common Crawl unpacks, and leaves the header; this is packed in another way
-        raise ValueError(f"content encoding {coding[:20]}")
+    elif coding in ("br", "zstd", "deflate") and b"<" not in body[:2000]:
+        raise ValueError(f"content encoding {coding}")  # if it still is: Common Crawl unpacks
     mime, _, parameters = headers.get("content-type", "").lower().partition(";")
     charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", parameters)
     if not mime.strip() and re.search(rb"(?i)<html|<!doctype html", body[:2000]):
@@ -273,8 +272,8 @@ def read_warc(source, counts=None):
         yield Record(headers.get("warc-target-uri", "").strip("<>"), page, charset, content)
 
 
-CHARSET = re.compile(r"(utf-?8|utf-?16|iso|latin|windows|cp|koi|gb|big|euc|shift|sjis|tis|ks_c|"
-                     r"mac|us-|ascii)[\w-]*")
+CHARSET = re.compile(r"(?a)(utf-?8|utf-?16|iso|latin|windows|cp|koi|gb|big|euc|shift|sjis|tis|"
+                     r"ks_c|mac|us-|ascii)[\w-]*")
 # Browsers read these as the larger set on the right, and so must we.
 WIDER = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874",
          "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949",
@@ -815,9 +814,10 @@ class LinearClassifier:
     @classmethod
     def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, scale=3.0,
               prior=1.0, seed=0):
-        """Learn from texts and their labels (lists of str): begin at `prior` times the logarithms
-        of naive Bayes, and go on by stochastic gradient descent, a text at a time, the rate falling
-        to 0. Scores are divided by the root of a text's length, that long ones do not rule."""
+        """Learn from texts and their labels, lists of str. Begin at `prior` times the logarithms
+        of naive Bayes, and go on by stochastic gradient descent, a text at a time, the rate
+        falling to 0. Scores are divided by the root of a text's length, that long ones do not
+        rule."""
         names = sorted(set(labels))
         if len(names) < 2:
             raise ValueError("a classifier needs examples of two labels or more")
@@ -983,7 +983,7 @@ def lines_of(text):
 
 
 def gopher_quality_reason(text, language="en"):
-    """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks, if any:
+    """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks:
     50 to 100,000 words, their mean length 3 to 10; a "#" or an ellipsis to less than 0.1 of them;
     bullets before at most 0.9, ellipses after at most 0.3 of the lines; 0.8 of the words with a
     letter; in English, two of eight stop words. In scripts without spaces a character is a word.
@@ -1449,18 +1449,19 @@ class Tally(dict):
 
     def add(self, name, document, reason=None, after=None, seconds=0.0):
         """Count a document that a step drops for a reason, or keeps, as `after` if it changes."""
-        s, after = self.step(name), after or document
+        s, size = self.step(name), text_size(document)
         s["documents_in"] += 1
-        s["bytes_in"] += text_size(document)
+        s["bytes_in"] += size
         s["seconds"] += seconds
         if reason is None:
             s["documents_out"] += 1
-            s["bytes_out"] += text_size(after)
+            s["bytes_out"] += text_size(after) if after else size
         else:
             s["reasons"][reason] += 1
         examples = s["kept" if reason is None else "dropped"]
         if len(examples) < EXAMPLES:
-            text = after.get("text") or document.get("text") or document.get("html") or ""
+            texts = (after or document).get("text"), document.get("text"), document.get("html")
+            text = next(filter(None, texts), "")
             examples.append({"url": document.get("url", ""), "reason": reason,
                              "text": " ".join(text[:600].split())[:200]})
 
@@ -1589,14 +1590,10 @@ def equal_hashes(path):
             yield ids, np.append(np.flatnonzero(new), len(ids))
 
 
-def make_marks(work, name, total):
-    """A memory-mapped file work/name of total zero bytes."""
-    return np.memmap(os.path.join(work, name), np.uint8, "w+", shape=max(1, total))
-
-
-def open_marks(work, name):
-    """The same, to read."""
-    return np.memmap(os.path.join(work, name), np.uint8, "r")
+def marks(work, name, total=None):
+    """A memory-mapped file work/name of total zero bytes or, without total, as it is."""
+    mode, shape = ("r", None) if total is None else ("w+", max(1, total))
+    return np.memmap(os.path.join(work, name), np.uint8, mode, shape=shape)
 
 
 class BloomFilter:
@@ -1670,19 +1667,16 @@ def line_hashes(path):
 
 def write_unique_lines(path, out, work, at):
     """Pass 3 of exact_line_dedup: the lines that are not marked. at: this file's first line."""
-    marks = open_marks(work, "cut")
+    kept = (mark == 0 for mark in marks(work, "cut")[at:])
     with packing(out) as file:
         if suffix(path) == ".jsonl":
             for document in read_documents(path):
                 lines = document.get("text", "").split("\n")
-                kept = [line for line, drop in zip(lines, marks[at : at + len(lines)]) if not drop]
-                at += len(lines)
-                if kept:
-                    file.write(to_line({**document, "text": "\n".join(kept)}))
+                lines = [line for line, keep in zip(lines, kept) if keep]
+                if lines:
+                    file.write(to_line({**document, "text": "\n".join(lines)}))
         else:
-            for at, line in enumerate(read_lines(path, collections.Counter()), at):
-                if not marks[at]:
-                    file.write(line)
+            file.writelines(itertools.compress(read_lines(path, collections.Counter()), kept))
 
 
 def exact_line_dedup(input_files, output_dir, workers=1):
@@ -1692,9 +1686,9 @@ def exact_line_dedup(input_files, output_dir, workers=1):
     inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".lines-") as work:
         starts = spill(inputs, work, workers, {"lines": "<u8"}, line_hashes)[:, 0].tolist()
-        marks = make_marks(work, "cut", starts[-1])
+        cut = marks(work, "cut", starts[-1])
         for ids, _ in equal_hashes(os.path.join(work, "lines")):
-            marks[ids] = 1
+            cut[ids] = 1
         jobs = [(a, b, work, start) for a, b, start in zip(inputs, outputs, starts)]
         run_all(write_unique_lines, jobs, workers, "write lines")
 
@@ -1834,15 +1828,15 @@ def near_duplicates(work, num_bands, threshold):
 def write_kept(path, out, work, first):
     """Pass 3 of minhash_dedup: the documents that are not marked. first: number of this file's
     first. Returns a Tally."""
-    tally, marks = Tally(), open_marks(work, "drop")
+    tally, drop = Tally(), marks(work, "drop")
     if suffix(path) == ".jsonl":
         with packing(out) as file:
             for number, document in enumerate(read_documents(path), first):
-                reason = "near duplicate" if marks[number] else None
+                reason = "near duplicate" if drop[number] else None
                 tally.add("near duplicates", document, reason)
                 if not reason:
                     file.write(to_line(document))
-    elif not marks[first]:
+    elif not drop[first]:
         shutil.copyfile(path, out)
     return tally
 
@@ -1864,7 +1858,7 @@ def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5
         starts = spill(inputs, work, workers, {"keys": "<u8", "sets": "<u8", "counts": "<i8"},
                        document_grams, num_hashes, num_bands, ngram)[:, 2].tolist()
         duplicates, compared = near_duplicates(work, num_bands, threshold)
-        make_marks(work, "drop", starts[-1])[list(duplicates)] = 1
+        marks(work, "drop", starts[-1])[list(duplicates)] = 1
         jobs = [(a, b, work, start) for a, b, start in zip(inputs, outputs, starts)]
         steps = Tally.merge(run_all(write_kept, jobs, workers, "near duplicates"))
     return {"documents": starts[-1], "duplicates": len(duplicates), "compared": compared,
@@ -1886,7 +1880,7 @@ def document_hashes(path, min_paragraph):
 
 def write_units(path, out, work, first, at, min_words):
     """Pass 3 of dedup_documents. first, at: its first document and line. Returns a Tally."""
-    tally, drop, cut = Tally(), open_marks(work, "drop"), open_marks(work, "cut")
+    tally, drop, cut = Tally(), marks(work, "drop"), marks(work, "cut")
     with packing(out) as file:
         for number, document in enumerate(read_documents(path), first):
             lines = document.get("text", "").split("\n")
@@ -1925,8 +1919,7 @@ def dedup_documents(files, output_dir, workers=1, exact=True, max_line_repeats=5
         starts = spill(inputs, work, workers, columns, document_hashes, min_paragraph)
         starts = starts[:, [0, 2]].tolist()
         documents, counts, lines, long = (os.path.join(work, name) for name in columns)
-        drop = make_marks(work, "drop", starts[-1][0])
-        cut = make_marks(work, "cut", starts[-1][1])
+        drop, cut = marks(work, "drop", starts[-1][0]), marks(work, "cut", starts[-1][1])
         for ids, groups in equal_hashes(documents) if exact else ():
             drop[np.delete(ids, groups[:-1])] = 1
         at = 0  # lines of documents that are dropped do not count in what follows
@@ -2179,7 +2172,8 @@ def process_file(path, out, o):
                 before = dict(document)
                 reason = function(document)
                 now = time.process_time()
-                tally.add(name, before, reason, document, now - last)
+                after = document if document != before else None
+                tally.add(name, before, reason, after, now - last)
                 last = now
                 if name == "mask":
                     tally[name]["reasons"].update(document.get("masked", {}))
@@ -2291,11 +2285,11 @@ def run_classifier(args):
                 texts = (d["text"] if "text" in d else extract_text(d["html"])
                          for d in read_documents(path))
             examples += [(text, label) for text in texts if text.strip()]
-    test = np.random.RandomState(args.seed).rand(len(examples)) < args.test_fraction
+    test = np.random.RandomState(0).rand(len(examples)) < args.test_fraction
     start = time.monotonic()
     model = LinearClassifier.train(
         *zip(*itertools.compress(examples, ~test)), args.chars, args.words, args.bits, args.epochs,
-        args.rate, args.scale, args.prior, args.seed)
+        args.rate)
     spent = time.monotonic() - start
     model.save(args.out)
     model = LinearClassifier.load(args.out)
@@ -2454,11 +2448,8 @@ def build_parser():
     add("--bits", type=number(int, 1, 26), default=17, help="of the hash")
     add("--epochs", type=count, default=2, help="of gradient descent")
     add("--rate", type=number(float, 0), default=0.02, help="learning rate")
-    add("--scale", type=number(float, 0), default=3.0, help="of the scores")
-    add("--prior", type=number(float, 0), default=1.0, help="of naive Bayes, to start from")
     add("--test_fraction", type=share, default=0.05, metavar="F",
         help="examples to hold out and measure on")
-    add("--seed", type=count, default=0, help="of their order")
     return parser
 
 

@@ -530,13 +530,13 @@ def test_mistake_9_deduplication_depends_on_no_process(tmp_path):
         texts = [near_copy(prose(i % 7, 40), 60 + i) for i in range(k, k + 12)]
         paths.append(write_jsonl(tmp_path / f"{k}.jsonl", texts))
     results = []
-    for seed, workers in (("0", 1), ("123", 2), ("77", 3)):
+    for seed, workers in (("0", 1), ("123", 3)):
         out = tmp_path / f"out{seed}"
         run("dedup", "--input", *paths, "--out", out, "--workers", workers, "--ngram", "2",
             env={**os.environ, "PYTHONHASHSEED": seed})
         results.append([(name, (out / name).read_bytes()) for name in sorted(os.listdir(out))
                         if name.endswith(".gz")])
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
     assert 0 < len(documents(out)) < 36
 
 
@@ -754,12 +754,14 @@ def test_perplexity_filter(tmp_path):
     M.save_checkpoint(ckpt, net, [], 0, 0.0, {}, {}, (tmp_path / "tokenizer.json").read_text())
     value = C.load_perplexity(ckpt)(prose(2))
     assert 100 < value < 1000  # an untrained model knows nothing: about the vocabulary
+    (_, check), = list(C.make_steps({"steps": ["filter"], "filters": [], "quality": None,
+                                     "toxicity": None, "nsfw": None,
+                                     "perplexity": (ckpt, 10 * value)}))[1:]
+    assert check({"text": prose(2)}) is None
     path = write_jsonl(tmp_path / "x.jsonl", [prose(2)])
-    for limit, n in ((10 * value, 1), (value / 10, 0)):
-        out = tmp_path / f"o{n}"
-        run("filter", "--input", path, "--out", out, "--filters", "--perplexity",
-            f"{ckpt}:{limit}")
-        assert len(documents(out)) == n
+    run("filter", "--input", path, "--out", tmp_path / "o", "--filters", "--perplexity",
+        f"{ckpt}:{value / 10}")
+    assert documents(tmp_path / "o") == []
 
 
 @pytest.mark.parametrize("args, code, message", [
