@@ -236,9 +236,8 @@ class ChunkTable:
                        for n, bits in ((1, 18), (2, 17))]
 
     def lookup(self, block):
-        """Block (bytes, see `find_cuts`) -> (numbers of its chunks, int64, in order; list of the
-        chunks among them that are new)."""
-        known, starts = len(self.number), find_cuts(block)
+        """Numbers of the chunks of a block (bytes, see `find_cuts`), int64, in order."""
+        starts = find_cuts(block)
         lengths = np.diff(starts, append=len(block))
         out = np.empty(len(starts), np.int64)
         # the 8 bytes from each offset on, as an integer
@@ -248,8 +247,11 @@ class ChunkTable:
         for i in range(0, len(starts), 1 << 14):  # so little stays in the processor's own cache
             part = slice(i, i + (1 << 14))
             out[part] = self._lookup(block, words, starts[part], lengths[part], level)
-        new = itertools.islice(reversed(self.number), len(self.number) - known)
-        return out, list(new)[::-1]
+        return out
+
+    def chunks(self, first):
+        """The chunks from number `first` on."""
+        return list(itertools.islice(reversed(self.number), len(self.number) - first))[::-1]
 
     def _lookup(self, block, words, starts, lengths, level):
         """The chunks at `starts`, by the caches from `level` on, or by the dictionary."""
@@ -261,11 +263,12 @@ class ChunkTable:
         key = [words[starts + 8 * j] for j in range(len(keys))]
         # zeros for what lies beyond the chunk's end, which is in the last 8 bytes
         key[-1] &= _LOW_BYTES.take(lengths - 8 * (len(keys) - 1), mode="clip")
-        hashed = sum(k * odd for k, odd in zip(key, _ODD))
+        hashed = functools.reduce(np.add, map(np.multiply, key, _ODD))
         slot = (hashed >> np.uint64(65 - len(numbers).bit_length())).view(np.int64)
         found = numbers.take(slot)
         longer = lengths > 8 * len(keys)
-        miss = sum(cached.take(slot) != k for cached, k in zip(keys, key)) > 0
+        differ = (cached.take(slot) != k for cached, k in zip(keys, key))
+        miss = functools.reduce(np.logical_or, differ)
         miss, longer = np.flatnonzero(miss & ~longer), np.flatnonzero(longer)
         for rest, then in ((miss, len(self.caches)), (longer, level + 1)):
             found[rest] = self._lookup(block, words, starts[rest], lengths[rest], then)
@@ -476,7 +479,7 @@ def count_pretokens(first, step, paths, pattern, separators):
     progress, done, bad = Progress("counting", text_size(paths) / 1e6, "MB"), 0, 0
 
     def count_chunks():
-        for chunk, n in itertools.islice(zip(table.number, seen.tolist()), 1, None):
+        for chunk, n in zip(table.chunks(1), seen[1:].tolist()):
             for pretoken in split.findall(chunk.decode("utf-8")):
                 counts[pretoken] += n
 
@@ -488,8 +491,9 @@ def count_pretokens(first, step, paths, pattern, separators):
             continue
         documents, invalid = to_documents(block, separators)
         if chunked:
-            numbers, new = table.lookup(b"\xff".join(documents))
-            seen = np.append(seen, np.zeros(len(new), np.int64))  # how often chunk n occurred
+            numbers = table.lookup(b"\xff".join(documents))
+            # how often chunk n occurred
+            seen = np.append(seen, np.zeros(len(table.number) - len(seen), np.int64))
             np.add.at(seen, numbers, 1)
             if len(seen) > MAX_CHUNKS:
                 count_chunks()
@@ -964,8 +968,8 @@ class Tokenizer:
             return np.array(ids[:-1], np.int32)
         if len(self._table.number) > MAX_CHUNKS:
             self._forget()
-        numbers, new = self._table.lookup(b"\xff".join(documents))
-        if new:
+        numbers = self._table.lookup(b"\xff".join(documents))
+        if new := self._table.chunks(len(self._begin) - 1):
             pretokens = [self._split(chunk.decode("utf-8")) for chunk in new]
             ids, lengths = self._bpe_many(list(itertools.chain.from_iterable(pretokens)))
             chunk = np.repeat(np.arange(len(new)), list(map(len, pretokens)))
@@ -1222,7 +1226,7 @@ class BinWriter:
         self.file = stack.enter_context(replacing(path, "w+b"))
         stack.callback(self.finish)
         sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
-        self.sizes = np.fromiter(sizes, np.int64)  # how many bytes of text each id stands for
+        self.sizes = np.fromiter(sizes, np.int32)  # how many bytes of text each id stands for
         self.sizes[tokenizer.eot_id] = 0
         self.tokens = self.text_bytes = 0
         self.file.write(bytes(1024))
