@@ -524,20 +524,20 @@ def test_minhash_clusters_are_chains(tmp_path):
 
 
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path):
-    """Not on PYTHONHASHSEED, not on the number of workers."""
-    paths = []
-    for k in range(3):
-        texts = [near_copy(prose(i % 7, 40), 60 + i) for i in range(k, k + 12)]
-        paths.append(write_jsonl(tmp_path / f"{k}.jsonl", texts))
+    """Not on PYTHONHASHSEED, not on the number of workers. With two hashes in one band only some
+    of the near copies are found: which, is up to the hashes."""
+    paths = [write_jsonl(tmp_path / f"{k}.jsonl", [near_copy(prose(i % 7, 40), 12 + i)
+                                                   for i in range(k, k + 12)]) for k in range(3)]
     results = []
     for seed, workers in (("0", 1), ("123", 3)):
         out = tmp_path / f"out{seed}"
         run("dedup", "--input", *paths, "--out", out, "--workers", workers, "--ngram", "2",
+            "--num_hashes", "2", "--num_bands", "1", "--threshold", "0.3",
             env={**os.environ, "PYTHONHASHSEED": seed})
         results.append([(name, (out / name).read_bytes()) for name in sorted(os.listdir(out))
                         if name.endswith(".gz")])
     assert results[0] == results[1]
-    assert 0 < len(documents(out)) < 36
+    assert 7 < len(documents(out)) < 36  # some found, some not
 
 
 @pytest.mark.parametrize("part", [C.PART, 8])
