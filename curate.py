@@ -2366,11 +2366,6 @@ def fields(form, separator, number_last):
     return parse
 
 
-def source(text):
-    """NAME=FILE, or FILE of the source "all"."""
-    return tuple(text.split("=", 1)) if "=" in text else ("all", text)
-
-
 def build_parser():
     """The command line: a parser for each step."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
@@ -2390,7 +2385,8 @@ def build_parser():
         add("--workers", type=some, default=os.cpu_count() or 1, metavar="N",
             help="processes; the output does not depend on it")
         if "language" in steps:
-            add("--languages", nargs="*", default=["en"], metavar="CODE", help="kept; none: all")
+            add("--languages", nargs="*", default=["en"], metavar="CODE",
+                help="to keep; none after the flag: all")
             add("--min_language_score", type=share, default=0.5, metavar="P",
                 help="drop what is less certain")
             add("--language_model", metavar="FILE",
@@ -2423,10 +2419,11 @@ def build_parser():
                 help="similarity of near duplicates; above 1: keep them")
             add("--ngram", type=some, default=5, metavar="N", help="words in a row, for MinHash")
             add("--num_hashes", type=some, default=112, metavar="N", help="of MinHash")
-            add("--num_bands", type=some, default=14, metavar="N", help="of MinHash, equal")
+            add("--num_bands", type=some, default=14, metavar="N", help="to cut the hashes into")
 
     add = command("mix", "sources by weight, temperature or token budget")
-    add("--input", nargs="+", type=source, required=True, metavar="NAME=FILE", help="sources")
+    add("--input", nargs="+", type=fields("NAME=FILE", "=", False), required=True,
+        metavar="NAME=FILE", help="sources; a name may come more than once")
     add("--out", required=True, metavar="DIR", help="for mixed.jsonl.gz and report.json")
     add("--weights", nargs="+", type=fields("NAME=NUMBER", "=", True), metavar="NAME=SHARE",
         help="shares of the bytes")
@@ -2468,8 +2465,8 @@ def main():
     if args.command == "train-classifier" and (args.chars[0] > args.chars[1] or
                                                not args.chars[1] and not args.words):
         parser.error("--chars and --words leave no n-grams")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupted)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupted)
     try:
         if args.command == "mix":
             run_mix(args)
