@@ -1788,9 +1788,10 @@ def config_from(theirs):
         if theirs.get(name, values[0]) not in values:
             raise ValueError(f"its {name} is {theirs[name]!r}, which is not supported")
 
-    optional, ours = ("n_kv_head", "head_size", "d_ff", "norm_eps"), dict(FAMILIES[family][1])
+    ours = dict(FAMILIES[family][1])
+    optional = "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_epsilon", "n_inner"
     for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
-        if name not in optional or theirs.get(key) is not None:
+        if key not in optional or theirs.get(key) is not None:
             ours[name] = theirs[key]
     ours["tie_embeddings"] = theirs.get("tie_word_embeddings", family == "gpt2")
     if family == "gpt2":
@@ -1862,8 +1863,8 @@ def config_for(config):
         same = all(getattr(c, name) == getattr(back, name) for name in (
             "activation", "position", "norm", "norm_place", "logit_cap", "qk_norm",
             "qk_norm_joint", "n_kv_head", "head_size"))
-        if same and layers == [back.attention_of(i) for i in range(c.n_layer)] and \
-                back.bias >= c.bias and back.bias + back.qkv_bias >= c.qkv_bias:
+        biases = (back.bias or not c.bias) and (back.bias or back.qkv_bias or not c.qkv_bias)
+        if same and biases and layers == [back.attention_of(i) for i in range(c.n_layer)]:
             return out, family
     raise ValueError(f"transformers has no family of this kind among {', '.join(FAMILIES)}")
 
@@ -2034,23 +2035,19 @@ def count_flops(config, T=None):
     return flops
 
 
-def count_activations(config, batch_size):
-    """Numbers kept for the backward pass of a batch of sequences of block_size, roughly: the input
-    and the output of each linear layer, what the two norms of a block keep, and the logits."""
-    parts = _parts(config)[1]
-    n = (2 * config.n_layer + 1) * 2 * config.n_embd + 2 * config.vocab_size
-    for modules, share in (parts[name] for name in ("attention", "feed-forward", "experts")):
-        n += sum(sum(w.shape) for w in _matrices(modules)) * share
-    return int(batch_size * config.block_size * n)
-
-
 def info(config, batch_size, tflops):
     """Print what a model of this config costs."""
     parameters, flops = count_parameters(config), count_flops(config)
     total, forward = sum(parameters.values()), sum(flops.values())
+    # kept for the backward pass of a token, roughly: the input and the output of each linear
+    # layer, what the two norms of a block keep, and the logits
+    kept = (2 * config.n_layer + 1) * 2 * config.n_embd + 2 * config.vocab_size
+    for part, (modules, share) in _parts(config)[1].items():
+        if part in ("attention", "feed-forward", "experts"):
+            kept += sum(sum(w.shape) for w in _matrices(modules)) * share
     memory = {"weights": 4 * total, "gradients": 4 * total, "optimizer (AdamW)": 8 * total,
               f"activations of {batch_size} texts, about":
-                  4 * count_activations(config, batch_size)}
+                  4 * int(batch_size * config.block_size * kept)}
     print(", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()))
     for title, table in (("parameters", parameters), ("FLOPs per token, forward", flops),
                          ("bytes for training in float32", memory)):
@@ -2152,8 +2149,9 @@ def run(args):
     model, checkpoint = load_checkpoint(path, device)
     if args.command == "export":
         export_folder(model, args.paths[1], checkpoint.get("tokenizer"))
-        return print(f"{args.paths[1]}: {config_for(model.config)[1]}, {n_parameters(model):,} "
-                     "parameters")
+        family = config_for(model.config)[1]
+        print(f"{args.paths[1]}: {family}, {n_parameters(model):,} parameters")
+        return
     if not checkpoint.get("tokenizer"):
         raise ValueError(f"{path} holds no tokenizer: it was trained on ids of unknown meaning")
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
@@ -2272,7 +2270,8 @@ def smaller_command(args, model, checkpoint, ids, generator):
         small = prune(model, torch.tensor(texts, device=generator.device), args.n_layer or 0,
                       args.n_embd or 0, args.d_ff or 0)
         save_checkpoint(out := out_path(args), small, **kept)
-        return print(f"{out}: {n_parameters(small):,} of {n_parameters(model):,} parameters")
+        print(f"{out}: {n_parameters(small):,} of {n_parameters(model):,} parameters")
+        return
 
     def measure():  # -> bytes, of each tensor once; mean loss; tokens per second
         n_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())
