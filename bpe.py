@@ -332,7 +332,7 @@ def read_blocks(paths, separators=(EOT,), chunked=True):
         end, tail = utf8(EOT), b""
         while piece := file.read(BLOCK):
             yield piece
-            tail = (tail + piece)[-len(end) :]
+            tail = (tail + piece[-len(end) :])[-len(end) :]
         if EOT in separators and tail != end:
             yield end
 
@@ -359,22 +359,24 @@ def to_documents(block, separators=(EOT,)):
     last separator. Raises ValueError for a line of a .jsonl that is not an object with a text.
     """
     path, line, raw = block
-    try:
-        text, invalid = raw.decode("utf-8"), 0
-    except UnicodeDecodeError:
-        text = raw.decode("utf-8", "replace")
-        made = text.count("\ufffd") - raw.count(utf8("\ufffd"))
-        invalid, raw = len(raw) - (len(utf8(text)) - 3 * made), utf8(text)
-    if not line:
-        return regex.split(utf8(alternatives(separators)), raw), invalid
-    documents = []
-    for number, row in enumerate(text.split("\n"), line):
+    separator = rb"\n" if line else utf8(alternatives(separators))
+    documents, invalid = [], 0
+    for number, document in enumerate(regex.split(separator, raw), line):
         try:
-            if row.strip() and (document := utf8(json.loads(row)["text"])):
-                documents.append(document)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise ValueError(f'{path}:{number}: not a JSON object with a "text"') from None
-    return [*documents, b""], invalid
+            text = document.decode("utf-8")
+        except UnicodeDecodeError:
+            text, old = document.decode("utf-8", "replace"), document
+            document = utf8(text)
+            made = text.count("\ufffd") - old.count(utf8("\ufffd"))
+            invalid += len(old) - (len(document) - 3 * made)
+        if line:
+            try:
+                document = utf8(json.loads(text)["text"]) if text.strip() else b""
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise ValueError(f'{path}:{number}: not a JSON object with a "text"') from None
+        if document or not line:
+            documents.append(document)
+    return [*documents, b""] if line else documents, invalid
 
 
 def parallel(work, items, num_proc):
@@ -742,8 +744,7 @@ def train_char(paths):
     """A tokenizer whose vocabulary is the characters of the text, sorted, and EOT."""
     chars = set()
     for block in read_blocks(paths):
-        for document in to_documents(block)[0]:
-            chars.update(document.decode("utf-8"))
+        chars.update(*(document.decode("utf-8") for document in to_documents(block)[0]))
     vocab = {i: utf8(c) for i, c in enumerate(sorted(chars))}
     return Tokenizer(vocab, [], [EOT], CHAR_PATTERN, ignore_merges=True)
 
@@ -874,6 +875,7 @@ class Tokenizer:
             i = special_tokens[token] if isinstance(special_tokens, dict) else i
             self.special_tokens[token], self.vocab[i] = i, utf8(token)
         self.vocab_size = max(self.vocab, default=-1) + 1
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in a .bin
         ends = (EOT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
         ends = [self.special_tokens[s] for s in ends if s in self.special_tokens]
         self.eot_id = ends[0] if ends else None
@@ -1222,7 +1224,7 @@ class BinWriter:
     """
 
     def __init__(self, path, tokenizer, stack):
-        self.path, self.tokenizer, self.dtype = path, tokenizer, id_dtype(tokenizer)
+        self.path, self.tokenizer, self.dtype = path, tokenizer, tokenizer.dtype
         self.file = stack.enter_context(replacing(path, "w+b"))
         stack.callback(self.finish)
         sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
@@ -1256,11 +1258,6 @@ class BinWriter:
         self.file.write(header.tobytes())
 
 
-def id_dtype(tokenizer):
-    """The type of the ids in a .bin."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
 def read_bin(path):
     """A .bin -> (memory-mapped array of ids, header as int32 or None). A file without a header
     is nanoGPT's: uint16 from the first byte on. Raises ValueError for an odd size."""
@@ -1278,7 +1275,7 @@ def read_bin(path):
 def encode_block(block, tokenizer):
     """A block of `read_blocks` -> (array of ids, bytes of the file, of text, invalid ones)."""
     documents, invalid = to_documents(block)
-    ids = tokenizer.encode_documents(documents).astype(id_dtype(tokenizer))
+    ids = tokenizer.encode_documents(documents).astype(tokenizer.dtype)
     return ids, len(block[2]), sum(map(len, documents)), invalid
 
 
