@@ -826,7 +826,9 @@ def from_ranks(text):
     """A .tiktoken file -> ({id: bytes}, merges). It has no list of merges: any two tokens merge
     whose bytes together are a token, the first in the file first."""
     rank = {}
-    for line in filter(None, map(str.split, text.split("\n"))):
+    for number, line in enumerate(filter(None, map(str.split, text.split("\n"))), 1):
+        if len(line) != 2:
+            raise ValueError(f"line {number} is not a token in base64 and its rank")
         rank[base64.b64decode(line[0], validate=True)] = int(line[1])
     merges = [(token[:i], token[i:]) for token in sorted(rank, key=rank.get)
               for i in range(1, len(token)) if token[:i] in rank and token[i:] in rank]
@@ -875,6 +877,8 @@ class Tokenizer:
             i = special_tokens[token] if isinstance(special_tokens, dict) else i
             self.special_tokens[token], self.vocab[i] = i, utf8(token)
         self.vocab_size = max(self.vocab, default=-1) + 1
+        if not 0 <= min(self.vocab, default=0) <= self.vocab_size < 1 << 31:
+            raise ValueError("ids must be from 0 to 2**31 - 2")
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in a .bin
         ends = (EOT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
         ends = [self.special_tokens[s] for s in ends if s in self.special_tokens]
