@@ -1432,8 +1432,11 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
     try:
         with replacing(path, "wb") as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:  # what torch makes of a write that failed
+        raise OSError(f"could not write {path}: is the disk full? ({str(error).splitlines()[0]})"
+                      ) from None
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error}") from None
 
 
 def load_checkpoint(path, device="cpu"):
