@@ -413,6 +413,16 @@ def drop_raw(html):
     return " ".join([*out, html[last:]])
 
 
+def tokens(html):
+    """The matches of TOKEN, found a megabyte at a time: all at once take too much memory, and one
+    at a time too long."""
+    cuts = [0]
+    while (end := html.find("<", cuts[-1] + (1 << 20))) >= 0:
+        cuts.append(end)
+    ends = [*cuts[1:], len(html)]
+    return itertools.chain.from_iterable(TOKEN.findall(html, i, j) for i, j in zip(cuts, ends))
+
+
 class Blocks:
     """A page cut into blocks. Lists with an entry per block: text (raw), tag, places (bits), node
     (number of the element it lies in), linked (characters of text within links); and per node, in
@@ -435,6 +445,8 @@ def scan(html):
     def flush():
         """End a block."""
         nonlocal pieces, linked
+        if not pieces:
+            return
         text = "".join(pieces)
         if text and not text.isspace():
             node = stack[-1]
@@ -454,10 +466,9 @@ def scan(html):
             is_open[b.node_tag[node]] -= 1
         in_link = in_link and depth >= link_depth
 
-    for match in TOKEN.finditer(html):
+    for name, attributes, text in tokens(html):
         if len(b.text) >= MAX_BLOCKS:
             break
-        name, attributes, text = match.groups()
         kind, tag, closing = TAGS.get(name.lower(), (None, None, None))
         if kind is None:
             pass
@@ -709,7 +720,7 @@ def extract_text(html: bytes | str) -> str:
     """
     b, texts = page_blocks(html)
     out, last = [], ""
-    for i in np.flatnonzero(keep_blocks(b, texts)):
+    for i in np.flatnonzero(keep_blocks(b, texts)).tolist():
         text, tag = html_library.unescape(b.text[i]), b.tag[i]
         if tag == "pre":
             text = "\n".join(map(str.rstrip, text.strip("\n").expandtabs(4).split("\n")))
