@@ -1,6 +1,7 @@
 """
 From Common Crawl pages to tokens worth training on.
 
+    python curate.py                   # all of it, on a small crawl that it makes: see `make_crawl`
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --workers 8
     python bpe.py train --input corpus/*.jsonl.gz --vocab_size 32000 --out data/web
 
@@ -2284,6 +2285,34 @@ def run_pipeline(o, workers):
         shutil.rmtree(os.path.join(work, stage.__name__))
 
 
+def make_crawl(path):
+    """A WARC file to try things on without a network: the language reference that every Python
+    brings along (pydoc_data), a page for each topic, with a menu and a footer; and of every third
+    page a mirror, with a line more."""
+    from pydoc_data.topics import topics
+
+    def page(name, text):
+        parts = (html_library.escape(part) for part in text.split("\n\n"))
+        body = "".join(f"<pre>{part}</pre>" if part.startswith("   ") else f"<p>{part}</p>"
+                       for part in parts)
+        return (f"<html lang=en><head><title>{name}</title></head><body><nav>{menu}</nav><main>"
+                f"{body}</main><footer>The Python Software Foundation</footer></body></html>")
+
+    menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name in sorted(topics))
+    pages = {f"http://docs.example/{name}": page(name, topics[name]) for name in sorted(topics)}
+    for name in sorted(topics)[::3]:
+        pages[f"http://mirror.example/{name}"] = page(
+            name, topics[name] + "\n\nThis is a copy. The original is somewhere else.")
+    with replacing(path, "wb") as file:
+        for url, text in pages.items():
+            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
+            answer += text.encode()
+            head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: "
+                    "application/http; msgtype=response\r\nContent-Length: ")
+            file.write(gzip.compress(b"%b%d\r\n\r\n%b\r\n\r\n" % (
+                head.encode(), len(answer), answer), mtime=0))
+
+
 def run_classifier(args):
     """`train-classifier`: learn from examples, save, and measure on those held out."""
     examples = []  # (text, label)
@@ -2380,7 +2409,7 @@ def fields(form, separator, number_last):
 def build_parser():
     """The command line: a parser for each step."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name, about):
         p = commands.add_parser(name, help=about,
@@ -2469,7 +2498,9 @@ def interrupted(number, frame):
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     parser = build_parser()
-    args = parser.parse_args()
+    crawl = os.path.join("data", "crawl.warc.gz")
+    args = parser.parse_args(sys.argv[1:] or [
+        "pipeline", "--input", crawl, "--out", os.path.join("data", "corpus")])
     if args.command in ("dedup", "pipeline") and args.num_hashes % args.num_bands:
         parser.error(f"--num_hashes {args.num_hashes} can not be cut into {args.num_bands} equal "
                      "bands")
@@ -2479,6 +2510,9 @@ def main():
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, interrupted)
     try:
+        if len(sys.argv) == 1 and not os.path.exists(crawl):
+            os.makedirs("data", exist_ok=True)
+            make_crawl(crawl)
         if args.command == "mix":
             run_mix(args)
         elif args.command == "train-classifier":

@@ -28,7 +28,7 @@ TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rd
 CURATE = "curate pipeline --input crawl.warc.gz --out corpus"
 ENCODE = "bpe encode --tokenizer data --input mixed/mixed.jsonl.gz --out data --val_fraction .1"
 TRAIN = f"train {MODEL} --data data --max_iters 200 --eval_interval 20 --learning_rate 1e-2"
-DDP = "ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 400 --eval_interval 40 " \
+DDP = "ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 240 --eval_interval 20 " \
     "--batch_size 4 --device cpu --scheme zero1"
 SCALING = f"scaling sweep {MODEL} --grid learning_rate=1e-2,3e-2 --data data --max_iters 30 --jobs 1"
 SFT = "align sft --ckpt out/ckpt.pt --data sft.jsonl --out_dir out-sft --max_iters 100 " \
@@ -158,7 +158,7 @@ def test_from_tokens_to_models_and_a_law(folder):
 
     processes = [start(DDP, folder), start(SCALING, folder)]
     (ddp, _), (scaling, _) = map(finish, processes)
-    assert "step    400/400" in ddp and "val_loss: " in ddp
+    assert "step    240/240" in ddp and "val_loss: " in ddp
     before = prints_of(folder / "scaling")
     processes = [start(DDP.replace("--init_from out/ckpt.pt", "--resume"), folder),
                  start(SCALING, folder)]
@@ -204,7 +204,7 @@ def test_killed_runs_go_on_to_the_same_end(folder):
         "out-ddp": (DDP, "ckpt.pt", DDP.replace("--init_from out/ckpt.pt", "--resume")),
         "scaling": (SCALING, "runs.jsonl", SCALING),
         "out-sft": (SFT, "ckpt.pt", SFT + " --resume")}
-    again, where = {}, {}
+    where = {}
     for name, (command, sign, _) in cases.items():
         where[name] = folder / f"killed-{name}"
         shutil.copytree(folder, where[name], ignore=lambda d, names, name=name: [
@@ -342,7 +342,9 @@ def test_without_arguments(folder):
     shutil.copytree(folder / "data", folder / "data/stdlib")
     assert call("model --ckpt out/ckpt.pt", folder) == call("model", folder)
     shutil.rmtree(folder / "out")
-    commands = {"train": "step", "scaling": "data/scaling", "kernels": "", "align": "", "curate": ""}
+    assert "near duplicates" in call("curate", folder)
+    assert "is complete" in call("curate", folder)
+    commands = {"train": "step", "scaling": "data/scaling", "kernels": "", "align": ""}
     running = {name: start(name, folder) for name in commands}
     for name, process in running.items():
         line = process.stdout.readline() or process.stderr.readline()
