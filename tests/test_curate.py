@@ -773,7 +773,6 @@ def test_perplexity_filter(tmp_path):
     (("extract", "--input", "x.jsonl", "--out", "x.jsonl"), 1, "x.jsonl"),
     (("mix", "--input", "a=x.jsonl", "--out", "o", "--weights", "a=b"), 2, "NAME=NUMBER"),
     (("decontaminate", "--input", "x.jsonl", "--out", "o"), 2, "--evals"),
-    ((), 2, "COMMAND"),
 ])
 def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
     write_jsonl(tmp_path / "x.jsonl", [prose(1)])
