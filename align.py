@@ -2319,12 +2319,16 @@ def plot_demo(out_dir, seeds, algorithm):
 # The command line.
 
 
-def number(kind, low, high=math.inf):
-    """What argparse reads a number in low to high with; kind: int or float."""
+def number(kind, low=0, high=math.inf):
+    """A type for argparse: an int or a float from low to high, and finite."""
+
     def read(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} to {high:g}")
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
+
+    read.__name__ = kind.__name__  # for argparse's own messages
     return read
 
 

@@ -2378,16 +2378,17 @@ COMMANDS = {  # what each does, and its steps
 }
 
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or float from low to high."""
-    def parse(text):
+def number(kind, low=0, high=math.inf):
+    """A type for argparse: an int or a float from low to high, and finite."""
+
+    def read(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    parse.__name__ = kind.__name__
-    return parse
+    read.__name__ = kind.__name__  # for argparse's own messages
+    return read
 
 
 def fields(form, separator, number_last):

@@ -2071,12 +2071,16 @@ CKPT = os.path.join("out", "ckpt.pt")
 COMMANDS = {"sample": 0, "chat": 0, "info": 0, "prune": 0, "quantize": 0, "import": 1, "export": 2}
 
 
-def number(kind, least, most=math.inf):
-    """An argparse type: numbers of this range."""
+def number(kind, low=0, high=math.inf):
+    """A type for argparse: an int or a float from low to high, and finite."""
+
     def read(text):
-        if not least <= (value := kind(text)) <= most or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be {least} to {most}, not {text}")
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
+
+    read.__name__ = kind.__name__  # for argparse's own messages
     return read
 
 

@@ -52,7 +52,7 @@ NAMES = {"N": ("n", "parameters", "params", "model size", "n params"),
          "loss": ("loss", "final loss", "val loss")}
 
 
-def number(value):
+def to_number(value):
     """What a table or a flag says, as a float; NaN if it is no number."""
     try:
         return float(value)
@@ -75,7 +75,7 @@ def columns(runs, need=("N", "C", "loss")):
         if keys:  # of several, a run's first that it has: its budget, or the compute it took
             values = [next((run[key] for key in keys if run.get(key) is not None), None)
                       for run in runs]
-            found[name] = np.array(list(map(number, values)))
+            found[name] = np.array(list(map(to_number, values)))
             for i in np.flatnonzero(~((found[name] > 0) & (found[name] < math.inf))):
                 raise ValueError(f"run {i + 1}: {keys[0]} is {values[i]!r}: not positive")
     if {"N", "D"} <= set(found):
@@ -522,7 +522,7 @@ def key_of(flags, data):
     """Names a run: its flags (1e-2 is 0.01), and the data by name and size."""
     path = os.path.join(data, "train.bin")
     size = os.path.getsize(path) if os.path.exists(path) else 0
-    plain = {name: str(value) if math.isnan(number(value)) else f"{number(value):.12g}"
+    plain = {name: str(value) if math.isnan(to_number(value)) else f"{to_number(value):.12g}"
              for name, value in flags.items()}
     text = json.dumps([sorted(plain.items()), os.path.basename(os.path.abspath(data)), size])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -647,7 +647,7 @@ def grid_of(specs, random_runs=0, seed=0):
         low, colon, high = value.partition(":")
         if not colon:
             return value
-        if not all(0 < number(end) < math.inf for end in (low, high)):
+        if not all(0 < to_number(end) < math.inf for end in (low, high)):
             raise ValueError(f"{value!r} is not low:high, two positive numbers")
         drawn = math.exp(rng.uniform(math.log(float(low)), math.log(float(high))))
         return str(round(drawn)) if (low + high).isdigit() else f"{drawn:.4g}"
@@ -715,7 +715,7 @@ def report_optimum(runs, of, against):
     """The best value of a hyperparameter as a power law of N, D, C or another flag -> dict."""
     table, optima, without = columns(runs), [], []
     for name in {of, against} - set(table):
-        table[name] = np.array([number({**(run.get("flags") or {}), **run}.get(name))
+        table[name] = np.array([to_number({**(run.get("flags") or {}), **run}.get(name))
                                 for run in runs])
     rows = np.flatnonzero((table[of] > 0) & (table[against] > 0))
     if not len(rows):
@@ -891,13 +891,17 @@ def study(args):
 # The command line.
 
 
-def at_least(least, kind=float):
-    """A type for argparse: a finite number from `least` on."""
-    def check(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
-        return kind(text)
-    return check
+def number(kind, low=0, high=math.inf):
+    """A type for argparse: an int or a float from low to high, and finite."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's own messages
+    return read
 
 
 def list_of(kind):
@@ -920,8 +924,8 @@ def parse_args(words):
         add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="finished runs")
         add("--data", default="data/scaling", help="folder of bpe.py (default: data/scaling, made "
             "of Python's standard library if it is not there)")
-        add("--budget", type=at_least(1), metavar="C", help="FLOPs that all in FILE may take")
-        add("--jobs", type=at_least(1, int), help="runs at a time (default: 1 with a GPU, else as "
+        add("--budget", type=number(float, 1), metavar="C", help="FLOPs that all in FILE may take")
+        add("--jobs", type=number(int, 1), help="runs at a time (default: 1 with a GPU, else as "
             "many as cores)")
         add = command.add_argument_group(name).add_argument
         if name == "sweep":
@@ -929,20 +933,20 @@ def parse_args(words):
             add("--grid", nargs="+", metavar="NAME=A,B", help="all combinations")
             add("--random", nargs="+", metavar="X", help="COUNT NAME=LOW:HIGH NAME=A,B ...")
         elif name != "run":
-            add("--budgets", type=list_of(at_least(1)), default="1e11,2e11,4e11,8e11",
+            add("--budgets", type=list_of(number(float, 1)), default="1e11,2e11,4e11,8e11",
                 help="FLOPs of a run (default %(default)s)")
             add("--sizes", type=list_of(parse_size), default="16x2,32x2,48x2,64x2,80x2,96x2,128x2",
                 metavar="WxL,WxL", help="n_embd x n_layer (default %(default)s)")
-    add("--target", type=at_least(1), default=8e12, help="FLOPs of the test (default 8e12)")
+    add("--target", type=number(float, 1), default=8e12, help="FLOPs of the test (default 8e12)")
     add("--base", type=parse_size, default="64x2", help="where the learning rate is found; the "
         "target has its depth (default 64x2)")
     add = commands.add_parser("fit", help="laws of a table of runs").add_argument
     add("file", help=".jsonl, .json or .csv")
     add("--method", default="isoflop", choices=[*METHODS, "parametric", "kaplan", "optimum"])
-    add("--bootstrap", type=at_least(0, int), default=100, help="resamples (default 100)")
-    add("--compute", type=at_least(1), nargs="+", metavar="C", help="FLOPs to predict for")
-    add("--inference_tokens", type=at_least(0), default=0.0, metavar="D", help="parametric: to be "
-        "served afterwards, out of the same compute")
+    add("--bootstrap", type=number(int), default=100, help="resamples (default 100)")
+    add("--compute", type=number(float, 1), nargs="+", metavar="C", help="FLOPs to predict for")
+    add("--inference_tokens", type=number(float), default=0.0, metavar="D", help="parametric: to "
+        "be served afterwards, out of the same compute")
     add("--of", default="learning_rate", metavar="NAME", help="optimum: of which hyperparameter")
     add("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
     add("--json", action="store_true", help="print JSON")

@@ -807,11 +807,12 @@ def run(args):
 
 
 def number(kind, low=0, high=math.inf):
-    """What argparse is to read a number from low to high with."""
+    """A type for argparse: an int or a float from low to high, and finite."""
 
     def read(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"must be at least {low} and at most {high}")
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     read.__name__ = kind.__name__  # for argparse's own messages
