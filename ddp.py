@@ -275,6 +275,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group.setdefault(name, value)  # the class's defaults
         self.buckets.add(group["params"])
 
+    def load_state_dict(self, state_dict):
+        """Take up what state_dict() gave on this rank."""
+        super().load_state_dict(state_dict)
+        self.local.state = self.state  # which has been replaced
+
     def _by_owner(self, params):
         return [[p for p in params if self.owner[p] == r] for r in range(world(self.group))]
 
@@ -354,7 +359,7 @@ class FSDP(DDP):
         shards = {}  # whole parameter -> its shard; of tied ones there is one
         self.shapes = {}  # shard -> shape of the whole
         for part in module.modules():
-            if isinstance(part, (nn.Linear, nn.Embedding, model_py.Linear, model_py.Embedding)):
+            if type(part) in (nn.Linear, nn.Embedding, model_py.Linear, model_py.Embedding):
                 p = part.weight
                 if p not in shards:
                     broadcast([p], group)
@@ -494,7 +499,9 @@ def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100,
     log_z = m + sum_over((logits - m[..., None]).exp().sum(-1), group).log()
     mine = (targets >= part.start) & (targets < part.stop)
     at = logits.gather(-1, (targets - part.start).masked_fill(~mine, 0)[..., None])[..., 0]
-    losses = log_z - sum_over(at * mine, group) + z_loss * log_z.square()
+    losses = log_z - sum_over(at * mine, group)
+    if z_loss:
+        losses = losses + z_loss * log_z.square()
     return losses.masked_fill(targets == ignore_index, 0.0).sum()
 
 
@@ -886,6 +893,7 @@ class Parallel:
             for row, start in zip(rows, starts[i:]):
                 ids = torch.from_numpy(data[start : start + T + 1].astype(np.int64))
                 row[: len(ids)] = ids
+            train.check_ids([(rows, rows)], self.config.vocab_size)
             rows = rows.to(self.device)
             x, y = self.cut(rows[:, :-1].clamp(min=0)), self.cut(rows[:, 1:])
             with self.autocast():
@@ -1069,9 +1077,7 @@ def run(args):
         batches = [train.get_batch(train_data, batch_size, T, device, i, args.seed,
                                    parallel.copy_rank, parallel.dp)
                    for i in range(step * accumulate, (step + 1) * accumulate)]
-        if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
-            raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
-                             f"vocabulary has {config.vocab_size}")
+        train.check_ids(batches, config.vocab_size)
         loss, norm = parallel.backward(batches), parallel.clip(args.grad_clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "

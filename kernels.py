@@ -403,7 +403,8 @@ def cross_entropy_kernel(logits, grad, targets, losses, V, scale, ignore_index,
             i = start + tl.arange(0, BLOCK)
             v = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
             larger = tl.maximum(m, tl.max(v, 0))
-            total = total * tl.exp(m - larger) + tl.sum(tl.exp(v - larger), 0)
+            base = tl.where(larger == -float("inf"), 0.0, larger)  # nothing but -inf so far
+            total = total * tl.exp(m - base) + tl.sum(tl.exp(v - base), 0)
             m = larger
         lse = m + tl.log(total)
         tl.store(losses + row, lse - at_target)
@@ -486,7 +487,9 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
     expect_fit(weight.ndim == 2 and x.shape[-1:] == weight.shape[1:], x=x, weight=weight)
     V, C = weight.shape
     targets, n = checked_targets(targets, x.shape[:-1], V, ignore_index, reduction)
-    chunk = chunk or max(64, triton.next_power_of_2(max(1, x.numel() // max(1, V))))
+    chunk = max(64, triton.next_power_of_2(max(1, x.numel() // max(1, V)))) if chunk is None \
+        else chunk
+    expect(chunk >= 1, f"chunk must be at least 1, not {chunk}")
     return CrossEntropy.apply(x.contiguous().view(-1, C), weight, targets, ignore_index, n, chunk,
                               False)
 
@@ -798,13 +801,15 @@ def flash_attention(q, k, v, causal=True, window=None, scale=None):
     """
     check_attention(q, k, v, causal, window)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    return FlashAttention.apply(q, k, v, causal, window, scale or q.shape[-1] ** -0.5)
+    return FlashAttention.apply(q, k, v, causal, window,
+                                q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def flash_attention_torch(q, k, v, causal=True, window=None, scale=None, tile=64):
     """`flash_attention` in plain PyTorch, in float32; tile: queries, and keys, at a time."""
     check_attention(q, k, v, causal, window)
-    group, scale = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     kk, vv = (x.float().repeat_interleave(group, 1) for x in (k, v))
     return FlashAttentionTorch.apply(q.float(), kk, vv, causal, window, scale, tile).to(q.dtype)
 

@@ -41,10 +41,14 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
     sum. z_loss: weight of (log Z)^2, Z being the softmax's denominator, which keeps logits from
     drifting (Chowdhery et al. 2022). logits: (..., V); targets: (...) int64, of which ignore_index
     does not count; the loss is 0 if none does."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be mean or sum, not {reduction}")
     valid = targets != ignore_index
     picked = logits.gather(-1, targets.masked_fill(~valid, 0)[..., None])[..., 0]
     log_z = torch.logsumexp(upcast(logits), -1)  # takes off the largest before it exponentiates
-    losses = log_z - picked + z_loss * log_z.square()
+    losses = log_z - picked
+    if z_loss:
+        losses = losses + z_loss * log_z.square()
     total = losses.masked_fill(~valid, 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
@@ -126,9 +130,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params, matrices_only=False, **settings):
         shares = settings.get("betas") or (settings["momentum"],)
-        if min(settings["lr"], settings["weight_decay"], *shares) < 0 or max(shares) >= 1:
-            raise ValueError("lr, weight_decay, betas and momentum must not be negative, and the "
-                             "last two below 1")
+        numbers = settings["lr"], settings["weight_decay"], settings.get("eps", 0), *shares
+        if min(numbers) < 0 or max(shares) >= 1:
+            raise ValueError("lr, weight_decay, eps, betas and momentum must not be negative, and "
+                             "the last two below 1")
         super().__init__(params, settings)
         dims = {p.ndim for group in self.param_groups for p in group["params"]}
         if matrices_only and dims - {2}:
@@ -361,6 +366,7 @@ def make_optimizers(model, kind, learning_rate, weight_decay, betas, momentum, m
 def clip_grad_norm(params, max_norm, eps=1e-6):
     """Scale all gradients by one factor so that together their norm is at most max_norm (0 or
     None: only measure). Returns the norm before, a tensor."""
+    params = [params] if torch.is_tensor(params) else params
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.zeros(())
@@ -376,6 +382,8 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
     down to min_lr at max_iters, by half a period of a cosine, or (wsd: warm-up, stable, decay; Hu
     et al. 2024) level, and straight down over the last decay_fraction of the steps; or constant.
     """
+    if schedule not in ("cosine", "wsd", "constant"):
+        raise ValueError(f"schedule must be cosine, wsd or constant, not {schedule}")
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if schedule == "constant":
@@ -411,19 +419,26 @@ def open_bin(path):
     offset = 0 if header is None else header.nbytes
     size = os.path.getsize(path) - offset
     if size % np.dtype(dtype).itemsize or not size:
-        raise ValueError(f"{path} is no .bin: {size:,} bytes are not a whole number of tokens")
+        raise ValueError(f"{path} is no .bin with tokens: after the header it has {size:,} bytes")
     return np.memmap(path, dtype, "r", offset), header
 
 
 def windows(data, starts, block_size, device="cpu"):
     """block_size ids from each start (less at the end of the data), and, as targets, the same
     shifted by one: two tensors (len(starts), block_size) of int64."""
-    if isinstance(data.base, mmap.mmap):  # opened anew, or all pages ever read stay in memory
+    if isinstance(getattr(data, "base", None), mmap.mmap):  # opened anew, or all pages ever read stay in memory
         data = np.memmap(data.filename, data.dtype, "r", data.offset)
     rows = torch.from_numpy(np.stack([data[s : s + block_size + 1] for s in starts]).astype("i8"))
     pin = torch.device(device).type == "cuda"
     rows = (rows.pin_memory() if pin else rows).to(device, non_blocking=pin)
     return rows[:, :-1], rows[:, 1:]
+
+
+def check_ids(batches, vocab_size):
+    """Raise ValueError where ids or targets, in a list of pairs, are none of the vocabulary's."""
+    if (largest := max(int(torch.maximum(x, y).max()) for x, y in batches)) >= vocab_size:
+        raise ValueError(f"the data holds the id {largest}, but the model's vocabulary has "
+                         f"{vocab_size}")
 
 
 @functools.lru_cache(maxsize=2)
@@ -468,6 +483,7 @@ def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=
     model.eval()
     for batch in batches:
         x, y = windows(data, batch, block_size, device)
+        check_ids([(x, y)], model.config.vocab_size)
         with autocast():
             loss = cross_entropy(model(x), y)
         total, count = total + loss.item() * y.numel(), count + y.numel()
@@ -487,6 +503,8 @@ def open_data(folder, block_size):
     if len(data[0]) <= block_size:
         raise ValueError(f"block_size {block_size} is too long for {paths[0]}, which has "
                          f"{len(data[0]):,} tokens")
+    if len(data[1]) < 2:
+        raise ValueError(f"{paths[1]} has one token: there is nothing to predict in it")
     tokenizer, vocab_size, path = None, None, os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         try:
@@ -522,7 +540,8 @@ class Log:
         self.rows, self.begin = [], time.perf_counter()
         if step and os.path.exists(path):
             with open(path, encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                self.rows = [row for row in csv.DictReader(file) if
+                             0 < int(row.get("step") or 0) <= step]
             self.begin -= float(self.rows[-1]["seconds"]) if self.rows else 0.0
         self.pause(step)
 
@@ -654,6 +673,7 @@ def open_model(args, device):
     if model.quantized and not args.eval_only:
         raise ValueError(f"{start} is quantized: train the checkpoint that it was made from")
     config.dropout = given.pop("dropout", config.dropout)  # alone it can be another one now
+    dataclasses.replace(config)  # raises ValueError if it is none
     for module in model.modules():
         name = "p" if isinstance(module, torch.nn.Dropout) else "dropout"
         if name in vars(module):
@@ -761,9 +781,7 @@ def run(args):
             group["lr"] = lr * group.get("lr_scale", 1.0)
         batches = [get_batch(train_data, args.batch_size, block_size, device, i, args.seed)
                    for i in range(step * n, (step + 1) * n)]
-        if (largest := max(int(x.max()) for x, _ in batches)) >= config.vocab_size:
-            raise ValueError(f"{args.data}/train.bin holds the id {largest}, but the model's "
-                             f"vocabulary has {config.vocab_size}")
+        check_ids(batches, config.vocab_size)
         if args.noise_scale and n == 1:  # two sizes of batch: the halves, and the whole
             batches = [halves for x, y in batches for halves in zip(x.chunk(2), y.chunk(2))]
         loss = backward(model, batches, autocast, loss_fn,
@@ -878,7 +896,7 @@ def build_parser():
     add("--kernels", action="store_true", help="the Triton kernels of kernels.py: for GPUs")
     add("--compile", action="store_true", help="torch.compile: pays on long runs")
     add("--peak_flops", type=real, help="of the device in TFLOP/s, for MFU")
-    add("--seed", type=int, default=1337, help="default 1337")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1337, help="default 1337")
     return parser
 
 

@@ -180,6 +180,12 @@ def sharded_optimizer(rank, world):
                                 if p.requires_grad and p.numel() > 1)
                 if cls is not torch.optim.SGD:
                     assert numbers <= 0.62 * total if world == 2 else numbers < 0.45 * total
+    # the state taken up by another one
+    again = D.ShardedOptimizer(module.parameters(), cls, lr=1e-2)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.local.state.keys() == optimizer.local.state.keys()
+    for p, state in optimizer.local.state.items():
+        torch.testing.assert_close(again.local.state[p], state)
     # a schedule, and further parameters
     for group in optimizer.param_groups:
         group["lr"] = 0.5
@@ -222,6 +228,11 @@ def fully_sharded(rank, world):
         full = wrapped.gather_full_params()
         assert set(full) == set(expected)
         close(full, expected, dtype)
+    torch.manual_seed(5)
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, 0.0, dtype=torch.float64), torch.randn(
+        3, 2, 8, dtype=torch.float64)
+    expected = layer(x)
+    torch.testing.assert_close(D.FSDP(layer)(x), expected)
     half = D.FSDP(Odd(), compute_dtype=torch.bfloat16)
     out = half.module.a(torch.randn(2, 7))
     assert out.dtype == torch.bfloat16 and half.module.a.weight.dtype == torch.float32

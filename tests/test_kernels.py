@@ -148,6 +148,18 @@ def test_losses_without_a_target_are_0(reduction):
         assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
 
 
+def test_a_first_block_of_impossible_tokens():
+    logits = torch.cat([torch.full((1, 5000), -math.inf), torch.zeros(1, 10)], 1).to(DEVICE)
+    loss = K.cross_entropy(logits, torch.tensor([5005], device=DEVICE))
+    assert abs(loss.item() - math.log(10)) < 1e-6
+
+
+def test_a_scale_of_0_is_no_default():
+    q, k, v = (rand(1, 1, 8, 16) for _ in range(3))
+    for f in (K.flash_attention, K.flash_attention_torch):
+        close(f(q, k, v, False, scale=0.0), v.mean(-2, keepdim=True).expand_as(v))
+
+
 def test_linear_cross_entropy_never_has_all_logits():
     x, w, targets = rand(24, 8), rand(500, 8), torch.randint(500, (24,), device=DEVICE)
     seen = []
@@ -266,6 +278,7 @@ HEADS = zeros(1, 1, 4, 16)
     (ValueError, K.linear_cross_entropy, [zeros(2, 5), zeros(7, 4), IDS]),
     (IndexError, K.linear_cross_entropy, [zeros(2, 5), zeros(7, 5), IDS + 7]),
     (ValueError, K.linear_cross_entropy, [zeros(2, 5), zeros(7, 5), IDS, -100, "none"]),
+    (ValueError, K.linear_cross_entropy, [zeros(2, 5), zeros(7, 5), IDS, -100, "mean", -1]),
     (ValueError, K.flash_attention, [zeros(1, 3, 4, 16), *[zeros(1, 2, 4, 16)] * 2]),
     (ValueError, K.flash_attention, [zeros(1, 1, 4, 257)] * 3),
     (ValueError, K.flash_attention, [zeros(1, 4, 16)] * 3),

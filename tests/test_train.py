@@ -678,6 +678,30 @@ def test_bad_input_gets_one_line(run, data, tmp_path):
     for name in ("train.bin", "val.bin"):
         np.full(900, 60, np.uint16).tofile(tmp_path / "raw" / name)
     fails(1, "holds the id 60", "--data", "raw", "--vocab_size", 50)
+    np.full(900, 40, np.uint16).tofile(tmp_path / "raw/train.bin")  # and now in val.bin alone
+    fails(1, "holds the id 60", "--data", "raw", "--vocab_size", 50, "--max_iters", 1)
+    np.full(1, 40, np.uint16).tofile(tmp_path / "raw/val.bin")
+    fails(1, "one token", "--data", "raw", "--vocab_size", 50)
+    fails(1, "dropout", "--resume", "--dropout", 3, "--max_iters", 2)
+    fails(2, "--seed", "--seed", -5)
     model = M.quantize(small(vocab_size=257, block_size=16, n_embd=32), "int8")
     M.save_checkpoint(tmp_path / "q.pt", model)
     fails(1, "quantized", "--init_from", "q.pt")
+
+
+def test_odd_arguments_are_refused_or_right(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.full((4,), 2.0)
+    assert T.clip_grad_norm(parameter, 1.0) == 4 and parameter.grad.norm() < 1.001
+    x, y = T.get_batch(list(range(50)), 2, 8, step=0)
+    assert torch.equal(x + 1, y)
+    assert T.cross_entropy(torch.tensor([[1e30, 0.0]]), torch.tensor([0])) == 0
+    with pytest.raises(ValueError, match="reduction"):
+        T.cross_entropy(torch.zeros(1, 2), torch.tensor([0]), reduction="none")
+    with pytest.raises(ValueError, match="schedule"):
+        T.get_lr(0, 1.0, 0.0, 0, 10, schedule="linear")
+    with pytest.raises(ValueError, match="eps"):
+        T.AdamW([parameter], eps=-1.0)
+    path = tmp_path / "log.csv"
+    path.write_text("a,b\n1,2\n")
+    assert T.Log(str(path), 5, 10, 8, None).rows == []
