@@ -18,10 +18,10 @@ After a demonstration, on what it left in out-align:
     python align.py rl --algorithm ppo --ckpt out-align/seed1/sft/ckpt.pt --out_dir out-ppo \\
         --data out-align/seed1/train.jsonl --max_new_tokens 4 --learning_rate 1e-3
 
-Training is taken up by --resume. Data is .jsonl or .json, also as .gz. For sft: `prompt` and
-`response`, Alpaca's `instruction`, `input`, `output`, or chats in `messages`; for dpo and reward:
-`prompt`, `chosen`, `rejected`; for rl: `prompt` and `answer` (or `tests`, for Python code, or
-IFEval's `instruction_id_list` and `kwargs`).
+Training is taken up by --resume, which needs --out_dir only. Data is .jsonl or .json, also as .gz.
+For sft: `prompt` and `response`, Alpaca's `instruction`, `input`, `output`, or chats in
+`messages`; for dpo and reward: `prompt`, `chosen`, `rejected`; for rl: `prompt` and `answer` (or
+`tests`, for Python code, or IFEval's `instruction_id_list` and `kwargs`).
 
 Shapes: B responses, T tokens. Everything about tokens is shifted by one, as in train.py: position
 t of `input_ids` is what the model reads, position t of `labels`, log-probs and masks what it says.
@@ -62,27 +62,33 @@ from model import (Transformer, TransformerConfig, chat_stops, chat_template, en
 # Data: files of rows, rows to messages, messages to ids.
 
 
-def open_text(path):
-    """A file of text, or of compressed text, to read."""
-    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+def read_text(path):
+    """The text of a file, or of a compressed one. Raises ValueError if it is none, or OSError."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            return file.read().decode()
+    except (UnicodeError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: {e}") from None
 
 
 def read_rows(path):
     """Rows of a .jsonl file, or of a .json file that is a list -> list of (where, dict), `where`
     naming file and line for error messages. Raises ValueError for malformed ones, or OSError."""
     whole = path.removesuffix(".gz").endswith(".json")
-    rows, where = [], path if whole else f"{path}, line 1"
+    rows, where, text = [], path, read_text(path)
     try:
-        with open_text(path) as file:
-            for number, row in enumerate(json.load(file) if whole else file, 1):
-                where = f"{path}, {'row' if whole else 'line'} {number}"
-                if whole or row.strip():
-                    row = row if whole else json.loads(row)
-                    if type(row) is not dict:
-                        raise ValueError(f"a row must be an object, not {type(row).__name__}")
-                    rows.append((where, row))
-    except (ValueError, TypeError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ValueError(f"{where}: {e}") from None
+        lines = json.loads(text) if whole else text.split("\n")
+        if type(lines) is not list:
+            raise ValueError("it is no list of rows")
+        for number, row in enumerate(lines, 1):
+            where = f"{path}, {'row' if whole else 'line'} {number}"
+            if whole or row.strip():
+                row = row if whole else json.loads(row)
+                if type(row) is not dict:
+                    raise ValueError(f"a row must be an object, not {type(row).__name__}")
+                rows.append((where, row))
+    except (ValueError, RecursionError) as e:  # to json each line is line 1
+        raise ValueError(f"{where}: {re.sub('line 1 (?=column)', '', str(e))}") from None
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
@@ -173,6 +179,10 @@ def read_problems(path):
                              "instruction_id_list")
         if type(row.get("answer", 0)) not in (int, float):
             field(row, where, "answer")
+        if "tests" in row:
+            lines = row["tests"] if type(row["tests"]) is list else [row["tests"]]
+            if not all(type(line) is str for line in lines) or not any(map(str.strip, lines)):
+                raise ValueError(f"{where}: tests must be Python code, or lines of it")
         if "answer" in row:
             row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
         problems.append(row | {"messages": prompt_of(row, where)})
@@ -327,7 +337,8 @@ def masked_sum(tensor, mask, dim=None, normalize_constant=1.0):
 
 def masked_mean(tensor, mask, dim=None):
     """Mean of the elements where mask is true, along dim or over all; 0 where there are none."""
-    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
+    tensor, mask = torch.broadcast_tensors(tensor, mask.bool())
+    count = mask.sum() if dim is None else mask.sum(dim)
     return masked_sum(tensor, mask, dim) / count.clamp(min=1)
 
 
@@ -340,13 +351,15 @@ def entropy(logits):
 
 def response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0):
     """log p(label_t | input_ids up to t), for every position -> {"log_probs": (B, T)} and, if
-    asked for, "token_entropy": (B, T), without gradient. input_ids, labels: (B, T) int64.
+    asked for, "token_entropy": (B, T), without gradient. input_ids, labels: (B, T) int64; where
+    a label is -100, which elsewhere marks what is not to be learned, log_probs are 0.
     temperature: that of sampling, by which logits were divided."""
     logits = model(input_ids)
     logits = upcast(getattr(logits, "logits", logits)) / temperature
+    left_out = labels == -100
     # logit - log Z: no (B, T, V) tensor of log-probabilities is needed
-    picked = logits.gather(-1, labels[..., None])[..., 0]
-    out = {"log_probs": picked - torch.logsumexp(logits, -1)}
+    picked = logits.gather(-1, labels.masked_fill(left_out, 0)[..., None])[..., 0]
+    out = {"log_probs": (picked - torch.logsumexp(logits, -1)).masked_fill(left_out, 0.0)}
     if return_token_entropy:
         with torch.no_grad():
             out["token_entropy"] = entropy(logits)
@@ -370,7 +383,8 @@ def sft_loss(log_probs, response_mask, normalizer=None):
 def reward_model_loss(chosen, rejected):
     """-log sigmoid(r_chosen - r_rejected), mean over pairs: the negative log-likelihood of the
     choices, if they follow Bradley & Terry (1952; Ouyang et al. 2022). (B,), (B,) -> scalar"""
-    return -F.logsigmoid(chosen - rejected).mean()
+    losses = -F.logsigmoid(chosen - rejected)
+    return losses.sum() / max(1, losses.numel())
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
@@ -429,7 +443,8 @@ def policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantag
         raise ValueError(f"loss_type must be one of {', '.join(needs)}, not {loss_type!r}")
     if missing := [name for name in needs[loss_type] if given[name] is None]:
         raise ValueError(f"{loss_type} needs {', '.join(missing)}")
-    weights = raw_rewards if loss_type == "no_baseline" else advantages
+    weights = torch.as_tensor(raw_rewards if loss_type == "no_baseline" else advantages,
+                              device=policy_log_probs.device)
     weights = weights[:, None] if weights.ndim == 1 else weights
     if not loss_type.startswith("grpo"):
         return -weights * policy_log_probs, {}
@@ -446,7 +461,7 @@ def grpo_normalizer(response_mask, loss_type="grpo", max_length=None):
     if loss_type == "dapo":
         return response_mask.sum().clamp(min=1)
     longest = max_length or response_mask.shape[1]
-    return len(response_mask) * (longest if loss_type == "dr_grpo" else 1)
+    return max(1, len(response_mask) * (longest if loss_type == "dr_grpo" else 1))
 
 
 def grpo_loss(log_probs, old_log_probs, advantages, response_mask, reference_log_probs=None,
@@ -463,10 +478,13 @@ def grpo_loss(log_probs, old_log_probs, advantages, response_mask, reference_log
 
     log_probs, old_log_probs, reference_log_probs, response_mask: (B, T); advantages: (B,).
     clip=False: -r A without any clipping. normalizer: that of `grpo_normalizer` for the whole
-    batch, if this is a part of it. -> scalar. Raises ValueError for another loss_type.
+    batch, if this is a part of it. -> scalar. Raises ValueError for another loss_type, or beta
+    without reference_log_probs.
     """
     if loss_type not in ("grpo", "dr_grpo", "dapo"):
         raise ValueError(f"loss_type must be grpo, dr_grpo or dapo, not {loss_type!r}")
+    if beta and reference_log_probs is None:
+        raise ValueError("beta needs reference_log_probs")
     mask = response_mask.bool()
     # tokens that do not count must not overflow, either
     new, old = (x.masked_fill(~mask, 0.0) for x in (log_probs, old_log_probs))
@@ -492,7 +510,7 @@ def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
     mask = torch.ones_like(values) if mask is None else mask.to(values.dtype)
     rewards, values = rewards * mask, values.masked_fill(mask == 0, 0.0)
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = next_advantage = values.new_zeros(len(values))
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
@@ -514,6 +532,8 @@ def ppo_loss(log_probs, old_log_probs, advantages, response_mask, values=None, o
     losses, _ = policy_gradient_loss(new, "grpo_clip", advantages=advantages, old_log_probs=old,
                                      cliprange=clip)
     if values is not None:
+        if old_values is None or returns is None:
+            raise ValueError("values need old_values and returns")
         near = old_values + (values - old_values).clamp(-value_clip, value_clip)
         worse = torch.maximum((values - returns).square(), (near - returns).square())
         losses = losses + value_weight / 2 * worse
@@ -1819,22 +1839,27 @@ def run_rl(args):
 
 def in_chunks(items, size, path, key, work, what):
     """[result for each item], work(chunk) giving those of a chunk. With a path, each chunk's are
-    kept there as they come, and those of a run that was stopped are not computed again; `key` is
-    what the results depend on: another one begins anew."""
-    results, progress = [], Progress(what, len(items))
+    kept there as they come, and those of a run that was stopped are not computed again; `key`, of
+    which "command" is first, is what the results depend on: another one begins anew.
+    Raises ValueError if the file at `path` is not from this command."""
+    chunks, progress = [], Progress(what, len(items))
     if path:
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file, contextlib.suppress(ValueError):
-                if json.loads(file.readline()) == key:
-                    for line in file:  # the last one can be half a line
-                        results += json.loads(line)
-        write_rows(path, [key, *([result] for result in results)])
+            with open(path, encoding="utf-8", errors="replace") as file:
+                first, *lines = file.read().split("\n")
+            if first and not first.startswith('{"command": "%s"' % key["command"]):
+                raise ValueError(f"{path} is not from align.py {key['command']}: it is left alone")
+            with contextlib.suppress(ValueError):  # the last line can be half a line
+                if json.loads(first) == key:
+                    chunks.extend(map(json.loads, lines))
+        write_rows(path, [key, *chunks])
+    results = list(itertools.chain(*chunks))
     while len(results) < len(items):
         chunk = work(items[len(results) : len(results) + size])
         results += chunk
         if path:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(chunk) + "\n")
+                file.write(json.dumps(chunk, ensure_ascii=False) + "\n")
         progress(len(results))
     return results
 
@@ -1916,7 +1941,7 @@ def wilson(k, n, z=1.96):
     p, denominator = k / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / denominator
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / denominator
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)  # of rounding
 
 
 def share(hits):
@@ -2010,7 +2035,7 @@ def read_item(task, row, where):
         context, label = lettered(cells[0].strip(), cells[1:5]), texts.index(cells[5])
         more = {"header": "The following are multiple choice questions (with answers) about "
                           f"{row['subject'].replace('_', ' ')}.\n\n"}
-    elif task in ("arc", "arithmetic") and "choices" in row:
+    elif task == "arc" or (task == "arithmetic" and "choices" in row):
         choices = field(row, where, "choices", kind=dict)
         texts, labels = (field(choices, where, name, kind=list) for name in ("text", "label"))
         if len(texts) != len(labels) or row.get("answerKey") not in labels or \
@@ -2186,8 +2211,7 @@ def evaluate_text(model, tokenizer, args):
     if args.data.removesuffix(".gz").endswith((".jsonl", ".json")):
         texts = [field(row, where, "text") for where, row in read_rows(args.data)]
     else:
-        with open_text(args.data) as file:
-            texts = file.read().split("<|endoftext|>")
+        texts = read_text(args.data).split("<|endoftext|>")
     texts = [text for text in texts if text.strip()][: args.limit]
     requests, T = [], model.config.block_size
     for text in texts:
@@ -2197,7 +2221,7 @@ def evaluate_text(model, tokenizer, args):
         requests += [(window, len(window) - 1) for window in windows]
     if not requests:
         raise ValueError(f"{args.data} holds no text")
-    key = {"task": "ppl", "ckpt": args.ckpt, "data": args.data, "limit": args.limit}
+    key = {name: getattr(args, name) for name in ("command", "task", "ckpt", "data", "limit")}
     found = in_chunks(requests, 8 * args.batch_size, args.out, key,
                       lambda chunk: score(model, chunk, args.batch_size), "windows")
     total, tokens = -sum(p for p, _ in found), sum(n for _, n in requests)
@@ -2381,7 +2405,7 @@ FLAGS = {  # of the commands below: what they are read with, their default, thei
 
     "seeds": (COUNT, 5, "how many runs"),
     "kind": (("addition", "arithmetic", "word"), "arithmetic", "of problems"),
-    "level": (COUNT, 2, "digits, operations, or steps"),
+    "level": (number(int, 1, 1000), 2, "digits, operations, or steps"),
     "n": (COUNT, 1000, "problems"),
     "samples": (COUNT, 1, "responses to each; for eval pass@k and a vote; 1: greedy"),
     "pairs": (bool, False, "write chosen and rejected responses, by the verifier"),
@@ -2423,19 +2447,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults, where there are any."""
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False)
+        shown = action.default is not None and action.default is not False
         return super()._get_help_string(action) if shown else action.help
 
 
-def build_parser():
-    """The command line."""
+def build_parser(resumed=False):
+    """The command line; for a run that is resumed only --out_dir is required."""
     parser = argparse.ArgumentParser(description="From a base model to one that does what it is "
                                      "asked. Without a command: the demonstration.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command, (_, text, flags, defaults) in COMMANDS.items():
         p = commands.add_parser(command, help=text, description=text, formatter_class=Help)
         for flag in flags.split():
-            name, required = flag.rstrip("!"), flag.endswith("!")
+            name = flag.rstrip("!")
+            required = flag == "out_dir!" or flag.endswith("!") and not resumed
             kind, default, meaning = FLAGS[name]
             if kind is bool:
                 p.add_argument(f"--{name}", action="store_true", help=meaning)
@@ -2449,7 +2474,7 @@ def build_parser():
 
 def parse_args(argv):
     """The command line; for a run that is resumed its flags hold where none are given now."""
-    parser = build_parser()
+    parser = build_parser("--resume" in argv)
     args = parser.parse_args(argv or ["demo"])
     if getattr(args, "resume", False):
         path = os.path.join(args.out_dir, "ckpt.pt")
@@ -2457,8 +2482,9 @@ def parse_args(argv):
         if type(saved) is not dict or saved.get("command") != args.command:
             raise ValueError(f"{path} is not from align.py {args.command}")
         flags = [f"--{name}" if value is True else f"--{name}={value}"
-                 for name, value in saved.items() if name in vars(args)
-                 and name not in ("command", "out_dir") and value not in (None, False)]
+                 for name, value in saved.items() if name in vars(args) and name not in
+                 ("command", "out_dir") and value is not None and value is not False]
+        parser = build_parser()
         args = parser.parse_args([args.command, *flags, *argv[1:]])
     if args.command == "rl" and args.temperature == 0:
         parser.error("--temperature must be above 0: equal responses teach nothing")

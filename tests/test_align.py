@@ -93,6 +93,7 @@ def test_masked_reductions():
     assert A.masked_sum(x, mask, dim=-1, normalize_constant=2).tolist() == [1, 0]
     x[0, 1] = math.nan
     assert A.masked_sum(x, mask).item() == 2  # what is masked does not matter
+    assert A.masked_mean(torch.ones(2, 3), torch.ones(2, 1), dim=1).tolist() == [1, 1]
 
 
 def test_entropy_is_stable():
@@ -126,6 +127,8 @@ def test_response_log_probs():
     torch.testing.assert_close(out["log_probs"], expected)
     torch.testing.assert_close(out["token_entropy"], A.entropy(model(ids)))
     assert set(A.response_log_probs(model, ids, labels)) == {"log_probs"}
+    masked = A.response_log_probs(model, ids, labels.index_fill(1, torch.tensor(2), -100))
+    torch.testing.assert_close(masked["log_probs"], expected.index_fill(1, torch.tensor(2), 0.0))
     colder = A.response_log_probs(model, ids, labels, temperature=0.5)["log_probs"]
     torch.testing.assert_close(colder, -F.cross_entropy((2 * model(ids)).transpose(1, 2), labels,
                                                         reduction="none"))
@@ -323,6 +326,27 @@ def test_policy_gradient_loss():
         A.policy_gradient_loss(new, "reinforce", advantages=a)
 
 
+@pytest.mark.parametrize("call, message", [
+    (lambda x, mask: A.grpo_loss(x, x, torch.ones(6), mask, beta=0.1), "reference_log_probs"),
+    (lambda x, mask: A.ppo_loss(x, x, x, mask, values=x), "old_values and returns"),
+    (lambda x, mask: A.ppo_loss(x, x, x, mask, x, x), "old_values and returns")])
+def test_losses_say_what_they_lack(call, message):
+    new, _, _, mask = batch()
+    with pytest.raises(ValueError, match=message):
+        call(new, mask)
+
+
+def test_losses_of_lists_and_of_nothing():
+    new, *_ = batch()
+    listed, _ = A.policy_gradient_loss(new, "no_baseline", raw_rewards=[1, 0, 2, 0, 0, 1])
+    assert torch.equal(listed, -torch.tensor([[1], [0], [2], [0], [0], [1]]) * new)
+    none = torch.zeros(0, 3)
+    for kind in ("grpo", "dr_grpo", "dapo"):
+        assert A.grpo_loss(none, none, none[:, 0], none, loss_type=kind).item() == 0
+    assert A.reward_model_loss(none[:, 0], none[:, 0]).item() == 0
+    assert A.gae(none.T[:, :0], none.T[:, :0])[0].shape == (3, 0)
+
+
 def test_policy_gradient_is_that_of_the_expected_reward():
     """Three answers, rewards known: E over many samples of the loss' gradient is -grad E[r]."""
     logits = torch.tensor([0.2, -0.5, 1.0], dtype=torch.float64, requires_grad=True)
@@ -455,7 +479,9 @@ def test_formats_of_data(tmp_path):
     ('{"prompt": "a"}', "line 1: it has none of the fields response"), ("", "holds no rows"),
     ('{"messages": [{"role": "nobody", "content": "x"}]}', "role"),
     ('{"messages": [3]}', "line 1"), ("[" * 100_000, "line 1"), ("\x00\n", "line 1"),
-    ('{"messages": []}', "no row with a response")])
+    ('{"messages": []}', "no row with a response"),
+    ('{"prompt": "a", "response": "b"}\n{"a": 1 2}',
+     "line 2: Expecting ',' delimiter: column 9 ")])
 def test_malformed_data_is_reported_with_its_line(tmp_path, base, capsys, text, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
@@ -471,6 +497,25 @@ def test_binary_and_truncated_files(tmp_path, base, capsys):
     for name in ("bad.jsonl", "cut.jsonl.gz", "no.jsonl.gz", "missing.jsonl"):
         code, error = fails(capsys, f"sft --ckpt {base} --data {tmp_path}/{name} --out_dir o")
         assert code == 1 and name in error and error.count("\n") == 1
+        if "jsonl" in name and "missing" not in name:  # as text
+            path = (tmp_path / name).rename(tmp_path / name.replace("jsonl", "txt"))
+            code, error = fails(capsys, f"eval --task ppl --ckpt {base} --data {path}")
+            assert code == 1 and path.name in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["5", '{"a": 1}', "null"])
+def test_json_that_is_no_list(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json: it is no list of rows"):
+        A.read_rows(str(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("tests", [[], "", " \n", ["", " "], [3], 5, None])
+def test_problems_without_a_test_are_refused(tmp_path, tests):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "p", "tests": ["assert f() == 1"]},
+                                        {"prompt": "p", "tests": tests}])
+    with pytest.raises(ValueError, match="line 2: tests"):
+        A.read_problems(str(path))
 
 
 # ---- verifiers
@@ -721,6 +766,8 @@ def test_wilson_and_pass_at_k():
     assert abs(low - 0.4038) < 1e-4 and abs(high - 0.5962) < 1e-4
     assert (A.wilson(0, 10)[0] == pytest.approx(0) and 0.2 < A.wilson(0, 10)[1] < 0.4 and
             A.wilson(0, 0) == (0, 1))
+    for n in (5, 10, 19, 23):
+        assert A.share([False] * n)[8:14] == "0.0000" and A.wilson(n, n)[1] <= 1
     assert A.pass_at_k(10, 0, 5) == 0 and A.pass_at_k(10, 6, 5) == 1
     draws = [any(i < 3 for i in random.Random(s).sample(range(10), 4)) for s in range(20_000)]
     assert abs(A.pass_at_k(10, 3, 4) - statistics.mean(draws)) < 0.01
@@ -756,7 +803,8 @@ def test_tasks_are_read_as_published(tmp_path):
     for task, row in (
         ("arc", {"question": "q", "choices": {"text": ["a"], "label": []}, "answerKey": "A"}),
         ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}),
-        ("gsm8k", {"question": "q"}), ("arc", {"question": "q"}), ("hellaswag", {"endings": []}),
+        ("gsm8k", {"question": "q"}), ("arc", {"question": "q", "answer": "#### 2"}),
+        ("hellaswag", {"endings": []}),
         ("ifeval", {"prompt": "x"})):
         with pytest.raises(ValueError, match="line 1"):
             A.read_task(task, str(write(tmp_path / "bad.jsonl", [row])))
@@ -785,7 +833,7 @@ def test_eval_counts_by_likelihood_and_by_length(tmp_path, capsys, monkeypatch):
 
 
 def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, monkeypatch):
-    said = iter(["4", "5", "4", "7", "7", "6"])
+    said = iter(["4", "5 é", "4", "7", "7", "6"])
     calls = []
 
     def respond(model, tokenizer, prompts, *_):
@@ -809,6 +857,24 @@ def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, m
     assert calls == [3, 3, 3]  # the first question was not asked again
     assert "\nacc: 0.5000" in out and "pass@3: 1.0000" in out and "majority@3: 0.5000" in out
     assert f"pass@1: {(2 / 3 + 1 / 3) / 2:.4f}" in out
+    before = (tmp_path / "kept.jsonl").read_bytes()
+    cli(command)
+    assert len(calls) == 3 and (tmp_path / "kept.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["eval --task gsm8k", "eval --task ppl", "judge"])
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path, base, capsys, command):
+    rows = [{"prompt": "2+2", "answer": "4", "chosen": "4", "rejected": "5", "text": "1+1"}]
+    path = write(tmp_path / "own.jsonl", rows)
+    before = path.read_bytes()
+    code, error = fails(capsys, f"{command} --ckpt {base} --data {path} --device cpu --out {path}")
+    assert code == 1 and "own.jsonl is not from align.py" in error
+    assert path.read_bytes() == before
+    other, more = tmp_path / "other.jsonl", "--max_new_tokens 2" if "gsm" in command else ""
+    other.write_text("")  # nothing to lose
+    for _ in range(2):
+        cli(f"{command} --ckpt {base} --data {path} --device cpu --out {other} {more}")
+    assert len(other.read_text().splitlines()) == 2
 
 
 def test_perplexity_of_text(tmp_path, base, capsys):
@@ -892,8 +958,21 @@ def test_resume_is_exact(tmp_path, trained, kind, flags):
     flags += " --learning_rate 1e-3 --eval_interval 3"
     whole = train(kind, *trained, tmp_path / "whole", f"{flags} --max_iters 6")
     train(kind, *trained, tmp_path / "part", f"{flags} --max_iters 3")
-    part = train(kind, *trained, tmp_path / "part", "--resume --max_iters 6")
+    cli(f"{kind} --out_dir {tmp_path}/part --resume --max_iters 6")  # the rest is known
+    part = log_of(tmp_path / "part")
     assert [r["loss"] for r in whole] == [r["loss"] for r in part] and len(part) == 6
+
+
+def test_resume_and_help_know_flags_that_are_0(tmp_path, trained, capsys):
+    names = "grad_clip show lam gamma clip value_weight temperature seed".split()
+    flags = " ".join(f"--{name} 0" for name in names).replace("temperature 0", "temperature 0.5")
+    train("rl", *trained, tmp_path / "rl", "--algorithm ppo --max_iters 1 --prompts_per_step 2 "
+          f"--group_size 2 --max_new_tokens 2 {flags}")
+    args = vars(A.parse_args(f"rl --out_dir {tmp_path}/rl --resume --lam 0.5".split()))
+    assert [args[name] for name in names] == [0, 0, 0.5, 0, 0, 0, 0.5, 0]
+    with pytest.raises(SystemExit):
+        A.parse_args(["rl", "--help"])
+    assert "(default: 0)" in capsys.readouterr().out
 
 
 def test_dpo_begins_at_ln_2_and_prefers_the_chosen(tmp_path, trained, capsys):
@@ -1011,7 +1090,8 @@ def test_usage(tmp_path, base, capsys):
     common = f"--ckpt {base} --data x.jsonl --out_dir {tmp_path}/o"
     for line in (f"sft {common} --batch_size 0", f"sft {common} --learning_rate -1", "nothing",
                  f"rl {common} --lam 2", f"rl {common} --temperature 0", "eval --task arc",
-                 f"synth --ckpt {base} --out x"):
+                 f"synth --ckpt {base} --out x", "sft --resume", f"sft --out_dir {tmp_path}/o",
+                 "synth --kind addition --out x --level 5000"):
         assert fails(capsys, line)[0] == 2
     for line in (f"sft {common}", "sft --ckpt no.pt --data x --out_dir o",
                  f"sft {common} --resume"):
