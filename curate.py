@@ -1,7 +1,7 @@
 """
 From Common Crawl pages to tokens worth training on.
 
-    python curate.py                   # all of it, on a small crawl that it makes: see `make_crawl`
+    python curate.py                   # all of it, on a small crawl that it makes (make_crawl)
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --workers 8
     python bpe.py train --input corpus/*.jsonl.gz --vocab_size 32000 --out data/web
 
@@ -76,7 +76,8 @@ EOT = "<|endoftext|>"
 MAX_PAGE = 16 << 20  # bytes of a page, once unpacked; longer ones are no text to learn from
 MAX_RATIO = 200  # a gzip member that swells more than this, past MAX_PAGE, is a bomb
 CHUNK = 1 << 16
-RECORD = b"WARC/1."  # how a record begins
+RECORD = b"WARC/"  # how a record begins
+NEXT = b"\n" + RECORD  # and how one does after another: text may speak of WARC/1.0, too
 
 
 class Record(typing.NamedTuple):
@@ -120,6 +121,8 @@ def unpack(file, counts):
             if made > MAX_PAGE and made > MAX_RATIO * took and not member.eof:
                 counts["decompression bomb"] += 1
                 break
+        if not member.eof:
+            yield b"\n"  # so that what comes next begins a line
         raw = raw or file.read(CHUNK)
 
 
@@ -169,6 +172,7 @@ def parse_headers(head):
 
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]{0,80})?\r\n")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+LINE_ENDS = re.compile(rb"[\r\n]+")
 
 
 def join_chunks(body):
@@ -225,8 +229,8 @@ def read_warc(source, counts=None):
         return
     stream = Stream(unpack(source, counts))
     while stream.fill(1):
-        if stream.buffer[0] in b"\r\n":
-            stream.take(1)
+        if ends := LINE_ENDS.match(stream.buffer):
+            stream.take(ends.end())
             continue
         stream.fill(CHUNK)
         if not stream.buffer.startswith(RECORD):
@@ -236,8 +240,8 @@ def read_warc(source, counts=None):
         blank = BLANK_LINE.search(stream.buffer, 0, CHUNK)
         if not blank:
             counts["record without headers"] += 1
-            stream.take(len(RECORD))
-            stream.skip_to(RECORD)
+            stream.take(max(1, stream.buffer.rfind(NEXT, 0, CHUNK)))  # not one by one
+            stream.skip_to(NEXT)
             continue
         headers = parse_headers(stream.take(blank.end()))
         length = headers.get("content-length", "")
@@ -248,12 +252,12 @@ def read_warc(source, counts=None):
             after = stream.buffer[length : length + 64].lstrip(b"\r\n")
             whole = RECORD.startswith(bytes(after[: len(RECORD)]))
         if not whole:
-            at = stream.find(RECORD)
+            at = 0 if stream.buffer.startswith(RECORD) else stream.find(NEXT)
             found = 0 <= at <= MAX_PAGE
             counts["wrong length" if found else "page too large" if length > MAX_PAGE
                    else "record cut short" if stream.done else "wrong length"] += 1
             if not found:
-                stream.skip_to(RECORD)
+                stream.skip_to(NEXT)
                 continue
         content = stream.take(length) if whole else stream.take(at).rstrip(b"\r\n")
         counts["records"] += 1
@@ -562,7 +566,8 @@ def describe(b, texts):
     """
     n, f = len(texts), {}
     places = np.array(b.places, np.int64)
-    length = np.array([len(t.encode()) for t in texts], np.float64) * ((places & HIDDEN) == 0)
+    length = np.array([len(t.encode("utf-8", "replace")) for t in texts], np.float64)
+    length *= (places & HIDDEN) == 0
     words = np.array([t.count(" ") + 1 for t in texts])
     link = np.minimum(np.array(b.linked) / [max(1, len(t)) for t in texts], 1.0)
     tag = np.array([TAG_NUMBER.get(t, -1) for t in b.tag])
@@ -807,7 +812,7 @@ class LinearClassifier:
 
     def rows(self, text):
         """The rows of the table for a text: (n-grams,) int64."""
-        text, out = " ".join(text[:MAX_CLASSIFIED].lower().split()), []
+        text, out = " ".join(text[:MAX_CLASSIFIED].lower().split()), [np.zeros(0, np.uint64)]
         if self.chars[1]:
             codes = np.frombuffer(f" {text} ".encode("utf-32-le", "replace"), "<u4")
             codes = codes.astype(np.uint64)
@@ -833,6 +838,8 @@ class LinearClassifier:
         names = sorted(set(labels))
         if len(names) < 2:
             raise ValueError("a classifier needs examples of two labels or more")
+        if not 0 < chars[1] >= chars[0] and not words:
+            raise ValueError("a classifier needs n-grams of characters or of words")
         table = np.zeros((1 << bits, len(names)), np.float32)
         model = cls(names, table, chars, words, scale)
         pairs = [(model.rows(t), names.index(label)) for t, label in zip(texts, labels)]
@@ -1120,6 +1127,11 @@ def fineweb_reason(text):
         return "short lines"
 
 
+def fineweb_filter(text) -> bool:
+    """Whether a text passes FineWeb's own rules."""
+    return fineweb_reason(text) is None
+
+
 FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reason,
            "c4": c4_reason, "fineweb": fineweb_reason}
 
@@ -1161,7 +1173,7 @@ PHONE_CUE = re.compile(
     r"text|ring|toll[- ]free|reach (?:me|us|him|her|them)|(?:my|our|your|his|her|their) (?:\w+ )?"
     r"number)\b|☎|📞|电话|電話|手机)[^\d\n]{0,24}$")
 PHONE = re.compile(r"""(?x)
-    (?<![\w.,:/$€£\#=+-]) (?<!\d[ ]) (?:
+    (?<![\w.,/$€£\#+-]) (?<!\d[ :=]) (?:
         (?P<world> \+ \d{1,3} (?:[ .-]?\(\d{1,4}\))? (?:[ .-]?\d{1,5}){1,6} )
       | (?P<american> (?:1[ .-]?)? (?: \(\d{3}\)[ -]{0,2} | \d{3}(?P<sep>[ .-]) )
                       \d{3} (?(sep)(?P=sep)|[ .-]?) \d{4} )
@@ -1302,6 +1314,7 @@ def opened(path, counts):
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile):
             counts["damaged gzip member"] += 1
+            warn(f"{path}: damaged gzip member; the rest is skipped")
 
 
 def read_lines(path, counts, limit=4 * MAX_PAGE):
@@ -1314,6 +1327,7 @@ def read_lines(path, counts, limit=4 * MAX_PAGE):
                 yield line
             elif whole:
                 counts["line too long"] += 1
+                warn(f"{path}: line of more than {limit:,} bytes; skipped")
             whole = line.endswith(b"\n")
 
 
@@ -1382,8 +1396,9 @@ def read_documents(path, counts=None):
                 parts = [part]
 
 
+@functools.cache
 def warn(message):
-    """A line on stderr."""
+    """A line on stderr, the first time."""
     print(f"curate.py: {message}", file=sys.stderr, flush=True)
 
 
@@ -1420,7 +1435,7 @@ def run_all(function, jobs, workers, what):
             results.append(function(*job))
             progress(len(results))
         return results
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker)
     try:
         futures = [pool.submit(function, *job) for job in jobs]
@@ -1432,7 +1447,7 @@ def run_all(function, jobs, workers, what):
         raise ValueError("a worker process was killed: out of memory? The same command goes on "
                          "where it was; fewer --workers need less memory") from None
     finally:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(others):
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -1446,7 +1461,7 @@ EXAMPLES = 5
 def text_size(document):
     """Bytes of a document's text or, if it is yet to be read, HTML."""
     text = document.get("text") or document.get("html") or ""
-    return len(text) if text.isascii() else len(text.encode())
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 class Tally(dict):
@@ -1531,7 +1546,9 @@ BATCH = 1 << 16  # numbers read from disk at a time
 
 
 def stable_hash(data):
-    """Bytes -> 64 bits, the same in every process (`hash` of a str is not)."""
+    """Bytes, or else what str() makes of it -> 64 bits, the same in every process (`hash` of a str
+    is not)."""
+    data = data if isinstance(data, bytes) else str(data).encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -1633,6 +1650,7 @@ class BloomFilter:
     def add_hashes(self, hashes):
         """Add items by their 64-bit hashes (uint64 array) -> for each whether it was there before,
         or earlier in the same array."""
+        hashes = np.asarray(hashes, np.uint64)
         # Within an array an item does not yet see the bits of those before it, only those of
         # earlier arrays: that can but lower the share of errors.
         at, masks = self.places(hashes)
@@ -1643,11 +1661,11 @@ class BloomFilter:
         return seen
 
     def add(self, item):
-        """Add a str -> whether it was there before."""
-        return bool(self.add_hashes(np.array([stable_hash(item.encode())], np.uint64))[0])
+        """Add a str or bytes -> whether it was there before."""
+        return bool(self.add_hashes([stable_hash(item)])[0])
 
     def __contains__(self, item):
-        at, masks = self.places(np.array([stable_hash(item.encode())], np.uint64))
+        at, masks = self.places(np.array([stable_hash(item)], np.uint64))
         return bool((self.bits[at] & masks != 0).all())
 
 
@@ -1670,7 +1688,7 @@ def line_hashes(path):
     """Pass 1 of exact_line_dedup: hashes of the lines of a text file, or of a .jsonl's texts."""
     if suffix(path) == ".jsonl":
         for document in read_documents(path):
-            yield ([stable_hash(x) for x in document.get("text", "").encode().split(b"\n")],)
+            yield ([stable_hash(x) for x in document.get("text", "").split("\n")],)
     else:
         lines = read_lines(path, collections.Counter())
         while batch := list(itertools.islice(lines, BATCH)):
@@ -1792,7 +1810,7 @@ def document_grams(path, num_hashes, num_bands, ngram):
         if len(grams):
             keys = band_keys(minhash_signature(grams, num_hashes), num_bands)
         else:  # no set, so nothing to be similar to: a key that no other document has
-            keys = [stable_hash(f"{path} {number}".encode())] * num_bands
+            keys = [stable_hash(f"{path} {number}")] * num_bands
         yield keys, grams, [len(grams)]
 
 
@@ -1822,18 +1840,25 @@ def near_duplicates(work, num_bands, threshold):
     for ids, groups in equal_hashes(os.path.join(work, "keys")):
         documents = (ids // num_bands).tolist()
         for begin, end in zip(groups[:-1].tolist(), groups[1:].tolist()):
-            bucket = documents[begin:end]
-            for i, document in enumerate(bucket):
+            runs = []  # the bucket so far: neighbours that are in one cluster lie in one list
+            for document in documents[begin:end]:
                 tries = 0
-                for other in bucket[:i]:
-                    first, second = sorted((find(parent, other), find(parent, document)))
-                    if first == second:
-                        continue
-                    compared += 1
-                    if jaccard(grams(other), grams(document)) >= threshold:
-                        parent[second] = first
-                    elif (tries := tries + 1) >= MAX_TRIES:
+                for run in runs:
+                    for other in run:
+                        first, second = sorted((find(parent, other), find(parent, document)))
+                        if first == second:
+                            break  # and so it is with the others of this run
+                        compared += 1
+                        if jaccard(grams(other), grams(document)) >= threshold:
+                            parent[second] = first
+                        elif (tries := tries + 1) >= MAX_TRIES:
+                            break
+                    if tries >= MAX_TRIES:
                         break
+                if runs and find(parent, runs[-1][0]) == find(parent, document):
+                    runs[-1].append(document)
+                else:
+                    runs.append([document])
     return parent, compared
 
 
@@ -1862,9 +1887,11 @@ def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5
     or more, truly and not by estimate, are in one cluster, as are those that a chain of such pairs
     connects. Returns {"documents", "duplicates", "compared", "steps": a Tally}.
     """
-    if min(num_bands, num_hashes, ngram) < 1 or num_hashes % num_bands or not 0 <= threshold <= 1:
-        raise ValueError(f"{num_hashes} hashes can not be cut into {num_bands} equal bands, or "
-                         f"there are no {ngram}-grams, or no similarity of {threshold}")
+    if min(num_bands, num_hashes) < 1 or num_hashes % num_bands:
+        raise ValueError(f"{num_hashes} hashes can not be cut into {num_bands} equal bands")
+    if ngram < 1 or not 0 <= threshold <= 1:
+        raise ValueError("MinHash needs an ngram of 1 or more and a threshold from 0 to 1, not "
+                         f"{ngram} and {threshold}")
     inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".minhash-") as work:
         starts = spill(inputs, work, workers, {"keys": "<u8", "sets": "<u8", "counts": "<i8"},
@@ -1884,7 +1911,7 @@ def document_hashes(path, min_paragraph):
     """Pass 1 of dedup_documents, of each document: its hash, the number of its lines, their
     hashes, and which of them are paragraphs, that is, long."""
     for document in read_documents(path):
-        data = document.get("text", "").encode()
+        data = document.get("text", "").encode("utf-8", "replace")
         lines = data.split(b"\n")
         yield ([stable_hash(data)], [len(lines)], [stable_hash(line) for line in lines],
                [len(line) >= min_paragraph for line in lines])
@@ -1907,10 +1934,12 @@ def write_units(path, out, work, first, at, min_words):
                 text = "\n".join(line for line, _ in kept).strip()
                 if len(kept) < len(lines) and len(text.split()) < min_words:
                     reason = "too little left"
+                elif not text:
+                    reason = "empty"
                 tally.add(step, document, reason, {**document, "text": text})
                 tally[step]["reasons"].update(["lines"] * (len(lines) - len(kept)))
                 lines, document = kept, {**document, "text": text}
-            if not reason and document["text"]:
+            if not reason:
                 document["text"] = re.sub(r"\n{3,}", "\n\n", document["text"])
                 file.write(to_line(document))
     return tally
@@ -2034,11 +2063,14 @@ def learn_weights(sources, target, pieces=2000, rounds=100):
                 break
         return out[:pieces]
 
-    examples = [(text, name) for name in sorted(sources) for text in cut(sources[name])]
-    model = LinearClassifier.train(*zip(*examples))
-    p = np.array([model.probabilities(text) for text in cut(target)])
-    if not len(p):
-        raise ValueError("--target has no text")
+    examples, aim = {name: cut(sources[name]) for name in sorted(sources)}, cut(target)
+    if not all([aim, *examples.values()]):
+        raise ValueError("--target, or a source, has no text")
+    if len(sources) == 1:
+        return dict.fromkeys(sources, 1.0)
+    pairs = [(text, name) for name, texts in examples.items() for text in texts]
+    model = LinearClassifier.train(*zip(*pairs))
+    p = np.array([model.probabilities(text) for text in aim])
     weights = np.full(len(model.labels), 1 / len(model.labels))
     for _ in range(rounds):
         share = weights * p
@@ -2055,11 +2087,11 @@ def mix(sources, output_dir, weights, budget=None, max_epochs=4):
     worth little: Muennighoff et al. 2023), and one that is used up leaves its share to the others.
     """
     total = sum(weights.values())
-    if set(weights) != set(sources) or min(weights.values()) < 0 or total <= 0:
+    if set(weights) != set(sources) or min(weights.values()) < 0 or not 0 < total < math.inf:
         raise ValueError("weights must be 0 or more, not all of them 0, and name all sources: "
                          + ", ".join(sorted(sources)))
     given = {name: {"weight": weights[name] / total, "bytes": 0, "documents": 0, "epochs": 0}
-             for name in sources if weights[name] > 0}
+             for name in sources if weights[name] / total > 0}
 
     def stream(name):
         for epoch in range(1, 1 + (max_epochs if budget else 1)):
@@ -2158,10 +2190,12 @@ def make_steps(o):
 
     if "mask" in o["steps"]:
         def mask(document):
+            found = {}
             for kind, function in MASKS.items():
                 document["text"], count = function(document["text"])
                 if count:
-                    document.setdefault("masked", {})[kind] = count
+                    found[kind] = count
+                    document["masked"] = found
         yield "mask", mask
 
     if "decontaminate" in o["steps"] and o["evals"]:
@@ -2187,8 +2221,8 @@ def process_file(path, out, o):
                 after = document if document != before else None
                 tally.add(name, before, reason, after, now - last)
                 last = now
-                if name == "mask":
-                    tally[name]["reasons"].update(document.get("masked", {}))
+                if name == "mask" and document.get("masked") is not before.get("masked"):
+                    tally[name]["reasons"].update(document["masked"])
                 if reason is not None:
                     break
             else:
@@ -2326,6 +2360,8 @@ def run_classifier(args):
                          for d in read_documents(path))
             examples += [(text, label) for text in texts if text.strip()]
     test = np.random.RandomState(0).rand(len(examples)) < args.test_fraction
+    if test.all():
+        raise ValueError("there are no examples to learn from")
     start = time.monotonic()
     model = LinearClassifier.train(
         *zip(*itertools.compress(examples, ~test)), args.chars, args.words, args.bits, args.epochs,
@@ -2350,8 +2386,10 @@ def run_mix(args):
     elif args.target:
         weights = learn_weights(sources, find_inputs(args.target))
     else:
-        weights = {name: sum(text_size(d) for path in paths for d in read_documents(path))
-                   ** (1 / args.temperature) for name, paths in sources.items()}
+        sizes = {name: sum(text_size(d) for path in paths for d in read_documents(path))
+                 for name, paths in sources.items()}
+        most = max(1, *sizes.values())  # large numbers to large powers are too large for a float
+        weights = {name: (size / most) ** (1 / args.temperature) for name, size in sizes.items()}
     budget = args.tokens and args.tokens * args.bytes_per_token
     given = mix(sources, args.out, weights, budget, args.max_epochs)
     with replacing(os.path.join(args.out, "report.json")) as file:
@@ -2391,16 +2429,17 @@ def number(kind, low=0, high=math.inf):
     return read
 
 
-def fields(form, separator, number_last):
-    """A type for argparse: text of a form such as NAME=FILE -> a tuple."""
+def fields(form, separator, last=None):
+    """A type for argparse: text of a form such as NAME=FILE -> a tuple. last: a type for its end,
+    if that is a number."""
     count = form.count(separator)
 
     def parse(text):
-        parts = text.rsplit(separator, count) if number_last else text.split(separator, count)
+        parts = text.rsplit(separator, count) if last else text.split(separator, count)
         try:
             if len(parts) <= count or not all(parts):
                 raise ValueError
-            return (*parts[:-1], float(parts[-1])) if number_last else tuple(parts)
+            return (*parts[:-1], last(parts[-1]) if last else parts[-1])
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} should be {form}") from None
 
@@ -2437,13 +2476,14 @@ def build_parser():
                 choices=list(FILTERS), help="rules")
             for model, what in (("quality", "keep from"), ("toxicity", "keep up to"),
                                 ("nsfw", "keep up to")):
-                add(f"--{model}", type=fields("FILE:LABEL:NUMBER", ":", True),
+                add(f"--{model}", type=fields("FILE:LABEL:NUMBER", ":", share),
                     metavar="FILE:LABEL:P", help=f"classifier, label, probability of it to {what}")
-            add("--perplexity", type=fields("FILE:NUMBER", ":", True), metavar="CKPT:MAX",
+            add("--perplexity", type=fields("FILE:NUMBER", ":", number(float)), metavar="CKPT:MAX",
                 help="drop what a checkpoint of train.py finds less likely")
         if "decontaminate" in steps:
-            add("--evals", nargs="*", default=[], required=name == "decontaminate", metavar="FILE",
-                help="test sets: .jsonl .json .csv, or lines of .txt")
+            needed = name == "decontaminate"
+            add("--evals", nargs="+" if needed else "*", default=[], required=needed,
+                metavar="FILE", help="test sets: .jsonl .json .csv, or lines of .txt")
             add("--eval_ngram", type=some, default=13, metavar="N",
                 help="words in a row that give a document away")
         if "dedup" in steps:
@@ -2463,11 +2503,11 @@ def build_parser():
             add("--num_bands", type=some, default=14, metavar="N", help="to cut the hashes into")
 
     add = command("mix", "sources by weight, temperature or token budget")
-    add("--input", nargs="+", type=fields("NAME=FILE", "=", False), required=True,
+    add("--input", nargs="+", type=fields("NAME=FILE", "="), required=True,
         metavar="NAME=FILE", help="sources; a name may come more than once")
     add("--out", required=True, metavar="DIR", help="for mixed.jsonl.gz and report.json")
-    add("--weights", nargs="+", type=fields("NAME=NUMBER", "=", True), metavar="NAME=SHARE",
-        help="shares of the bytes")
+    add("--weights", nargs="+", type=fields("NAME=NUMBER", "=", number(float)),
+        metavar="NAME=SHARE", help="shares of the bytes")
     add("--target", nargs="+", metavar="FILE", help="learn the weights, for text like this")
     add("--temperature", type=number(float, 1e-3), default=1.0, metavar="T",
         help="without either: shares are size^(1/T), at 1 as they are")
@@ -2476,7 +2516,7 @@ def build_parser():
     add("--max_epochs", type=some, default=4, metavar="N", help="of a source, at most")
 
     add = command("train-classifier", "of languages, quality, toxicity, ...")
-    add("--examples", nargs="+", type=fields("LABEL=FILE", "=", False), required=True,
+    add("--examples", nargs="+", type=fields("LABEL=FILE", "="), required=True,
         metavar="LABEL=FILE", help="a text per line of .txt, or per document of other files")
     add("--out", required=True, metavar="FILE", help=".npz")
     add("--chars", type=number(int, 0, 16), nargs=2, default=(1, 4), metavar=("MIN", "MAX"),
@@ -2522,7 +2562,8 @@ def main():
             options = {**vars(args), "steps": COMMANDS[args.command][1]}
             run_pipeline(options, options.pop("workers"))
     except KeyboardInterrupt:
-        print("\ncurate.py: stopped; the same command goes on from here", file=sys.stderr)
+        again = "; the same command goes on from here" if args.command in COMMANDS else ""
+        print(f"\ncurate.py: stopped{again}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"curate.py: error: {error}", file=sys.stderr)

@@ -4,9 +4,10 @@ curate.py beside the tools people use, on the same data. Run by hand:
     pip install trafilatura resiliparse readability-lxml datasketch lingua-language-detector \\
         fasttext-wheel psutil
     D=../shared/data
-    python tests/bench_curate.py extract --wcxb $D/html/wcxb --readability
-    $D/html/mozilla_readability python tests/bench_curate.py minhash --documents
-    $D/web/c4_sample.jsonl python tests/bench_curate.py language --languages $D/langid
+    python tests/bench_curate.py extract --wcxb $D/html/wcxb \\
+        --readability $D/html/mozilla_readability
+    python tests/bench_curate.py minhash --documents $D/web/c4_sample.jsonl
+    python tests/bench_curate.py language --languages $D/langid
     python tests/bench_curate.py toxicity --davidson $D/toxicity/davidson.csv
     python tests/bench_curate.py pipeline --wcxb $D/html/wcxb
     python tests/bench_curate.py experiment --wcxb $D/html/wcxb --wikitext $D/wikitext2 \\
