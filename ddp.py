@@ -25,6 +25,7 @@ import bisect
 import contextlib
 import datetime
 import functools
+import gc
 import itertools
 import math
 import os
@@ -1312,6 +1313,7 @@ def main():
         print(f"ddp.py: error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others may be waiting for us: no farewell to wait for
     finally:
+        gc.collect()  # PyTorch's DDP and FSDP2, while their process group is still there
         if dist.is_initialized():
             dist.destroy_process_group()
 
