@@ -61,11 +61,11 @@ def to_number(value):
 
 
 def columns(runs, need=("N", "C", "loss")):
-    """A list of runs, each a dict -> {"N", "D", "C", "loss": float64 (n,)} of those that there
-    are; C or D follow from the others by C = 6 N D. Names are matched without regard to case,
-    spaces and underscores. Raises ValueError for what is missing or not positive."""
+    """A list of runs, each a dict, or a dict of columns -> {"N", "D", "C", "loss": float64 (n,)}
+    of those that there are; C or D follow from C = 6 N D. Names are matched without regard to
+    case, spaces and underscores. Raises ValueError for what is missing or not positive."""
     if isinstance(runs, dict):
-        return runs  # columns already
+        runs = [dict(zip(runs, row)) for row in zip(*runs.values(), strict=True)]
     if not runs or not all(isinstance(run, dict) for run in runs):
         raise ValueError("there are no runs: a table is a list of objects, one for each run")
     plain = {" ".join(str(key).lower().replace("_", " ").split()): key for key in runs[0]}
@@ -92,12 +92,14 @@ def columns(runs, need=("N", "C", "loss")):
 def load_runs(path):
     """The runs in a .jsonl (of which a last line cut short is left out), .json or .csv file: a
     list of dicts. Raises ValueError, OSError."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        text = file.read()
+    runs, i = [], 1
     try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
         if str(path).endswith(".jsonl"):
             *lines, last = text.split("\n")
-            runs = [json.loads(line) for line in lines if line.strip()]
+            for i, line in enumerate(lines, 1):
+                runs += [json.loads(line)] if line.strip() else []
             with contextlib.suppress(ValueError):
                 runs.append(json.loads(last))
         elif str(path).endswith(".json"):
@@ -105,7 +107,8 @@ def load_runs(path):
         else:
             runs = list(csv.DictReader(text.splitlines()))
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of runs: {error}") from None
+        why = str(error).replace("line 1 ", f"line {i} ")  # json saw one line
+        raise ValueError(f"{path} is no table of runs: {why}") from None
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ValueError(f"{path} is no table of runs: it should be a list of objects")
     return runs
@@ -382,9 +385,11 @@ def predict(fit, x, D=None, inference_tokens=0.0):
     if D is not None:
         return fit(x, D)
     C = float(x)
-    if not 0 < C < math.inf or inference_tokens < 0:
-        raise ValueError("a compute is a positive number, inference_tokens not negative")
+    if not 0 <= 2 * inference_tokens < C < math.inf:
+        raise ValueError(f"compute {C:g}: not positive, or at most 2 FLOPs per inference token")
     if isinstance(fit, ComputeLaws):
+        if inference_tokens:
+            raise ValueError("inference_tokens need a Parametric law")
         return Choice(C, float(fit.N(C)), float(fit.D(C)), math.nan)
     # a search on ever finer grids; without inference the answer is N = G (C / 6)^(beta / (alpha +
     # beta)) with G = (alpha A / (beta B))^(1 / (alpha + beta))
@@ -456,9 +461,9 @@ def start(script, words, threads):
     return out
 
 
-def parse_flags(words):
+def parse_flags(words, ours=()):
     """train.py's flags as they stand on a command line -> {name: value}, True for a flag without
-    one. Raises ValueError."""
+    one. ours: names that are refused, beside those that always are. Raises ValueError."""
     flags, name = {}, None
     for word in words:
         if word.startswith("--"):
@@ -468,8 +473,11 @@ def parse_flags(words):
             flags[name] = word
         else:
             raise ValueError(f"{word!r} is neither a flag nor the value of one")
-    for name in {"out_dir", "resume", "init_from", "eval_interval", "eval_iters"} & set(flags):
+    for name in {"out_dir", "resume", "init_from", "eval_interval", "eval_iters", "data",
+                 *ours} & set(flags):
         raise ValueError(f"--{name} is for scaling.py to set")
+    if "train_flops" in flags and (flags["train_flops"] is True or "max_iters" in flags):
+        raise ValueError("--train_flops takes a number, and sets --max_iters")
     return flags
 
 
@@ -483,6 +491,7 @@ MODEL = """vocab_size block_size n_layer n_head n_kv_head n_embd head_size d_ff 
 norm norm_place attention window kv_rank rope_size qk_norm qk_norm_joint n_expert top_k
 n_shared_expert bias qkv_bias tie_embeddings""".split()
 LEAST_STEPS = 20
+RESULTS = "loss", "parameters", "tokens", "compute", "seconds"  # numbers in a line of runs.jsonl
 
 
 def vocabulary(data):
@@ -567,7 +576,9 @@ def run_all(asked, args):
     ValueError if all fail, or if args.budget, of FLOPs for all runs in the file, is too small."""
     home = os.path.dirname(os.path.abspath(args.runs))
     os.makedirs(home, exist_ok=True)
-    known = {r.get("key"): r for r in load_runs(args.runs)} if os.path.exists(args.runs) else {}
+    runs = load_runs(args.runs) if os.path.exists(args.runs) else []
+    known = {str(r.get("key")): r for r in runs if isinstance(r.get("flags"), dict)
+             and all(isinstance(r.get(name), (int, float)) for name in RESULTS)}
     keys = [key_of(flags, args.data) for flags in asked]
     todo = {key: flags for key, flags in zip(keys, asked) if key not in known}
     if args.budget and todo:
@@ -749,7 +760,8 @@ def show(result):
             print(value["formula"], *(f"{key} {as_text(value[key])}" for key in value
                                       if key.endswith("_interval")), sep="   ")
         elif isinstance(value, list):
-            rows = [list(row) for row in [*value[:1], *(map(as_text, r.values()) for r in value)]]
+            rows = [list(row) for row in value[:1]]
+            rows += [[as_text(row.get(key, "")) for key in rows[0]] for row in value]
             widths = [max(map(len, column)) for column in zip(*rows)]
             for row in rows:
                 print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
@@ -906,7 +918,7 @@ def number(kind, low=0, high=math.inf):
 
 def list_of(kind):
     """A type for argparse: values with commas between."""
-    return lambda text: [kind(part) for part in text.split(",")]
+    return functools.wraps(kind)(lambda text: [kind(part) for part in text.split(",")])
 
 
 def parse_args(words):
@@ -958,7 +970,10 @@ def parse_args(words):
     try:
         if args.command == "fit" and rest:
             raise ValueError(f"unknown: {' '.join(rest)}")
-        args.flags = parse_flags(rest)
+        if args.command == "fit" and args.inference_tokens and args.method != "parametric":
+            raise ValueError("--inference_tokens is for --method parametric")
+        args.flags = parse_flags(rest, ["train_flops", "max_iters", *args.sizes[0]]
+                                 if "sizes" in args else ())
         args.asked = [args.flags]
         if args.command == "study" and len(args.budgets) < 2:
             raise ValueError("--budgets: a law needs two at least")
@@ -966,7 +981,8 @@ def parse_args(words):
             count, *specs = args.random or ["0", *args.grid]
             if not count.isdigit() or bool(args.random) != bool(int(count)) or not specs:
                 raise ValueError("--random takes a number of runs, and NAME=LOW:HIGH ...")
-            args.asked = [args.flags | row for row in grid_of(specs, int(count))]
+            args.asked = [parse_flags(as_words(args.flags | row))
+                          for row in grid_of(specs, int(count))]
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -988,8 +1004,7 @@ def main():
             args.asked = isoflop_runs(args.flags, args)
         best = min((r for r in run_all(args.asked, args) if r), key=lambda r: r["loss"])
         print("best:", *as_words(best["flags"]))
-        for name in ("loss", "parameters", "tokens", "compute", "seconds"):
-            print(f"{name}: {best[name]}")
+        print(*(f"{name}: {best[name]}" for name in RESULTS), sep="\n")
     except KeyboardInterrupt:
         print("stopped; finished runs are kept, and the rest goes on when asked again",
               file=sys.stderr)

@@ -196,9 +196,12 @@ def test_the_best_size_for_a_compute():
         for other in (0.98, 1.02):  # nothing beside it is better
             N = served.N * other
             assert fit(N, (C / N - 2 * choice.D) / 6) > served.loss
-    for wrong in (-1.0, math.inf, math.nan):
+    for C, tokens in ((-1.0, 0), (math.inf, 0), (math.nan, 0), (1e6, 1e12), (1e6, 5e5),
+                      (1e6, math.nan), (1e6, -1)):
         with pytest.raises(ValueError):
-            S.predict(fit, wrong)
+            S.predict(fit, C, inference_tokens=tokens)
+    with pytest.raises(ValueError, match="Parametric"):
+        S.predict(S.fit_isoflops(isoflops()), 1e20, inference_tokens=1.0)
 
 
 # ---- tables, and the command line
@@ -221,6 +224,32 @@ def test_columns_by_their_usual_names(tmp_path):
             np.testing.assert_allclose(found, wanted)
     mixed = [{"N": 1, "loss": 1, "compute": 9} | more for more in ({"compute_budget": 8}, {})]
     assert S.columns(mixed)["C"].tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+@pytest.mark.parametrize("names", [("N", "C", "loss"), ("parameters", "compute_budget", "loss")])
+def test_columns_of_columns(kind, names):
+    rows = [list(run.values()) for run in isoflops()]
+    table = dict(zip(names, map(kind, zip(*rows))))
+    assert S.fit_isoflops(table) == S.fit_isoflops(isoflops())
+    with pytest.raises(ValueError):
+        S.columns({**table, "loss": table["loss"][:-1]})
+
+
+def test_a_cell_stands_under_its_own_heading(capsys):
+    S.show({"rows": [{"a": 1, "b": 2, "c": 3}, {"a": 4, "c": 5}], "none": []})
+    assert capsys.readouterr().out == "a  b  c\n1  2  3\n4     5\n"
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"N": 1}\n\n{"N": \n{"N": 2}\n', "line 3 column"),
+    ("a.json", b'[{"N": 1},\n {"N": }]', "line 2 column"),
+    ("a.csv", b"N,D,loss\n1,2,\xff\n", "a.csv is no table of runs"),
+])
+def test_a_bad_table_says_where(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        S.load_runs(tmp_path / name)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -307,7 +336,8 @@ def test_a_line_cut_short_goes_when_the_next_is_added(tmp_path):
     assert S.load_runs(path) == [{"a": 1}, {"a": 3}]
 
 
-TINY = "--n_layer 1 --n_head 2 --block_size 16 --batch_size 4 --device cpu --data ."
+SHORT = "--block_size 16 --batch_size 4 --device cpu --data ."
+TINY = "--n_layer 1 --n_head 2 " + SHORT
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +398,17 @@ def test_runs_are_kept_and_counted(data, call, forks):
     assert len(S.load_runs(path)) == 2
 
 
+@pytest.mark.parametrize("change", [{"compute": "abc"}, {"loss": None}, {"flags": 3}, {}])
+def test_lines_that_are_no_records_are_left_out(tmp_path, monkeypatch, change):
+    flags, path = {"n_embd": "16"}, tmp_path / "runs.jsonl"
+    args = types.SimpleNamespace(runs=str(path), data=".", budget=1e12, jobs=1)
+    record = dict.fromkeys(S.RESULTS, 7) | {"key": S.key_of(flags, "."), "flags": flags}
+    path.write_text(json.dumps(record | change) + "\n")
+    monkeypatch.setattr(S, "make_plan", lambda flags, data: {"C": 1e9})
+    monkeypatch.setattr(S, "train", lambda *_: (str(tmp_path / "run"), record | {"loss": 3}))
+    assert S.run_all([flags], args)[0]["loss"] == (3 if change else 7)
+
+
 def test_old_files_are_taken_up():
     """What names a run must not change, or all that have been made are made again."""
     flags = {"n_embd": "64", "train_flops": "1e11", "learning_rate": "1e-2", "bias": True}
@@ -398,14 +439,23 @@ def test_a_stopped_run_goes_on_and_is_not_counted_before(data, call, forks):
 @pytest.mark.parametrize("args, code, message", [
     ("run stray", 2, "neither a flag"),
     ("run --out_dir x", 2, "to set"),
+    ("run --max_iters 30 --train_flops 1e9", 2, "--train_flops"),
+    ("run --train_flops", 2, "--train_flops"),
+    *((f"{command} --{flag} 64", 2, f"--{flag} is for") for command in ("isoflop", "study")
+      for flag in ("n_embd", "n_head", "n_layer", "train_flops", "max_iters")),
     ("sweep", 2, "--grid"),
+    ("sweep --grid n_embd=16 data=nope", 2, "--data is for"),
+    ("sweep --random 2 out_dir=zz", 2, "--out_dir is for"),
+    ("sweep --grid max_iters=30 --train_flops 1e9", 2, "--train_flops"),
     ("sweep --random x a=1:2", 2, "--random"),
     ("isoflop --sizes 30x2", 2, "multiple of 16"),
     ("isoflop --budgets 0,1", 2, "budgets"),
+    ("isoflop --budgets x", 2, "invalid float"),
     ("study --budgets 1e9", 2, "budgets"),
     ("run --jobs 0", 2, "jobs"),
     ("fit", 2, "file"),
     ("fit x --bogus", 2, "unknown"),
+    ("fit x --inference_tokens 1e12", 2, "parametric"),
     ("run --n_head 3 --train_flops 1e9 --data .", 1, "all runs failed"),
     ("run --train_flops 1e3 --data .", 1, "all runs failed"),
     ("run --data nowhere", 1, "all runs failed"),
@@ -418,7 +468,7 @@ def test_bad_usage(data, args, code, message, call, forks):
 def test_a_whole_study(data, call, forks):
     """Tiny, and not to be believed; but every step of it takes what the one before leaves."""
     result = call("study --budgets 2e9,4e9 --sizes 16x1,16x2,16x3,32x1 --target 6e9 --base 16x1 "
-                  f"--learning_rate 1e-2 --runs study/runs.jsonl {TINY} --batch_size 32", data)
+                  f"--learning_rate 1e-2 --runs study/runs.jsonl {SHORT} --batch_size 32", data)
     # whether so few runs determine a law is chance; if not, that is said
     assert result.returncode == 0 or result.err.count("\n") == 1, result.err
     assert len(S.load_runs(str(data / "study/runs.jsonl"))) >= 6
