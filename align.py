@@ -2484,7 +2484,6 @@ def parse_args(argv):
         flags = [f"--{name}" if value is True else f"--{name}={value}"
                  for name, value in saved.items() if name in vars(args) and name not in
                  ("command", "out_dir") and value is not None and value is not False]
-        parser = build_parser()
         args = parser.parse_args([args.command, *flags, *argv[1:]])
     if args.command == "rl" and args.temperature == 0:
         parser.error("--temperature must be above 0: equal responses teach nothing")

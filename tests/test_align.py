@@ -833,7 +833,7 @@ def test_eval_counts_by_likelihood_and_by_length(tmp_path, capsys, monkeypatch):
 
 
 def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, monkeypatch):
-    said = iter(["4", "5 é", "4", "7", "7", "6"])
+    said = iter(["4", "5 é", "4", "7", "7", "6 é"])
     calls = []
 
     def respond(model, tokenizer, prompts, *_):
@@ -864,7 +864,7 @@ def test_generation_is_judged_voted_and_taken_up_again(tmp_path, base, capsys, m
 
 @pytest.mark.parametrize("command", ["eval --task gsm8k", "eval --task ppl", "judge"])
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path, base, capsys, command):
-    rows = [{"prompt": "2+2", "answer": "4", "chosen": "4", "rejected": "5", "text": "1+1"}]
+    rows = [{"prompt": "2+2", "answer": "4", "chosen": "4", "rejected": "5", "text": "1+1"}] * 2
     path = write(tmp_path / "own.jsonl", rows)
     before = path.read_bytes()
     code, error = fails(capsys, f"{command} --ckpt {base} --data {path} --device cpu --out {path}")
@@ -874,7 +874,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path, base, capsys, command
     other.write_text("")  # nothing to lose
     for _ in range(2):
         cli(f"{command} --ckpt {base} --data {path} --device cpu --out {other} {more}")
-    assert len(other.read_text().splitlines()) == 2
+        assert len(other.read_text().splitlines()) == 2  # what it depends on, and one chunk
 
 
 def test_perplexity_of_text(tmp_path, base, capsys):
