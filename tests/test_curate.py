@@ -42,9 +42,9 @@ def page(seed, body=None, language="en"):
 
 
 def record(content, kind="response", mime="application/http; msgtype=response", length=None,
-           url="http://example.org/"):
+           url="http://example.org/", version="1.0"):
     length = len(content) if length is None else length
-    head = (f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: {mime}\r\n"
+    head = (f"WARC/{version}\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: {mime}\r\n"
             f"Content-Length: {length}\r\n\r\n")
     return head.encode() + content + b"\r\n\r\n"
 
@@ -121,6 +121,22 @@ def test_a_length_that_lies_costs_one_record_at_most(lie):
         bodies, counts = read(packed)
         assert [b for b in bodies if b == b"<p>good</p>"] == [b"<p>good</p>"] * 3
         assert counts["wrong length"] == 1
+
+
+def test_a_page_that_speaks_of_warc_is_one_page():
+    body = b"<p>Records begin with WARC/1.0 and headers.</p><p>More</p>"
+    bodies, counts = read(record(http(body), length=9999) + record(http(b"b"), version="0.18"))
+    assert bodies == [body, b"b"] and counts == {"wrong length": 1, "records": 2}
+    bodies, counts = read(record(http(b"a"), version="0.18") + record(http(body))[:-30])
+    assert bodies == [b"a"] and counts == {"records": 1, "record cut short": 1}
+
+
+@pytest.mark.parametrize("unit", [b"WARC/1.0\r\n", b"WARC/1.0 ", b"\n"])
+def test_hostile_warc_takes_linear_time(unit):
+    start = time.process_time()
+    bodies, _ = read(unit * (10_000_000 // len(unit)) + b"\r\n" + record(http(b"<p>after</p>")))
+    assert bodies == [b"<p>after</p>"] or unit == b"WARC/1.0\r\n"  # its headers go on
+    assert time.process_time() - start < 2
 
 
 def test_damage_is_counted_and_the_rest_is_read():
@@ -222,6 +238,12 @@ def test_text_in_noscript_or_shown_by_script_later():
     assert "Enable" not in C.extract_text(f"{long}<noscript>Enable it</noscript>")
 
 
+def test_text_that_is_no_utf_8():
+    assert C.extract_text("<p>a\ud800b</p>") == "a\ud800b"
+    assert C.text_size({"text": "\ud800"}) == 1
+    assert not C.BloomFilter(9).add("\ud800")
+
+
 @pytest.mark.parametrize("unit", ["<div>", "<a<a", '<a x="<', "<!--", "<svg>", "<", "<li>x",
                                   "<td>x", "<p>x", "&#", "=\"", "<div><td></div>", "<br>"])
 def test_hostile_html_takes_linear_time(unit):
@@ -303,6 +325,9 @@ def test_classifier_refuses_other_files(tmp_path):
             C.LinearClassifier.load(path)
     with pytest.raises(ValueError, match="two labels"):
         C.LinearClassifier.train(["x"], ["a"])
+    with pytest.raises(ValueError, match="needs n-grams"):
+        C.LinearClassifier.train(["x", "y"], ["a", "b"], chars=(0, 0))
+    C.LinearClassifier.train(["x", "y"], ["a", "b"], chars=(6, 7), bits=8).predict("z")
 
 
 # ---- filter
@@ -352,7 +377,7 @@ def test_c4_and_fineweb():
     assert C.c4_reason(good + "\nLorem ipsum dolor.") == "lorem ipsum"
     lines = C.c4_lines("Home\nRead our cookie policy before you go.\nToo short this.\n" + good)
     assert lines == good.split("\n")
-    assert C.fineweb_reason(good) is None
+    assert C.fineweb_reason(good) is None and C.fineweb_filter(good) is True
     assert C.fineweb_reason("\n".join("a line that never ends in a full stop %d" % i
                                       for i in range(20))) == "lines without punctuation"
     assert C.fineweb_reason("\n".join([good] + good.split("\n")[:2])) == \
@@ -382,11 +407,17 @@ def test_mask_phone_numbers(number):
     assert C.mask_phone_numbers(text) == (text.replace(number, "|||PHONE_NUMBER|||"), 1)
 
 
+@pytest.mark.parametrize("text", ["Phone:555-123-4567", "Tel:+1 283 182 3829", "tel:2831823829",
+                                  "Fax:(283) 182-3829", "a:283.182.3829"])
+def test_phone_numbers_right_after_a_colon(text):
+    assert C.mask_phone_numbers(text) == (text[: text.index(":") + 1] + "|||PHONE_NUMBER|||", 1)
+
+
 @pytest.mark.parametrize("text", [
     "In 2023-10-15 or 15.10.2023, at 12:30:45", "version 3.11.4 and 1.2.3", "12,345,678 people",
     "It was 1234567890 in all, 3.14159265358979", "ISBN 978-3-16-148410-0", "pages 123-4567",
     "from 1914-1918 to 1939-1945", "4111 1111 1111 1111", "order 2831823829 was sent",
-    "doi 10.1234/567.8901", "at 1700000000 seconds", "$283 182 3829", "100 000 000 stars"])
+    "doi 10.1234/567.8901", "odds of 1:555-123-4567", "at 1700000000 seconds", "$283 182 3829", "100 000 000 stars"])
 def test_numbers_in_prose_are_no_phone_numbers(text):
     assert C.mask_phone_numbers(text) == (text, 0)
 
@@ -419,6 +450,17 @@ def test_exact_line_dedup(tmp_path):
     assert [d["text"] for d in C.read_documents(str(out / "d.jsonl"))] == ["x", "z"]
 
 
+@pytest.mark.parametrize("name, data, message", [
+    ("x.txt.gz", gzip.compress(os.urandom(5000).hex().encode())[:-2000], "damaged gzip member"),
+    ("x.txt", b"a\n" + b"x" * (4 * C.MAX_PAGE) + b"\nb\n", "line of more than"),
+])
+def test_what_can_not_be_read_is_said(tmp_path, capsys, name, data, message):
+    path = tmp_path / name
+    path.write_bytes(data)
+    C.exact_line_dedup([path], tmp_path / "o")
+    assert f"{path}: {message}" in capsys.readouterr().err
+
+
 def test_equal_hashes_in_parts_equal_those_at_once(tmp_path, monkeypatch):
     values = np.random.RandomState(0).randint(0, 300, 1200).astype("<u8") * C.MULTIPLIER
     values.tofile(tmp_path / "x")
@@ -445,6 +487,9 @@ def test_bloom_filter():
     assert abs(bloom.size / n - 9.585) < 0.01 and bloom.num_hashes == 7
     with pytest.raises(ValueError):
         C.BloomFilter(0, 0.1)
+    assert b"in 5" in bloom and not bloom.add(7) and 7 in bloom and "7" in bloom
+    assert bloom.add_hashes([1, 1]).tolist() == [False, True]
+    assert bloom.add_hashes(np.array([1, 2])).tolist() == [True, False]
 
 
 def test_signatures_estimate_similarity_and_recall_follows_the_curve():
@@ -523,6 +568,29 @@ def test_minhash_clusters_are_chains(tmp_path):
     assert len(kept) == 2 and kept[1] == chain[3]
 
 
+def test_a_large_cluster_takes_linear_time(tmp_path, monkeypatch):
+    """Documents of a cluster are not walked one by one for every other."""
+    lookups, find = [], C.find
+    monkeypatch.setattr(C, "find", lambda parent, x: lookups.append(x) or find(parent, x))
+    text = prose(1, 20)
+    path = write_jsonl(tmp_path / "x.jsonl", [f"{text} x{i}" for i in range(400)])
+    result = C.minhash_dedup([path], str(tmp_path / "o"))
+    assert result["duplicates"] == result["compared"] == 399
+    assert len(lookups) < 100 * 400  # over a million were it quadratic
+
+
+def test_no_process_of_others_is_ended(tmp_path):
+    """minhash_dedup with workers, called by a program that has a child of its own."""
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [prose(i)]) for i in range(2)]
+    own = C.multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    own.start()
+    C.minhash_dedup(paths, str(tmp_path / "o"), workers=2)
+    own.join(0.3)
+    assert own.is_alive()
+    own.kill()
+    own.join()
+
+
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path):
     """Not on PYTHONHASHSEED, not on the number of workers. With two hashes in one band only some
     of the near copies are found: which, is up to the hashes."""
@@ -553,6 +621,15 @@ def test_dedup_documents(tmp_path, monkeypatch, part):
     found = [d["text"] for d in C.read_documents(str(tmp_path / "o" / "x.jsonl"))]
     assert found[:7] == [prose(i) for i in range(7)]
     assert found[7:] == [texts[8], f"{prose(21)}\nA short line."]
+
+
+def test_documents_out_are_those_written(tmp_path):
+    for i, texts in enumerate((["", " ", prose(1)], ["a\n" + prose(1)] * 1 + ["a"] * 7)):
+        path = write_jsonl(tmp_path / f"{i}.jsonl", texts)
+        tally = C.dedup_documents([path], str(tmp_path / "o"), exact=False, min_words=0)
+        found = list(C.read_documents(str(tmp_path / "o" / f"{i}.jsonl")))
+        assert len(found) == 1 == tally["repeated paragraphs"]["documents_out"]
+        assert tally["repeated lines"]["reasons"]["empty"] == len(texts) - 1
 
 
 # ---- decontaminate, mix
@@ -610,6 +687,19 @@ def test_mixing_weights_by_temperature_and_learned(tmp_path):
     assert sum(weights.values()) == pytest.approx(1)
     assert weights["de.jsonl"] < 0.1 and weights["en.jsonl"] > 0.5
     assert 0.1 < weights["code.jsonl"] < 0.4
+
+
+def test_mixing_sources_that_are_empty_or_alone(tmp_path):
+    a, none = write_jsonl(tmp_path / "a.jsonl", [prose(1)]), write_jsonl(tmp_path / "n.jsonl", [])
+    assert C.learn_weights({"a": [a]}, [a]) == {"a": 1}
+    for sources, target in (({"a": [a], "n": [none]}, a), ({"a": [a]}, none), ({"n": [none]}, a)):
+        with pytest.raises(ValueError, match="--target, or a source, has no text"):
+            C.learn_weights(sources, [target])
+    with pytest.raises(ValueError, match="weights must be"):
+        C.mix({"a": [a], "b": [a]}, str(tmp_path / "o"), {"a": float("inf"), "b": 1})
+    result = run("mix", "--input", f"a={a}", f"n={none}", "--out", tmp_path / "o", "--temperature",
+                 "0.001")
+    assert "weight 1.0000" in result.stdout
 
 
 # ---- whole runs
@@ -676,6 +766,17 @@ def test_steps_one_by_one_equal_the_pipeline(crawl, tmp_path):
     assert [d["text"] for d in documents(tmp_path / "p")] == \
         [d["text"] for d in documents(tmp_path / "dedup")]
     assert "html" in documents(tmp_path / "read")[0]
+
+
+def test_masking_again_counts_what_is_new(tmp_path):
+    documents_in = [{"text": "|||EMAIL_ADDRESS||| was one", "masked": {"email": 1}},
+                    {"text": "a@b.org and 192.0.2.1", "masked": 3}, {"text": "x", "masked": "y"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, documents_in)))
+    run("mask", "--input", tmp_path / "x.jsonl", "--out", tmp_path / "o")
+    assert [d["masked"] for d in documents(tmp_path / "o")] == \
+        [{"email": 1}, {"email": 1, "ip": 1}, "y"]
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["steps"]["mask"]["reasons"] == {"email": 1, "ip": 1}
 
 
 def test_killed_run_goes_on(crawl, tmp_path):
@@ -773,9 +874,17 @@ def test_perplexity_filter(tmp_path):
     (("extract", "--input", "x.jsonl", "--out", "x.jsonl"), 1, "x.jsonl"),
     (("mix", "--input", "a=x.jsonl", "--out", "o", "--weights", "a=b"), 2, "NAME=NUMBER"),
     (("decontaminate", "--input", "x.jsonl", "--out", "o"), 2, "--evals"),
+    (("decontaminate", "--input", "x.jsonl", "--out", "o", "--evals"), 2, "--evals"),
+    (("mix", "--input", "a=x.jsonl", "--out", "o", "--weights", "a=inf"), 2, "not between"),
+    (("filter", "--input", "x.jsonl", "--out", "o", "--quality", "q:a:5"), 2, "between 0 and 1"),
+    (("filter", "--input", "x.jsonl", "--out", "o", "--nsfw", "q:a:nan"), 2, "between 0 and 1"),
+    (("train-classifier", "--examples", "a=x.jsonl", "b=x.jsonl", "--out", "o", "--test_fraction",
+      "1"), 1, "no examples"),
+    (("train-classifier", "--examples", "a=e.txt", "b=e.txt", "--out", "o"), 1, "no examples"),
 ])
 def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
     write_jsonl(tmp_path / "x.jsonl", [prose(1)])
+    (tmp_path / "e.txt").touch()
     result = run(*args, ok=False, cwd=tmp_path)
     assert result.returncode == code and "Traceback" not in result.stderr
     assert message in result.stderr.strip().splitlines()[-1]
