@@ -28,7 +28,7 @@ import gzip
 import heapq
 import itertools
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -387,32 +387,68 @@ def parallel(work, items, num_proc):
         return
     # fork starts in no time and needs no importable __main__; elsewhere than on Linux it is unsafe
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    hold_signals("SIG_BLOCK")  # Python drops an interrupt that arrives in the middle of a fork
-    with context.Pool(num_proc, start_process, (work,)) as pool:
+    processes, idle, busy, done, asked, given = [], [], {}, {}, 0, 0
+
+    def talk(function, *args):
+        try:
+            return function(*args)
+        except (EOFError, OSError):
+            raise ValueError("a worker process was killed (out of memory?)") from None
+
+    try:
+        hold_signals("SIG_BLOCK")  # Python drops an interrupt that arrives in the middle of a fork
+        for _ in range(num_proc):
+            link, far = context.Pipe()
+            process = context.Process(target=serve, args=(work, far, link), daemon=True)
+            process.start()
+            far.close()
+            processes.append(process)
+            idle.append(link)
         hold_signals("SIG_UNBLOCK")
-        started = set(multiprocessing.active_children())
-        results = pool.imap(call_work, items)
+        items = iter(items)
+        item = next(items, None)
         while True:
-            try:
-                yield results.next(timeout=1)
-            except StopIteration:
+            # receive what is there, and wait only if the next result in order is not
+            wait = None if busy and given not in done else 0
+            for link in multiprocessing.connection.wait([*busy], wait):
+                done[busy.pop(link)] = talk(link.recv)
+                idle.append(link)
+            # a reader slower than the processes finds so many results at most
+            while idle and item is not None and asked < given + 3 * num_proc:
+                talk(idle[-1].send, item)
+                busy[idle.pop()], asked = asked, asked + 1
+                item = next(items, None)
+            if given in done:
+                result, error = done.pop(given)
+                if error:
+                    raise error
+                yield result
+                given += 1
+            elif not busy:
                 return
-            except multiprocessing.TimeoutError:
-                if started - set(multiprocessing.active_children()):
-                    raise ValueError("a worker process was killed (out of memory?)") from None
+    finally:
+        hold_signals("SIG_BLOCK")
+        for process in processes:
+            process.kill()  # they hold nothing that others wait for, and it can not be put off
+        for process in processes:
+            process.join()
+        hold_signals("SIG_UNBLOCK")
 
 
-def start_process(work):
-    """The first thing a process of `parallel` does."""
-    call_work.work = work
+def serve(work, link, far):
+    """The life of a process of `parallel`: receive an item, send (result, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     hold_signals("SIG_UNBLOCK")
-
-
-def call_work(item):
-    """What a process of `parallel` does with an item."""
-    return call_work.work(item)
+    far.close()  # the parent's end, of which fork made a copy: without it we see the parent die
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            item = link.recv()
+            try:
+                result = work(item), None
+            except Exception as error:
+                result = None, error
+            link.send(result)
 
 
 def hold_signals(how):
@@ -729,9 +765,10 @@ def train_bpe(input_path, vocab_size, special_tokens=(EOT,), pattern="gpt2", num
     work = functools.partial(count_pretokens, step=num_proc, paths=paths, pattern=pattern,
                              separators=special_tokens)
     words, bad = collections.Counter(), 0
-    for counts, invalid in parallel(work, range(num_proc), num_proc):
-        words.update(counts)
-        bad += invalid
+    with contextlib.closing(parallel(work, range(num_proc), num_proc)) as results:
+        for counts, invalid in results:
+            words.update(counts)
+            bad += invalid
     if bad:
         print(f"{bad:,} bytes were not UTF-8 and became U+FFFD", file=sys.stderr)
     words = {utf8(word): n for word, n in words.items()}
@@ -1303,6 +1340,7 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
             blocks = read_blocks(files, chunked=tokenizer.chunked)
             progress, done, seen = Progress("encoding", text_size(files) / 1e6, "MB"), 0, 0
             results = parallel(work, blocks, num_proc or default_processes(files))
+            stack.callback(results.close)  # ends the processes whatever happens
             for ids, size, text_bytes, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
                 ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
@@ -1392,9 +1430,12 @@ def decode(tokenizer, path, max_tokens):
     sys.stdout.buffer.flush()
 
 
-def interrupted(number, frame):
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
+def interrupted(number, frame, last=[-1.0]):
+    """SIGTERM ends a run as Ctrl-C does. One more within a second changes nothing (`timeout` sends
+    each signal twice), so that the tidying up is not interrupted in its turn."""
+    before, last[0] = last[0], time.monotonic()
+    if last[0] > before + 1:
+        raise KeyboardInterrupt
 
 
 def main():
@@ -1447,7 +1488,9 @@ def main():
         parser.error(f"--vocab_size must be at least {least}: 256 bytes and the special tokens")
     if args.command == "encode" and not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
-    signal.signal(signal.SIGTERM, interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & leave them
+            signal.signal(number, interrupted)
     try:
         run(args)
     except KeyboardInterrupt:

@@ -3,9 +3,11 @@
 import base64
 import collections
 import doctest
+import functools
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -717,7 +719,9 @@ def test_interrupted_run_keeps_the_old_files(trained):
             if (trained / "train.bin.tmp").exists():
                 break
             time.sleep(0.05)
-        process.send_signal(how)
+        for _ in range(9):  # only once works, too, but `timeout` sends each signal twice
+            process.send_signal(how)
+            time.sleep(0.003)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and b"Traceback" not in error
         assert (trained / "train.bin").read_bytes() == b"old"
@@ -730,3 +734,29 @@ def test_a_killed_worker_is_reported(trained, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="worker process was killed"):
         bpe.encode_files(tokenizer, [trained / "a.txt"], trained, num_proc=2)
     assert not (trained / "train.bin").exists() and not list(trained.glob("*.tmp"))
+
+
+def test_parallel_reads_only_a_little_ahead_and_ends_at_once():
+    """However slow the reader of the results is, and however slow the work."""
+    asked = []
+    items = (asked.append(i) or i for i in range(10_000))
+    results = bpe.parallel(functools.partial(pow, exp=2), items, 2)
+    for i in range(3):
+        assert next(results) == i * i
+        time.sleep(0.2)
+    assert len(asked) <= 12
+    results.close()
+    results = bpe.parallel(time.sleep, [0, 99, 99], 2)
+    next(results)
+    start = time.perf_counter()
+    results.close()
+    assert time.perf_counter() - start < 5 and not multiprocessing.active_children()
+
+
+def test_parallel_gives_results_and_errors_in_order():
+    work = functools.partial(int, base=10)
+    assert list(bpe.parallel(work, map(str, range(99)), 3)) == list(range(99))
+    results = bpe.parallel(work, ["1", "2", "x", "y", "3"], 2)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(ValueError, match="'x'"):
+        next(results)
