@@ -172,7 +172,6 @@ def parse_headers(head):
 
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]{0,80})?\r\n")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-LINE_ENDS = re.compile(rb"[\r\n]+")
 
 
 def join_chunks(body):
@@ -229,7 +228,7 @@ def read_warc(source, counts=None):
         return
     stream = Stream(unpack(source, counts))
     while stream.fill(1):
-        if ends := LINE_ENDS.match(stream.buffer):
+        if ends := re.match(rb"[\r\n]+", stream.buffer):
             stream.take(ends.end())
             continue
         stream.fill(CHUNK)
@@ -1267,7 +1266,7 @@ def mask_ips(text):
 def replacing(path, mode="w"):
     """A file that takes the name `path` once it is whole, so that a killed run leaves no half."""
     temporary = os.fspath(path) + ".tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace", "newline": "\n"}
     try:
         with open(temporary, mode, **text) as file:
             yield file
@@ -1855,10 +1854,9 @@ def near_duplicates(work, num_bands, threshold):
                             break
                     if tries >= MAX_TRIES:
                         break
-                if runs and find(parent, runs[-1][0]) == find(parent, document):
-                    runs[-1].append(document)
-                else:
-                    runs.append([document])
+                if not runs or find(parent, runs[-1][0]) != find(parent, document):
+                    runs.append([])
+                runs[-1].append(document)
     return parent, compared
 
 
@@ -2088,8 +2086,8 @@ def mix(sources, output_dir, weights, budget=None, max_epochs=4):
     """
     total = sum(weights.values())
     if set(weights) != set(sources) or min(weights.values()) < 0 or not 0 < total < math.inf:
-        raise ValueError("weights must be 0 or more, not all of them 0, and name all sources: "
-                         + ", ".join(sorted(sources)))
+        raise ValueError("weights must be finite, 0 or more, not all of them 0, and name all "
+                         "sources: " + ", ".join(sorted(sources)))
     given = {name: {"weight": weights[name] / total, "bytes": 0, "documents": 0, "epochs": 0}
              for name in sources if weights[name] / total > 0}
 
