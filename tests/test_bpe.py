@@ -723,7 +723,9 @@ def test_interrupted_run_keeps_the_old_files(trained):
             process.send_signal(how)
             time.sleep(0.003)
         _, error = process.communicate(timeout=60)
-        assert process.returncode == 130 and b"Traceback" not in error
+        # or killed by one that came when Python was already on its way out
+        assert process.returncode in (130, -how) and b"Traceback" not in error
+        assert b"stopped" in error
         assert (trained / "train.bin").read_bytes() == b"old"
         assert not list(trained.glob("*.tmp"))
 
