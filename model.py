@@ -251,7 +251,7 @@ def fast_attention(q, k, v, dropout=0.0):
         # on CPUs its backward pass in bfloat16 is five times slower for small heads
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v),
-                                                  dropout_p=dropout, is_causal=True)
+                                                  dropout_p=dropout, is_causal=True).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
@@ -352,7 +352,8 @@ class TransformerConfig:
         self.rope_size = self.rope_size or self.head_size // 2 // 2 * 2 or 2
         turned = {self.rope_of(kind) for kind in kinds} - {0}
         refuse(any(size % 2 for size in turned), f"rope needs an even head size, not {turned}")
-        width = self.n_embd if self.position == "sinusoidal" else max(turned, default=0)
+        # numbers in a row of the tables: see make_tables
+        width = self.n_embd if self.position == "sinusoidal" else 2 * sum(turned)
         refuse(self.block_size * width >= 2**28,
                f"positions up to block_size {self.block_size} take too much memory")
         refuse(moe and self.top_k > self.n_expert,
@@ -442,16 +443,15 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x, rope):
         """x -> q: (B, H, T, D); k, v: (B, n_kv_head, T, D)"""
-        B, T, _ = x.shape
         if self.joined:
-            y = F.linear(x, *self.joined).view(B, T, -1, self.head_size).transpose(1, 2)
+            y = F.linear(x, *self.joined).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             qk, v = y[:, : -self.n_kv_head], y[:, -self.n_kv_head :]
             qk = qk if rope is None else apply_rope(qk, *rope)
             return qk[:, : self.n_head], qk[:, self.n_head :], v
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (a.view(B, T, -1, self.head_size).transpose(1, 2) for a in (q, k, v))
+        q, k, v = (a.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for a in (q, k, v))
         if self.qk_norm and not self.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -569,7 +569,7 @@ def linear_attention(q, k, v, rope=None, state=None, chunk=64):
     rq, rk = (q, k) if rope is None else (apply_rope(q, *rope), apply_rope(k, *rope))
     S, z = state or (q.new_zeros(B, H, D, D), q.new_zeros(B, H, D))
     out = []
-    for i in range(0, T, chunk):
+    for i in range(0, max(T, 1), chunk):
         a, b, ra, rb, c = (x[:, :, i : i + chunk] for x in (q, k, rq, rk, v))
         scores = (ra @ rb.transpose(-2, -1)).tril()
         norm = (a * (z[:, :, None] + b.cumsum(2))).sum(-1, keepdim=True)
@@ -582,9 +582,9 @@ class LinearAttention(CausalSelfAttention):
     """Attention without softmax, in time proportional to T: see `linear_attention`."""
 
     def new_cache(self, zeros, B, length):
-        """The state, in float32, however long the text."""
+        """The state, in float32 at least, however long the text."""
         shape = (B, self.n_head, self.head_size)
-        return {"S": zeros((*shape, self.head_size)).float(), "z": zeros(shape).float()}
+        return {"S": upcast(zeros((*shape, self.head_size))), "z": upcast(zeros(shape))}
 
     def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
         q, k, v = self.project(x, None)
@@ -630,7 +630,7 @@ class LatentAttention(nn.Module):
         q, q_rope = self.q_proj(x).view(B, T, H, D + R).transpose(1, 2).split((D, R), -1)
         latent, k_rope = self.kv_down(x).split((self.rank, R), -1)
         latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]  # (B, 1, T, ...)
-        if R:
+        if R and rope is not None:
             q_rope, k_rope = apply_rope(q_rope, *rope), apply_rope(k_rope, *rope)
         keys = torch.cat((latent, k_rope), -1)
         if cache is not None:
@@ -660,6 +660,8 @@ class LatentAttention(nn.Module):
 def fft_convolution(u, h):
     """y[t] = sum over s <= t of h[t - s] u[s], in O(T log T). u: (B, T, C), h: (T, C) ->
     (B, T, C). Zeros to twice the length keep the end from wrapping around to the beginning."""
+    if not u.numel():  # of nothing there is no transform
+        return u
     T = u.shape[1]
     spectrum = torch.fft.rfft(upcast(u), 2 * T, dim=1) * torch.fft.rfft(upcast(h), 2 * T, dim=0)
     return torch.fft.irfft(spectrum, 2 * T, dim=1)[:, :T].to(u.dtype)
@@ -689,7 +691,7 @@ class Hyena(nn.Module):
         t = torch.arange(T, device=self.skip.device, dtype=torch.float32)[:, None]
         bands = torch.linspace(1e-4, self.BANDS - 1, self.BANDS, device=t.device)
         angles = 2 * math.pi * bands * t / self.block_size
-        x = torch.cat((t / self.block_size, angles.cos(), angles.sin()), 1)
+        x = torch.cat((t / self.block_size, angles.cos(), angles.sin()), 1).to(self.skip.dtype)
         h = torch.sin(10 * self.filter_in(x))  # high frequencies, or h would be too smooth
         h = self.filter_out(torch.sin(10 * self.filter_mid(h)))
         # from one step to two thousand
@@ -750,9 +752,13 @@ class SwiGLU(nn.Module):
         return self.w2(kernels.swiglu(gate, up) if fused else F.silu(gate) * up)
 
 
+def relu2(x):
+    """relu(x)^2 (So et al. 2021)"""
+    return F.relu(x).square()
+
+
 class FeedForward(nn.Module):
-    """w2(f(w1 x)), f one of relu, gelu, gelu_tanh (its approximation in GPT-2), silu, and relu2:
-    relu(x)^2 (So et al. 2021)."""
+    """w2(f(w1 x)), f one of relu, gelu, gelu_tanh (its approximation in GPT-2), silu, relu2."""
 
     def __init__(self, d, d_ff, activation, bias=False):
         super().__init__()
@@ -760,7 +766,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(d_ff, d, bias)
         self.f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
                   "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-                  "relu2": lambda x: F.relu(x).square()}[activation]
+                  "relu2": relu2}[activation]
 
     def forward(self, x):  # (..., d) -> (..., d)
         return self.w2(self.f(self.w1(x)))
@@ -795,7 +801,7 @@ class MixtureOfExperts(nn.Module):
         """x: (N, C) -> weights (N, top_k), ids of experts (N, top_k), and, in float32, the logits
         and probabilities (N, E)"""
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.router(upcast(x))
+            logits = F.linear(upcast(x), upcast(self.router.weight))
         p = softmax(logits)
         chosen = (p + self.bias).topk(self.top_k, -1).indices
         weights = p.gather(-1, chosen)
@@ -1116,7 +1122,7 @@ class Transformer(nn.Module):
         on_token: called with (number of the text, id) for each new id. Of texts longer than
         block_size, the end is what the model sees. Raises ValueError for an empty text.
         """
-        texts = ids.tolist() if torch.is_tensor(ids) else [list(text) for text in ids]
+        texts = ids.tolist() if torch.is_tensor(ids) else [list(map(int, text)) for text in ids]
         if not all(texts):
             raise ValueError("an empty prompt can not be continued: give it one token at least")
 
@@ -1125,7 +1131,7 @@ class Transformer(nn.Module):
 
         wishes = temperature, top_k, top_p, generator, min_p
         own_wishes = list(zip(*map(each, wishes))) if list in map(type, wishes) else None
-        stops = [{x} if type(x) is int else set(x or ()) for x in each(stop)]
+        stops = list(map(id_set, each(stop)))
         ends = [len(text) + n for text, n in zip(texts, each(max_new_tokens))]
         limit, device = self.config.block_size, self.embedding.weight.device
         rows = cached = [i for i in range(len(texts)) if len(texts[i]) < ends[i]]
@@ -1159,8 +1165,14 @@ class Transformer(nn.Module):
                 logits = torch.cat(logits) if rows else None
         if not torch.is_tensor(ids):
             return texts
-        length = max(map(len, texts))
-        return ids.new_tensor([text + text[-1:] * (length - len(text)) for text in texts])
+        length = max(map(len, texts), default=ids.shape[1])
+        texts = [text + text[-1:] * (length - len(text)) for text in texts]
+        return ids.new_tensor(texts).view(len(texts), length)
+
+
+def id_set(stop):
+    """None, an id of whatever integer type, or several -> a set of ids."""
+    return {int(stop)} if hasattr(stop, "__index__") else set(stop or ())
 
 
 COLD = 1e-6  # temperatures below are taken for 0: logits divided by them could overflow
@@ -1193,6 +1205,7 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None, min_p=N
         ordered, order = logits.sort(descending=True)
         p = softmax(ordered)
         drop = p.cumsum(-1) - p >= top_p  # the more likely ids are enough
+        drop[..., 0] = False  # (for a top_p of 0)
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     p = softmax(logits)
     if min_p:
@@ -1227,8 +1240,11 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
 
     ids: (1, T) int64; the other arguments are those of `Transformer.generate`.
     -> ((1, T + n) int64, {"proposed": ..., "accepted": ..., "calls": ... of the target})
-    Raises ValueError for models of different vocabularies, or a gamma out of range.
+    Raises ValueError for models of different vocabularies, a gamma out of range, or other ids.
     """
+    if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
+        raise ValueError("speculation continues one text of one token at least, ids of shape "
+                         f"(1, T), not {tuple(ids.shape)}")
     if draft.config.vocab_size != target.config.vocab_size:
         raise ValueError(f"the draft has a vocabulary of {draft.config.vocab_size}, the target of "
                          f"{target.config.vocab_size}")
@@ -1237,7 +1253,7 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
     text, device, done = ids[0].tolist(), ids.device, False
     end = len(text) + max_new_tokens
     limit = min(end, target.config.block_size, draft.config.block_size)
-    stops = {stop} if type(stop) is int else set(stop or ())
+    stops = id_set(stop)
     caches = Cache(target, 1, limit), Cache(draft, 1, limit)
     counts = {"proposed": 0, "accepted": 0, "calls": 0}
 
@@ -1273,8 +1289,10 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
             caches = [cache.rewind(model, old, text[:-1])
                       for model, cache, old in zip((target, draft), caches, saved)]
     if not done and len(text) < end:  # no room in the window is left for guesses
-        text, = target.generate([text], end - len(text), temperature, top_k, top_p, stop,
+        before = len(text)
+        text, = target.generate([text], end - before, temperature, top_k, top_p, stop,
                                 generator, on_token, min_p)
+        counts["calls"] += len(text) - before
     return torch.tensor([text], device=device), counts
 
 
@@ -1520,6 +1538,8 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
     the d_ff units with the largest activation.
     Raises ValueError for models or sizes it does not fit.
     """
+    if model.quantized:
+        raise ValueError(f"a model of {model.quantized} weights can not be pruned: quantize later")
     c, D = model.config, model.config.head_size
     n_layer, n_embd, d_ff = n_layer or c.n_layer, n_embd or c.n_embd, d_ff or c.d_ff
     n_head = c.n_head if n_embd == c.n_embd else n_embd // D
