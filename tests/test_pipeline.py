@@ -213,16 +213,18 @@ def test_killed_runs_go_on_to_the_same_end(folder):
             (where[name] / name).mkdir()
             shutil.copy(folder / "data/tokenizer.json", where[name] / name)
     running = {name: start(cases[name][0], where[name]) for name in cases}
-    killed = set()
-    while running:
-        for name, process in list(running.items()):
-            if process.poll() is not None or (where[name] / name / cases[name][1]).exists():
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    killed.add(name)
-                process.communicate()
-                del running[name]
+    waiting, killed = set(cases), set()
+    while waiting:
+        for name in list(waiting):
+            if running[name].poll() is not None:
+                waiting.remove(name)
+            elif (where[name] / name / cases[name][1]).exists():
+                os.killpg(running[name].pid, signal.SIGKILL)
+                waiting.remove(name)
+                killed.add(name)
         time.sleep(0.002)
+    for process in running.values():
+        process.communicate()
     assert killed >= {"out", "out-ddp", "out-sft", "scaling"}  # the others are soon over
     processes = {name: start(cases[name][2], where[name]) for name in cases}
     for name, process in processes.items():
