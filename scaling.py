@@ -581,6 +581,8 @@ def run_all(asked, args):
              and all(isinstance(r.get(name), (int, float)) for name in RESULTS)}
     keys = [key_of(flags, args.data) for flags in asked]
     todo = {key: flags for key, flags in zip(keys, asked) if key not in known}
+    for key in set(keys) & set(known):  # what a run left that was killed when it had been kept
+        shutil.rmtree(os.path.join(home, f"run-{key}"), ignore_errors=True)
     if args.budget and todo:
         spent = sum(r.get("compute", 0) for r in known.values())
         need = sum(make_plan(flags, args.data)["C"] for flags in todo.values())
