@@ -351,6 +351,8 @@ def read_blocks(paths, separators=(EOT,), chunked=True):
                         yield path, 0, piece
             except EOFError:
                 raise ValueError(f"{path} ends in the middle of its gzip stream") from None
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{path} is no gzip file, or a damaged one: {error}") from None
 
 
 def to_documents(block, separators=(EOT,)):
@@ -753,6 +755,8 @@ def train_bpe(input_path, vocab_size, special_tokens=(EOT,), pattern="gpt2", num
     paths = [input_path] if isinstance(input_path, (str, os.PathLike)) else list(input_path)
     special_tokens = list(dict.fromkeys(special_tokens))
     pattern = PATTERNS.get(pattern, pattern)
+    if "" in special_tokens:
+        raise ValueError("special token '' is empty")
     try:
         regex.compile(pattern)
     except regex.error as error:
@@ -808,11 +812,15 @@ def byte_characters():
 
 def pre_tokenizer(part):
     """The "pre_tokenizer" of a tokenizer.json -> list of steps, for `split_text`: (compiled
-    pattern, whether what is between matches stays, whether matches stay, whether each text is to
-    begin with a space). Raises ValueError for what is not supported."""
+    pattern, what becomes of matches, whether it becomes of what is between them instead, whether
+    each text is to begin with a space), or None, after which steps see the bytes of the text in
+    `byte_characters`. Raises ValueError for what is not supported."""
     kind, behavior, prefix = part["type"], part.get("behavior", "Isolated"), False
     if kind == "Sequence":
-        return [step for p in part["pretokenizers"] for step in pre_tokenizer(p)]
+        steps = []
+        for before, p in zip([{}, *part["pretokenizers"]], part["pretokenizers"]):
+            steps += [None] * (before.get("type") == "ByteLevel") + pre_tokenizer(p)
+        return steps
     if kind == "ByteLevel":
         prefix = part["add_prefix_space"]
         if not part.get("use_regex", True) and not prefix:
@@ -820,28 +828,60 @@ def pre_tokenizer(part):
         pattern = PATTERNS["gpt2"] if part.get("use_regex", True) else r"[\s\S]+"
     elif kind == "Digits":
         pattern = r"\p{N}" if part["individual_digits"] else r"\p{N}+"
-    elif kind == "Split" and behavior in ("Isolated", "Removed"):
+    elif kind == "Punctuation":
+        pattern = r"[\p{P}$+<=>^`|~]"
+    elif kind == "Split":
         pattern = part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])
     else:
-        raise ValueError(f"pre-tokenizer {kind} ({behavior}) is not supported")
-    isolated, invert = behavior == "Isolated", part.get("invert", False)
-    return [(regex.compile(pattern), isolated or not invert, isolated or invert, prefix)]
+        raise ValueError(f"pre-tokenizer {kind} is not supported")
+    if behavior not in ("Isolated", "Removed", "Contiguous", "MergedWithPrevious",
+                        "MergedWithNext"):
+        raise ValueError(f"behavior {behavior} of pre-tokenizers is not supported")
+    return [(regex.compile(pattern), behavior, part.get("invert", False), prefix)]
+
+
+def arrange(parts, behavior, invert):
+    """Parts of a text, of which the pattern matched each second -> those that `behavior` makes.
+
+    >>> arrange(["a", "-", "", "-", "b"], "MergedWithPrevious", False)
+    ['a-', '-', 'b']
+    """
+    if behavior == "Isolated":
+        return parts
+    if behavior == "Removed":
+        return parts[invert::2]
+    out, before, backward = [], False, behavior == "MergedWithNext"
+    parts = [(part, i % 2 != invert) for i, part in enumerate(parts)
+             if part or i % 2 and parts[i - 1]]  # HF too leaves out what is empty after a match
+    for part, hit in reversed(parts) if backward else parts:
+        if out and (hit == before if behavior == "Contiguous" else hit > before):
+            out[-1] = part + out[-1] if backward else out[-1] + part
+        else:
+            out.append(part)
+        before = hit
+    return out[::-1] if backward else out
 
 
 def split_text(steps, text):
     """Cut a text by the steps of `pre_tokenizer`, one after the other -> list of str."""
-    pieces = [text]
-    for pattern, between, matches, prefix in steps:
-        texts, pieces = pieces, []
+    pieces, char = [text], byte_characters() if None in steps else ()
+    for step in steps:
+        if step is None:
+            pieces = [utf8(piece).decode("latin-1").translate(char) for piece in pieces]
+            continue
+        (pattern, behavior, invert, prefix), texts, pieces = step, pieces, []
         for text in texts:
             if prefix and not text.startswith(" "):
                 text = " " + text
-            at = 0
+            parts, at = [], 0
             for match in pattern.finditer(text):
-                pieces += [text[at : match.start()]] * between + [match[0]] * matches
+                parts += text[at : match.start()], match[0]
                 at = match.end()
-            pieces += [text[at:]] * between
+            pieces += arrange([*parts, text[at:]], behavior, invert)
         pieces = [piece for piece in pieces if piece]
+    if char:  # parts of characters, as Falcon makes them, become surrogates: see `_bpe`
+        byte = {c: b for b, c in enumerate(char)}
+        pieces = [bytes(map(byte.get, p)).decode("utf-8", "surrogateescape") for p in pieces]
     return pieces
 
 
@@ -912,6 +952,9 @@ class Tokenizer:
         for token in special_tokens or ():
             i = self._id.get(utf8(token), max(self.vocab, default=-1) + 1)
             i = special_tokens[token] if isinstance(special_tokens, dict) else i
+            if not token or self.vocab.get(i, utf8(token)) != utf8(token):
+                raise ValueError(f"special token {token!r} " + (
+                    f"has the id {i} of another token" if token else "is empty"))
             self.special_tokens[token], self.vocab[i] = i, utf8(token)
         self.vocab_size = max(self.vocab, default=-1) + 1
         if not 0 <= min(self.vocab, default=0) <= self.vocab_size < 1 << 31:
@@ -956,7 +999,8 @@ class Tokenizer:
                        added_finder([t | {"content": self._normalize(t["content"])}
                                      for t in added if t["normalized"]])]
         # whether any text can be cut where `find_cuts` says
-        self.chunked = (self.pattern in PATTERNS.values() and steps[0][2:] == (True, False)
+        whole = ("Isolated", False, False), ("Isolated", True, False), ("Removed", True, False)
+        self.chunked = (self.pattern in PATTERNS.values() and steps[0][1:] in whole
                         and not any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added))
         if self.chunked:  # nothing lies between the matches of these patterns
             self._split = steps[0][0].findall
@@ -1058,7 +1102,7 @@ class Tokenizer:
         """
         if pretoken in self._cache:
             return self._cache[pretoken]
-        raw, rank, heap = pretoken.encode("utf-8"), self._rank.get, []
+        raw, rank, heap = pretoken.encode("utf-8", "surrogateescape"), self._rank.get, []
         ids = [i for i in map(self._byte_id.__getitem__, raw) if i >= 0]
         if self.ignore_merges and raw in self._id:
             ids = [self._id[raw]]
@@ -1149,8 +1193,9 @@ class Tokenizer:
     # ---- ids to text
 
     def decode_bytes(self, ids):
-        """Ids -> bytes, special tokens included. Raises ValueError for an id outside the
-        vocabulary."""
+        """Ids (a list, an array or a tensor) -> bytes, special tokens included. Raises ValueError
+        for an id outside the vocabulary."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         try:
             return b"".join([self.vocab[i] for i in ids])
         except KeyError as error:
@@ -1267,12 +1312,12 @@ class BinWriter:
     def __init__(self, path, tokenizer, stack):
         self.path, self.tokenizer, self.dtype = path, tokenizer, tokenizer.dtype
         self.file = stack.enter_context(replacing(path, "w+b"))
-        stack.callback(self.finish)
         sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
         self.sizes = np.fromiter(sizes, np.int32)  # how many bytes of text each id stands for
         self.sizes[tokenizer.eot_id] = 0
         self.tokens = self.text_bytes = 0
         self.file.write(bytes(1024))
+        stack.callback(self.finish)
 
     def write(self, ids):
         """Append an array of ids."""
@@ -1488,6 +1533,8 @@ def main():
         parser.error(f"--vocab_size must be at least {least}: 256 bytes and the special tokens")
     if args.command == "encode" and not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
+    if args.command == "decode" and args.max_tokens is not None and args.max_tokens < 0:
+        parser.error("--max_tokens must be at least 0")
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & leave them
             signal.signal(number, interrupted)
@@ -1498,7 +1545,7 @@ def main():
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, zlib.error) as error:
+    except (ValueError, OSError) as error:
         print(f"bpe.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -1513,7 +1560,8 @@ def run(args):
     elif args.command == "train":
         train(args.out, args.input, args.vocab_size, args.special_tokens, args.pattern,
               args.num_proc)
-    elif args.command == "show" and not args.tokenizer and not os.path.exists(folder):
+    elif args.command == "show" and not args.tokenizer and not os.path.exists(
+            os.path.join(folder, "tokenizer.json")):
         print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
         show(args.text, Tokenizer(*train_bpe(stdlib_files(), 4096, [EOT]), [EOT]))
     else:

@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import contextlib
 import doctest
 import functools
 import gzip
@@ -327,6 +328,9 @@ def test_special_tokens(tokenizer):
     assert merged.encode("a \n <|a|>")[-1] == a
     assert merged.encode("a \n ") + [a] == merged.encode("a \n <|a|>")
     assert Tokenizer(tokenizer.vocab, tokenizer.merges).encode(EOT) != [eot]
+    for bad in ({"<|a|>": 97}, {"<|a|>": 500, "<|b|>": 500}, [""]):
+        with pytest.raises(ValueError, match="special token"):
+            Tokenizer(tokenizer.vocab, tokenizer.merges, bad)
 
 
 def test_lone_surrogates_and_pairs(tokenizer):
@@ -337,6 +341,10 @@ def test_lone_surrogates_and_pairs(tokenizer):
 def test_decode_invalid_utf8_and_unknown_ids(tokenizer):
     assert tokenizer.decode([0xE6, 0x97]) == "\ufffd"
     assert tokenizer.decode([]) == ""
+    assert tokenizer.decode(np.array([104, 105])) == "hi"
+    import torch
+
+    assert tokenizer.decode(torch.tensor([104, 105])) == "hi"
     for bad in (400, -1, 10**12):
         with pytest.raises(ValueError, match="not in the vocabulary"):
             tokenizer.decode([bad])
@@ -426,11 +434,42 @@ def test_hf_splits():
     assert split(r"\d", "Isolated") == ["ab ", "1", "2", "c", "3"]
     assert split(r"\d", "Removed") == ["ab ", "c"]
     assert split(r"\d", "Removed", True) == ["1", "2", "3"]
-    for behavior in ("MergedWithPrevious", "MergedWithNext", "Contiguous"):
-        with pytest.raises(ValueError, match=rf"Split \({behavior}\) is not supported"):
-            split(r"\d", behavior)
+    assert split(r"\d", "Contiguous") == ["ab ", "12", "c", "3"] == split(r"\d", "Contiguous", 1)
+    assert split(r"\d", "MergedWithPrevious") == ["ab 1", "2", "c3"]
+    assert split(r"\d", "MergedWithPrevious", True) == ["ab ", "1", "2c", "3"]
+    assert split(r"\d", "MergedWithNext") == ["ab ", "1", "2c", "3"]
+    assert split(r" |(?=3)", "MergedWithNext") == ["ab", " 12c", "3"]
+    with pytest.raises(ValueError, match="behavior Merged of"):
+        split(r"\d", "Merged")
+    falcon = {"type": "Punctuation", "behavior": "Contiguous"}, level, digits
+    falcon = {"type": "Sequence", "pretokenizers": falcon}
+    tokenizer = Tokenizer.from_json(hf_json(pre_tokenizer=falcon))
+    # digits are split off after the bytes became characters, and the bytes of "о" are "Ð¾"
+    assert tokenizer._split("а+=(1) о") == ["а", "+=(", "1", ")", " \udcd0", "\udcbe"]
+    assert tokenizer.decode(tokenizer.encode("а+=(1) о")) == "а+=(1) о"
     prefix = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
     assert texts_of(Tokenizer.from_json(hf_json(pre_tokenizer=prefix)), "the") == [" the"]
+
+
+def test_hf_splits_equal_theirs():
+    hf = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+    rng = random.Random(12)
+    texts = ["".join(rng.choices(PIECES, k=rng.randrange(12))) for _ in range(100)]
+    digits = {"type": "Digits", "individual_digits": False}
+    level = {**LEVEL, "trim_offsets": True, "use_regex": True}
+    for behavior in ("Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext"):
+        mark = {"type": "Punctuation", "behavior": behavior}
+        split = {"type": "Split", "pattern": {"Regex": r"\s+|e"}, "behavior": behavior}
+        last = {**split, "pattern": {"String": "2"}, "invert": False}
+        for steps in ([mark, level], [{**split, "invert": False}, level],
+                      [{**split, "invert": True}, level], [mark, level, digits, last]):
+            data = json.loads(hf_json(pre_tokenizer={"type": "Sequence", "pretokenizers": steps}))
+            data["decoder"] = level
+            data["model"]["merges"] = ["t h", "th e", "Ġ the", "1 2", "a b"]
+            theirs = hf.Tokenizer.from_str(json.dumps(data))
+            tokenizer = Tokenizer.from_json(json.dumps(data))
+            for text in texts:
+                assert tokenizer.encode(text) == theirs.encode(text).ids, (steps, text)
 
 
 def test_hf_ignore_merges_takes_whole_pretokens():
@@ -510,7 +549,9 @@ BROKEN = [
     *(hf_json(normalizer={"type": kind}) for kind in ("Precompiled", "Lowercase")),
     *(hf_json(added_tokens=[token]) for token in ({"id": 1}, 7)),
     hf_json(pre_tokenizer={"type": "Sequence", "pretokenizers": [BAD_REGEX, LEVEL]}),
-    hf_json(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, LEVEL]}),
+    hf_json(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Metaspace"}, LEVEL]}),
+    hf_json(added_tokens=[added(97, "<|x|>")]),
+    hf_json(added_tokens=[added(300, "")]),
 ]
 
 
@@ -569,6 +610,18 @@ def test_encoding_does_not_depend_on_processes_or_blocks(trained, tokenizer, mon
     assert len(results) == 1
 
 
+def test_interrupted_before_the_first_id(tokenizer, tmp_path, monkeypatch):
+    """What is raised is the interrupt, not an error of the half-made BinWriter."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "fromiter", interrupt)
+    with pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as stack:
+        bpe.BinWriter(tmp_path / "a.bin", tokenizer, stack)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_document_is_split_at_its_tail(trained, tokenizer):
     text = "a stone. " * 500
     (trained / "a.txt").write_text(text)
@@ -614,6 +667,9 @@ def test_read_bin_of_nanogpt(tmp_path):
 
 
 def test_command_line_without_arguments(tmp_path):
+    (tmp_path / "data/stdlib").mkdir(parents=True)
+    result = run("show", "hi", cwd=tmp_path)  # there is a folder, but no tokenizer in it yet
+    assert result.returncode == 0 and "learning" in result.stderr
     result = run(cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # quiet when piped
@@ -671,8 +727,10 @@ BAD_INPUT = [
     (TRAIN + "no.txt", 1, "no.txt"),
     (TRAIN + "empty.txt", 1, "is empty"),
     (TRAIN + "bad.jsonl", 1, "bad.jsonl:2"),
-    (TRAIN + "cut.txt.gz", 1, "gzip"),
-    (TRAIN + "no.gz", 1, "gzip"),
+    (TRAIN + "cut.txt.gz", 1, "cut.txt.gz"),
+    (TRAIN + "no.gz", 1, "no.gz"),
+    (TRAIN + "bad.gz --num_proc 2", 1, "bad.gz"),
+    (TRAIN + "a.txt --special_tokens=", 1, "empty"),
     (TRAIN + "a.txt --vocab_size 256", 2, "257"),
     (TRAIN + "a.txt --pattern (", 1, "pattern"),
     (TRAIN + "a.txt --out a.txt", 1, "a.txt"),
@@ -685,6 +743,7 @@ BAD_INPUT = [
     (ENCODE + "a.txt --val_fraction 2", 2, "val_fraction"),
     ("decode --tokenizer t.json --input wild.bin", 1, "not in the vocabulary"),
     ("decode --tokenizer t.json --input no.bin", 1, "no.bin"),
+    ("decode --tokenizer t.json --input wild.bin --max_tokens -5", 2, "max_tokens"),
     ("shine", 2, "shine"),
 ]
 
@@ -699,6 +758,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, c
     (tmp_path / "bad.json").write_text('{"model": {"vocab": {"a": 1')
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 1000)[:30])
     (tmp_path / "no.gz").write_bytes(b"this is not gzip at all")
+    (tmp_path / "bad.gz").write_bytes(gzip.compress(b"")[:10] + b"not deflated")
     np.full(9, 60_000, np.uint16).tofile(tmp_path / "wild.bin")
     result = run(*args.split(), cwd=tmp_path)
     last = result.stderr.strip().splitlines()[-1]
