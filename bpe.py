@@ -421,10 +421,9 @@ def parallel(work, items, num_proc):
                 busy[idle.pop()], asked = asked, asked + 1
                 item = next(items, None)
             if given in done:
-                result, error = done.pop(given)
-                if error:
+                if error := done[given][1]:
                     raise error
-                yield result
+                yield done.pop(given)[0]  # without a name, which would keep it from being freed
                 given += 1
             elif not busy:
                 return
@@ -445,12 +444,15 @@ def serve(work, link, far):
     far.close()  # the parent's end, of which fork made a copy: without it we see the parent die
     with contextlib.suppress(EOFError, OSError):
         while True:
-            item = link.recv()
-            try:
-                result = work(item), None
-            except Exception as error:
-                result = None, error
-            link.send(result)
+            link.send(attempt(work, link.recv()))
+
+
+def attempt(work, item):
+    """-> (work(item), None), or (None, the error that it raised)."""
+    try:
+        return work(item), None
+    except Exception as error:
+        return None, error
 
 
 def hold_signals(how):
