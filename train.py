@@ -426,7 +426,8 @@ def open_bin(path):
 def windows(data, starts, block_size, device="cpu"):
     """block_size ids from each start (less at the end of the data), and, as targets, the same
     shifted by one: two tensors (len(starts), block_size) of int64."""
-    if isinstance(getattr(data, "base", None), mmap.mmap):  # opened anew, or all pages ever read stay in memory
+    if isinstance(getattr(data, "base", None), mmap.mmap):
+        # opened anew, or all pages ever read stay in memory
         data = np.memmap(data.filename, data.dtype, "r", data.offset)
     rows = torch.from_numpy(np.stack([data[s : s + block_size + 1] for s in starts]).astype("i8"))
     pin = torch.device(device).type == "cuda"

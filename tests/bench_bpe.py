@@ -213,7 +213,8 @@ def main():
             size = os.path.getsize(path) / 1e6
             result = run("train_ours", file=path, vocab=a.vocab, procs=2)
             print(
-                f"training on {size:,.0f} MB: {result[0]:.1f} s, peak {result[-1]:.0f} MB per process"
+                f"training on {size:,.0f} MB: {result[0]:.1f} s, "
+                f"peak {result[-1]:.0f} MB per process"
             )
             for procs in (1, 2):
                 result = run(

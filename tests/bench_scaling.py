@@ -6,7 +6,7 @@ scaling.py beside what is published. Run by hand:
     python tests/bench_scaling.py --coverage
 
 1. Approach 2 on a list of runs with parameters, compute_budget and final_loss.
-2. Approach 3 on the points that Besiroglu et al. (2024) read off a figure of Hoffmann et al. (2022):
+2. Approach 3 on the points that Besiroglu et al. (2024) read off Hoffmann et al.'s (2022):
    github.com/epoch-research/analyzing-chinchilla, data/svg_extracted_data.csv. Theirs beside ours.
 3. Over 200 sets of 240 noisy points: how often the 80% intervals contain the truth.
 """
@@ -38,7 +38,8 @@ def chinchilla(path):
     fit = S.fit_parametric(N, D, loss)
     fits = S.bootstrap_parametric(fit, N, D, loss, 4000)
     print(f"{len(N)} runs, left out {len(fit.left_out)}, 4,000 resamples, "
-          f"{time.process_time() - begin:.1f} CPU-seconds\n\n| | published re-fit | ours |\n|---|---|---|")
+          f"{time.process_time() - begin:.1f} CPU-seconds\n\n| | published re-fit | ours |\n"
+          "|---|---|---|")
     published = {"E": "1.8172 (0.0257)", "A": "477.84 (124.5)", "B": "2143.86 (1293.3)",
                  "alpha": "0.34731 (0.0154)", "beta": "0.36718 (0.0206)",
                  "objective": "0.00101827403"}

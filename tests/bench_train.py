@@ -151,7 +151,8 @@ def race(nanogpt, text, repeat):
             )
             losses = map(float, re.findall(r"val loss ([\d.]+)", printed))
             print(
-                f"  nanoGPT at a learning rate of {rate:g}: {a:6.1f} s, val loss {min(losses):.4f}",
+                f"  nanoGPT at a learning rate of {rate:g}: {a:6.1f} s, "
+                f"val loss {min(losses):.4f}",
                 flush=True,
             )
         for seed in range(1, repeat + 1):
@@ -173,7 +174,8 @@ def race(nanogpt, text, repeat):
                 loss = float(re.search(r"^val_loss: ([\d.]+)", printed, re.M)[1])
                 rows.append((name, b / a, loss, their_loss))
                 print(
-                    f"    train.py, {name:5} {b:6.1f} s, val loss {loss:.4f}    {b / a:.2f} of the time",
+                    f"    train.py, {name:5} {b:6.1f} s, val loss {loss:.4f}    "
+                    f"{b / a:.2f} of the time",
                     flush=True,
                 )
         for name in RECIPES:
@@ -181,7 +183,8 @@ def race(nanogpt, text, repeat):
                 statistics.median(r[i] for r in rows if r[0] == name) for i in (1, 2, 3)
             )
             print(
-                f"  {name}: median share of nanoGPT's time {share:.2f}, val loss {loss:.4f} for {their_loss:.4f}"
+                f"  {name}: median share of nanoGPT's time {share:.2f}, val loss {loss:.4f} "
+                f"for {their_loss:.4f}"
             )
 
 
@@ -248,7 +251,8 @@ def compare_steps(nanogpt):
         command = [sys.executable, __file__, "--nanogpt", nanogpt, "--memory", kind]
         megabytes = json.loads(timed(command)[1].splitlines()[-1])
         print(
-            f"  {kind:24} {1e3 * statistics.median(times[kind]):6.1f} ms a step, {ratio:.2f} x nanoGPT's "
+            f"  {kind:24} {1e3 * statistics.median(times[kind]):6.1f} ms a step, "
+            f"{ratio:.2f} x nanoGPT's "
             f"speed, peak {megabytes:.0f} MB"
         )
 
@@ -327,7 +331,8 @@ def ablations(bins, results, repeat):
             if i >= 2:
                 times[name].append(time.perf_counter() - start)
     print(
-        "\n| change | validation loss | beside the default | spread of seeds | speed |\n|---|---|---|---|---|"
+        "\n| change | validation loss | beside the default | spread of seeds | speed |\n"
+        "|---|---|---|---|---|"
     )
     losses = {
         name: [done[f"{BUDGET} {DEFAULT} {flags}", seed]["loss"] for seed in range(1, repeat + 1)]
@@ -340,7 +345,8 @@ def ablations(bins, results, repeat):
             continue
         mean, default = statistics.mean(found), statistics.mean(losses["default"])
         print(
-            f"| {name} | {mean:.3f} | {mean - default:+.3f} | {max(found) - min(found):.3f} | {speed:.2f} |"
+            f"| {name} | {mean:.3f} | {mean - default:+.3f} | {max(found) - min(found):.3f} "
+            f"| {speed:.2f} |"
         )
 
 
@@ -443,7 +449,8 @@ def tinystories(nanogpt, bins, repeat, steps):
             n = int(100 + (0.97 * seconds - pace[0]) / (pace[1] - pace[0]) * 100)
             our_seconds, our_bits = our_run(n, seed)
             print(
-                f"  seed {seed}: nanoGPT at {best:g} {seconds:.0f} s, {bits:.4f} bits per byte; train.py, {n} steps, "
+                f"  seed {seed}: nanoGPT at {best:g} {seconds:.0f} s, {bits:.4f} bits per byte; "
+                f"train.py, {n} steps, "
                 f"{our_seconds:.0f} s, {our_bits:.4f} ({our_bits - bits:+.4f})",
                 flush=True,
             )
@@ -457,7 +464,8 @@ def machine():
     import train as T
 
     print(
-        "| 4 layers, batch | float32 | bfloat16 | float32, compiled | bfloat16, compiled |\n|---|---|---|---|---|"
+        "| 4 layers, batch | float32 | bfloat16 | float32, compiled | bfloat16, compiled |\n"
+        "|---|---|---|---|---|"
     )
     for width, batch, T_, vocab in (
         (128, 12, 64, 65),
@@ -499,12 +507,13 @@ def machine():
             timed([sys.executable, __file__, "--memory", kind])[1].splitlines()[-1]
         )
         print(
-            f"activations {kind}: {megabytes[0]:.0f} MB above the model, {megabytes[1]:.2f} s a step"
+            f"activations {kind}: {megabytes[0]:.0f} MB above the model, "
+            f"{megabytes[1]:.2f} s a step"
         )
 
 
 def activations(kind):
-    """Peak memory above what is there before the first step, and seconds of a step: 12 layers of width
+    """Peak memory above what is there before the first step, and seconds of a step: 12 layers, width
     256, 8 sequences of 512, bfloat16 where it is fast."""
     import torch
 

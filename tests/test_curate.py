@@ -44,7 +44,8 @@ def page(seed, body=None, language="en"):
 def record(content, kind="response", mime="application/http; msgtype=response", length=None,
            url="http://example.org/", version="1.0"):
     length = len(content) if length is None else length
-    head = (f"WARC/{version}\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: {mime}\r\n"
+    head = (f"WARC/{version}\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\n"
+            f"Content-Type: {mime}\r\n"
             f"Content-Length: {length}\r\n\r\n")
     return head.encode() + content + b"\r\n\r\n"
 
@@ -417,7 +418,8 @@ def test_phone_numbers_right_after_a_colon(text):
     "In 2023-10-15 or 15.10.2023, at 12:30:45", "version 3.11.4 and 1.2.3", "12,345,678 people",
     "It was 1234567890 in all, 3.14159265358979", "ISBN 978-3-16-148410-0", "pages 123-4567",
     "from 1914-1918 to 1939-1945", "4111 1111 1111 1111", "order 2831823829 was sent",
-    "doi 10.1234/567.8901", "odds of 1:555-123-4567", "at 1700000000 seconds", "$283 182 3829", "100 000 000 stars"])
+    "doi 10.1234/567.8901", "odds of 1:555-123-4567", "at 1700000000 seconds", "$283 182 3829",
+    "100 000 000 stars"])
 def test_numbers_in_prose_are_no_phone_numbers(text):
     assert C.mask_phone_numbers(text) == (text, 0)
 

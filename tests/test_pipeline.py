@@ -28,9 +28,10 @@ TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --rdzv_backend c10d --rd
 CURATE = "curate pipeline --input crawl.warc.gz --out corpus"
 ENCODE = "bpe encode --tokenizer data --input mixed/mixed.jsonl.gz --out data --val_fraction .1"
 TRAIN = f"train {MODEL} --data data --max_iters 200 --eval_interval 20 --learning_rate 1e-2"
-DDP = "ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 240 --eval_interval 20 " \
-    "--batch_size 4 --device cpu --scheme zero1"
-SCALING = f"scaling sweep {MODEL} --grid learning_rate=1e-2,3e-2 --data data --max_iters 30 --jobs 1"
+DDP = "ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 240 " \
+    "--eval_interval 20 --batch_size 4 --device cpu --scheme zero1"
+SCALING = f"scaling sweep {MODEL} --grid learning_rate=1e-2,3e-2 --data data --max_iters 30 " \
+    "--jobs 1"
 SFT = "align sft --ckpt out/ckpt.pt --data sft.jsonl --out_dir out-sft --max_iters 100 " \
     "--batch_size 4 --eval_interval 10 --device cpu"
 
@@ -97,7 +98,7 @@ def warc(pages):
 WORDS = """garden market river school winter summer teacher farmer letter window mountain village
 bridge doctor kitchen basket apple horse silver paper morning evening stone forest harbor captain
 music painter castle meadow""".split()
-VERBS = "found carried painted watched followed remembered described borrowed repaired sold".split()
+VERBS = "found carried painted watched followed remembered described borrowed sold".split()
 
 
 def page(i):
@@ -181,12 +182,13 @@ def test_from_a_model_to_an_aligned_one(folder):
     before = prints_of(folder / "out-sft")
     processes = [
         start(SFT + " --resume", folder),
-        start("align dpo --ckpt out-sft/ckpt.pt --data pairs.jsonl --out_dir out-dpo --max_iters 2 "
-              "--batch_size 4 --device cpu", folder)]
+        start("align dpo --ckpt out-sft/ckpt.pt --data pairs.jsonl --out_dir out-dpo "
+              "--max_iters 2 --batch_size 4 --device cpu", folder)]
     [finish(process) for process in processes]
     assert prints_of(folder / "out-sft") == before
     call("align rl --algorithm grpo --ckpt out-dpo/ckpt.pt --data sums.jsonl --out_dir out-rl "
-         "--max_iters 2 --prompts_per_step 2 --group_size 4 --max_new_tokens 4 --device cpu", folder)
+         "--max_iters 2 --prompts_per_step 2 --group_size 4 --max_new_tokens 4 --device cpu",
+         folder)
     processes = [start("align eval --task ppl --ckpt out-rl/ckpt.pt --data ppl.txt", folder),
                  start("model chat --ckpt out-rl/ckpt.pt --max_new_tokens 8", folder,
                        stdin=subprocess.PIPE)]
@@ -275,7 +277,8 @@ def damaged(data, rng):
 
 def test_damaged_files_are_refused_in_one_line_or_read(folder, tmp_path):
     """What comes from outside raises ValueError or OSError, and nothing else: those are the errors
-    that every main() makes a line of. Documents and pages of a crawl raise nothing: bad ones are skipped."""
+    that every main() makes a line of. Documents and pages of a crawl raise nothing: bad ones are
+    skipped."""
     sys.path.insert(0, ROOT)
     import align
     import bpe
