@@ -349,7 +349,7 @@ def test_without_arguments(folder):
     shutil.rmtree(folder / "out")
     assert "near duplicates" in call("curate", folder)
     assert "is complete" in call("curate", folder)
-    commands = {"train": "step", "scaling": "data/scaling", "kernels": "", "align": ""}
+    commands = {"train": "parameters", "scaling": "data/scaling", "kernels": "", "align": ""}
     running = {name: start(name, folder) for name in commands}
     for name, process in running.items():
         line = process.stdout.readline() or process.stderr.readline()

@@ -354,7 +354,7 @@ def data(tmp_path_factory):
 
 def forked(script, words, out):
     """One of the scripts, with all that it prints in a file."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    importlib.import_module("torch").set_num_threads(1)
     sys.modules["matplotlib"] = None  # it takes longer than the run
     sys.argv = [script, *words]
     with open(out, "w") as sys.stdout:

@@ -1,0 +1,8 @@
+"""What holds for all tests."""
+
+import signal
+
+# Whoever starts pytest in the background has it, and all processes it starts, ignore Ctrl-C, which
+# several tests send. A handler here is enough: processes that are started get the default instead.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
