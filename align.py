@@ -884,13 +884,14 @@ def check_constraint(name, arguments, response, loose=False):
 # and has to ask the first for every call, which answers in plain values. So the code never sees a
 # test, an expected value or the verdict: frames, patched builtins, objects that claim to be equal
 # to everything, os._exit(0) and printing are no use. What this source does, in turn: load what may
-# be imported, give up all rights, then serve.
+# be imported, give up all rights, import the code or the tests as a module, and serve.
 SANDBOX = r'''
 import sys, os, json, resource, io
 import abc, array, bisect, cmath, collections, collections.abc, contextlib, copy, dataclasses
 import datetime, decimal, enum, fractions, functools, heapq, itertools, math, numbers, operator
 import random, re, statistics, string, textwrap, time, types, typing, unicodedata, builtins
 import _strptime, calendar, hashlib, keyword, pprint, queue, secrets, struct, traceback
+import importlib.abc, importlib.util
 
 modules = {name: module for name, module in sys.modules.items() if "." not in name}
 containers = {kind.__name__: kind
@@ -921,6 +922,23 @@ def confine(descriptors):
                 event == "object.__setattr__" and args[1] == "__code__":
             raise PermissionError(event + " is not allowed here")
     sys.addaudithook(hook)
+
+
+class Given(importlib.abc.InspectLoader):  # a module from source that is in memory
+    def __init__(self, source):
+        self.source = source
+
+    def get_source(self, name):
+        return self.source
+
+
+def load(name, source, **names):
+    """Import source as a module of this name, which has these names from the start."""
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, Given(source)))
+    vars(module).update(names)
+    sys.modules[name] = module
+    module.__loader__.exec_module(module)
+    return module
 
 
 def encode(x, number_of, depth=0):  # for JSON: [name of the kind, value]
@@ -964,12 +982,10 @@ def solution(requests, answers):
         return len(objects) - 1
 
     [source] = json.loads(requests.readline())
-    space = {"__name__": "solution"}
     confine(3)
     try:
-        exec(compile(source, "solution", "exec"), space)
-        names = {name: x for name, x in space.items()
-                 if type(name) is str and not isinstance(x, type(sys))}
+        names = {name: x for name, x in vars(load("solution", source)).items() if
+                 type(name) is str and name[:2] != "__" and not isinstance(x, type(sys))}
         send(answers, "ok", encode(names, number_of))
         for line in requests:
             try:
@@ -1048,11 +1064,9 @@ def tests(program, source, ask, told):
     confine(max(ask.fileno(), told.fileno()) + 1)
     try:
         send(ask, source)
-        space = {"__name__": "tests", **modules}
-        for name, value in answer()[0].items():
-            if not hasattr(builtins, name) and name not in modules and name[:2] != "__":
-                space[name] = value
-        exec(compile(program, "tests", "exec"), space)
+        load("tests", program, **modules, **{
+            name: value for name, value in answer()[0].items()
+            if not hasattr(builtins, name) and name not in modules and name[:2] != "__"})
     except BaseException as problem:
         return (type(problem).__name__ + ": " + str(problem))[:300]
 

@@ -157,7 +157,8 @@ def test_a_first_block_of_impossible_tokens():
 def test_a_scale_of_0_is_no_default():
     q, k, v = (rand(1, 1, 8, 16) for _ in range(3))
     for f in (K.flash_attention, K.flash_attention_torch):
-        close(f(q, k, v, False, scale=0.0), v.mean(-2, keepdim=True).expand_as(v))
+        out = f(q, k, v, False, scale=0.0)
+        assert (out - v.mean(-2, keepdim=True)).abs().max() < 1e-6
 
 
 def test_linear_cross_entropy_never_has_all_logits():
@@ -201,6 +202,7 @@ def test_adamw_equals_torch():
         K.adamw_step(ours, [b.grad.clone() for b in theirs], m, v, t, 3e-2, (0.8, 0.9), 1e-6, 0.3)
         for a, b in zip(ours, theirs):
             close(a, b.detach(), atol=1e-6)
+            assert (a - b).abs().max() < 1e-5
     K.adamw_step([], [], [], [], 1)
 
 
