@@ -18,27 +18,32 @@ After a demonstration, on what it left in out-align:
     python align.py rl --algorithm ppo --ckpt out-align/seed1/sft/ckpt.pt --out_dir out-ppo \\
         --data out-align/seed1/train.jsonl --max_new_tokens 4 --learning_rate 1e-3
 
-Training is taken up by --resume, which needs --out_dir only. Data is .jsonl or .json, also as .gz.
-For sft: `prompt` and `response`, Alpaca's `instruction`, `input`, `output`, or chats in
-`messages`; for dpo and reward: `prompt`, `chosen`, `rejected`; for rl: `prompt` and `answer` (or
-`tests`, for Python code, or IFEval's `instruction_id_list` and `kwargs`).
+An interrupted training run continues with --resume, which needs only --out_dir. Data is .jsonl or
+.json, also as .gz. For sft: `prompt` and `response`, Alpaca's `instruction`, `input`, `output`, or
+chats in `messages`; for dpo and reward: `prompt`, `chosen`, `rejected`; for rl: `prompt` and
+`answer` (or `tests`, for Python code, or IFEval's `instruction_id_list` and `kwargs`).
 
-Shapes: B responses, T tokens. Everything about tokens is shifted by one, as in train.py: position
-t of `input_ids` is what the model reads, position t of `labels`, log-probs and masks what it says.
+Shapes: B responses, T tokens. As in train.py everything is shifted by one: position t of
+`input_ids` is what the model reads; position t of `labels`, log-probs and masks is the token that
+it should predict there.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -59,43 +64,45 @@ from model import (Transformer, TransformerConfig, chat_stops, chat_template, en
                    load_checkpoint, pick_device, save_checkpoint, upcast)
 
 # -----------------------------------------------------------------------------
-# Data: files of rows, rows to messages, messages to ids.
+# Data: from the rows of a file to messages, and from messages to ids.
 
 
 def read_text(path):
-    """The text of a file, or of a compressed one. Raises ValueError if it is none, or OSError."""
+    """The text of a file, decompressed if it is a .gz. Raises ValueError or OSError."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read().decode()
-    except (UnicodeError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ValueError(f"{path}: {e}") from None
+    except (UnicodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_rows(path):
     """Rows of a .jsonl file, or of a .json file that is a list -> list of (where, dict), `where`
-    naming file and line for error messages. Raises ValueError for malformed ones, or OSError."""
-    whole = path.removesuffix(".gz").endswith(".json")
+    being the file and line, for error messages. Raises ValueError for malformed rows, or OSError.
+    """
+    is_list = path.removesuffix(".gz").endswith(".json")
     rows, where, text = [], path, read_text(path)
     try:
-        lines = json.loads(text) if whole else text.split("\n")
+        lines = json.loads(text) if is_list else text.split("\n")
         if type(lines) is not list:
             raise ValueError("it is no list of rows")
-        for number, row in enumerate(lines, 1):
-            where = f"{path}, {'row' if whole else 'line'} {number}"
-            if whole or row.strip():
-                row = row if whole else json.loads(row)
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, {'row' if is_list else 'line'} {number}"
+            if is_list or line.strip():
+                row = line if is_list else json.loads(line)
                 if type(row) is not dict:
                     raise ValueError(f"a row must be an object, not {type(row).__name__}")
                 rows.append((where, row))
-    except (ValueError, RecursionError) as e:  # to json each line is line 1
-        raise ValueError(f"{where}: {re.sub('line 1 (?=column)', '', str(e))}") from None
+    except (ValueError, RecursionError) as error:  # json calls each of our lines "line 1"
+        raise ValueError(f"{where}: {str(error).replace('line 1 column', 'column')}") from None
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
 
 
 def field(row, where, *names, kind=str):
-    """The first of these fields that a row has; ValueError if it has none, or of another type."""
+    """The first of these fields that a row has. Raises ValueError if it has none, or if the value
+    is not of type `kind`."""
     for name in names:
         if name in row:
             if type(row[name]) is not kind:
@@ -106,8 +113,8 @@ def field(row, where, *names, kind=str):
 
 
 def to_messages(turns, where):
-    """A chat in the usual forms ({"role", "content"}, or ShareGPT's {"from", "value"}) -> list of
-    {"role": system, user or assistant, "content": ...}"""
+    """A chat as {"role", "content"} or as ShareGPT's {"from", "value"} -> list of
+    {"role": "system", "user" or "assistant", "content": text}"""
     messages = []
     for turn in turns:
         if type(turn) is not dict:
@@ -121,7 +128,7 @@ def to_messages(turns, where):
 
 
 def prompt_of(row, where):
-    """The messages that a row begins with."""
+    """The messages of a row that come before the response."""
     for name in ("messages", "conversations", "prompt"):
         if type(row.get(name)) is list:
             return to_messages(row[name], where)
@@ -131,78 +138,103 @@ def prompt_of(row, where):
     return [{"role": "user", "content": text}]
 
 
+def keep(items, wanted, what, why):
+    """The items for which `wanted`, a list of bool, is true; says how many others are dropped.
+    Raises ValueError if none is left."""
+    kept = [item for item, good in zip(items, wanted) if good]
+    if not kept:
+        raise ValueError(f"none of {len(items)} {what} can be used: {why}")
+    if len(kept) < len(items):
+        print(f"{len(items) - len(kept)} of {len(items)} {what} dropped: {why}", flush=True)
+    return kept
+
+
 def read_conversations(path):
-    """Data for fine-tuning -> (chats, each a list of messages that ends with the assistant's; the
-    number of rows dropped because a response is empty)."""
+    """Data for fine-tuning -> list of chats, each a list of messages of which the last is the
+    assistant's. Rows with an empty response are dropped."""
     chats = []
-    for where, row in (rows := read_rows(path)):
+    for where, row in read_rows(path):
         chat = prompt_of(row, where)
         if not {"messages", "conversations"} & set(row):
             text = field(row, where, "response", "output", "completion", "answer")
             chat.append({"role": "assistant", "content": text})
         while chat and chat[-1]["role"] != "assistant":
             chat.pop()
-        if chat and all(m["content"].strip() for m in chat if m["role"] == "assistant"):
-            chats.append(chat)
-    return chats, len(rows) - len(chats)
+        chats.append(chat)
+    full = [chat and all(m["content"].strip() for m in chat if m["role"] == "assistant")
+            for chat in chats]
+    return keep(chats, full, f"rows of {path}", "a response is missing or empty")
 
 
 def read_pairs(path):
-    """Data for preferences -> (list of (messages, chosen, rejected), the number of rows dropped
-    because a response is empty or both are the same). A side is a text, a message, or a whole
-    dialogue, as messages or as in Anthropic's files."""
+    """Preference data -> list of (messages, chosen, rejected). Each of the two is a text, a
+    message, or a whole dialogue, as messages or as one text as in Anthropic's files. Pairs with an
+    empty response, or with twice the same, are dropped."""
     pairs = []
-    for where, row in (rows := read_rows(path)):
+    for where, row in read_rows(path):
         sides = []
         for name in ("chosen", "rejected"):
-            value = [row[name]] if type(row.get(name)) is dict else row.get(name)
-            if type(value) is str and value.startswith("\n\nHuman: ") and "prompt" not in row:
-                _, *parts = re.split(r"\n\n(Human|Assistant): ?", value)
-                value = [{"role": role, "content": text}
-                         for role, text in zip(parts[::2], parts[1::2])]
-            sides.append(to_messages(value, where) if value and type(value) is list else
+            side = row.get(name)
+            if type(side) is dict:
+                side = [side]
+            elif "prompt" not in row and type(side) is str and side.startswith("\n\nHuman: "):
+                _, *parts = re.split(r"\n\n(Human|Assistant): ?", side)
+                side = [{"role": role, "content": text}
+                        for role, text in zip(parts[::2], parts[1::2])]
+            sides.append(to_messages(side, where) if side and type(side) is list else
                          [{"content": field(row, where, name)}])
         prompt = sides[0][:-1] if len(sides[0]) > 1 else prompt_of(row, where)
-        chosen, rejected = (side[-1]["content"] for side in sides)
-        if chosen.strip() and rejected.strip() and chosen != rejected:
-            pairs.append((prompt, chosen, rejected))
-    return pairs, len(rows) - len(pairs)
+        pairs.append((prompt, *(side[-1]["content"] for side in sides)))
+    useful = [chosen.strip() and rejected.strip() and chosen != rejected
+              for _, chosen, rejected in pairs]
+    return keep(pairs, useful, f"pairs of {path}", "a response is empty, or both are the same")
 
 
 def read_problems(path):
-    """Data for reinforcement learning: rows with an added "messages". GSM8K's answers are cut down
-    to what follows ####."""
+    """Data for reinforcement learning -> list of rows with "messages" added. Of GSM8K's answers
+    only what follows #### is kept."""
     problems = []
     for where, row in read_rows(path):
         if not {"answer", "tests", "instruction_id_list", "answerKey"} & set(row):
-            raise ValueError(f"{where}: nothing to verify by: it needs answer, tests or "
+            raise ValueError(f"{where}: nothing to verify a response by: it needs answer, tests or "
                              "instruction_id_list")
-        if type(row.get("answer", 0)) not in (int, float):
-            field(row, where, "answer")
         if "tests" in row:
-            lines = row["tests"] if type(row["tests"]) is list else [row["tests"]]
-            if not all(type(line) is str for line in lines) or not any(map(str.strip, lines)):
+            tests = row["tests"] if type(row["tests"]) is list else [row["tests"]]
+            if not all(type(line) is str for line in tests) or not "".join(tests).strip():
                 raise ValueError(f"{where}: tests must be Python code, or lines of it")
+        if "instruction_id_list" in row:
+            check_instructions(row, where)
         if "answer" in row:
+            if type(row["answer"]) not in (int, float):
+                field(row, where, "answer")
             row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
-        problems.append(row | {"messages": prompt_of(row, where)})
+        problems.append(row | {"messages": prompt_of(row, where), "n": 4})
     return problems
 
 
+def check_instructions(row, where):
+    """Raise ValueError unless a row has IFEval's instructions, and arguments for each."""
+    names = field(row, where, "instruction_id_list", kind=list)
+    if not all(type(name) is str for name in names) or \
+            len(names) != len(field(row, where, "kwargs", kind=list)):
+        raise ValueError(f"{where}: it needs names of instructions, and as many kwargs")
+
+
 def make_template(name, tokenizer):
-    """The chat template of this name (see model.py): chatml, llama3, llama2, plain; raw, which
-    adds nothing but the end; or alpaca (Taori et al. 2023). Ends are marked by the tokenizer's
-    end-of-text token if it has not what the template uses. Raises ValueError without any."""
-    own = {"begin": "", "system": "{content}\n\n", "default_system": ""}
-    if name == "raw":
-        template = own | {"user": "{content}", "assistant": "{content}"}
-    elif name == "alpaca":
-        template = own | {
-            "default_system": "Below is an instruction that describes a task. Write a response "
-                              "that appropriately completes the request.",
-            "user": "### Instruction:\n{content}\n\n", "assistant": "### Response:\n{content}"}
+    """The chat template of this name: chatml, llama3, llama2, plain (see model.py); raw, which
+    adds nothing but the end; or alpaca (Taori et al. 2023). Where the tokenizer lacks the special
+    tokens that end a template's response, its end-of-text token ends it. Raises ValueError if it
+    has none."""
+    if name in ("raw", "alpaca"):
+        template = {"begin": "", "default_system": "", "system": "{content}\n\n",
+                    "user": "{content}", "assistant": "{content}"}
     else:
         template = chat_template(name)
+    if name == "alpaca":
+        template |= {"user": "### Instruction:\n{content}\n\n",
+                     "assistant": "### Response:\n{content}",
+                     "default_system": "Below is an instruction that describes a task. Write a "
+                                       "response that appropriately completes the request."}
     tail = template["assistant"].split("{content}")[1]
     if not any(token in tail for token in tokenizer.special_tokens):
         ends = [t for t, i in tokenizer.special_tokens.items() if i == tokenizer.eot_id]
@@ -212,30 +244,25 @@ def make_template(name, tokenizer):
     return template
 
 
-def encode_example(tokenizer, template, prompt, response):
-    """Messages, and what the assistant says to them -> (ids, mask), the mask being 1 for the
-    response, its end included. Both are tokenized one by one here, unlike in `score`, since that
-    is how it will be when the model writes the response."""
-    head = encode_chat(tokenizer, template, prompt)
-    alone = {"begin": "", "default_system": "",
-             "assistant": "{content}" + template["assistant"].split("{content}")[1]}
-    tail = encode_chat(tokenizer, alone, [{"role": "assistant", "content": response}], reply=False)
-    return head + tail, [0] * len(head) + [1] * len(tail)
-
-
-def encode_conversation(tokenizer, template, messages):
-    """A chat that ends with the assistant's message -> (ids, mask) of all that it says."""
+def encode_conversation(tokenizer, template, messages, last_only=False):
+    """A chat that ends with the assistant's message -> (ids, mask); the mask is 1 for the tokens
+    of all that the assistant says (last_only: of its last message), ends included. Unlike in
+    `encode_continuation`, a prompt and its response are tokenized separately, since that is how
+    it will be when the model writes the response."""
     ids, mask, start = [], [], 0
+    later = template | {"begin": "", "default_system": ""}
+    end = later | {"assistant": "{content}" + template["assistant"].split("{content}")[1]}
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            example = encode_example(tokenizer, template, messages[start:i], message["content"])
-            ids, mask = ids + example[0], mask + example[1]
-            start, template = i + 1, template | {"begin": "", "default_system": ""}
+        if i == len(messages) - 1 or message["role"] == "assistant" and not last_only:
+            head = encode_chat(tokenizer, later if start else template, messages[start:i])
+            tail = encode_chat(tokenizer, end, [message], reply=False)
+            ids, mask = ids + head + tail, mask + [0] * len(head) + [1] * len(tail)
+            start = i + 1
     return ids, mask
 
 
 def padded(rows, fill=0, device="cpu"):
-    """Lists of ids -> (B, T) int64. Shorter ones are filled up on the right, where causal
+    """Lists of ids -> (B, T) int64. Shorter rows are filled up on the right, where causal
     attention does not see it."""
     width = max([len(row) for row in rows] + [1])
     rows = [row + [fill] * (width - len(row)) for row in rows]
@@ -243,8 +270,8 @@ def padded(rows, fill=0, device="cpu"):
 
 
 def collate(examples, pad_id=0, device="cpu"):
-    """(ids, mask) of several texts -> dict of (B, T) tensors: input_ids and labels, ids without
-    the last and without the first, and response_mask, True where the label is to be learned."""
+    """(ids, mask) of B texts -> dict of (B, T) tensors: input_ids and labels, which are the ids
+    without the last and without the first, and response_mask, True where the label counts."""
     ids = padded([ids for ids, _ in examples], pad_id, device)
     mask = padded([mask for _, mask in examples], 0, device).bool()
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
@@ -252,8 +279,8 @@ def collate(examples, pad_id=0, device="cpu"):
 
 def tokenize_prompts_and_responses(prompts, responses, tokenizer):
     """Lists of B strings -> dict of input_ids, labels (int64) and response_mask (bool), (B, T),
-    T one less than the longest prompt and response have together; see `collate`. An empty response
-    has no True in its row."""
+    where T is one less than the longest prompt with its response; see `collate`. The row of an
+    empty response has no True. The tokenizer is ours or one of Hugging Face's."""
     encode = getattr(tokenizer, "encode_ordinary", tokenizer.encode)
     pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "eot_id")]
     examples = []
@@ -276,9 +303,9 @@ def pack_sequences(examples, block_size, pad_id=0):
     >>> p["input_ids"].tolist(), p["labels"].tolist(), p["positions"].tolist()
     ([[5, 6, 8, 0]], [[6, 7, 9, 0]], [[0, 1, 0, 0]])
     """
-    rows = []  # each of four lists, of which all but response_mask are named above
-    fitting = [e for e in examples if 1 < len(e[0]) <= block_size + 1]
-    for ids, mask in sorted(fitting, key=lambda e: -len(e[0])):
+    rows = []  # each of four lists: input_ids, labels, positions, response_mask
+    fitting = [example for example in examples if 1 < len(example[0]) <= block_size + 1]
+    for ids, mask in sorted(fitting, key=lambda example: -len(example[0])):
         # only the last rows are tried: with many texts the others are full
         row = next((row for row in rows[-200:] if len(row[0]) + len(ids) - 1 <= block_size), None)
         if row is None:
@@ -326,7 +353,7 @@ def separate_documents(model, positions):
 
 
 # -----------------------------------------------------------------------------
-# Log-probabilities, entropy, and means over some tokens only.
+# Log-probabilities, entropy, and means over some of the tokens.
 
 
 def masked_sum(tensor, mask, dim=None, normalize_constant=1.0):
@@ -352,14 +379,14 @@ def entropy(logits):
 def response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0):
     """log p(label_t | input_ids up to t), for every position -> {"log_probs": (B, T)} and, if
     asked for, "token_entropy": (B, T), without gradient. input_ids, labels: (B, T) int64; where
-    a label is -100, which elsewhere marks what is not to be learned, log_probs are 0.
-    temperature: that of sampling, by which logits were divided."""
+    a label is -100, PyTorch's mark for "ignore", log_probs are 0. temperature: that of sampling,
+    by which logits were divided."""
     logits = model(input_ids)
     logits = upcast(getattr(logits, "logits", logits)) / temperature
-    left_out = labels == -100
+    ignored = labels == -100
     # logit - log Z: no (B, T, V) tensor of log-probabilities is needed
-    picked = logits.gather(-1, labels.masked_fill(left_out, 0)[..., None])[..., 0]
-    out = {"log_probs": (picked - torch.logsumexp(logits, -1)).masked_fill(left_out, 0.0)}
+    picked = logits.gather(-1, labels.masked_fill(ignored, 0)[..., None])[..., 0]
+    out = {"log_probs": (picked - torch.logsumexp(logits, -1)).masked_fill(ignored, 0.0)}
     if return_token_entropy:
         with torch.no_grad():
             out["token_entropy"] = entropy(logits)
@@ -367,14 +394,15 @@ def response_log_probs(model, input_ids, labels, return_token_entropy=False, tem
 
 
 # -----------------------------------------------------------------------------
-# Losses. Each is a scalar to be minimised. Under gradient accumulation the number that a loss is
-# divided by must be that of the whole batch, not of its part, or the tokens of a part with few
-# would weigh more: `normalizer`, with which the losses of the parts add up to that of the whole.
+# Losses. Each is a scalar to be minimised. With gradient accumulation every part of a batch must
+# be divided by the number of tokens of the whole batch, not by its own, or the tokens of a part
+# with few would weigh more. That number is `normalizer`: the losses of the parts then add up to
+# the loss of the whole.
 
 
 def sft_loss(log_probs, response_mask, normalizer=None):
     """Mean negative log-likelihood of the responses' tokens: -sum m log p / sum m (Ouyang et al.
-    2022, step 1). log_probs, response_mask: (B, T). normalizer: tokens of all parts of the batch.
+    2022, step 1). log_probs, response_mask: (B, T). normalizer: tokens of the whole batch.
     With no token at all the loss is 0."""
     count = response_mask.sum().clamp(min=1) if normalizer is None else normalizer
     return -masked_sum(log_probs, response_mask, normalize_constant=count)
@@ -382,7 +410,7 @@ def sft_loss(log_probs, response_mask, normalizer=None):
 
 def reward_model_loss(chosen, rejected):
     """-log sigmoid(r_chosen - r_rejected), mean over pairs: the negative log-likelihood of the
-    choices, if they follow Bradley & Terry (1952; Ouyang et al. 2022). (B,), (B,) -> scalar"""
+    choices under the model of Bradley & Terry (1952; Ouyang et al. 2022). (B,), (B,) -> scalar"""
     losses = -F.logsigmoid(chosen - rejected)
     return losses.sum() / max(1, losses.numel())
 
@@ -396,7 +424,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
 
 
 def kl_estimate(log_probs, reference_log_probs):
-    """KL(pi || ref) by one sample from pi: r - log r - 1 with r = ref / pi. Not biased, and never
+    """KL(pi || ref) from one sample of pi: r - log r - 1 with r = ref / pi. Unbiased, and never
     negative (Schulman 2020, k3). Same shapes -> same shape."""
     log_ratio = reference_log_probs - log_probs
     return log_ratio.exp() - log_ratio - 1
@@ -404,17 +432,18 @@ def kl_estimate(log_probs, reference_log_probs):
 
 def group_advantages(rewards, group_size, eps=1e-6, normalize_std=True):
     """(r - mean) / (std + eps) within each group of responses to one prompt (GRPO: Shao et al.
-    2024), or r - mean without normalize_std (Dr. GRPO: Liu et al. 2025). rewards: (B,), responses
-    to one prompt one after the other -> (B,). std is that of a sample, over n - 1. Groups of equal
-    rewards get 0. Raises ValueError if B is no multiple of group_size."""
-    rewards = torch.as_tensor(rewards) * 1.0  # of integers, too
+    2024), or r - mean without normalize_std (Dr. GRPO: Liu et al. 2025). rewards: (B,), those of a
+    prompt side by side -> (B,). std is the sample's, over n - 1. A group of equal rewards gets 0.
+    Raises ValueError if B is no multiple of group_size."""
+    rewards = torch.as_tensor(rewards) * 1.0  # integers, too
     if group_size < 1 or rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards are no groups of {group_size}")
     groups = rewards.reshape(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_std and group_size > 1:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
-    same = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)  # a mean can be rounded
+    # the mean of equal numbers can be rounded to another number
+    same = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
     return advantages.masked_fill(same, 0.0).reshape(rewards.shape)
 
 
@@ -424,27 +453,27 @@ def policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantag
 
     no_baseline:              -reward log pi (REINFORCE: Williams 1992)
     reinforce_with_baseline:  -A log pi: the same in expectation, with less variance
-    grpo_clip:                -min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old: steps that
-                              would leave the trust region earn nothing more (PPO: Schulman et al.
-                              2017; asymmetric: DAPO, Yu et al. 2025)
+    grpo_clip:                -min(r A, clip(r, 1 - low, 1 + high) A), r = pi / pi_old: nothing is
+                              gained by leaving the trust region (PPO: Schulman et al. 2017;
+                              asymmetric: DAPO, Yu et al. 2025)
     grpo_no_clip:             -r A
 
     policy_log_probs, old_log_probs: (B, T); raw_rewards, advantages: (B,), (B, 1) or (B, T);
     cliprange: one number, or (low, high).
-    -> ((B, T), {"clipped": (B, T) of bool, where the clipped term was the smaller}) Raises
-    ValueError for another loss_type, or if what it needs is missing.
+    -> ((B, T), {"clipped": (B, T) of bool, where the clipped term was the smaller})
+    Raises ValueError for another loss_type, or if what it needs is missing.
     """
-    given = {"raw_rewards": raw_rewards, "advantages": advantages,
-             "old_log_probs": old_log_probs, "cliprange": cliprange}
-    needs = {"no_baseline": ["raw_rewards"], "reinforce_with_baseline": ["advantages"],
-             "grpo_clip": ["advantages", "old_log_probs", "cliprange"],
-             "grpo_no_clip": ["advantages", "old_log_probs"]}
+    weights = raw_rewards if loss_type == "no_baseline" else advantages
+    needs = {"no_baseline": {"raw_rewards": weights},
+             "reinforce_with_baseline": {"advantages": weights},
+             "grpo_clip": {"advantages": weights, "old_log_probs": old_log_probs,
+                           "cliprange": cliprange},
+             "grpo_no_clip": {"advantages": weights, "old_log_probs": old_log_probs}}
     if loss_type not in needs:
         raise ValueError(f"loss_type must be one of {', '.join(needs)}, not {loss_type!r}")
-    if missing := [name for name in needs[loss_type] if given[name] is None]:
+    if missing := [name for name, value in needs[loss_type].items() if value is None]:
         raise ValueError(f"{loss_type} needs {', '.join(missing)}")
-    weights = torch.as_tensor(raw_rewards if loss_type == "no_baseline" else advantages,
-                              device=policy_log_probs.device)
+    weights = torch.as_tensor(weights, device=policy_log_probs.device)
     weights = weights[:, None] if weights.ndim == 1 else weights
     if not loss_type.startswith("grpo"):
         return -weights * policy_log_probs, {}
@@ -457,7 +486,7 @@ def policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantag
 
 
 def grpo_normalizer(response_mask, loss_type="grpo", max_length=None):
-    """What `grpo_loss` divides by, of the whole batch. response_mask: (B, T)."""
+    """What `grpo_loss` divides by, for a whole batch. response_mask: (B, T)."""
     if loss_type == "dapo":
         return response_mask.sum().clamp(min=1)
     longest = max_length or response_mask.shape[1]
@@ -471,9 +500,9 @@ def grpo_loss(log_probs, old_log_probs, advantages, response_mask, reference_log
     (`policy_gradient_loss`) plus beta times `kl_estimate`, and m the mask:
 
     grpo     1/B sum_i (sum_t m l / sum_t m): each response counts the same
-    dr_grpo  1/(B max_length) sum m l: no longer reward for long wrong answers (Liu et al. 2025);
-             it goes with advantages that are not divided by their standard deviation
-    dapo     sum m l / sum m: each token counts the same (Yu et al. 2025); it goes with
+    dr_grpo  1/(B max_length) sum m l: long wrong answers are no longer favoured (Liu et al. 2025);
+             to be used with advantages that are not divided by their standard deviation
+    dapo     sum m l / sum m: each token counts the same (Yu et al. 2025); to be used with
              clip_high=0.28
 
     log_probs, old_log_probs, reference_log_probs, response_mask: (B, T); advantages: (B,).
@@ -522,10 +551,10 @@ def ppo_loss(log_probs, old_log_probs, advantages, response_mask, values=None, o
              returns=None, clip=0.2, value_clip=0.2, value_weight=0.1, normalizer=None):
     """Proximal policy optimization (Schulman et al. 2017; Stiennon et al. 2020), mean over tokens:
 
-    -min(r A, clip(r, 1 - clip, 1 + clip) A), and with values, those of the value function,
+    -min(r A, clip(r, 1 - clip, 1 + clip) A), and with the values of a value function
     + value_weight/2 max((V - R)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - R)^2)
 
-    All but the numbers: (B, T). normalizer: tokens of all parts of the batch. -> scalar
+    All but the numbers: (B, T). normalizer: tokens of the whole batch. -> scalar
     """
     mask = response_mask.bool()
     new, old = (x.masked_fill(~mask, 0.0) for x in (log_probs, old_log_probs))
@@ -542,24 +571,15 @@ def ppo_loss(log_probs, old_log_probs, advantages, response_mask, values=None, o
 
 
 # -----------------------------------------------------------------------------
-# Verifiers. Answers come from a model that is rewarded for being judged right: each verifier reads
-# them as a stranger's text, within bounds, and what it can not read is wrong.
+# Verifiers. The model is rewarded for answers that are judged right, so it will find whatever a
+# verifier lets through: each reads answers as a stranger's text, within bounds, and counts what it
+# can not read as wrong.
 
 MAX_BITS = 4096  # of an exact number; 9^9^9^9 would fill any memory
 NUMBER = r"-?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s?/\s?\d+)?(?:\\?%)?"
-
-
-def last_boxed(text):
-    """What is inside the last \\boxed{...}, its braces paired; None without one that is closed."""
-    opened, best = [], (-1, None)
-    for m in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\}", text):
-        if m[0] != "}":
-            opened.append((m.end(), m[1]))
-        elif opened:
-            start, boxed = opened.pop()
-            if boxed and start > best[0]:
-                best = start, text[start : m.start()]
-    return best[1]
+TOKEN = r"\d+\.?\d*|\.\d+|\\[a-zA-Z]+|\\%|\*\*|[-+*/^(){}\[\]%√π]|[a-zA-Z]"
+PYTHON = {"{": "(", "}": ")", "^": "**", "\\times": "*", "\\cdot": "*", "\\div": "/",
+          "%": "/100", "\\%": "/100", "\\pi": "π", "√": "sqrt", "\\sqrt": "sqrt", "\\frac": "frac"}
 
 
 def extract_answer(text):
@@ -570,8 +590,12 @@ def extract_answer(text):
     ('$7$', '2')
     """
     text = text[-20_000:]
-    if (boxed := last_boxed(text)) is not None:
-        return boxed.strip()
+    if boxes := re.findall(r"\\(?:boxed|fbox)\s*\{((?:(?!\\boxed|\\fbox).)*)", text, re.S):
+        depth = 1
+        for i, c in enumerate(boxes[-1]):
+            depth += (c == "{") - (c == "}")
+            if depth == 0:
+                return boxes[-1][:i].strip()
     for pattern in (r"(?s:<answer>((?:(?!<answer>).)*?)</answer>)", r"####([^\n]*)",
                     r"(?i:answer\s+is:?|answer:)[ *]*([^\n]+)"):
         if found := re.findall(pattern, text):
@@ -593,127 +617,91 @@ def normalize_answer(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
-def bounded(x):
-    """x, if it is a Fraction of at most MAX_BITS or a finite float; else ValueError."""
-    if isinstance(x, Fraction) and max(map(int.bit_length, x.as_integer_ratio())) <= MAX_BITS or \
-            isinstance(x, float) and math.isfinite(x):
-        return x
-    raise ValueError("too large, or no real number")
+def to_python(text):
+    """An expression in plain or LaTeX notation as one of Python's. Raises ValueError.
+
+    >>> to_python(r"2\\frac{1}{3}"), to_python("2x^{3}"), to_python(r"\\sqrt[3]8")
+    ('frac[2](1)(3)', '2*x**(3)', 'sqrt[3](8)')
+    """
+    text = re.sub(r"(\d)\s*[eE]([+-]?\d+)\b", r"\1*10^{\2}", text)
+    text = re.sub(r"(?<![\d.])(\d+)\s*\\frac", r"\\frac[\1]", text)  # a mixed number: 2 1/3
+    # \frac12 is \frac{1}{2}
+    text = re.sub(r"((?:\\frac|\\sqrt|√)(?:\[\d+\])?)\s*(\\pi|\w)", r"\1{\2}", text)
+    text = re.sub(r"(\\frac(?:\[\d+\])?\{(?:[^{}]|\{[^{}]*\})*\})\s*(\\pi|\w)",
+                  r"\1{\2}", text)
+    tokens = re.findall(TOKEN, text)
+    if len(text) > 1000 or "".join(tokens) != "".join(text.split()) or \
+            re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}", text):  # words
+        raise ValueError("not an expression")
+    out = ""
+    for token, before in zip(tokens, ["", *tokens]):
+        ended = before[-1:].isdigit() or before.isalpha() or before in (")", "}", "\\pi")
+        if ended and (token[0].isalnum() or token in ("(", "\\frac", "\\sqrt", "\\pi", "√")):
+            out += "*"  # 2x is a product
+        out += PYTHON.get(token) or (str(int(token)) if token.isdigit() else token)  # 007
+    return out
+
+
+def size(x):
+    """Bits of a Fraction; 0 for a finite float; infinite for nan, inf and complex numbers."""
+    if isinstance(x, Fraction):
+        return max(map(int.bit_length, x.as_integer_ratio()))
+    return 0 if isinstance(x, float) and math.isfinite(x) else math.inf
 
 
 def power(base, exponent):
-    """base ** exponent. Sizes are looked at before anything is computed."""
+    """base ** exponent. Its size is looked at before anything is computed."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        if max(map(int.bit_length, base.as_integer_ratio())) * abs(exponent) > MAX_BITS:
+        if size(base) * abs(exponent) > MAX_BITS:
             raise ValueError("too large")
         return base ** int(exponent)
-    return bounded(float(base) ** float(exponent))
+    return float(base) ** float(exponent)
 
 
-class MathParser:
-    """The value of an expression in plain or LaTeX notation, by precedence climbing: a Fraction
-    where it is exact, else a float. Single letters stand for arbitrary fixed numbers, so that
-    2x + 3 and 3 + 2x come out equal. Raises ValueError, ArithmeticError or RecursionError for all
-    else, and for what is too large."""
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.Pow: power}
 
-    TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\[a-zA-Z]+|\\%|\*\*|[-+*/^(){}\[\]%√π]|[a-zA-Z]")
-    CLOSING = {"{": "}", "(": ")", "[": "]"}
-    BINDING = {"+": 1, "-": 1, "*": 2, "\\times": 2, "\\cdot": 2, "/": 2, "\\div": 2, "^": 4,
-               "**": 4, "": 0, "}": 0, ")": 0, "]": 0, "%": 0, "\\%": 0}
 
-    def __init__(self, text):
-        tokens = self.TOKEN.findall(text)
-        if len(text) > 1000 or "".join(tokens) != "".join(text.split()) or \
-                re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}", text):  # words
-            raise ValueError("not an expression")
-        self.tokens = ["", *reversed(tokens)]  # the last is the next, the first the end
-
-    def take(self, *wanted):
-        """The next token, if it is one of these, else ''."""
-        return self.tokens.pop() if self.tokens[-1] in wanted else ""
-
-    def value(self, least=0):
-        """What begins here, as far as operators bind more tightly than `least`."""
-        if sign := self.take("+", "-"):
-            x = self.value(3) if sign == "+" else -self.value(3)
-        else:
-            x = self.atom()
-        while (binding := self.BINDING.get(op := self.tokens[-1], 2)) > least:
-            if self.take("^", "**"):  # from right to left
-                x = power(x, self.group() if self.tokens[-1] == "{" else self.value(3))
-                continue
-            self.take(*self.BINDING)
-            y = self.value(binding)
-            if op in ("+", "-"):
-                x = x + y if op == "+" else x - y
-            elif op in ("/", "\\div"):
-                x = x / y
-            elif op == "\\frac" and isinstance(x, Fraction) and x.denominator == 1:
-                x = x + (y if x >= 0 else -y)  # 1\frac12
-            else:  # also without a sign, as in 2x or 3\sqrt{2}
-                x = x * y
-            bounded(x)
-        return x
-
-    def atom(self):
-        if self.tokens[-1] in self.CLOSING:
-            x = self.group()
-        elif self.take("\\frac"):
-            x = self.argument() / self.argument()
-        elif self.take("\\sqrt", "√"):
-            degree = self.group() if self.tokens[-1] == "[" else Fraction(2)
-            x = power(self.argument(), 1 / degree)
-        elif self.take("\\pi", "π"):
+def evaluate(node):
+    """The value of a Python expression, as parsed by `ast`, that is arithmetic: a Fraction where
+    it is exact, else a float. Single letters stand for arbitrary fixed numbers, so that 2x + 3 and
+    3 + 2x come out equal. Raises ValueError for everything else and for what is too large."""
+    match node:
+        case ast.Constant(int() | float() as number):
+            x = Fraction(str(number))
+        case ast.Name("π"):
             x = math.pi
-        elif self.tokens[-1].isalpha():
-            x = Fraction(ord(self.tokens.pop()) * 7919 % 1009 + 2, 97)
-        else:
-            x = Fraction(self.tokens.pop())  # raises ValueError for what is no number
-        return bounded(x / 100 if self.take("%", "\\%") else x)
-
-    def group(self):
-        closing, x = self.CLOSING[self.tokens.pop()], self.value()
-        if not self.take(closing):
-            raise ValueError(f"{closing} is missing")
-        return x
-
-    def argument(self):
-        """Of \\frac or \\sqrt: a group, or one digit or letter, as in \\frac12."""
-        if self.tokens[-1] == "{":
-            return self.group()
-        if self.tokens[-1][:1].isdigit() and len(self.tokens[-1]) > 1:
-            token = self.tokens.pop()
-            self.tokens += [token[1:], token[0]]
-        return self.atom()
+        case ast.Name(letter) if len(letter) == 1:
+            x = Fraction(ord(letter) * 7919 % 1009 + 2, 97)
+        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
+            x = evaluate(operand) * (1 if isinstance(sign, ast.UAdd) else -1)
+        case ast.BinOp(left, sign, right) if type(sign) in OPERATORS:
+            x = OPERATORS[type(sign)](evaluate(left), evaluate(right))
+        case ast.Call(ast.Call(ast.Name("frac"), [top]), [bottom]):
+            x = evaluate(top) / evaluate(bottom)
+        case ast.Call(ast.Call(ast.Subscript(ast.Name("frac"), whole), [top]), [bottom]):
+            x = evaluate(whole) + evaluate(top) / evaluate(bottom)
+        case ast.Call(ast.Name("sqrt"), [inside]):
+            x = power(evaluate(inside), Fraction(1, 2))
+        case ast.Call(ast.Subscript(ast.Name("sqrt"), degree), [inside]):
+            x = power(evaluate(inside), 1 / evaluate(degree))
+        case _:
+            raise ValueError("not arithmetic")
+    if size(x) > MAX_BITS:
+        raise ValueError("too large, or no real number")
+    return x
 
 
 def math_value(text):
-    """The value of a normalized answer, or None."""
+    """The value of a normalized answer, or None. Nothing of it is ever run: Python's parser makes
+    a tree of it, of which `evaluate` computes what it knows."""
     try:
-        parser = MathParser(re.sub(r"(\d)\s*[eE]([+-]?\d+)\b", r"\1*10^{\2}", text))
-        x = parser.value()
-        return x if parser.tokens == [""] else None
-    except (ValueError, ArithmeticError, RecursionError):
+        return evaluate(ast.parse(to_python(text), mode="eval").body)
+    except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
-def split_list(text):
-    """'(1, (2, 3))' -> ('(', ')', ['1', '(2, 3)']); without brackets these are ''."""
-    text = text.replace("\\{", "{").replace("\\}", "}")
-    first = last = ""
-    if len(text) > 1 and text[0] in "([{" and text[-1] in ")]}":
-        first, text, last = text[0], text[1:-1], text[-1]
-    parts, depth = [""], 0
-    for c in text:
-        depth += (c in "([{") - (c in ")]}")
-        if c == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return first, last, [part.strip() for part in parts]
-
-
-def same_answer(a, b, depth=0):
+def same_answer(a, b):
     """Whether two normalized answers are equal: as text, as numbers, or element by element."""
     if a.replace(" ", "") == b.replace(" ", ""):
         return True
@@ -724,23 +712,25 @@ def same_answer(a, b, depth=0):
         with contextlib.suppress(OverflowError):  # a Fraction too large for a float
             return math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12)
         return False
-    (*brackets, left), (*others, right) = split_list(a), split_list(b)
-    if brackets != others or not 1 < len(left) == len(right) <= 50 or depth > 5:
+    ends, parts = [], []
+    for text in (a, b):  # (1, (2, 3)) -> the ends ( and ), the parts 1 and (2, 3)
+        text = text.replace("\\{", "{").replace("\\}", "}")
+        inside = re.fullmatch(r"([(\[{])(.*)([)\]}])", text) or ["", "", text, ""]
+        ends.append((inside[1], inside[3]))
+        parts.append(re.split(r",(?![^(\[{]*[)\]}])", inside[2]))
+    left, right = parts
+    if ends[0] != ends[1] or not 1 < len(left) == len(right) <= 50:
         return False
-    if brackets[0] != "{":
-        return all(same_answer(p, q, depth + 1) for p, q in zip(left, right))
-    for p in left:  # a set: in any order
-        match = next((q for q in right if same_answer(p, q, depth + 1)), None)
-        if match is None:
-            return False
-        right.remove(match)
-    return True
+    if ends[0][0] == "{":  # a set, in any order
+        return all(any(same_answer(p.strip(), q.strip()) for q in others)
+                   for some, others in ((left, right), (right, left)) for p in some)
+    return all(same_answer(p.strip(), q.strip()) for p, q in zip(left, right))
 
 
 def grade_math(answer, truth):
     """Whether a response, or an answer alone, gives the true answer, both strings: 1/2, 0.5, 50%,
     \\frac{1}{2} and \\boxed{\\tfrac12} are equal, and so are 1,234 and 1234, (1, 2) and (1,2),
-    2x+3 and 3+2x. Nothing is evaluated but by `MathParser`, within its bounds."""
+    2x+3 and 3+2x."""
     if not isinstance(answer, str) or not isinstance(truth, str):
         return False
     if answer.strip() == truth.strip() != "":
@@ -782,11 +772,6 @@ def find_choice(response, n=4):
             return found[-1]
     found = set(re.findall(rf"\b([{letters}])\b(?!')", response))
     return found.pop() if len(found) == 1 else None
-
-
-def grade_choice(response, label, n=4):
-    """Whether `find_choice` finds the letter `label`."""
-    return find_choice(response, n) == label
 
 
 def is_json(text):
@@ -879,207 +864,173 @@ def check_constraint(name, arguments, response, loose=False):
             from None
 
 
-# Model-written code is never run in this process. It is run by two child processes, both without
-# files, network and further processes. One holds the code to be judged; the other runs the tests,
-# and has to ask the first for every call, which answers in plain values. So the code never sees a
-# test, an expected value or the verdict: frames, patched builtins, objects that claim to be equal
-# to everything, os._exit(0) and printing are no use. What this source does, in turn: load what may
-# be imported, give up all rights, import the code or the tests as a module, and serve.
+# Model-written code is never run in this process. It is run by two child processes that talk over
+# a socket, both without files, network and further processes. One holds the code to be judged. The
+# other runs the tests, and has to ask the first for every call; answers are plain values. So the
+# code never sees a test, an expected value or the verdict: frames, patched builtins, objects that
+# claim to be equal to everything, os._exit(0) and printing are no use. What this source does, in
+# turn: load what may be imported, give up all rights, run the code or the tests, and serve.
 SANDBOX = r'''
-import sys, os, json, resource, io
+import sys, os, json, resource
 import abc, array, bisect, cmath, collections, collections.abc, contextlib, copy, dataclasses
-import datetime, decimal, enum, fractions, functools, heapq, itertools, math, numbers, operator
+import datetime, decimal, enum, fractions, functools, heapq, io, itertools, math, numbers, operator
 import random, re, statistics, string, textwrap, time, types, typing, unicodedata, builtins
 import _strptime, calendar, hashlib, keyword, pprint, queue, secrets, struct, traceback
-import importlib.abc, importlib.util
 
+role, memory, seconds = sys.argv[1], *map(int, sys.argv[2:])
 modules = {name: module for name, module in sys.modules.items() if "." not in name}
-containers = {kind.__name__: kind
-              for kind in (list, tuple, set, frozenset, dict, collections.deque)}
+kinds = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, collections.deque,
+                                          bytes, bytearray)}
+most = 1 << 24  # bytes of an answer
+told, tell = open(1, "rb"), open(1, "wb")  # the socket
 
 
-def confine(descriptors):
+def confine():
     if os.getuid() == 0:  # root is not bound by the number of processes
-        try:
+        with contextlib.suppress(OSError):
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        except OSError:
-            pass
-    memory, seconds = map(int, sys.argv[2:])
     for name, n in (("CORE", 0), ("FSIZE", 1 << 16), ("NPROC", 0), ("AS", memory),
-                    ("CPU", seconds), ("NOFILE", descriptors)):
-        try:
+                    ("CPU", seconds), ("NOFILE", 0)):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: memory
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
-        except (OSError, ValueError, AttributeError):
-            pass  # macOS does not limit memory
+
     def hook(event, args):
         # constants only: nothing that the code could change
         if event not in ("compile", "exec", "builtins.id", "sys._getframe", "time.sleep",
                          "sys._getframemodulename", "object.__getattr__", "object.__setattr__",
                          "object.__delattr__", "builtins.input", "array.__new__", "sys.excepthook",
-                         "sys.unraisablehook", "sys._current_frames", "code.__new__") or \
+                         "sys.unraisablehook", "sys._current_frames", "function.__new__") or \
                 event == "object.__setattr__" and args[1] == "__code__":
             raise PermissionError(event + " is not allowed here")
     sys.addaudithook(hook)
 
 
-class Given(importlib.abc.InspectLoader):  # a module from source that is in memory
-    def __init__(self, source):
-        self.source = source
-
-    def get_source(self, name):
-        return self.source
-
-
-def load(name, source, **names):
-    """Import source as a module of this name, which has these names from the start."""
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, Given(source)))
-    vars(module).update(names)
-    sys.modules[name] = module
-    module.__loader__.exec_module(module)
+def load(name, source, names):
+    # what `import` does: a module of this name, which has these names from the start
+    module = sys.modules[name] = types.ModuleType(name)
+    vars(module).update(names, __builtins__=builtins)
+    types.FunctionType(compile(source, name, "exec"), vars(module))()
     return module
 
 
-def encode(x, number_of, depth=0):  # for JSON: [name of the kind, value]
-    if depth > 100:
-        raise ValueError("nested too deeply")
-    if x is None or type(x) in (bool, int, str):
-        return ["plain", x]
-    if type(x) in (float, complex):
-        return [type(x).__name__, repr(x)]
-    if type(x) in (bytes, bytearray):
-        return ["bytes", x.hex()]
-    for name, kind in containers.items():
+def send(*message):
+    tell.write(json.dumps(message).encode() + b"\n")
+    tell.flush()
+
+
+def encode(x, number_of):  # for JSON: a plain value as it is, others as [kind, content]
+    if x is None or type(x) in (bool, int, float, str):
+        return x
+    if type(x) is complex:
+        return ["complex", [x.real, x.imag]]
+    for name, kind in kinds.items():
         if isinstance(x, kind):
-            return [name, [encode(y, number_of, depth + 1)
-                           for y in (x.items() if kind is dict else x)]]
-    return ["handle", number_of(x)]
+            return [name, [encode(y, number_of) for y in (x.items() if kind is dict else x)]]
+    return ["handle", number_of(x)]  # a function or object, which stays where it is
 
 
 def decode(x, handle):
-    kind, value = x
-    if kind in containers:
-        return containers[kind]([decode(y, handle) for y in value])
-    return {"plain": lambda x: x, "float": float, "complex": complex, "bytes": bytes.fromhex,
-            "handle": handle}[kind](value)
+    if type(x) is not list:
+        return x
+    kind, content = x
+    if kind in kinds:
+        return kinds[kind]([decode(y, handle) for y in content])
+    return handle(content) if kind == "handle" else complex(*content)
 
 
-def send(file, *message):
-    file.write(json.dumps(message).encode() + b"\n")
-    file.flush()
-
-
-def solution(requests, answers):
-    """Run the code, then do what it is asked for: operation, arguments, keyword arguments."""
-    sys.stdin, sys.stdout = io.StringIO(""), sys.stderr
+def serve():
+    # in the process of the code: do what the tests ask for, (operation, arguments, by name)
     objects = []
-    operations = {"get": getattr, "list": list, "eq": operator.eq,
-                  "call": lambda function, *args, **kwargs: function(*args, **kwargs)}
 
     def number_of(x):
         objects.append(x)
         return len(objects) - 1
 
-    [source] = json.loads(requests.readline())
-    confine(3)
-    try:
-        names = {name: x for name, x in vars(load("solution", source)).items() if
-                 type(name) is str and name[:2] != "__" and not isinstance(x, type(sys))}
-        send(answers, "ok", encode(names, number_of))
-        for line in requests:
-            try:
-                operation, *request = json.loads(line)
-                args, kwargs = (decode(x, objects.__getitem__) for x in request)
-                result = operations[operation](*args, **kwargs)
-                send(answers, "ok", encode(result, number_of), encode(args[1:], number_of))
-            except Exception as error:
-                send(answers, type(error).__name__, str(error)[:300])
-    except BaseException as error:
-        send(answers, type(error).__name__, str(error)[:300])
+    def names_of(source):
+        return {name: x for name, x in vars(load("solution", source, {})).items() if
+                type(name) is str and name[:2] != "__" and not isinstance(x, types.ModuleType)}
+
+    operations = {"load": names_of, "getattr": getattr, "list": list, "len": len,
+                  "getitem": operator.getitem, "eq": operator.eq,
+                  "call": lambda function, *args, **kwargs: function(*args, **kwargs)}
+    for line in told:
+        try:
+            operation, *request = json.loads(line)
+            args, kwargs = (decode(x, objects.__getitem__) for x in request)
+            result = operations[operation](*args, **kwargs)
+            send("ok", encode([result, *args[1:]], number_of))
+        except BaseException as error:
+            send(type(error).__name__, str(error)[:300])
 
 
-def tests(program, source, ask, told):
-    """Run the tests -> why they do not pass, or None. They see the names that the code defines;
-    functions and objects of the code are Handles."""
-    most = 1 << 24
-
-    def number_of(x):
-        if type(x) is not Handle:
-            raise TypeError("only plain values can be given to the code")
-        return x._number
-
-    def answer():
-        line = told.readline(most)
-        if not line.endswith(b"\n"):
-            raise SystemExit("the code ended its process" if len(line) < most else "too much")
-        status, *rest = json.loads(line)
-        if status == "ok":
-            return [decode(x, Handle) for x in rest]
-        kind = getattr(builtins, status, None) if type(status) is str else None
-        if not (isinstance(kind, type) and issubclass(kind, Exception)) or \
-                issubclass(kind, (UnicodeError, AssertionError, StopIteration)):
-            kind = RuntimeError
-        raise kind(str(rest[0]) if rest else "")
-
-    def request(operation, *args, **kwargs):
-        send(ask, operation, encode(args, number_of), encode(kwargs, number_of))
-        return answer()
-
-    class Handle:  # of a function or object over there
-        def __init__(self, number):
-            self._number = int(number)
-
-        def __getattr__(self, name):
-            return request("get", self, name)[0]
-
-        def __call__(self, *args, **kwargs):
-            result, after = request("call", self, *args, **kwargs)
-            for old, new in zip(args, after):  # what the call did to its arguments
-                if isinstance(old, (list, dict, set, collections.deque)):
-                    old.clear()
-                    getattr(old, "extend" if hasattr(old, "extend") else "update")(new)
-            return result
-
-        def __iter__(self):
-            return iter(request("list", self)[0])
-
-        def __len__(self):
-            try:
-                return self.__getattr__("__len__")()
-            except AttributeError:  # the kind that list() expects
-                raise TypeError("it has no length") from None
-
-        def __getitem__(self, key):
-            return self.__getattr__("__getitem__")(key)
-
-        def __bool__(self):
-            return True
-
-        def __eq__(self, other):  # never equal to a value from here, whatever it claims
-            return type(other) is Handle and request("eq", self, other)[0] is True
-
-        __hash__ = object.__hash__
-
-    confine(max(ask.fileno(), told.fileno()) + 1)
-    try:
-        send(ask, source)
-        load("tests", program, **modules, **{
-            name: value for name, value in answer()[0].items()
-            if not hasattr(builtins, name) and name not in modules and name[:2] != "__"})
-    except BaseException as problem:
-        return (type(problem).__name__ + ": " + str(problem))[:300]
+def number_of(x):
+    if type(x) is not Handle:
+        raise TypeError("only plain values can be given to the code")
+    return x._number
 
 
-sys.setrecursionlimit(3000)
-if sys.argv[1] == "solution":
-    solution(os.fdopen(0, "rb"), os.fdopen(1, "wb"))
-else:
-    program, source, ask, told = json.loads(sys.stdin.read())
-    verdict, sys.stdout = sys.stdout, open(os.devnull, "w")
-    error = tests(program, source, os.fdopen(ask, "wb"), os.fdopen(told, "rb"))
-    verdict.write(json.dumps([error is None, error or ""]))
-    verdict.flush()
+def request(operation, *args, **kwargs):
+    # in the process of the tests: have the code do something
+    send(operation, encode(args, number_of), encode(kwargs, number_of))
+    line = told.readline(most)
+    if not line.endswith(b"\n"):
+        raise SystemExit("the code ended its process" if len(line) < most else "too much")
+    status, answer = json.loads(line)
+    if status != "ok":
+        kind = vars(builtins).get(status)
+        known = isinstance(kind, type) and issubclass(kind, Exception) and \
+            not issubclass(kind, (UnicodeError, AssertionError, StopIteration))
+        raise (kind if known else RuntimeError)(str(answer))
+    result, *after = decode(answer, Handle)
+    for old, new in zip(args[1:], after):  # what the call did to its arguments
+        if isinstance(old, (list, dict, set, collections.deque)):
+            old.clear()
+            getattr(old, "extend" if hasattr(old, "extend") else "update")(new)
+    return result
+
+
+class Handle:  # stands for a function or object in the process of the code
+    def __init__(self, number):
+        self._number = number
+
+    def ask(self, operation, *args, **kwargs):
+        return request(operation, self, *args, **kwargs)
+
+    __getattr__ = functools.partialmethod(ask, "getattr")
+    __call__ = functools.partialmethod(ask, "call")
+    __len__ = functools.partialmethod(ask, "len")
+    __getitem__ = functools.partialmethod(ask, "getitem")
+    __hash__ = object.__hash__
+
+    def __iter__(self):
+        return iter(self.ask("list"))
+
+    def __bool__(self):
+        return True
+
+    def __eq__(self, other):  # never equal to a value from here, whatever it claims
+        return type(other) is Handle and self.ask("eq", other) is True
+
+
+if role == "tests":
+    program, source = json.load(sys.stdin)
+sys.stdin, sys.stdout = io.StringIO(""), open(os.devnull, "w")
+sys.stderr = sys.stdout
+confine()
+if role == "solution":
+    serve()
+    os._exit(0)
+error = ""
+try:
+    names = request("load", source)
+    load("tests", program, modules | {
+        name: value for name, value in names.items()
+        if not hasattr(builtins, name) and name not in modules and name[:2] != "__"})
+except BaseException as problem:
+    error = (type(problem).__name__ + ": " + str(problem))[:300]
+os.write(2, json.dumps(error).encode())
 os._exit(0)
 '''
 
@@ -1107,40 +1058,33 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
         raise OSError("code can only be run where the operating system limits processes: Linux "
                       "or macOS")
     tests = tests if isinstance(tests, str) else "\n".join(tests)
-    started = []
-
-    def start(role, **more):
-        command = [sys.executable, "-I", "-S", "-c", SANDBOX, role, str(memory_mb << 20),
-                   str(math.ceil(timeout) + 1)]
-        started.append(subprocess.Popen(command, cwd=folder, env={}, start_new_session=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, **more))
-        return started[-1]
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            solution = start("solution")
-            pipes = solution.stdin.fileno(), solution.stdout.fileno()
-            tester = start("tests", pass_fds=pipes)
-            solution.stdin.close()  # the other child has them now
-            solution.stdout.close()
-            job = json.dumps([tests, code, *pipes]).encode()
-            passed, error = json.loads(tester.communicate(job, timeout)[0])
-        except subprocess.TimeoutExpired:
-            passed, error = False, "timeout"
-        except ValueError:
-            passed, error = False, "the tests did not come to an end"
-        finally:
-            for process in started:
-                with contextlib.suppress(OSError), process:  # which closes its pipes, and waits
-                    os.killpg(process.pid, signal.SIGKILL)
-    return Verdict(passed is True, error)
+    limits = [str(memory_mb << 20), str(math.ceil(timeout) + 1)]
+    started, (ours, theirs) = [], socket.socketpair()
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    try:
+        with ours, theirs:  # from here on only the children have them
+            for role, stdin, stdout, stderr in (("solution", null, ours, null),
+                                                ("tests", pipe, theirs, pipe)):
+                started.append(subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", SANDBOX, role, *limits], cwd="/", env={},
+                    start_new_session=True, stdin=stdin, stdout=stdout, stderr=stderr))
+        job = json.dumps([tests, code]).encode()
+        error = json.loads(started[1].communicate(job, timeout)[1])
+    except subprocess.TimeoutExpired:
+        error = "timeout"
+    except ValueError:
+        error = "the tests did not come to an end"
+    finally:
+        for process in started:
+            with contextlib.suppress(OSError), process:  # which closes its pipes, and waits
+                os.killpg(process.pid, signal.SIGKILL)
+    return Verdict(error == "", error)
 
 
-def extract_code(response):
-    """The last fenced block of a response, or all of it."""
-    fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.S)
-    return fenced[-1] if fenced else response
+def follows(problem, response, loose=False):
+    """Which of the instructions of a row of IFEval a response follows: list of bool."""
+    return [check_constraint(name, arguments or {}, response, loose) for name, arguments in
+            zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
 
 def verify(problem, response):
@@ -1148,18 +1092,13 @@ def verify(problem, response):
     (the share that is followed), its choices, or its answer. Never raises for what a response
     says."""
     if "tests" in problem:
-        return float(run_code(extract_code(response), problem["tests"]).passed)
+        fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.S)
+        return float(run_code((fenced or [response])[-1], problem["tests"]).passed)
     if "instruction_id_list" in problem:
         return statistics.fmean(follows(problem, response) or [0.0])
     if "answerKey" in problem:
-        return float(grade_choice(response, problem["answerKey"]))
+        return float(find_choice(response, problem["n"]) == problem["answerKey"])
     return float(grade_math(response, problem["answer"]))
-
-
-def follows(problem, response, loose=False):
-    """Which of the instructions of a row of IFEval a response follows: list of bool."""
-    return [check_constraint(name, arguments or {}, response, loose) for name, arguments in
-            zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
 
 # A learned verifier: a Transformer that says one number at each position, in place of logits. Read
@@ -1248,29 +1187,26 @@ def make_problem(kind, level, rng):
     word: a story of min(level, 3) calculations
     rng: random.Random. The last line of a response is "#### answer", as in GSM8K, but for sums.
     """
-    lines, value = [], ""
+    value, lines = "", []
     if kind == "addition":
         a, b = rng.randrange(10**level), rng.randrange(10**level)
-        prompt, value = f"{a}+{b}=", a + b
+        prompt, steps, value = f"{a}+{b}=", [], a + b
     elif kind == "arithmetic":
-        value = rng.randrange(1, 20)
-        text = str(value)
-        for i in range(level):
-            step = f"{rng.choice('+-*')} {rng.randrange(2, 10)}"
-            text = f"({text}) {step}" if i else f"{text} {step}"
-            before, value = value, math_value(f"{value} {step}")
-            lines.append(f"{before} {step} = {value}")
+        value = text = rng.randrange(1, 20)
+        steps = [f"_ {rng.choice('+-*')} {rng.randrange(2, 10)}" for _ in range(level)]
+        for i, step in enumerate(steps):
+            text = step.replace("_", f"({text})" if i else str(text))
         prompt = f"Calculate {text}."
     else:
         text, steps = rng.choice([p for p in WORD_PROBLEMS if len(p[1]) == min(level, 3)])
         drawn = {"n": rng.choice(("Ana", "Ben", "Chen", "Dora", "Emil", "Fatima")),
                  "a": rng.randrange(5, 20), "b": rng.randrange(5, 20), "c": rng.randrange(20, 60),
                  "d": rng.randrange(2, 10), "e": rng.randrange(5, 50)}
-        for step in steps:
-            step = step.format(**drawn).replace("_", str(value))
-            value = math_value(step)
-            lines.append(f"{step}={value}")
-        prompt = text.format(**drawn)
+        prompt, steps = text.format(**drawn), [step.format(**drawn) for step in steps]
+    for step in steps:
+        step = step.replace("_", str(value))
+        value = math_value(step)
+        lines.append(f"{step} = {value}")
     response = "\n".join([*lines, f"#### {value}"]) if lines else str(value)
     return {"prompt": prompt, "response": response, "answer": str(value), "level": level}
 
@@ -1287,17 +1223,16 @@ def make_problems(kind, level, n, seed):
 
 
 # -----------------------------------------------------------------------------
-# Training: what its kinds have in common.
+# What all kinds of training have in common.
 
 
-@contextlib.contextmanager
-def replacing(path, mode="w"):
-    """A file that takes the name `path` only once it is whole: a killed run leaves no half."""
-    temporary = os.fspath(path) + ".tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+def write_text(path, text):
+    """Write a file that takes its name only once it is whole: a killed run leaves no half."""
+    temporary = f"{path}.tmp"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        with open(temporary, mode, **text) as file:
-            yield file
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1309,22 +1244,19 @@ def replacing(path, mode="w"):
 
 def write_rows(path, rows):
     """Write dicts as .jsonl."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with replacing(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-class Progress:
-    """A line on a terminal that says how far a long step is; nothing where there is none."""
+def read_log(folder):
+    """Rows of log.csv: list of dicts of strings."""
+    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
-    def __init__(self, what, total):
-        self.what, self.total, self.start = what, total, time.monotonic()
 
-    def __call__(self, done):
-        if sys.stderr.isatty():
-            left = (time.monotonic() - self.start) / max(1, done) * (self.total - done)
-            print(f"\r{self.what}: {done:,} of {self.total:,}, {left:.0f} s left \x1b[K",
-                  file=sys.stderr, end="\n" if done >= self.total else "", flush=True)
+def show(row):
+    """A row of the log, as a line."""
+    print(" | ".join(f"{name} {value:.4g}" if type(value) is float else f"{name} {value}"
+                     for name, value in row.items()), flush=True)
 
 
 def load_model(path, device, template=None):
@@ -1344,7 +1276,7 @@ def load_model(path, device, template=None):
 
 def batch_of(items, batch_size, step, seed):
     """Batch number `step` of a fixed order, in which nothing comes twice before all has come once:
-    each epoch is another permutation. It depends on nothing else, so a run can be taken up."""
+    each epoch is another permutation. It depends on nothing else, so a run can be resumed."""
     batch, at = [], step * batch_size
     while len(batch) < batch_size:
         epoch, i = divmod(at + len(batch), len(items))
@@ -1364,49 +1296,42 @@ def scheduled(step, args):
     return args.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def read_log(folder):
-    """Rows of log.csv: list of dicts of strings."""
-    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def optimizers_for(model, args):
+    """AdamW, or Muon (written out in train.py) with AdamW for all but the hidden matrices."""
+    matrices = []
+    if args.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError("--optimizer muon needs PyTorch 2.9 or later")
+        matrices = [p for name, p in model.blocks.named_parameters()
+                    if p.ndim == 2 and p.requires_grad and "router" not in name]
+    hidden = set(map(id, matrices))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
+    adamw = torch.optim.AdamW(
+        [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
+         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}],
+        args.learning_rate, (0.9, 0.95))
+    muon = [torch.optim.Muon(matrices, args.learning_rate, args.weight_decay, 0.95,
+                             adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return [*muon, adamw]
 
 
 class Run:
-    """What the commands that train share: the model, from --ckpt or from where a run was stopped,
-    its tokenizer, template and optimizers, and the loop."""
+    """What the commands that train share: the model, from --ckpt or from an interrupted run, its
+    tokenizer, template and optimizers, and the loop. Whoever trains further modules adds them to
+    `others` and their optimizers to `optimizers`; `more` is saved with the flags."""
 
     def __init__(self, args):
         self.args, self.device = args, pick_device(args.device)
         torch.manual_seed(args.seed)
         self.path = os.path.join(args.out_dir, "ckpt.pt")
         source = self.path if args.resume else args.ckpt
-        self.model, self.tokenizer, self.template, checkpoint = load_model(
-            source, self.device, args.template)
+        self.model, self.tokenizer, self.template, saved = load_model(source, self.device,
+                                                                      args.template)
         if self.model.quantized:
             raise ValueError(f"{source} is quantized: train the checkpoint that it was made from")
+        self.saved = saved if args.resume else None
         self.stops = chat_stops(self.tokenizer, self.template)
-        self.step = checkpoint["step"] if args.resume else 0
-        self.state = checkpoint.get("optimizer")
-        self.optimizers, self.others, self.more = self.optimizers_for(self.model), [], {}
-
-    def optimizers_for(self, model):
-        """SGD, AdamW, or Muon (written out in train.py) with AdamW for what is no hidden matrix.
-        Raises ValueError if this PyTorch has no Muon."""
-        a, matrices = self.args, []
-        if a.optimizer == "muon":
-            if not hasattr(torch.optim, "Muon"):
-                raise ValueError("--optimizer muon needs PyTorch 2.9 or later")
-            matrices = [p for name, p in model.blocks.named_parameters()
-                        if p.ndim == 2 and p.requires_grad and "router" not in name]
-        hidden = set(map(id, matrices))
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
-        groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": a.weight_decay},
-                  {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-        if a.optimizer == "sgd":
-            return [torch.optim.SGD(groups, a.learning_rate, 0.95)]
-        adamw = torch.optim.AdamW(groups, a.learning_rate, (0.9, 0.95))
-        return [adamw] if not matrices else [
-            torch.optim.Muon(matrices, a.learning_rate, a.weight_decay, 0.95,
-                             adjust_lr_fn="match_rms_adamw"), adamw]
+        self.optimizers, self.others, self.more = optimizers_for(self.model, args), [], {}
 
     def autocast(self):
         """The context of matrix products in bfloat16, if asked for."""
@@ -1419,15 +1344,9 @@ class Run:
             return response_log_probs(model, batch["input_ids"], batch["labels"], **how)
 
     def keep_fitting(self, items, lengths, what):
-        """Those of `items` whose length is at most block_size; says how many were not."""
+        """`keep` those of `items` whose length is at most block_size."""
         limit = self.model.config.block_size
-        kept = [item for item, n in zip(items, lengths) if n <= limit]
-        if len(kept) < len(items):
-            print(f"{len(items) - len(kept)} of {len(items)} {what} dropped: longer than "
-                  f"{limit} tokens", flush=True)
-        if not kept:
-            raise ValueError(f"none of {len(items)} {what} fits into {limit} tokens")
-        return kept
+        return keep(items, [n <= limit for n in lengths], what, f"longer than {limit} tokens")
 
     def update(self, params):
         """One step of the optimizers -> the norm that the gradient of params had."""
@@ -1439,52 +1358,53 @@ class Run:
         return norm
 
     def save(self, step, rows):
-        """log.csv, then ckpt.pt, which model.py chats with and --resume goes on from. A run that
-        is killed between the two has rows too many, which --resume leaves out."""
-        with replacing(os.path.join(self.args.out_dir, "log.csv")) as file:
-            names = dict.fromkeys(name for row in rows for name in row)
-            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        """Write log.csv, then ckpt.pt, which model.py chats with and --resume goes on from. A run
+        killed between the two has rows too many, which --resume leaves out."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+        write_text(os.path.join(self.args.out_dir, "log.csv"),
+                   "".join(",".join(map(str, line)) + "\n" for line in lines))
         save_checkpoint(self.path, self.model, self.optimizers + self.others, step,
                         args=vars(self.args) | self.more, tokenizer=self.tokenizer.to_json(),
                         template=self.template)
 
     def fit(self, do_step, evaluate):
         """The loop of every kind of training: learning rate, step, log, evaluation, checkpoint.
-        do_step(step) -> metrics, after it has moved the parameters; evaluate() -> metrics.
+        do_step(step) -> metrics, after it has changed the parameters; evaluate() -> metrics.
         SIGINT and SIGTERM end it after a step, and leave a checkpoint."""
-        args, rows, stopped, step = self.args, [], [], self.step
-        if step:
+        args, rows, stopped, step = self.args, [], [], 0
+        if self.saved:
             try:
-                for part, state in zip(self.optimizers + self.others, self.state, strict=True):
+                for part, state in zip(self.optimizers + self.others, self.saved["optimizer"],
+                                       strict=True):
                     part.load_state_dict(state)
+                step = int(self.saved["step"])
+                rows = [row for row in read_log(args.out_dir) if int(row["step"]) <= step]
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"{self.path} can not be resumed: {error}") from None
-            rows = [row for row in read_log(args.out_dir) if int(row["step"]) <= step]
+            self.saved = None  # its memory is free again
+        else:
+            show({"step": 0} | evaluate())
         os.makedirs(args.out_dir, exist_ok=True)
         previous = {s: signal.signal(s, lambda number, _: stopped.append(number))
                     for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if not step:
-                show({"step": 0} | evaluate())
             while step < args.max_iters and not stopped:
                 begin, lr = time.perf_counter(), scheduled(step, args)
                 for group in [g for optimizer in self.optimizers for g in optimizer.param_groups]:
                     group["lr"] = lr
-                row = {"step": step + 1} | do_step(step)
+                step, row = step + 1, {"step": step + 1} | do_step(step)
                 if not all(map(math.isfinite, row.values())):
-                    raise ValueError(f"at step {step + 1} the numbers are no longer finite: {row};"
-                                     " try a smaller --learning_rate")
-                step += 1
+                    raise ValueError(f"at step {step} the numbers are no longer finite: {row}; try"
+                                     " a smaller --learning_rate")
                 row |= {"learning_rate": lr, "seconds": time.perf_counter() - begin}
-                evaluated = step % args.eval_interval == 0 or step == args.max_iters
-                if evaluated and not stopped:
+                due = step % args.eval_interval == 0 or step == args.max_iters
+                if due and not stopped:
                     row |= evaluate()
                 rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-                if step % args.log_interval == 0 or evaluated or stopped:
+                if step % args.log_interval == 0 or due or stopped:
                     show(row)
-                if evaluated or stopped:
+                if due or stopped:
                     self.save(step, rows)
         finally:
             for number, handler in previous.items():
@@ -1494,16 +1414,10 @@ class Run:
             sys.exit(130)
 
 
-def show(row):
-    """A row of the log, as a line."""
-    print(" | ".join(f"{name} {value:.4g}" if type(value) is float else f"{name} {value}"
-                     for name, value in row.items()), flush=True)
-
-
 def averages(rows, size, measure, count=len, backward=False):
-    """What measure(part) says of parts of `size` rows -> its mean over all rows. backward: the
-    gradient of "loss", too. Each part weighs as much as count(part) is of count(rows), so that the
-    parts add up to what the whole batch would give."""
+    """measure(part) -> dict of scalars, applied to parts of `size` rows -> their means over all
+    rows. backward: also the gradient of "loss". A part weighs count(part) / count(rows), so that
+    the parts add up to what the whole batch would give."""
     sums, whole = Counter(), count(rows)
     for i in range(0, len(rows), size):
         part = rows[i : i + size]
@@ -1516,9 +1430,11 @@ def averages(rows, size, measure, count=len, backward=False):
     return dict(sums)
 
 
-def fit_rows(run, data, held_out, measure, count=len):
-    """The training of sft, dpo and reward: batches of `data`, in parts, and all of `held_out`."""
+def fit_rows(run, load, measure, count=len):
+    """The training of sft, dpo and reward: load(path) -> list of rows; measure(rows) -> "loss" and
+    other means over them; count(rows): how much these weigh in a mean over several parts."""
     args = run.args
+    data, held_out = load(args.data), load(args.val_data) if args.val_data else []
     params = [p for module in (run.model, *run.others) for p in module.parameters()]
 
     def do_step(step):
@@ -1536,7 +1452,7 @@ def fit_rows(run, data, held_out, measure, count=len):
 
 
 # -----------------------------------------------------------------------------
-# Supervised fine-tuning.
+# Supervised fine-tuning; preferences by a reward model, and by DPO, which does without.
 
 
 def run_sft(args):
@@ -1544,59 +1460,40 @@ def run_sft(args):
     run = Run(args)
     model = run.model
 
-    def load(path):  # -> list of (row, how many of its tokens are to be learned)
-        chats, empty = read_conversations(path)
-        if empty:
-            print(f"{empty} rows of {path} dropped: an empty response", flush=True)
-        if not chats:
-            raise ValueError(f"{path} has no row with a response")
-        examples = [encode_conversation(run.tokenizer, run.template, chat) for chat in chats]
-        examples = run.keep_fitting(examples, [len(ids) - 1 for ids, _ in examples],
-                                    f"examples of {path}")
-        if args.no_packing:
-            return [(example, sum(example[1][1:])) for example in examples]
-        packed = pack_sequences(examples, model.config.block_size)
-        return [({name: packed[name][i] for name in packed if name != "dropped"}, int(mask.sum()))
-                for i, mask in enumerate(packed["response_mask"])]
+    def load(path):
+        examples = [encode_conversation(run.tokenizer, run.template, chat)
+                    for chat in read_conversations(path)]
+        return run.keep_fitting(examples, [len(ids) - 1 for ids, _ in examples],
+                                f"examples of {path}")
 
-    def tokens(rows):
-        return sum(n for _, n in rows)
+    def tokens(examples):  # how many are to be learned
+        return sum(sum(mask[1:]) for _, mask in examples)
 
-    def measure(rows):
+    def measure(examples):
         model.train(torch.is_grad_enabled())
-        rows = [row for row, _ in rows]
         if args.no_packing:
-            batch, apart = collate(rows, device=run.device), contextlib.nullcontext()
+            batch, apart = collate(examples, device=run.device), contextlib.nullcontext()
         else:
-            batch = {name: torch.stack([row[name] for row in rows]).to(run.device)
-                     for name in rows[0]}
+            width = min(model.config.block_size, sum(len(ids) - 1 for ids, _ in examples))
+            packed = pack_sequences(examples, width)
+            batch = {name: x.to(run.device) for name, x in packed.items() if name != "dropped"}
             apart = separate_documents(model, batch["positions"])
         with apart:
             log_probs = run.log_probs(model, batch)["log_probs"]
         return {"loss": sft_loss(log_probs, batch["response_mask"]),
                 "auxiliary_loss": model.auxiliary_loss()}
 
-    data, held_out = load(args.data), load(args.val_data) if args.val_data else []
-    print(f"{len(data):,} rows, {tokens(data):,} tokens to be learned | {run.device}", flush=True)
-    fit_rows(run, data, held_out, measure, tokens)
-
-
-# -----------------------------------------------------------------------------
-# Preferences: a reward model, and DPO, which does without.
+    fit_rows(run, load, measure, tokens)
 
 
 def encode_pairs(run, path):
-    """Pairs of a file, those that fit -> list of ((ids, mask) of prompt + chosen, of prompt +
-    rejected)."""
-    pairs, useless = read_pairs(path)
-    if useless:
-        print(f"{useless} rows of {path} dropped: an empty response, or both the same", flush=True)
-    if not pairs:
-        raise ValueError(f"{path} has no pair with two responses")
-    encoded = [[encode_example(run.tokenizer, run.template, prompt, text) for text in sides]
-               for prompt, *sides in pairs]
-    lengths = [max(len(ids) for ids, _ in pair) - 1 for pair in encoded]
-    return run.keep_fitting(encoded, lengths, f"pairs of {path}")
+    """Pairs of a file, those that fit -> list of [(ids, mask) of prompt + chosen, of prompt +
+    rejected]."""
+    pairs = [[encode_conversation(run.tokenizer, run.template,
+                                  [*prompt, {"role": "assistant", "content": text}], True)
+              for text in sides] for prompt, *sides in read_pairs(path)]
+    lengths = [max(len(ids) for ids, _ in pair) - 1 for pair in pairs]
+    return run.keep_fitting(pairs, lengths, f"pairs of {path}")
 
 
 def preferences(chosen, rejected):
@@ -1618,14 +1515,11 @@ def run_dpo(args):
         return masked_sum(log_probs, batch["response_mask"], 1).view(2, -1)
 
     @torch.no_grad()
-    def load(path):  # -> list of (pair, its log-likelihoods by the reference), for good
-        pairs, rows = encode_pairs(run, path), []
-        progress = Progress("reference", len(pairs))
-        for i in range(0, len(pairs), args.batch_size):
-            some = pairs[i : i + args.batch_size]
-            rows += zip(some, log_likelihoods(reference, some).T.tolist())
-            progress(len(rows))
-        return rows
+    def load(path):  # -> list of (pair, its log-likelihoods by the reference), computed once
+        pairs = encode_pairs(run, path)
+        found = in_chunks(pairs, args.batch_size, "reference",
+                          lambda some: log_likelihoods(reference, some).T.tolist())
+        return list(zip(pairs, found))
 
     def measure(rows):
         policy = log_likelihoods(model, [pair for pair, _ in rows])
@@ -1634,7 +1528,7 @@ def run_dpo(args):
                 **preferences(*args.beta * (policy - before).detach()),
                 "chosen_log_prob": policy[0].mean(), "rejected_log_prob": policy[1].mean()}
 
-    fit_rows(run, load(args.data), load(args.val_data) if args.val_data else [], measure)
+    fit_rows(run, load, measure)
 
 
 def run_reward(args):
@@ -1651,12 +1545,13 @@ def run_reward(args):
                                   run.device).view(2, -1)
         return {"loss": reward_model_loss(*scores), **preferences(*scores.detach())}
 
-    fit_rows(run, encode_pairs(run, args.data),
-             encode_pairs(run, args.val_data) if args.val_data else [], measure)
+    fit_rows(run, functools.partial(encode_pairs, run), measure)
 
 
 # -----------------------------------------------------------------------------
 # Reinforcement learning.
+
+ALGORITHMS = ("reinforce", "ppo", "grpo", "dr_grpo", "dapo", "expert")
 
 
 def respond(model, tokenizer, prompts, stops, max_new_tokens, temperature, seed, batch_size=1024):
@@ -1677,7 +1572,7 @@ def respond(model, tokenizer, prompts, stops, max_new_tokens, temperature, seed,
 
 
 def encode_problems(run, path):
-    """Problems of a file whose prompts leave room for a response -> list with an added "ids"."""
+    """Problems of a file whose prompts leave room for a response -> list with "ids" added."""
     problems = read_problems(path)
     for problem in problems:
         problem["ids"] = encode_chat(run.tokenizer, run.template, problem["messages"])
@@ -1705,12 +1600,12 @@ def run_rl(args):
     reference = load_model(args.ckpt, run.device)[0] if args.kl else None
     critic = ScalarModel(copy.deepcopy(model)) if algorithm == "ppo" else None
     if critic:
-        run.optimizers += run.optimizers_for(critic.body)
+        run.optimizers += optimizers_for(critic.body, args)
         run.optimizers.append(torch.optim.AdamW(critic.head.parameters(), weight_decay=0.0))
         run.others = [critic]
     params = [p for optimizer in run.optimizers for group in optimizer.param_groups
               for p in group["params"]]
-    # the tokens of a minibatch are weighed as dapo does, if the algorithm says nothing else
+    # how the tokens of a minibatch are averaged: as in dapo, unless the algorithm says otherwise
     loss_type = algorithm if algorithm in ("grpo", "dr_grpo") else "dapo"
     clip_high = args.clip_high
     if clip_high is None:
@@ -1726,37 +1621,37 @@ def run_rl(args):
         return run.log_probs(model, part, temperature=args.temperature,
                              return_token_entropy=torch.is_grad_enabled())
 
+    def values_of(part):
+        with run.autocast():
+            return critic(part["input_ids"])
+
     @torch.no_grad()
     def rollout(step):  # -> a batch with rewards, and its texts as lists of ids
         asked = [p for p in batch_of(problems, args.prompts_per_step, step, args.seed)
                  for _ in range(args.group_size)]
         answers = respond(model, run.tokenizer, [p["ids"] for p in asked], run.stops,
                           args.max_new_tokens, args.temperature, args.seed * 100_003 + step)
-        texts = [ids for ids, _ in answers]
+        texts, said = zip(*answers)
         batch = collate([(ids, [0] * len(p["ids"]) + [1] * (len(ids) - len(p["ids"])))
                          for p, ids in zip(asked, texts)], device=run.device)
         if reward_model:
-            rewards = torch.cat([reward_model.score(texts[i : i + args.micro_batch], run.device)
-                                 for i in range(0, len(texts), args.micro_batch)])
+            batch["rewards"] = torch.cat([
+                reward_model.score(texts[i : i + args.micro_batch], run.device)
+                for i in range(0, len(texts), args.micro_batch)])
         else:
-            rewards = torch.tensor([verify(p, said) for p, (_, said) in zip(asked, answers)],
-                                   device=run.device)
-        batch["rewards"] = rewards
-        examples[:] = [(p, said, reward) for p, (_, said), reward in
-                       zip(asked, answers, rewards.tolist())][:: args.group_size]
+            batch["rewards"] = torch.tensor([*map(verify, asked, said)], device=run.device)
+        examples[:] = list(zip(asked, said, batch["rewards"].tolist()))[:: args.group_size]
         return batch, texts
 
     @torch.no_grad()
     def look_back(batch):  # what the losses need of the models before the updates
-        found = []
-        for part in parts(batch):
-            found.append({} if once else {"old": look(model, part)["log_probs"]})
-            if reference:
-                found[-1]["reference"] = look(reference, part)["log_probs"]
-            if critic:
-                with run.autocast():
-                    found[-1]["values"] = critic(part["input_ids"])
-        batch |= {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        wanted = {} if once else {"old": lambda part: look(model, part)["log_probs"]}
+        if reference:
+            wanted["reference"] = lambda part: look(reference, part)["log_probs"]
+        if critic:
+            wanted["values"] = values_of
+        batch |= {name: torch.cat([*map(measure, parts(batch))])
+                  for name, measure in wanted.items()}
         rewards, mask = batch["rewards"], batch["response_mask"]
         if algorithm == "ppo":
             given = torch.zeros_like(batch["old"])  # the reward comes with the last token
@@ -1779,9 +1674,7 @@ def run_rl(args):
         if algorithm == "expert":
             return sft_loss(log_probs, mask, normalizer)
         if algorithm == "ppo":
-            with run.autocast():
-                values = critic(part["input_ids"])
-            return ppo_loss(log_probs, old, advantages, mask, values, part["values"],
+            return ppo_loss(log_probs, old, advantages, mask, values_of(part), part["values"],
                             part["returns"], args.clip, args.clip, args.value_weight, normalizer)
         if algorithm == "reinforce":
             losses, _ = policy_gradient_loss(log_probs, "reinforce_with_baseline",
@@ -1814,7 +1707,7 @@ def run_rl(args):
                             ("clip_fraction", clipped.float()),
                             ("kl", kl_estimate(new, part.get("reference", old)))):
                 sums[name] += (masked_sum(x, mask) / tokens).item()
-        return {**sums, "grad_norm": run.update(params)} if sums else None
+        return {**sums, "grad_norm": run.update(params)} if sums else {}
 
     def do_step(step):
         batch, texts = rollout(step)
@@ -1848,15 +1741,15 @@ def run_rl(args):
 
 
 # -----------------------------------------------------------------------------
-# Work in chunks that can be taken up again; synthetic data and judging by a checkpoint.
+# Long work in chunks that can be resumed; synthetic data and judging by a checkpoint.
 
 
-def in_chunks(items, size, path, key, work, what):
-    """[result for each item], work(chunk) giving those of a chunk. With a path, each chunk's are
-    kept there as they come, and those of a run that was stopped are not computed again; `key`, of
-    which "command" is first, is what the results depend on: another one begins anew.
+def in_chunks(items, size, what, work, path=None, key=None):
+    """[result for each item], work(chunk) giving those of a chunk. With a path, results are kept
+    there as they come, a chunk a line, and those of an interrupted run are not computed again, if
+    its `key`, all that the results depend on, was the same. "command" is the first of key.
     Raises ValueError if the file at `path` is not from this command."""
-    chunks, progress = [], Progress(what, len(items))
+    chunks = []
     if path:
         if os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -1874,7 +1767,9 @@ def in_chunks(items, size, path, key, work, what):
         if path:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(chunk, ensure_ascii=False) + "\n")
-        progress(len(results))
+        if sys.stderr.isatty():
+            print(f"\r{what}: {len(results):,} of {len(items):,}", file=sys.stderr,
+                  end="" if len(results) < len(items) else "\n", flush=True)
     return results
 
 
@@ -1920,7 +1815,7 @@ def run_synth(args):
                 for (_, p), fit in zip(chunk, fits)]
 
     kept = args.out + ".part"
-    found = in_chunks(problems, args.batch_size, kept, vars(args), work, "prompts")
+    found = in_chunks(problems, args.batch_size, "prompts", work, kept, vars(args))
     rows = list(itertools.chain(*found))
     write_rows(args.out, rows)
     os.remove(kept)
@@ -1930,14 +1825,12 @@ def run_synth(args):
 def run_judge(args):
     """`judge`: a checkpoint compares the two answers of each pair of a file."""
     judge = load_model(args.ckpt, pick_device(args.device), args.template)[:3]
-    pairs = read_pairs(args.data)[0][: args.limit]
-    if not pairs:
-        raise ValueError(f"{args.data} has no two answers to a prompt")
+    pairs = read_pairs(args.data)[: args.limit]
 
     def work(chunk):
         return [judge_pair(*judge, messages[-1]["content"], a, b) for messages, a, b in chunk]
 
-    votes = in_chunks(pairs, 16, args.out, vars(args), work, "pairs")
+    votes = in_chunks(pairs, 16, "pairs", work, args.out, vars(args))
     wins, losses = votes.count(1), votes.count(-1)
     report({"pairs": len(votes), "first_preferred": wins, "second_preferred": losses,
             "undecided": votes.count(0), "win_rate": share([True] * wins + [False] * losses)})
@@ -1999,7 +1892,7 @@ def score(model, requests, batch_size=16):
         ids = ids[-(limit + 1) :]
         n = min(n, len(ids) - 1)
         rows.setdefault((tuple(ids[:-1]), n), []).append((i, ids[len(ids) - n :]))
-    ordered = sorted(rows.items(), key=lambda row: -len(row[0][0]))  # rows of a batch: alike long
+    ordered = sorted(rows.items(), key=lambda row: -len(row[0][0]))  # a batch: of similar lengths
     for at in range(0, len(ordered), batch_size):
         some = ordered[at : at + batch_size]
         hidden = model(padded([list(row) for (row, _), _ in some], device=device), hidden=True)
@@ -2017,14 +1910,14 @@ def score(model, requests, batch_size=16):
 
 def read_mmlu(path):
     """Rows of a .csv of MMLU, or of all in a folder, in the form of `read_rows`."""
-    rows = []
-    for name in sorted(os.listdir(path)) if os.path.isdir(path) else [os.path.basename(path)]:
-        if name.endswith(".csv"):
-            name = os.path.join(path, name) if os.path.isdir(path) else path
-            subject = re.sub(r"_(dev|val|test)\.csv$", "", os.path.basename(name))
-            with open(name, encoding="utf-8", newline="") as file:
-                rows += [(f"{name}, row {i}", {"subject": subject, "cells": cells})
-                         for i, cells in enumerate(csv.reader(file), 1)]
+    rows, names = [], [path]
+    if os.path.isdir(path):
+        names = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".csv")]
+    for name in names:
+        subject = re.sub(r"_(dev|val|test)\.csv$", "", os.path.basename(name)).replace("_", " ")
+        with open(name, encoding="utf-8", newline="") as file:
+            rows += [(f"{name}, row {i}", {"subject": subject, "cells": cells})
+                     for i, cells in enumerate(csv.reader(file), 1)]
     if not rows:
         raise ValueError(f"{path} holds no .csv of questions")
     return rows
@@ -2036,19 +1929,25 @@ def lettered(question, texts):
     return f"{question}{choices}\nAnswer:"
 
 
+def clean_wikihow(text):
+    """HellaSwag's texts without the marks of WikiHow."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
 def read_item(task, row, where):
     """One row of a task's file -> {"context", "choices", "label", "target"}, to be scored, or
     {"context", "problem", "target"}, to be answered. Contexts and targets are those of
     lm-evaluation-harness (Gao et al. 2021). Raises ValueError for rows without what they need."""
-    label, more = row.get("label"), {}
+    label, header = row.get("label"), {}
     if task == "mmlu":
         cells, texts = row["cells"], list("ABCD")
         if len(cells) != 6 or cells[5] not in texts:
             raise ValueError(f"{where}: it needs a question, four choices, and one of A to D, not "
                              f"{str(cells)[:80]}")
         context, label = lettered(cells[0].strip(), cells[1:5]), texts.index(cells[5])
-        more = {"header": "The following are multiple choice questions (with answers) about "
-                          f"{row['subject'].replace('_', ' ')}.\n\n"}
+        header = {"header": "The following are multiple choice questions (with answers) about "
+                            f"{row['subject']}.\n\n"}
     elif task == "arc" or (task == "arithmetic" and "choices" in row):
         choices = field(row, where, "choices", kind=dict)
         texts, labels = (field(choices, where, name, kind=list) for name in ("text", "label"))
@@ -2061,22 +1960,15 @@ def read_item(task, row, where):
         context = f"Question: {field(row, where, 'goal')}\nAnswer:"
         texts = [field(row, where, name) for name in ("sol1", "sol2")]
     elif task == "hellaswag":
-        def clean(text):  # of the marks of WikiHow
-            text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-            return text.replace("  ", " ")
-
-        names = ("activity_label", "ctx_a", "ctx_b")
-        activity, a, b = (field(row, where, name) for name in names)
-        context = clean(f"{activity}: {a} {b.capitalize()}")
-        texts = [clean(str(text)) for text in field(row, where, "endings", kind=list)]
+        activity, a, b = (field(row, where, name) for name in ("activity_label", "ctx_a", "ctx_b"))
+        context = clean_wikihow(f"{activity}: {a} {b.capitalize()}")
+        texts = [clean_wikihow(str(text)) for text in field(row, where, "endings", kind=list)]
         label = int(label) if str(label).isdecimal() else label
     elif task == "arithmetic" and "completion" in row:  # right if it is the likeliest
         context = field(row, where, "context")
         texts, label = [field(row, where, "completion").strip()], 0
     elif task == "ifeval":
-        names = field(row, where, "instruction_id_list", kind=list)
-        if len(names) != len(field(row, where, "kwargs", kind=list)):
-            raise ValueError(f"{where}: as many kwargs are needed as instructions")
+        check_instructions(row, where)
         return {"context": field(row, where, "prompt"), "problem": row, "target": ""}
     else:  # gsm8k, and problems of `synth`
         answer = field(row, where, "answer")
@@ -2087,7 +1979,7 @@ def read_item(task, row, where):
     if type(label) is not int or not 0 <= label < len(texts):
         raise ValueError(f"{where}: label must be one of the choices' numbers, not {label!r}")
     return {"context": context, "choices": texts, "label": label,
-            "target": " " + texts[label]} | more
+            "target": " " + texts[label]} | header
 
 
 def read_task(task, path, cot=False):
@@ -2162,7 +2054,7 @@ def run_eval(args):
     # a chunk is some args.batch_size texts, of four choices each
     work, texts = (answered, args.samples) if "problem" in items[0] else (scored, 4)
     key = {k: v for k, v in vars(args).items() if k not in ("out", "batch_size", "device")}
-    results = in_chunks(items, max(1, args.batch_size // texts), args.out, key, work, args.task)
+    results = in_chunks(items, max(1, args.batch_size // texts), args.task, work, args.out, key)
     summary = summarize_scores if work is scored else \
         summarize_instructions if args.task == "ifeval" else summarize_answers
     report({"task": args.task, "n": len(items)} | summary(items, results))
@@ -2236,8 +2128,8 @@ def evaluate_text(model, tokenizer, args):
     if not requests:
         raise ValueError(f"{args.data} holds no text")
     key = {name: getattr(args, name) for name in ("command", "task", "ckpt", "data", "limit")}
-    found = in_chunks(requests, 8 * args.batch_size, args.out, key,
-                      lambda chunk: score(model, chunk, args.batch_size), "windows")
+    found = in_chunks(requests, 8 * args.batch_size, "windows",
+                      lambda chunk: score(model, chunk, args.batch_size), args.out, key)
     total, tokens = -sum(p for p, _ in found), sum(n for _, n in requests)
     words = sum(len(text.split()) for text in texts)
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
@@ -2250,7 +2142,6 @@ def evaluate_text(model, tokenizer, args):
 # -----------------------------------------------------------------------------
 # The demonstration.
 
-ALGORITHMS = ("reinforce", "ppo", "grpo", "dr_grpo", "dapo", "expert")
 MUON = "--optimizer muon --weight_decay 0.1"
 RL = f"--schedule cosine --max_new_tokens 4 --eval_interval 15 {MUON}"
 GRPO = f"--max_iters 80 --prompts_per_step 128 --group_size 8 --learning_rate 1e-2 {RL}"
@@ -2271,18 +2162,22 @@ def run_demo(args):
     whether it is right (rl). Would longer imitation have done as well? The control tries, for as
     many seconds. Seeds are processes of their own, two at a time.
     """
-    begin, names = time.perf_counter(), ["sft", args.algorithm, "control"]
+    begin = time.perf_counter()
     seeds = range(args.seed, args.seed + args.seeds)
     with get_context("spawn").Pool(min(2, args.seeds), torch.set_num_threads, (1,)) as pool:
         # of the first seed all is shown
         results = pool.starmap(demonstrate, [(args.out_dir, seed, args.algorithm,
                                               seed == args.seed) for seed in seeds], chunksize=1)
     accuracies, seconds = (list(zip(*table)) for table in zip(*results))
-    print(f"\n{'held-out problems solved':26}" + "".join(f"{name:>12}" for name in names))
+
+    def line(title, cells, form):
+        print(f"{title:26}" + "".join(f"{cell:{form}}" for cell in cells))
+
+    line("\nheld-out problems solved ", ["sft", args.algorithm, "control"], ">12")
     for seed, (row, _) in zip(seeds, results):
-        print(f"{f'seed {seed}':26}" + "".join(f"{x:12.1%}" for x in row))
-    print(f"{'mean':26}" + "".join(f"{statistics.mean(x):12.1%}" for x in accuracies))
-    print(f"{'seconds of training':26}" + "".join(f"{statistics.mean(x):12.1f}" for x in seconds))
+        line(f"seed {seed}", row, "12.1%")
+    line("mean", map(statistics.mean, accuracies), "12.1%")
+    line("seconds of training", map(statistics.mean, seconds), "12.1f")
     plot_demo(args.out_dir, seeds, args.algorithm)
     print(f"\nseconds: {time.perf_counter() - begin:.1f}\nout_dir: {args.out_dir}", flush=True)
 
@@ -2390,7 +2285,7 @@ FLAGS = {  # of the commands below: what they are read with, their default, thei
     "learning_rate": (REAL, 1e-5, "the highest"),
     "warmup_iters": (NATURAL, 0, "steps to get there"),
     "schedule": (("constant", "cosine"), "constant", "from there to the end"),
-    "optimizer": (("adamw", "muon", "sgd"), "adamw", "muon: of hidden matrices, the rest adamw"),
+    "optimizer": (("adamw", "muon"), "adamw", "muon: of hidden matrices, the rest adamw"),
     "weight_decay": (REAL, 0.0, "of matrices, times the learning rate in each step"),
     "grad_clip": (REAL, 1.0, "largest norm of the gradient; 0: any"),
     "eval_interval": (COUNT, 50, "steps between evaluations, and between checkpoints"),
@@ -2457,32 +2352,24 @@ COMMANDS = {  # what runs, what it does, its flags (!: required), their defaults
 }
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, where there are any."""
-
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if shown else action.help
-
-
 def build_parser(resumed=False):
-    """The command line; for a run that is resumed only --out_dir is required."""
+    """The command line; to resume a run only --out_dir is required."""
     parser = argparse.ArgumentParser(description="From a base model to one that does what it is "
                                      "asked. Without a command: the demonstration.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command, (_, text, flags, defaults) in COMMANDS.items():
-        p = commands.add_parser(command, help=text, description=text, formatter_class=Help)
+        p = commands.add_parser(command, help=text, description=text)
         for flag in flags.split():
             name = flag.rstrip("!")
-            required = flag == "out_dir!" or flag.endswith("!") and not resumed
             kind, default, meaning = FLAGS[name]
+            default = defaults.get(name, default)
             if kind is bool:
                 p.add_argument(f"--{name}", action="store_true", help=meaning)
-            else:
-                how = {"choices": kind} if type(kind) is tuple else {"type": kind}
-                p.add_argument(f"--{name}", default=default, required=required, help=meaning,
-                               **how)
-        p.set_defaults(**defaults)
+                continue
+            p.add_argument(f"--{name}", default=default, help=meaning if default is None else
+                           f"{meaning} (default: {default})",
+                           required=flag == "out_dir!" or flag.endswith("!") and not resumed,
+                           **{"choices" if type(kind) is tuple else "type": kind})
     return parser
 
 
@@ -2506,14 +2393,9 @@ def parse_args(argv):
     return args
 
 
-def interrupted(number, frame):
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
-    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
         args = parse_args(sys.argv[1:])
         COMMANDS[args.command][0](args)
@@ -2521,7 +2403,7 @@ def main():
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         print(f"align.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -438,17 +438,17 @@ def test_what_people_write_is_no_special_token():
     assert ids.count(tokenizer.eot_id) == 1 and ids[-1] == tokenizer.eot_id and mask[-1]
 
 
-def test_formats_of_data(tmp_path):
+def test_formats_of_data(tmp_path, capsys):
     rows = [
         {"prompt": "p", "response": "r"}, {"instruction": "i", "input": "x", "output": "o"},
         {"instruction": "i", "input": "", "output": "o"}, {"prompt": "p", "response": " "},
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}]
-    chats, empty = A.read_conversations(str(write(tmp_path / "a.jsonl", rows)))
+    chats = A.read_conversations(str(write(tmp_path / "a.jsonl", rows)))
     said = [[m["content"] for m in chat] for chat in chats]
-    assert empty == 1 and said == [["p", "r"], ["i\n\nx", "o"], ["i", "o"], ["u", "a"], ["u", "a"]]
+    assert "1 of 6 rows" in capsys.readouterr().out and said == [["p", "r"], ["i\n\nx", "o"], ["i", "o"], ["u", "a"], ["u", "a"]]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert A.read_conversations(str(tmp_path / "a.json"))[0] == chats
+    assert A.read_conversations(str(tmp_path / "a.json")) == chats
 
     human = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: ok\n\nAssistant: "
     pairs = [
@@ -461,8 +461,8 @@ def test_formats_of_data(tmp_path):
          "rejected": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "r"}]}]
     with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in pairs)
-    read, useless = A.read_pairs(str(tmp_path / "p.jsonl.gz"))
-    assert useless == 1
+    read = A.read_pairs(str(tmp_path / "p.jsonl.gz"))
+    assert "1 of 5 pairs" in capsys.readouterr().out
     assert [([m["content"] for m in p], c, r) for p, c, r in read] == [
         (["p"], "c", "r"), (["hi", "yes?", "ok"], "good", "bad"), (["u"], "c", "r"),
         (["u"], "c", "r")]
@@ -479,7 +479,7 @@ def test_formats_of_data(tmp_path):
     ('{"prompt": "a"}', "line 1: it has none of the fields response"), ("", "holds no rows"),
     ('{"messages": [{"role": "nobody", "content": "x"}]}', "role"),
     ('{"messages": [3]}', "line 1"), ("[" * 100_000, "line 1"), ("\x00\n", "line 1"),
-    ('{"messages": []}', "no row with a response"),
+    ('{"messages": []}', "a response is missing"),
     ('{"prompt": "a", "response": "b"}\n{"a": 1 2}',
      "line 2: Expecting ',' delimiter: column 9 ")])
 def test_malformed_data_is_reported_with_its_line(tmp_path, base, capsys, text, message):
@@ -569,7 +569,7 @@ def test_extract_answer():
     ("answer: C", "C")])
 def test_choices(text, letter):
     assert A.find_choice(text) == letter
-    assert A.grade_choice(text, "B") is (letter == "B")
+    assert A.verify({"answerKey": "B", "n": 4}, text) == (letter == "B")
 
 
 CONSTRAINT_CASES = [
@@ -652,8 +652,12 @@ FORGERIES = {
     "def f(x): return 1",
     "shadows": "def all(x): return True\ndef isinstance(*a): return True\ndef f(x): return 1",
     "writes a verdict": "import os\nos.write(1, b'[true, \"\"]\\n' * 9)\ndef f(x): return 1",
-    "writes answers": "import os\nos.write(1, b'[\"ok\", [\"dict\", []]]\\n' * 9)\n"
+    "writes answers": "import os\nos.write(1, b'[\"ok\", [\"list\", [[\"dict\", []]]]]\\n' * 9)\n"
     "def f(x): return 1",
+    "writes handles": "import os\nos.write(1, b'[\"ok\", [\"list\", [[\"dict\", [[\"tuple\", "
+    "[\"f\", [\"handle\", 0]]]]]]]]\\n' * 9)\ndef f(x): return 1",
+    "stops": "def f(x): raise StopIteration",
+    "crafted": "import sys\nc = (lambda: 0).__code__.replace(co_code=b'00')\ndef f(x): return 2",
     "frames": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        frame.f_locals.update(error=None)\n        frame = frame.f_back\n    return 1",
     "raises": "def f(x): raise SystemExit(0)",
@@ -689,7 +693,7 @@ def test_code_that_cheats_fails(name, tmp_path):
 
 def test_the_verdict_comes_from_what_a_problem_has():
     assert A.verify({"answer": "2"}, "1 + 1 = 2") == 1 and A.verify({"answer": "2"}, "3") == 0
-    assert A.verify({"answerKey": "B"}, "(B)") == 1
+    assert A.verify({"answerKey": "E", "n": 5}, "(E)") == 1
     assert (A.verify({"instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
                       "kwargs": [{}, None]}, "a") == 0.5)
     fenced = "Here:\n```python\ndef f(x):\n    return 2 * x\n```\nas you asked"
@@ -941,14 +945,13 @@ def test_sft_learns_and_leaves_a_model_that_talks(trained):
 def test_packing_and_accumulation_do_not_change_training(tmp_path, base):
     data = write(tmp_path / "d.jsonl", sums(8))
     losses = {}
-    for name, flags in (("plain", "--no_packing"), ("packed", "--batch_size 99"),
-                        ("parts", "--no_packing --gradient_accumulation_steps 3")):
+    for name, flags in (("plain", "--no_packing"), ("packed", ""),
+                        ("parts", "--gradient_accumulation_steps 3")):
         rows = train("sft", base, data, tmp_path / name, "--max_iters 4 --batch_size 8 "
-                     f"--learning_rate 1e-2 --optimizer sgd {flags}")
-        losses[name] = [float(row["loss"]) for row in rows]
+                     f"--learning_rate 1e-3 {flags}")
+        losses[name] = sum([[float(row["loss"]), float(row["grad_norm"])] for row in rows], [])
     assert losses["parts"] == pytest.approx(losses["plain"], rel=1e-4)
-    # rows may come several times when fewer than the batch: all of them equally often, about
-    assert losses["packed"][0] == pytest.approx(losses["plain"][0], rel=0.2)
+    assert losses["packed"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind, flags", [
@@ -1023,8 +1026,8 @@ def test_micro_batches_do_not_change_rl(tmp_path, trained):
     losses = []
     for size in (1024, 5):
         rows = train("rl", *trained, tmp_path / str(size), "--algorithm dapo --max_iters 4 "
-                     "--prompts_per_step 4 --group_size 4 --max_new_tokens 3 --learning_rate 1e-2 "
-                     f"--optimizer sgd --micro_batch {size} --minibatches 2")
+                     "--prompts_per_step 4 --group_size 4 --max_new_tokens 3 --learning_rate 1e-3 "
+                     f"--micro_batch {size} --minibatches 2")
         losses.append([(float(r["loss"]), float(r["grad_norm"])) for r in rows])
     assert sum(losses[0], ()) == pytest.approx(sum(losses[1], ()), abs=1e-4)
 
