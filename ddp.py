@@ -44,7 +44,7 @@ import model as model_py
 import train
 
 # -----------------------------------------------------------------------------
-# Collectives. All work on a group of processes (None: all), and on a world of one, too.
+# Collectives of a group of processes (None: all of them). A single process needs no group.
 
 
 def world(group=None):
@@ -68,7 +68,7 @@ def unflatten(flat, tensors):
 
 
 def broadcast(tensors, group=None):
-    """Give all ranks the tensors of the first."""
+    """Overwrite the tensors of all ranks by those of the first."""
     if world(group) > 1:
         for x in tensors:
             dist.broadcast(x.detach(), group=group, group_src=0)
@@ -81,36 +81,29 @@ def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
     return x
 
 
-def exchange(send, send_sizes, receive_sizes, group=None):
-    """all-to-all: of `send` rank r gets its part of send_sizes[r] numbers -> what came, one after
-    the other. (n,) -> (sum of receive_sizes,)"""
-    if world(group) == 1:
-        return send.clone()
-    out = send.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(out, send, receive_sizes, send_sizes, group=group)
-    return out
-
-
 def reduce_scatter(x, sizes, group=None):
     """Sum over ranks, of which rank r gets its part of sizes[r] numbers: (sum of sizes,) ->
     (own,). Gloo's own sends as much as an all-reduce; an exchange and a sum of what came send the
     least. The order of the sum is that of the ranks, the same everywhere."""
-    own = sizes[rank(group)]
-    return exchange(x, sizes, [own] * world(group), group).view(world(group), own).sum(0)
+    own, W = sizes[rank(group)], world(group)
+    if W == 1:
+        return x
+    parts = x.new_empty(W * own)
+    dist.all_to_all_single(parts, x, [own] * W, sizes, group=group)
+    return parts.view(W, own).sum(0)
 
 
-def all_gather(x, sizes, group=None):
-    """Parts of all ranks, one after the other: (sizes[own],) -> (sum of sizes,)."""
-    if world(group) == 1 or len(set(sizes)) > 1:
-        return exchange(x.repeat(world(group)), [len(x)] * world(group), sizes, group)
-    out = x.new_empty(sum(sizes))
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # (new name, old)
-    gather(out, x.contiguous(), group=group)
+def all_gather(x, group=None):
+    """Equally long parts of all ranks, one after the other: (n,) -> (W n,)"""
+    if world(group) == 1:
+        return x.clone()
+    out = x.new_empty(world(group) * len(x))
+    dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
 class Collective(torch.autograd.Function):
-    """forward(x), whose gradient is backward(g): of every collective another one is the mirror."""
+    """forward(x), whose gradient is backward(g): the mirror image of a collective is another."""
 
     @staticmethod
     def forward(ctx, x, forward, backward):
@@ -141,9 +134,10 @@ def unpack_gradients(flat, params):
 
 
 class Buckets:
-    """Parameters in buckets of about bucket_mb, the last layers first, as the backward pass comes
+    """Parameters in groups of about bucket_mb, the last layers first, as the backward pass comes
     to them. While `active`, send(bucket) is called as soon as a bucket's gradients are there,
-    while those of earlier layers are still being computed; in the same order on all ranks."""
+    while those of earlier layers are still being computed; `finish` sends the rest. The order is
+    the same on all ranks, or they would wait for one another."""
 
     def __init__(self, params, bucket_mb, send, active):
         self.limit, self.send, self.active = bucket_mb * 2**20, send, active
@@ -151,36 +145,38 @@ class Buckets:
         self.add(params)
 
     def add(self, params):
-        """Take in further parameters. Only one dtype goes into a bucket."""
+        """Take in further parameters. A bucket has one dtype."""
+        room = 0
         for p in reversed([p for p in params if p.requires_grad]):
-            last = self.buckets[-1] if self.buckets else []
-            if not last or last[0].dtype != p.dtype or \
-                    sum(q.nbytes for q in [*last, p]) > self.limit:
+            if p.nbytes > room or p.dtype != self.buckets[-1][0].dtype:
                 self.buckets.append([])
+                room = self.limit
             self.buckets[-1].append(p)
             self.bucket_of[p] = len(self.buckets) - 1
+            room -= p.nbytes
             p.register_post_accumulate_grad_hook(self._ready)
         self._begin()
 
     def _begin(self):
         self.missing, self.next = [set(bucket) for bucket in self.buckets], 0
 
+    def _send(self):
+        self.next += 1
+        self.send(self.buckets[self.next - 1])
+
     def _ready(self, p):
-        """A gradient is there."""
+        """The gradient of p is there."""
         if self.active:
-            if p not in self.missing[self.bucket_of[p]]:  # another backward pass has begun
+            if p not in self.missing[self.bucket_of[p]]:  # this is another backward pass
                 self.finish()
             self.missing[self.bucket_of[p]].remove(p)
-            self._send(wait=True)
-
-    def _send(self, wait):
-        while self.next < len(self.buckets) and not (wait and self.missing[self.next]):
-            self.next += 1
-            self.send(self.buckets[self.next - 1])
+            while self.next < len(self.buckets) and not self.missing[self.next]:
+                self._send()
 
     def finish(self):
-        """Send what is left, since some of its gradients are missing."""
-        self._send(wait=False)
+        """Send what is left: some of its gradients are missing."""
+        while self.next < len(self.buckets):
+            self._send()
         self._begin()
 
 
@@ -206,17 +202,16 @@ class DDP(nn.Module):
 
     def _send(self, bucket):
         """Start the all-reduce of a bucket."""
-        flat, work = pack_gradients(bucket), None
         if world(self.group) > 1:
+            flat = pack_gradients(bucket)
             work = dist.all_reduce(flat, group=self.group, async_op=True)
-        self.work.append((work, flat, bucket))
+            self.work.append((work, flat, bucket))
 
     def finish_gradient_synchronization(self):
         """After the backward pass: wait until all gradients are the mean over ranks."""
         self.buckets.finish()
         for work, flat, bucket in self.work:
-            if work is not None:
-                work.wait()
+            work.wait()
             for p, g in unpack_gradients(flat.div_(world(self.group)), bucket).items():
                 p.grad = g
         self.work = []
@@ -251,43 +246,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, **kwargs):
-        self.group, self.owner, self.load, self.local = group, {}, [0] * world(group), None
-        self.make = functools.partial(optimizer_cls, **kwargs)
+        self.group, self.owner, self.load = group, {}, [0] * world(group)
         self.reduced = {}  # own gradients, summed over ranks and the backward passes so far
         limit = 0 if shard_gradients else math.inf
         self.buckets = Buckets([], limit, self._reduce, shard_gradients)
-        super().__init__(params, dict(kwargs))
+        # has all parameters, but makes a state only of those that have gradients when it steps
+        self.local = optimizer_cls(params, **kwargs)
+        super().__init__(self.local.param_groups, self.local.defaults)
+        self.param_groups, self.state = self.local.param_groups, self.local.state
 
     def add_param_group(self, param_group):
         """Take in further parameters; each goes to the rank that has the least so far."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in sorted((p for p in group["params"] if p.requires_grad), key=lambda p: -p.numel()):
+        params = [p for p in self.param_groups[-1]["params"] if p.requires_grad]
+        for p in sorted(params, key=lambda p: -p.numel()):
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += p.numel()
-        own = {**group, "params": [p for p in group["params"]
-                                   if self.owner.get(p) == rank(self.group)]}
-        if self.local is None:
-            self.local = self.make([own])
-            self.state = self.local.state
-        else:
-            self.local.add_param_group(own)
-        for name, value in self.local.param_groups[-1].items():
-            group.setdefault(name, value)  # the class's defaults
-        self.buckets.add(group["params"])
+        self.buckets.add(params)
 
     def load_state_dict(self, state_dict):
         """Take up what state_dict() gave on this rank."""
         super().load_state_dict(state_dict)
-        self.local.state = self.state  # which has been replaced
-
-    def _by_owner(self, params):
-        return [[p for p in params if self.owner[p] == r] for r in range(world(self.group))]
+        self.local.state, self.local.param_groups = self.state, self.param_groups  # (new ones)
 
     @torch.no_grad()
     def _reduce(self, params):
         """Average the gradients of these parameters at their owners; the others lose them."""
-        parts = self._by_owner(params)
+        parts = [[p for p in params if self.owner[p] == r] for r in range(world(self.group))]
         packed = [pack_gradients(part) if part else params[0].new_empty(0) for part in parts]
         own = reduce_scatter(flatten(packed), [len(x) for x in packed], self.group)
         for p in params:
@@ -306,17 +291,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure=None):
         """Update own parameters, then take over those of the other ranks."""
         loss = train.loss_of(closure)
-        for ours, theirs in zip(self.local.param_groups, self.param_groups):
-            ours |= {**theirs, "params": ours["params"]}  # a schedule changes the learning rate
-        if any(group["params"] for group in self.local.param_groups):
-            self.local.step()
-        for dtype in dict.fromkeys(p.dtype for p in self.owner):
-            parts = self._by_owner([p for p in self.owner if p.dtype == dtype])
-            every = [p for part in parts for p in part]
-            mine = flatten([every[0].new_empty(0), *parts[rank(self.group)]])
-            sizes = [sum(p.numel() for p in part) for part in parts]
-            for p, x in zip(every, unflatten(all_gather(mine, sizes, self.group), every)):
-                p.copy_(x)
+        for p, r in self.owner.items():
+            if r != rank(self.group):
+                p.grad = None
+        self.local.step()
+        if world(self.group) > 1:
+            for work in [dist.broadcast(p.detach(), group=self.group, group_src=r, async_op=True)
+                         for p, r in self.owner.items()]:
+                work.wait()
         return loss
 
 
@@ -324,26 +306,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
 # Fully sharded: no rank has a whole matrix but while it is used (ZeRO-3; Zhao et al. 2023).
 
 
-def shard_of(x, group=None):
-    """This rank's part of a tensor's numbers: (ceil(n / W),), the end filled up with 0."""
-    W = world(group)
-    return F.pad(x.detach().reshape(-1), (0, -x.numel() % W)).view(W, -1)[rank(group)].clone()
+def shard_parameter(x, group=None):
+    """This rank's part of a parameter's numbers, a parameter of its own: (ceil(n / W),), the end
+    filled up with 0. It knows how parts are made of what has its shape, and wholes of parts."""
+    W, n, shape = world(group), x.numel(), x.shape
+
+    def to_part(x):
+        return F.pad(x.detach().reshape(-1), (0, -n % W)).view(W, -1)[rank(group)].clone()
+
+    shard = nn.Parameter(to_part(x), x.requires_grad)
+    shard.to_part, shard.to_whole = to_part, lambda x: all_gather(x, group)[:n].view(shape)
+    return shard
 
 
-def whole_of(shard, shape, group=None):
-    """The tensor of this shape of which each rank has a shard."""
-    full = all_gather(shard, [len(shard)] * world(group), group)
-    return full[: math.prod(shape)].view(shape)
-
-
-def gather_weight(shard, shape, dtype, group=None):
+def gather_weight(shard, dtype, group=None):
     """Shards of all ranks -> the whole matrix; its gradient, averaged, goes back into shards."""
     def scatter(g):
         flat = F.pad(g.reshape(-1), (0, len(shard) * world(group) - g.numel()))
         own = reduce_scatter(flat, [len(shard)] * world(group), group) / world(group)
         return own.to(shard.dtype)
 
-    return Collective.apply(shard, lambda x: whole_of(x.to(dtype), shape, group), scatter)
+    return Collective.apply(shard, lambda x: shard.to_whole(x.to(dtype)), scatter)
+
+
+def whole(p, x):
+    """The whole of x, which is p or of its shape, if p is this rank's part of a parameter."""
+    return p.to_whole(x) if hasattr(p, "to_whole") and x.shape == p.shape else x
 
 
 class FSDP(DDP):
@@ -358,25 +346,23 @@ class FSDP(DDP):
 
     def __init__(self, module, compute_dtype=None, group=None):
         shards = {}  # whole parameter -> its shard; of tied ones there is one
-        self.shapes = {}  # shard -> shape of the whole
         for part in module.modules():
             if type(part) in (nn.Linear, nn.Embedding, model_py.Linear, model_py.Embedding):
                 p = part.weight
                 if p not in shards:
                     broadcast([p], group)
-                    shards[p] = nn.Parameter(shard_of(p, group), p.requires_grad)
-                    self.shapes[shards[p]] = p.shape
+                    shards[p] = shard_parameter(p, group)
                 part.weight = shards[p]
                 part.forward = functools.partial(self._run, part, part.forward)
-        others = [p for p in module.parameters() if p not in self.shapes]
+        others = [p for p in module.parameters() if not hasattr(p, "to_whole")]
         super().__init__(module, math.inf, False, group, others)
         self.compute_dtype = compute_dtype
 
     def _run(self, part, forward, *args, **kwargs):
         """Call a Linear or an Embedding with its whole weight."""
-        shard, group = part.weight, self.group
-        shape, dtype = self.shapes[shard], self.compute_dtype or shard.dtype
-        full = gather_weight(shard, shape, dtype, group)
+        shard = part.weight
+        dtype = self.compute_dtype or shard.dtype
+        full = gather_weight(shard, dtype, self.group)
         address, numel = full.data_ptr(), full.numel()
 
         def pack(x):  # in place of the whole matrix the graph keeps a note to gather it again
@@ -386,10 +372,9 @@ class FSDP(DDP):
         def unpack(x):
             if torch.is_tensor(x):
                 return x
-            return whole_of(shard.detach().to(dtype), shape, group).as_strided(*x)
+            return shard.to_whole(shard.detach().to(dtype)).as_strided(*x)
 
-        lower = contextlib.nullcontext() if dtype == shard.dtype else \
-            torch.autocast(full.device.type, dtype)
+        lower = torch.autocast(full.device.type, dtype, enabled=dtype != shard.dtype)
         part.__dict__["weight"] = full  # found before the parameter of this name
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack), lower:
@@ -401,8 +386,7 @@ class FSDP(DDP):
     def gather_full_params(self):
         """{name: whole tensor} as the wrapped module's own state_dict() would be on one rank."""
         params = dict(self.module.named_parameters(remove_duplicate=False))
-        return {name: whole_of(x, self.shapes[params[name]], self.group)
-                if params.get(name) in self.shapes else x.clone()
+        return {name: whole(params.get(name), x).clone()
                 for name, x in self.module.state_dict().items()}
 
 
@@ -430,25 +414,34 @@ def part_of(n, group, what="size"):
     return slice(rank(group) * n // W, (rank(group) + 1) * n // W)
 
 
-def own_piece(x, *part):
-    """A parameter of its own that is a part of another one; None for None."""
-    return None if x is None else nn.Parameter(x.detach()[part].clone())
+def split_parameter(x, axis, group):
+    """This rank's part of a parameter along an axis, as `shard_parameter`. Raises ValueError."""
+    W = world(group)
+    part_of(x.shape[axis], group)
+
+    def to_part(x):
+        return x.detach().chunk(W, axis)[rank(group)].clone()
+
+    def to_whole(x):
+        return torch.cat(all_gather(x.reshape(-1), group).view(W, *x.shape).unbind(), axis)
+
+    p = nn.Parameter(to_part(x))
+    p.to_part, p.to_whole = to_part, to_whole
+    return p
 
 
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b of which each rank computes d_out / W columns: (..., d_in) -> (..., d_out /
     W). weight, bias_value: of the whole layer, or random. copied: the input's gradient is summed
-    over ranks elsewhere, once for several such layers. axes: along which parameters are split."""
-
-    axes = {"weight": 0, "bias": 0}
+    over ranks elsewhere, once for several such layers."""
 
     def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
                  copied=False):
         super().__init__()
-        self.group, self.copied, part = group, copied, part_of(d_out, group, "d_out")
-        whole = model_py.Linear(d_in, d_out, bias)
-        self.weight = own_piece(whole.weight if weight is None else weight, part)
-        self.bias = own_piece(whole.bias if bias_value is None else bias_value, part)
+        self.group, self.copied, whole = group, copied, model_py.Linear(d_in, d_out, bias)
+        self.weight = split_parameter(whole.weight if weight is None else weight, 0, group)
+        bias = whole.bias if bias_value is None else bias_value
+        self.bias = None if bias is None else split_parameter(bias, 0, group)
 
     def forward(self, x):
         x = x if self.copied else copy_to(x, self.group)
@@ -458,14 +451,12 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = x W^T + b of which each rank has d_in / W inputs: (..., d_in / W) -> (..., d_out)."""
 
-    axes = {"weight": 1}
-
     def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None):
         super().__init__()
-        self.group, part = group, part_of(d_in, group, "d_in")
-        whole = model_py.Linear(d_in, d_out, bias)
-        self.weight = own_piece(whole.weight if weight is None else weight, slice(None), part)
-        self.bias = own_piece(whole.bias if bias_value is None else bias_value)
+        self.group, whole = group, model_py.Linear(d_in, d_out, bias)
+        self.weight = split_parameter(whole.weight if weight is None else weight, 1, group)
+        bias = whole.bias if bias_value is None else bias_value
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x):
         y = sum_over(F.linear(x, self.weight), self.group)
@@ -476,13 +467,11 @@ class VocabParallelEmbedding(nn.Module):
     """An embedding of which each rank has n / W rows: ids of others give 0 here, and the sum is
     all ranks' together. (...) int64 -> (..., d)"""
 
-    axes = {"weight": 0}
-
     def __init__(self, n, d, group=None, weight=None):
         super().__init__()
         self.group, self.part = group, part_of(n, group, "vocabulary")
         weight = model_py.Embedding(n, d).weight if weight is None else weight
-        self.weight = own_piece(weight, self.part)
+        self.weight = split_parameter(weight, 0, group)
 
     def forward(self, ids):
         mine = (ids >= self.part.start) & (ids < self.part.stop)
@@ -509,49 +498,37 @@ def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100,
 def split_tensors(model, group):
     """Make a Transformer tensor parallel, in place -> itself. Raises ValueError."""
     c, W = model.config, world(group)
-    other = c.tie_embeddings or c.qk_norm_joint or c.dropout or c.logit_cap
     if set(c.attention.split(",")) - {"full", "sliding"} or c.norm_place != "pre" or \
-            c.activation == "moe" or other:
+            c.activation == "moe" or c.tie_embeddings or c.qk_norm_joint or c.dropout or \
+            c.logit_cap:
         raise ValueError("--tp is for full and sliding attention and norms before the parts, with "
                          "no experts, tied embeddings, qk_norm_joint, dropout or logit_cap")
     for name in ("n_head", "n_kv_head", "d_ff", "vocab_size"):
         part_of(getattr(c, name), group, name)
 
     def split(parent, name, kind, **more):
-        weight, bias = getattr(parent, name).weight, getattr(parent, name).bias
-        setattr(parent, name, kind(*weight.shape[::-1], bias is not None, group, weight, bias,
-                                   **more))
-
-    def copy(module, args, y):
-        return copy_to(y, group)
-
-    def add_up(g):
-        return all_reduce(g.clone(), group)
+        linear = getattr(parent, name)
+        setattr(parent, name, kind(*linear.weight.shape[::-1], linear.bias is not None, group,
+                                   linear.weight, linear.bias, **more))
 
     for block in model.blocks:
         attn, ffn = block.attn, block.ffn
         # queries, keys and values have one input, as have w1 and w3: one all-reduce for all
         for norm in (block.attn_norm, block.ffn_norm):
-            norm.register_forward_hook(copy)
-        for parent, names in ((attn, ("q_proj", "k_proj", "v_proj")), (ffn, ("w1", "w3"))):
-            for name in names:
-                if hasattr(parent, name):
-                    split(parent, name, ColumnParallelLinear, copied=True)
+            norm.register_forward_hook(lambda module, args, y: copy_to(y, group))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            split(attn, name, ColumnParallelLinear, copied=True)
+        for name in ("w1", "w3") if c.activation == "swiglu" else ("w1",):
+            split(ffn, name, ColumnParallelLinear, copied=True)
         split(attn, "o_proj", RowParallelLinear)
         split(ffn, "w2", RowParallelLinear)
         attn.n_head, attn.n_kv_head = c.n_head // W, c.n_kv_head // W
-        for norm in ("q_norm", "k_norm"):  # each rank's heads give a part of the gradient
-            if hasattr(attn, norm):
-                getattr(attn, norm).weight.register_hook(add_up)
+        if c.qk_norm:  # each rank's heads give a part of the gradient
+            for norm in (attn.q_norm, attn.k_norm):
+                norm.weight.register_hook(lambda g: all_reduce(g.clone(), group))
     model.embedding = VocabParallelEmbedding(c.vocab_size, c.n_embd, group, model.embedding.weight)
     split(model, "head", ColumnParallelLinear)
     return model
-
-
-def tensor_axis(model):
-    """{name of a split parameter: the axis along which it is split}."""
-    return {f"{prefix}.{name}": axis for prefix, module in model.named_modules()
-            for name, axis in getattr(module, "axes", {}).items()}
 
 
 # -----------------------------------------------------------------------------
@@ -563,19 +540,8 @@ def tensor_axis(model):
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
-def send_tensor(x, to, group):
-    """Send a tensor of up to 6 axes -> handles to be waited for, and what they send."""
-    head = [DTYPES.index(x.dtype), x.ndim, *x.shape]
-    head = torch.tensor(head + [0] * (8 - len(head)), device=x.device)
-    return [(dist.isend(y, group=group, group_dst=to), y) for y in (head, x.contiguous())]
-
-
-def receive_tensor(source, device, group):
-    """Receive what `send_tensor` sent."""
-    head = torch.zeros(8, dtype=torch.int64, device=device)
-    dist.recv(head, group=group, group_src=source)
-    dtype, ndim, *shape = head.tolist()
-    x = torch.empty(shape[:ndim], dtype=DTYPES[dtype], device=device)
+def receive(x, source, group):
+    """Fill x with what rank `source` sends -> x."""
     dist.recv(x, group=group, group_src=source)
     return x
 
@@ -594,24 +560,33 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
     first, last = r == 0, r == W - 1
     under_way, sent, loss = [], [], torch.zeros((), device=device)
 
+    def send(x, to):
+        x = x.contiguous()
+        sent.append((dist.isend(x, group=group, group_dst=to), x))  # x must live until it has left
+
     def forward(x, y):
         nonlocal loss
-        if not first:
-            x = receive_tensor(r - 1, device, group).requires_grad_()
+        if not first:  # what comes: first its dtype and shape, then the numbers
+            dtype, *shape = receive(torch.zeros(8, dtype=torch.int64, device=device), r - 1, group)
+            shape = [n for n in shape if n >= 0]
+            x = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+            x = receive(x, r - 1, group).requires_grad_()
         out = stage(x)
         if last:
             out = loss_fn(out, y)
             loss = loss + out.detach()
         else:
-            sent.extend(send_tensor(out.detach(), r + 1, group))
+            head = [DTYPES.index(out.dtype), *out.shape]
+            send(torch.tensor(head + [-1] * (8 - len(head)), device=device), r + 1)
+            send(out.detach(), r + 1)
         under_way.append((x, out))
 
     def backward():
         x, out = under_way.pop(0)
         if torch.is_grad_enabled():
-            out.backward(None if last else receive_tensor(r + 1, device, group))
+            out.backward(None if last else receive(torch.empty_like(out), r + 1, group))
             if not first:
-                sent.extend(send_tensor(x.grad, r - 1, group))
+                send(x.grad, r - 1)
 
     ahead = len(batches) if schedule == "gpipe" else min(len(batches), W - 1 - r)
     for i, batch in enumerate(batches):
@@ -752,6 +727,11 @@ def say(*text):
         print(*text, flush=True)
 
 
+def local(x):
+    """What this rank has of a tensor of FSDP2, or the tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 class Parallel:
     """A Transformer on several processes: what the loop of `run` needs to know of it.
 
@@ -762,71 +742,73 @@ class Parallel:
     def __init__(self, model, args, device):
         self.args, self.device, self.config = args, device, model.config
         self.autocast, self.dtype = train.make_autocast(device, args.dtype)
-        self.tp, self.pp, self.sp, zero = args.tp, args.pp, args.sp, "zero" in args.scheme
-        n, W = self.tp * self.pp * self.sp, world()  # ranks of one copy, and all
+        n, W = args.tp * args.pp * args.sp, world()  # ranks of one copy, and all
         self.dp, self.copy_rank = W // n, rank() // n
         self.group = self.grads = None  # ranks of one copy; those that average their gradients
         if n > 1:
             make = dist.new_subgroups_by_enumeration
             self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])
-            if self.sp == 1:  # else all have the same parameters, and different tokens
+            if args.sp == 1:  # else all have the same parameters, and different tokens
                 self.grads, _ = make([list(range(i, W, n)) for i in range(n)])
-        # of --tp all ranks have the same loss, of --pp the last one has it, of --sp each its part
-        self.speaks = self.tp * self.pp == 1 or rank(self.group) == self.pp - 1
 
         # optimizers as one process has them, whose parameters are then replaced by our parts
         self.optimizers = train.make_optimizers(
             model, args.optimizer, args.learning_rate, args.weight_decay, (args.beta1, args.beta2),
             args.momentum, args.mup)
         name_of = {p: name for name, p in model.named_parameters()}
-        self.names = [[[name_of[p] for p in group["params"]] for group in optimizer.param_groups]
-                      for optimizer in self.optimizers]
-        if self.tp > 1:
-            model = split_tensors(model, self.group)
-        elif self.pp > 1:
-            model = split_layers(model, self.group)
-        elif self.sp > 1:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["names"] = [name_of[p] for p in group["params"]]
+        if args.tp > 1:
+            split_tensors(model, self.group)
+        elif args.pp > 1:
+            split_layers(model, self.group)
+        elif args.sp > 1:
             part_of(self.config.block_size, self.group, "block_size")
-            model = split_sequence(model, self.config.block_size // self.sp, self.group)
-        self.module = self.wrapped = model
+            split_sequence(model, self.config.block_size // args.sp, self.group)
+        self.module, self.wrapped = model, self.wrap(model)
+        self.params = dict(model.named_parameters())
+        for group in groups:
+            group["params"] = [self.params[name] for name in group["names"] if name in self.params]
+        if "zero" in args.scheme:
+            self.optimizers = [ShardedOptimizer(o.param_groups, type(o), self.grads,
+                                                args.scheme == "zero2", **o.defaults)
+                               for o in self.optimizers]
+        # whether each optimizer state, and each gradient, is on one rank only
+        self.apart = "zero" in args.scheme or args.pp > 1
+
+    def wrap(self, model):
+        """-> what is called in place of the model, so that gradients become means."""
+        args = self.args
         if args.impl == "torch" and args.scheme == "fsdp":
             from torch.distributed.fsdp import fully_shard
+            from torch.distributed.tensor import distribute_tensor
 
             for part in [*model.blocks, model]:
                 fully_shard(part)
+            for p in model.parameters():
+                p.to_whole, p.to_part = type(p).full_tensor, functools.partial(
+                    distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
         elif args.scheme == "fsdp":
-            self.wrapped = FSDP(model, group=self.grads)
-        elif args.impl == "torch" and W > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=args.bucket_mb)
-        elif zero:
+            return FSDP(model, group=self.grads)
+        elif args.impl == "torch" and world() > 1:
+            return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=args.bucket_mb)
+        elif "zero" in args.scheme:
             broadcast([*model.parameters(), *model.buffers()])
         elif world(self.grads) > 1:
             size = {"naive": 0, "flat": math.inf}.get(args.scheme, args.bucket_mb)
             # a pipeline has several backward passes, of which only the last may send
-            overlap = args.scheme == "ddp" and self.pp == 1
-            self.wrapped = DDP(model, size, overlap, self.grads)
-        self.params, self.axes = dict(model.named_parameters()), tensor_axis(model)
-        self.split = {name for name, p in self.params.items() if name in self.axes or hasattr(
-            p, "full_tensor") or p in getattr(self.wrapped, "shapes", ())}
-        self.apart = zero or self.pp > 1  # each optimizer state, and each gradient, on one rank
-        for optimizer, names in zip(self.optimizers, self.names):
-            for group, part in zip(optimizer.param_groups, names):
-                group["params"] = [self.params[name] for name in part if name in self.params]
-        self.finish = [getattr(self.wrapped, "finish_gradient_synchronization", lambda: None)]
-        if zero:
-            self.optimizers = [ShardedOptimizer(o.param_groups, type(o), self.grads,
-                                                args.scheme == "zero2", **o.defaults)
-                               for o in self.optimizers]
-            self.finish = [optimizer.reduce_gradients for optimizer in self.optimizers]
+            return DDP(model, size, args.scheme == "ddp" and args.pp == 1, self.grads)
+        return model
 
     def cut(self, x):
         """This rank's positions of sequences: all, but for sequence parallelism."""
-        return x.chunk(self.sp, 1)[rank(self.group)] if self.sp > 1 else x
+        return x.chunk(self.args.sp, 1)[rank(self.group)] if self.args.sp > 1 else x
 
     def loss_sum(self, logits, y):
         """Sum of the losses of this rank's part of a batch."""
         z_loss = self.args.z_loss if self.module.training else 0.0
-        if self.tp > 1:
+        if self.args.tp > 1:
             return vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
         return train.cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
 
@@ -835,7 +817,7 @@ class Parallel:
         batches = [(self.cut(x), self.cut(y)) for x, y in batches]
         total = sum(y.numel() for _, y in batches)  # the same on all ranks
         loss, quiet = 0.0, getattr(self.wrapped, "no_sync", contextlib.nullcontext)
-        if self.pp > 1:
+        if self.args.pp > 1:
             n = self.args.microbatches
             batches = [piece for x, y in batches for piece in zip(x.chunk(n), y.chunk(n))]
             with self.autocast():
@@ -849,23 +831,27 @@ class Parallel:
                         part = self.loss_sum(self.wrapped(x), y) / total
                     (part + self.module.auxiliary_loss() / len(batches)).backward()
                 loss = loss + part.detach()
-        for finish in self.finish:
-            finish()
-        return all_reduce(loss * self.speaks).item() / (self.dp * self.sp)
+        if isinstance(self.wrapped, DDP):
+            self.wrapped.finish_gradient_synchronization()
+        if "zero" in self.args.scheme:
+            for optimizer in self.optimizers:
+                optimizer.reduce_gradients()
+        # the loss of a copy: with --tp all its ranks have it, with --pp the last, with --sp parts
+        return all_reduce(loss).item() * self.args.pp / world()
 
     @torch.no_grad()
     def clip(self, max_norm, eps=1e-6):
         """Clip all gradients by their norm together -> the norm before, a number."""
-        grads = {name: p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-                 for name, p in self.params.items() if p.grad is not None}
-        squares = torch.zeros(2, device=self.device)  # of our own ones, and of those that all have
-        for name, g in grads.items():
-            squares[0 if self.apart or name in self.split else 1] += g.square().sum()
-        all_reduce(squares[0], self.group if self.tp * self.pp > 1 else self.grads)
+        grads, squares = [], torch.zeros(2, device=self.device)  # of our own, and of what all have
+        for p in self.params.values():
+            if p.grad is not None:
+                grads.append(local(p.grad))
+                own = self.apart or hasattr(p, "to_whole")
+                squares[0 if own else 1] += grads[-1].square().sum()
+        all_reduce(squares[0], self.group if self.args.tp * self.args.pp > 1 else self.grads)
         norm = squares.sum().sqrt()
         if max_norm and grads:
-            shrink = torch.clamp(max_norm / (norm + eps), max=1.0)
-            torch._foreach_mul_(list(grads.values()), shrink)
+            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
         return norm.item()
 
     def step(self):
@@ -873,147 +859,126 @@ class Parallel:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.pp == 1:
-            for block in self.module.blocks:
-                if torch.is_tensor(getattr(block.ffn, "load", None)):
-                    all_reduce(block.ffn.load, self.grads)
+        if self.args.pp == 1:
+            for mixture in self.module.mixtures():
+                if torch.is_tensor(mixture.load):
+                    all_reduce(mixture.load, self.grads)
             self.module.update_router_bias()
 
     @torch.no_grad()
     def evaluate(self, data, batch_size, most=None):
         """As train.evaluate, on at most so many windows, which the copies of the model share."""
         T, n = self.config.block_size, self.dp * batch_size
-        starts = np.arange(0, len(data) - 1, T)
-        if most and len(starts) > most:
-            starts = starts[np.linspace(0, len(starts) - 2, most).astype(int)]
+        starts = train.evaluation_starts(data, T, most)
+        # all ranks take part in all batches: in the last one some have windows without targets
+        starts = np.pad(starts, (0, -len(starts) % n), constant_values=len(data))
         total = count = 0
         self.module.eval()
-        for i in range(self.copy_rank * batch_size, -(-len(starts) // n) * n, n):
-            # -100, no target, stands where a copy lacks windows, and behind the data's end
-            rows = torch.full((batch_size, T + 1), -100)
-            for row, start in zip(rows, starts[i:]):
-                ids = torch.from_numpy(data[start : start + T + 1].astype(np.int64))
-                row[: len(ids)] = ids
-            train.check_ids([(rows, rows)], self.config.vocab_size)
-            rows = rows.to(self.device)
-            x, y = self.cut(rows[:, :-1].clamp(min=0)), self.cut(rows[:, 1:])
+        for i in range(self.copy_rank * batch_size, len(starts), n):
+            x, y = train.windows(data, starts[i : i + batch_size], T, self.device)
+            train.check_ids([(x, y)], self.config.vocab_size)
+            x, y = self.cut(x), self.cut(y)
             with self.autocast():
-                loss = self.loss_sum(self.wrapped(x), y) if self.pp == 1 else pipeline_step(
+                loss = self.loss_sum(self.wrapped(x), y) if self.args.pp == 1 else pipeline_step(
                     self.module, [(x, y)], self.loss_sum, self.group, device=self.device)
-            total += self.speaks * loss.item()
-            count += self.speaks * (y != -100).sum().item()
+            total += loss.item() * self.args.pp  # which only the last stage has
+            count += int((y != -100).sum())
         self.module.train()
         total, count = all_reduce(torch.tensor([total, count], device=self.device)).tolist()
         return total / count
 
     # ---- checkpoints, which are those of one process
 
-    def whole(self, name, x):
-        """The whole of this rank's part of a parameter, or of something of its shape."""
-        if name not in self.split or getattr(x, "shape", None) != self.params[name].shape:
-            return x
-        if hasattr(x, "full_tensor"):
-            return x.full_tensor()
-        if self.tp == 1:
-            return whole_of(x, self.wrapped.shapes[self.params[name]], self.grads)
-        parts = all_gather(x.reshape(-1), [x.numel()] * self.tp, self.group)
-        return torch.cat(parts.view(self.tp, *x.shape).unbind(), self.axes[name])
-
-    def part(self, name, x):
-        """What this rank keeps of something whole."""
-        p = self.params[name]
-        if name not in self.split or not torch.is_tensor(x):
-            return x
-        if hasattr(p, "full_tensor"):  # of PyTorch's FSDP2
-            from torch.distributed.tensor import distribute_tensor
-
-            return distribute_tensor(x, p.device_mesh, p.placements)
-        if self.tp == 1:
-            return shard_of(x, self.grads)
-        return x.chunk(self.tp, self.axes[name])[rank(self.group)].clone()
-
     @torch.no_grad()
     def full_state(self):
         """-> (state dict of the whole model, state of each optimizer as on one process); all ranks
         take part."""
-        model = {name: self.whole(name, x) for name, x in self.module.state_dict().items()}
+        model = {name: whole(self.params.get(name), x)
+                 for name, x in self.module.state_dict().items()}
         if self.config.tie_embeddings:
             model["head.weight"] = model["embedding.weight"]
-        name_of, states = {p: name for name, p in self.params.items()}, {}
-        for optimizer in self.optimizers:
-            for p, state in optimizer.state.items():
-                states[name_of[p]] = {k: self.whole(name_of[p], x) for k, x in state.items()}
+        name_of = {p: name for name, p in self.params.items()}
+        states = {name_of[p]: {key: whole(p, x) if torch.is_tensor(x) else x
+                              for key, x in state.items()}
+                  for optimizer in self.optimizers for p, state in optimizer.state.items()}
         if self.apart and world() > 1:
-            group = self.group if self.pp > 1 else self.grads
+            group = self.group if self.args.pp > 1 else self.grads
             parts = [None] * world(group)
-            own = model if self.pp > 1 else {}  # with ZeRO all ranks have the whole model
+            own = model if self.args.pp > 1 else {}  # with ZeRO all ranks have the whole model
             dist.all_gather_object(parts, (own, states), group=group)
             for theirs, more in parts:
                 model |= theirs
                 states |= more
         result = []
-        for optimizer, names in zip(self.optimizers, self.names):
-            number = itertools.count()
-            groups = [{**group, "params": [next(number) for _ in part]}
-                      for group, part in zip(optimizer.param_groups, names)]
-            state = {i: states[name] for i, name in enumerate(sum(names, [])) if name in states}
-            result.append({"state": state, "param_groups": groups})
+        for optimizer in self.optimizers:
+            index = {name: i for i, name in enumerate(names_of(optimizer))}
+            groups = [{**group, "params": [index[name] for name in group["names"]]}
+                      for group in optimizer.param_groups]
+            result.append({"state": {i: states[name] for name, i in index.items()
+                                     if name in states}, "param_groups": groups})
         return model, result
 
     def load_optimizers(self, saved):
         """Take this rank's part of the optimizers' state in a checkpoint. Raises ValueError."""
         me = rank(self.grads)
         try:
-            for optimizer, names, whole in zip(self.optimizers, self.names, saved, strict=True):
-                names, owner = sum(names, []), getattr(optimizer, "owner", {})
+            for optimizer, whole in zip(self.optimizers, saved, strict=True):
+                names, owner = names_of(optimizer), getattr(optimizer, "owner", {})
                 for i, state in whole["state"].items():
                     p = self.params.get(names[i])
                     if p is not None and owner.get(p, me) == me:
-                        optimizer.state[p] = {k: self.part(names[i], x) for k, x in state.items()}
+                        part = getattr(p, "to_part", lambda x: x)
+                        optimizer.state[p] = {key: part(x) if torch.is_tensor(x) else x
+                                              for key, x in state.items()}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"the checkpoint's optimizer can not be resumed: {error}") from None
 
 
+def names_of(optimizer):
+    """Names of the parameters in the order in which one process has them."""
+    return [name for group in optimizer.param_groups for name in group["names"]]
+
+
 def setup(args):
     """Join the other processes -> this one's device. Raises ValueError."""
-    W, device = int(os.environ.get("WORLD_SIZE", 1)), model_py.pick_device(args.device)
-    if "RANK" in os.environ or W > 1:
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise ValueError(f"{name} is not set, as torchrun would have: start me with it")
-        backend, device = ("nccl", device) if device.startswith("cuda") else ("gloo", "cpu")
-        if backend == "nccl":
+    device = model_py.pick_device(args.device)
+    if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # else a world of one
+        if device.startswith("cuda"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
-        store, number, W = next(dist.rendezvous("env://"))
-        # after a restart the store still has the addresses of those that have died
+        else:
+            device = "cpu"
+        try:
+            store, number, W = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise ValueError(f"{error}: start me with torchrun") from None
+        # after a restart the store may still have the addresses of those that have died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=W,
-                                timeout=datetime.timedelta(minutes=10))
-    n, batch = args.tp * args.pp * args.sp, args.batch_size
-    copies, cuts = max(1, W // n), args.scheme == "fsdp" or args.tp > 1
-    refused = {
-        "--tp, --pp and --sp go with --dp, but not with one another":
-            n not in (args.tp, args.pp, args.sp),
-        f"--dp {args.dp or 'any'} x --tp {args.tp} x --pp {args.pp} x --sp {args.sp} is not the "
-        f"number of processes, {W}": W % n or (args.dp and args.dp * n != W),
-        f"--scheme {args.scheme} is for data parallelism alone":
-            n > 1 and args.scheme in ("zero1", "zero2", "fsdp"),
-        "--impl torch has --scheme ddp and fsdp, without --tp, --pp and --sp":
-            args.impl == "torch" and (n > 1 or args.scheme not in ("ddp", "fsdp")),
-        "--scheme fsdp and --tp split matrices, which muon and soap need whole":
-            cuts and args.optimizer in ("muon", "soap"),
-        f"--batch_size {batch}, of all ranks together, can not be divided by {copies}":
-            batch % copies,
-        f"the {batch // copies} sequences of a rank can not be divided into {args.microbatches} "
-        "micro-batches": args.pp > 1 and batch // copies % args.microbatches,
-        "--activation_checkpointing goes with none of --tp, --pp, --sp and fsdp":
-            args.activation_checkpointing and (n > 1 or args.scheme == "fsdp"),
-        **{f"--{flag} is train.py's": getattr(args, flag) not in (None, False, "none")
-           for flag in ("teacher", "noise_scale", "kernels", "compile", "offload")},
-    }
-    for message in refused:
-        if refused[message]:
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=number,
+                                world_size=W, timeout=datetime.timedelta(minutes=10))
+    W, n, alone = world(), args.tp * args.pp * args.sp, args.scheme in ("zero1", "zero2", "fsdp")
+    sequences = args.batch_size // max(1, W // n)  # of a copy of the model
+    ours = [flag for flag in ("teacher", "noise_scale", "kernels", "compile", "offload")
+            if getattr(args, flag) not in (None, False, "none")]
+    for wrong, message in (
+            (n not in (args.tp, args.pp, args.sp),
+             "--tp, --pp and --sp go with --dp, but not with one another"),
+            (W % n or args.dp not in (0, W // n),
+             f"--dp {args.dp or 'any'} x --tp {args.tp} x --pp {args.pp} x --sp {args.sp} is not "
+             f"the number of processes, {W}"),
+            (n > 1 and alone, f"--scheme {args.scheme} is for data parallelism alone"),
+            (args.impl == "torch" and (n > 1 or args.scheme not in ("ddp", "fsdp")),
+             "--impl torch has --scheme ddp and fsdp, without --tp, --pp and --sp"),
+            ((args.scheme == "fsdp" or args.tp > 1) and args.optimizer in ("muon", "soap"),
+             "--scheme fsdp and --tp split matrices, which muon and soap need whole"),
+            (args.batch_size % max(1, W // n), f"--batch_size {args.batch_size}, of all ranks "
+             f"together, can not be divided by {W // n}"),
+            (args.pp > 1 and sequences % args.microbatches, f"the {sequences} sequences of a "
+             f"rank can not be divided into {args.microbatches} micro-batches"),
+            (args.activation_checkpointing and (n > 1 or args.scheme == "fsdp"),
+             "--activation_checkpointing goes with none of --tp, --pp, --sp and fsdp"),
+            (ours, f"--{', --'.join(ours)}: that is train.py's")):
+        if wrong:
             raise ValueError(message)
     return device
 
@@ -1037,9 +1002,8 @@ def run(args):
     log = train.Log(os.path.join(args.out_dir, "log.csv"), step, args.max_iters, tokens_per_step,
                     bytes_per_token, say)
     if args.eval_only:
-        log.evaluation(checkpoint["step"] if checkpoint else 0,
-                       parallel.evaluate(val_data, batch_size))
-        return
+        loss = parallel.evaluate(val_data, batch_size)
+        return log.evaluation(checkpoint["step"] if checkpoint else 0, loss)
     if args.resume:
         best_val_loss = checkpoint["best_val_loss"]
         parallel.load_optimizers(checkpoint["optimizer"])
@@ -1047,45 +1011,34 @@ def run(args):
     os.makedirs(args.out_dir, exist_ok=True)
     if parallel.copy_rank:  # dropout is to differ among copies, and from step to step
         torch.manual_seed(args.seed + parallel.copy_rank + 1_000_003 * step)
-    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
     say(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
         f"{args.scheme} | {n:,} training tokens | {tokens_per_step:,} tokens per step | {device}, "
         f"{parallel.dtype}")
 
-    def like_module(state):
-        return types.SimpleNamespace(config=config, quantized=None, state_dict=lambda: state)
-
     def save():
         state, optimizers = parallel.full_state()
         if rank() == 0:
-            optimizers = [like_module(o) for o in optimizers]
-            model_py.save_checkpoint(path, like_module(state), optimizers, step, best_val_loss,
+            like = [types.SimpleNamespace(config=config, quantized=None, state_dict=lambda x=x: x)
+                    for x in (state, *optimizers)]  # what save_checkpoint asks for
+            model_py.save_checkpoint(path, like[0], like[1:], step, best_val_loss,
                                      train.get_rng(), vars(args), tokenizer)
             log.write()
 
-    # Ctrl-C and SIGTERM, of any process: finish the step, save, leave
-    stopped, stop = torch.zeros((), device=device), False
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.fill_(1))
+    stopped, stop = train.catch_signals(), False  # Ctrl-C and SIGTERM, of any process
     log.pause(step)
     parallel.module.train()
     while step < args.max_iters and not stop:
-        lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
-                          args.schedule, args.decay_fraction)
-        for optimizer in parallel.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+        lr = train.set_learning_rate(parallel.optimizers, step, args)
         batches = [train.get_batch(train_data, batch_size, T, device, i, args.seed,
                                    parallel.copy_rank, parallel.dp)
                    for i in range(step * accumulate, (step + 1) * accumulate)]
         train.check_ids(batches, config.vocab_size)
         loss, norm = parallel.backward(batches), parallel.clip(args.grad_clip)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
-                             f"{norm}: try a smaller --learning_rate")
+        train.check_finite(step + 1, loss, norm, path)
         parallel.step()
         step += 1
-        stop, last_step = bool(all_reduce(stopped.clone())), step == args.max_iters
+        stop = all_reduce(torch.tensor(len(stopped), device=device)).item() > 0
+        last_step = step == args.max_iters
         if step % args.log_interval == 0 or last_step or stop:
             log.train(step, loss, lr, norm)
         if (step % args.eval_interval == 0 or last_step) and not stop:
@@ -1104,15 +1057,14 @@ def run(args):
 
 def build_parser():
     """train.py's flags, and ours."""
-    parser = train.build_parser()
+    parser, some = train.build_parser(), train.number(int, 1)
     parser.description = "Train a Transformer language model on several processes."
     add = parser.add_argument_group("processes").add_argument
     add("--scheme", choices=SCHEMES, default="ddp", help="data parallelism: naive, flat and ddp "
         "(in buckets, while the backward pass goes on) average gradients; zero1 divides the "
         "optimizer's state, zero2 gradients, too, fsdp parameters, too")
-    some, any_number = train.number(int, 1), train.number(int)
     add("--bucket_mb", type=train.number(float), default=25.0, help="of ddp (default 25)")
-    add("--dp", type=any_number, default=0, help="copies of the model (default: as many as fit)")
+    add("--dp", type=train.number(int), default=0, help="copies of the model; 0: all that fit")
     add("--tp", type=some, default=1, help="processes that share each matrix")
     add("--pp", type=some, default=1, help="processes that share the layers")
     add("--sp", type=some, default=1, help="processes that share each sequence")
@@ -1141,9 +1093,8 @@ def held(parallel):
     """MB of parameters, gradients and optimizer state on this rank."""
     params = list(parallel.module.parameters())
     states = [x for o in parallel.optimizers for s in o.state.values() for x in s.values()]
-    kinds = [[x.to_local() if hasattr(x, "to_local") else x for x in xs if torch.is_tensor(x)]
-             for xs in (params, [p.grad for p in params], states)]
-    return [sum(x.numel() * x.element_size() for x in xs) / 1e6 for xs in kinds]
+    return [sum(local(x).nbytes for x in tensors if torch.is_tensor(x)) / 1e6
+            for tensors in (params, [p.grad for p in params], states)]
 
 
 def bench():
@@ -1169,42 +1120,51 @@ def bench():
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    say(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank")
-    for mb in (4**i for i in range(10) if 4**i <= args.max_mb):
-        x, times = torch.ones(mb * 2**18, device=device), []
+    def seconds_of(action):
+        """Median time of an action that all processes begin together."""
+        times = []
         for _ in range(args.repeat):
             begin = clock()
-            dist.all_reduce(x)
+            action()
             times.append(clock() - begin)
-        seconds = np.median(times)
-        say(f"{mb:14} {1e3 * seconds:11.2f} {2 * (W - 1) / W * mb * 2**20 / seconds / 1e9:16.2f}")
+        return np.median(times)
+
+    say(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank")
+    for mb in (4**i for i in range(10) if 4**i <= args.max_mb):
+        x = torch.ones(mb * 2**18, device=device)
+        seconds = seconds_of(lambda: dist.all_reduce(x))
+        say(f"{mb:14} {1e3 * seconds:11.2f} {2 * (W - 1) / W * x.nbytes / seconds / 1e9:16.2f}")
 
     config = model_py.TransformerConfig(vocab_size=2048, n_embd=args.n_embd, n_layer=args.n_layer)
     batch = torch.randint(2048, (2, 2, 256), device=device).unbind()
-    when = "".join(f"{when:>24}" for when in ("at the start", "before the step", "after it"))
-    say(f"\n{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}   MB of parameters, "
-        f"gradients, optimizer state on a rank\n{'':45}{when}")
-    for impl, scheme in [*(("own", s) for s in SCHEMES), ("torch", "ddp"), ("torch", "fsdp")]:
+    say("\nsent: by all ranks; MB of parameters, gradients and optimizer state: of one rank\n"
+        f"{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}{'MB at the start':>27}"
+        f"{'before the step':>24}{'after it':>24}")
+    for name in (*SCHEMES, "torch ddp", "torch fsdp"):
         torch.manual_seed(0)
         model = model_py.Transformer(config).to(device)
-        P = 4 * sum(p.numel() for p in model.parameters())
+        P = sum(p.nbytes for p in model.parameters())
+        impl, scheme = name.split() if " " in name else ("own", name)
         parallel = Parallel(model, build_parser().parse_args(
             [*flags, "--scheme", scheme, "--impl", impl]), device)
-        memory, times, sent = held(parallel), [], []
-        for i in range(args.repeat + 2):
-            before, begin = sent_bytes(), clock()
+
+        def step():
             parallel.backward([batch])
-            memory += held(parallel) if i == 1 else []
             parallel.step()
-            times.append(clock() - begin)
-            time.sleep(0.05)  # until the interface has counted all of it
-            sent.append((sent_bytes() - before) / P)
+
+        memory = held(parallel)
+        step()  # the first one makes the optimizer's state
+        parallel.backward([batch])
         memory += held(parallel)
+        parallel.step()
+        memory += held(parallel)
+        before, seconds = sent_bytes(), seconds_of(step)
+        time.sleep(0.1)  # until the interface has counted all of it
+        sent = (sent_bytes() - before) / args.repeat / P
         formula = (3 if scheme == "fsdp" else 2) * (W - 1)
-        name = {"own": scheme, "torch": "torch " + {"fsdp": "FSDP2"}.get(scheme, "DDP")}[impl]
-        say(f"{name:14}{1e3 * np.median(times[2:]):10.1f}{np.median(sent[2:]):9.2f}{formula:8}P   "
-            + "".join(f"{x:{width}.1f}" for x, width in zip(memory, (9, 7, 8) * 3)))
-        if (impl, scheme) == ("own", "ddp"):
+        say(f"{name:14}{1e3 * seconds:10.1f}{sent:9.2f}{formula:8}P   "
+            + "".join(f"{x:8.1f}" for x in memory))
+        if name == "ddp":
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks
             with torch.profiler.profile() as profile:
                 parallel.backward([batch])
@@ -1217,37 +1177,37 @@ def bench():
 # plan: the same on paper, for machines one does not have.
 
 
-def estimate(params, gpus, tp, pp, scheme, a):
+def estimate(params, tp, pp, scheme, a):
     """What a configuration needs, by formula -> (bytes of parameters, gradients, optimizer state
     and activations; seconds of a step: computation, communication, and how much of that has no
-    computation to hide behind; share of the time that a pipeline waits; layers; width).
+    computation to hide behind; share of the time that a pipeline waits; layers L; their width h).
 
-    The model has L layers of width h = 128 L, so that 12 L h^2 are its parameters. In bytes per
-    parameter: 2 for bfloat16, 2 for its gradient, 12 for the optimizer (float32 weights and the
-    two means of Adam). Activations of a layer take some 34 h bytes per token (Korthikanti et al.
-    2022), or with checkpointing the 2 h of its input.
+    The model has h = 128 L, and 12 L h^2 parameters. In bytes per parameter: 2 for bfloat16, 2 for
+    its gradient, 12 for the optimizer (float32 weights and the two means of Adam). Activations of
+    a layer take some 34 h bytes per token (Korthikanti et al. 2022), or with checkpointing the 2 h
+    of its input.
     """
     L = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
     h = math.sqrt(params / (12 * L))
-    own, dp = params / (tp * pp), gpus // (tp * pp)  # parameters of a rank's part; copies
+    own, dp = params / (tp * pp), a.gpus // (tp * pp)  # parameters of a rank's part; copies
     divided = ("ddp", "zero1", "zero2", "fsdp").index(scheme)  # how many of the three kinds
-    memory = [size * own / (dp if 3 - kind <= divided else 1)
-              for kind, size in enumerate((2, 2, 12))]
+    memory = [2 * own / (dp if divided > 2 else 1), 2 * own / (dp if divided > 1 else 1),
+              12 * own / (dp if divided > 0 else 1)]
     if scheme == "fsdp":  # two layers at a time are whole
         memory[0] += 2 * 2 * 12 * h * h / tp
     tokens = a.batch_tokens / dp  # of a copy of the model, in a.microbatches pieces
     alive = min(a.microbatches, pp)  # pieces under way in 1F1B
     memory.append(alive * tokens / a.microbatches * L / pp * (2 if a.checkpoint else 34) * h / tp)
     bubble = (pp - 1) / (a.microbatches + pp - 1)
-    compute = 6 * params * a.batch_tokens / (gpus * a.tflops * 1e12 * a.mfu) / (1 - bubble)
+    compute = 6 * params * a.batch_tokens / (a.gpus * a.tflops * 1e12 * a.mfu) / (1 - bubble)
     compute *= 4 / 3 if a.checkpoint else 1
     fast, slow = a.node_gbs * 1e9, a.net_gbs * 1e9  # bytes/s inside a machine, and between them
     rounds = 3 if scheme == "fsdp" else 2
-    time_dp = rounds * 2 * own * (dp - 1) / dp / (fast if gpus <= a.node else slow)
-    time_tp = 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / (fast if tp <= a.node else slow)
+    comm = rounds * 2 * own * (dp - 1) / dp / (fast if a.gpus <= a.node else slow)
+    comm += 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / (fast if tp <= a.node else slow)
     # gradients leave during the backward pass, two thirds of the computation
-    exposed = max(0.0, time_dp + time_tp - 2 / 3 * compute)
-    return memory, (compute, time_dp + time_tp, exposed), bubble, L, h
+    exposed = max(0.0, comm - 2 / 3 * compute)
+    return memory, (compute, comm, exposed), bubble, L, h
 
 
 def plan():
@@ -1267,7 +1227,7 @@ def plan():
     add("--microbatches", type=some, default=16, help="of a pipeline (default 16)")
     add("--checkpoint", action="store_true", help="activation checkpointing")
     a = parser.parse_args()
-    *_, L, h = estimate(a.params, a.gpus, 1, 1, "ddp", a)
+    *_, L, h = estimate(a.params, 1, 1, "ddp", a)
     print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
           f"{a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n\nscheme      dp  tp  pp  GB:  "
           "params   grads   optim   activ   total   s: compute    comm exposed  bubble   largest")
@@ -1277,10 +1237,10 @@ def plan():
         if tp > a.node or a.gpus % (tp * pp) or pp > L or (
                 pp > 1 and scheme in ("zero2", "fsdp")):
             continue
-        memory, seconds, bubble, *_ = estimate(a.params, a.gpus, tp, pp, scheme, a)
+        memory, seconds, bubble, *_ = estimate(a.params, tp, pp, scheme, a)
         gb = "".join(f"{x / 1e9:8.1f}" for x in [*memory, sum(memory)])
-        largest = bisect.bisect(sizes, a.gpu_gb * 1e9, key=lambda n: sum(
-            estimate(n, a.gpus, tp, pp, scheme, a)[0]))
+        largest = bisect.bisect(sizes, a.gpu_gb * 1e9,
+                                key=lambda n: sum(estimate(n, tp, pp, scheme, a)[0]))
         print(f"{scheme:8}{a.gpus // (tp * pp):6}{tp:4}{pp:4}     {gb}"
               f"{' ' if sum(memory) <= a.gpu_gb * 1e9 else '!'}    "
               + "".join(f"{x:8.2f}" for x in seconds)

@@ -424,15 +424,19 @@ def open_bin(path):
 
 
 def windows(data, starts, block_size, device="cpu"):
-    """block_size ids from each start (less at the end of the data), and, as targets, the same
-    shifted by one: two tensors (len(starts), block_size) of int64."""
+    """block_size ids from each start, and, as targets, the same shifted by one: two tensors
+    (len(starts), block_size) of int64. Behind the end of the data ids are 0 and targets -100."""
     if isinstance(getattr(data, "base", None), mmap.mmap):
         # opened anew, or all pages ever read stay in memory
         data = np.memmap(data.filename, data.dtype, "r", data.offset)
-    rows = torch.from_numpy(np.stack([data[s : s + block_size + 1] for s in starts]).astype("i8"))
+    rows = np.full((len(starts), block_size + 1), -100, "i8")
+    for row, start in zip(rows, starts):
+        ids = data[start : start + block_size + 1]
+        row[: len(ids)] = ids
+    rows = torch.from_numpy(rows)
     pin = torch.device(device).type == "cuda"
     rows = (rows.pin_memory() if pin else rows).to(device, non_blocking=pin)
-    return rows[:, :-1], rows[:, 1:]
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
 
 def check_ids(batches, vocab_size):
@@ -470,24 +474,27 @@ def get_batch(data, batch_size, block_size, device="cpu", step=None, seed=1337, 
     return windows(data, starts, block_size, device)
 
 
+def evaluation_starts(data, block_size, most=None):
+    """Where windows start that together are all of data; of more than `most`, that many."""
+    starts = np.arange(0, len(data) - 1, block_size)
+    if most and len(starts) > most:  # evenly spaced, without the last one, which may be shorter
+        starts = starts[np.linspace(0, len(starts) - 2, most).astype(int)]
+    return starts
+
+
 @torch.no_grad()
 def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=None):
     """Mean loss in nats over fixed windows that together are all of data (or, of more than
     max_batches, that many evenly spaced), each predicted from its own beginning."""
-    starts = np.arange(0, len(data) - 1, block_size)
-    if max_batches and len(starts) > max_batches * batch_size:
-        starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
-    full = starts[starts + block_size < len(data)]
-    batches = [full[i : i + batch_size] for i in range(0, len(full), batch_size)]
-    batches += [starts[len(full) :]] if len(full) < len(starts) else []  # the last one is shorter
+    starts = evaluation_starts(data, block_size, max_batches and max_batches * batch_size)
     was_training, total, count = model.training, 0.0, 0
     model.eval()
-    for batch in batches:
-        x, y = windows(data, batch, block_size, device)
+    for i in range(0, len(starts), batch_size):
+        x, y = windows(data, starts[i : i + batch_size], block_size, device)
         check_ids([(x, y)], model.config.vocab_size)
         with autocast():
-            loss = cross_entropy(model(x), y)
-        total, count = total + loss.item() * y.numel(), count + y.numel()
+            total += cross_entropy(model(x), y, reduction="sum").item()
+        count += int((y != -100).sum())
     model.train(was_training)
     return total / max(1, count)
 
@@ -651,6 +658,33 @@ def set_rng(states):
         torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
 
 
+def set_learning_rate(optimizers, step, args):
+    """Give an optimizer's groups the learning rate of a step, by the flags -> that rate."""
+    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
+    lr = get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
+                args.schedule, args.decay_fraction)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def check_finite(step, loss, norm, ckpt):
+    """Raise ValueError if the training has diverged."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        kept = f"; {ckpt} is from before it" if os.path.exists(ckpt) else ""
+        raise ValueError(f"at step {step} the loss is {loss} and the gradient norm {norm}{kept}: "
+                         "try a smaller --learning_rate")
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM no longer end the process, but are added to a list, which is returned:
+    the loop of a run finishes its step, saves, and leaves."""
+    stopped = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.append(number))
+    return stopped
+
+
 def open_model(args, device):
     """The data, and the model from scratch, from a checkpoint, or from where a run was stopped.
     -> (model, checkpoint or None, train ids, val ids, text of tokenizer.json, bytes per token)
@@ -769,17 +803,11 @@ def run(args):
     card = torch.cuda.get_device_name(device) if cuda else ""
     peak = args.peak_flops or next((PEAK[name] for name in PEAK if name in card), None)
     flops_per_token = 3 * sum(count_flops(config).values())
-    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
-    small_norms, big_norms, stopped = [], [], []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
-        signal.signal(number, lambda number, frame: stopped.append(number))
+    small_norms, big_norms, stopped = [], [], catch_signals()
     model.train()
     log.pause(step)
     while step < args.max_iters and not stopped:
-        lr = get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
-                    args.schedule, args.decay_fraction)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        lr = set_learning_rate(optimizers, step, args)
         batches = [get_batch(train_data, args.batch_size, block_size, device, i, args.seed)
                    for i in range(step * n, (step + 1) * n)]
         check_ids(batches, config.vocab_size)
@@ -789,10 +817,7 @@ def run(args):
                         small_norms if args.noise_scale else None, head).item()
         norm = clip_grad_norm(model.parameters(), args.grad_clip).item()
         big_norms.append(norm**2)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            kept = f"; {path} is from before it" if os.path.exists(path) else ""
-            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
-                             f"{norm}{kept}: try a smaller --learning_rate")
+        check_finite(step + 1, loss, norm, path)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
