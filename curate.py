@@ -1,13 +1,13 @@
 """
 From Common Crawl pages to tokens worth training on.
 
-    python curate.py                   # all of it, on a small crawl that it makes (make_crawl)
+    python curate.py                   # all of it, on a small crawl made for the purpose
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --workers 8
     python bpe.py train --input corpus/*.jsonl.gz --vocab_size 32000 --out data/web
 
 takes the main text out of HTML, keeps the languages asked for, drops bad text by rules, masks
-personal data, removes duplicates, and leaves documents (.jsonl.gz, a line each, with `text`) and
-report.json (what every step kept and why) in --out. Each step is a command too:
+personal data and removes duplicates. It leaves documents (.jsonl.gz, one per line, with `text`)
+and report.json (what every step kept and why) in --out. Each step is a command too:
 
     python curate.py read         --input crawl/*.warc.gz --out pages
     python curate.py extract      --input pages/*.jsonl.gz page.html --out texts
@@ -19,9 +19,9 @@ report.json (what every step kept and why) in --out. Each step is a command too:
     python curate.py mix          --input web=clean/*.jsonl.gz wiki=wiki.jsonl --out mixed \\
         --weights web=0.7 wiki=0.3 --tokens 1e9
 
-Everything reads .warc, .wet, .html, .txt (with <|endoftext|> between documents), .jsonl, each also
-as .gz, and .pdf if pypdf is installed. Classifiers (language, quality, toxicity) are trained in
-seconds from files of examples, one per line or document:
+Inputs are .warc, .wet, .html, .txt (with <|endoftext|> between documents) and .jsonl, each also
+as .gz, and .pdf if pypdf is installed. Classifiers of language, quality or toxicity are trained
+in seconds from example texts, one per line of .txt or per document of other files:
 
     python curate.py train-classifier --examples en=en.txt de=de.txt fr=fr.txt --out langid.npz
     python curate.py train-classifier --examples good=wiki.txt web=web.jsonl --words 2 \\
@@ -29,9 +29,9 @@ seconds from files of examples, one per line or document:
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --language_model langid.npz \\
         --quality quality.npz:good:0.5
 
-A run that was stopped goes on where it was, by the same command. The output is the same for every
-number of --workers. Nothing is held in memory that grows with the corpus, but for the numbers of
-near duplicates: hashes lie on disk and are looked at a part at a time.
+A run that was stopped continues when the same command is given again. The output does not depend
+on --workers. Memory does not grow with the corpus, except for one entry per near duplicate:
+hashes of everything lie on disk, and are looked at a part at a time.
 """
 
 import argparse
@@ -59,7 +59,6 @@ import sys
 import tempfile
 import threading
 import time
-import typing
 import unicodedata
 import zipfile
 import zlib
@@ -69,41 +68,38 @@ import numpy as np
 EOT = "<|endoftext|>"
 
 # -----------------------------------------------------------------------------
-# Read. A WARC file (ISO 28500) is records one after the other, each with headers, a blank line,
-# and as many bytes as its Content-Length says. In a .gz each record is mostly a gzip member of its
-# own. Crawls are cut off, damaged and full of lies: what can not be read is counted and skipped.
+# Read. A WARC file (ISO 28500) is a sequence of records: headers, a blank line, and as many bytes
+# as Content-Length says. In a .gz file each record is usually a gzip member of its own. Crawls are
+# truncated, damaged and wrong about lengths: what cannot be read is counted and skipped.
 
-MAX_PAGE = 16 << 20  # bytes of a page, once unpacked; longer ones are no text to learn from
-MAX_RATIO = 200  # a gzip member that swells more than this, past MAX_PAGE, is a bomb
+MAX_PAGE = 16 << 20  # bytes of a page once decompressed; longer ones are skipped
+MAX_RATIO = 200  # a gzip member that expands more than this, beyond MAX_PAGE, is a bomb
 CHUNK = 1 << 16
 RECORD = b"WARC/"  # how a record begins
-NEXT = b"\n" + RECORD  # and how one does after another: text may speak of WARC/1.0, too
+NEXT = b"\n" + RECORD  # and how another follows: the text of a page may mention WARC/1.0, too
+CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]{0,80})?\r\n")
+BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
-
-class Record(typing.NamedTuple):
-    """A page of a WARC file, or a text of a WET file."""
-
-    url: str
-    kind: str  # "html" or "text"
-    charset: str | None  # what the HTTP header says
-    body: bytes  # without HTTP headers, chunks joined and unpacked
+# A page of a WARC file, or a text of a WET file. kind: "html" or "text"; charset: what the HTTP
+# header says, or None; body: bytes without HTTP headers, chunks joined and decompressed.
+Record = collections.namedtuple("Record", "url kind charset body")
 
 
 def unpack(file, counts):
-    """The bytes of a file, piece by piece: of its gzip members, one after the other, or as they
-    are if it has none. A member that is damaged is left where it is, for the next."""
+    """Yield the bytes of a file in pieces, its gzip members decompressed if it has any. Of a
+    damaged member the rest is skipped."""
     raw = file.read(CHUNK)
     if not raw.startswith(b"\x1f\x8b"):
-        while raw:
-            yield raw
-            raw = file.read(CHUNK)
-    while raw:
+        yield raw
+        yield from iter(functools.partial(file.read, CHUNK), b"")
+        return
+    while raw := raw or file.read(CHUNK):
         at = raw.find(b"\x1f\x8b\x08")
-        if at < 0:  # the magic may lie across the border of two chunks
+        if at < 0:  # a gzip header may lie across the border of two chunks
             more = file.read(CHUNK)
             raw = raw[-2:] + more if more else b""
             continue
-        raw, member, took, made = raw[at:], zlib.decompressobj(31), 0, 0
+        raw, member, consumed, produced = raw[at:], zlib.decompressobj(31), 0, 0
         while not member.eof:
             raw = raw or file.read(CHUNK)
             if not raw:
@@ -116,75 +112,23 @@ def unpack(file, counts):
                 raw = raw[1:]
                 break
             rest = member.unused_data or member.unconsumed_tail
-            took, made, raw = took + len(raw) - len(rest), made + len(piece), rest
+            consumed, produced, raw = consumed + len(raw) - len(rest), produced + len(piece), rest
             yield piece
-            if made > MAX_PAGE and made > MAX_RATIO * took and not member.eof:
+            if produced > MAX_PAGE and produced > MAX_RATIO * consumed and not member.eof:
                 counts["decompression bomb"] += 1
                 break
         if not member.eof:
             yield b"\n"  # so that what comes next begins a line
-        raw = raw or file.read(CHUNK)
-
-
-class Stream:
-    """Pieces of bytes with a look ahead: `buffer` holds what has come and has not been taken."""
-
-    def __init__(self, pieces):
-        self.pieces, self.buffer, self.done = pieces, bytearray(), False
-
-    def fill(self, n):
-        """Make the buffer n bytes long at least; False if the file ends before."""
-        while len(self.buffer) < n and not self.done:
-            piece = next(self.pieces, None)
-            self.done = piece is None
-            self.buffer += piece or b""
-        return len(self.buffer) >= n
-
-    def find(self, marker):
-        """Where marker first lies in some MAX_PAGE bytes to come; -1 if nowhere."""
-        start = 0
-        while (at := self.buffer.find(marker, start)) < 0:
-            if self.done or len(self.buffer) > MAX_PAGE:
-                return -1
-            start = max(0, len(self.buffer) - len(marker))
-            self.fill(len(self.buffer) + CHUNK)
-        return at
-
-    def take(self, n):
-        """The next n bytes."""
-        self.fill(n)
-        out = bytes(self.buffer[:n])
-        del self.buffer[:n]
-        return out
-
-    def skip_to(self, marker):
-        """Drop what comes before marker, or all there is."""
-        while (at := self.find(marker)) < 0 and not self.done:
-            self.take(len(self.buffer) - len(marker))
-        self.take(at if at >= 0 else len(self.buffer))
 
 
 def parse_headers(head):
-    """The lines `Name: value` of a header: {name in lower case: value}."""
+    """The `Name: value` lines of a header as {name in lower case: value}; the first one counts."""
     lines = re.findall(r"(?m)^([^\s:]+)[ \t]*:(.*)$", head.decode("utf-8", "replace"))
     return {name.lower(): value.strip() for name, value in reversed(lines)}
 
 
-CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]{0,80})?\r\n")
-BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-
-
-def join_chunks(body):
-    """Undo `Transfer-Encoding: chunked`. What is not chunked after all is left as it is."""
-    out, at = [], 0
-    while (size := CHUNK_SIZE.match(body, at)) and int(size.group(1), 16):
-        at = size.end() + int(size.group(1), 16) + 2
-        out.append(body[size.end() : at - 2])
-    return b"".join(out) if out else body
-
-
 def unpack_http(content):
-    """An HTTP response -> (type, charset, body). ValueError says why there is no page in it."""
+    """An HTTP response -> (MIME type, charset, body). ValueError says why it holds no page."""
     head, *body = BLANK_LINE.split(content, 1)
     status = re.match(rb"HTTP/\S+\s+(\d{3})", head)
     if not status or not body:
@@ -193,19 +137,22 @@ def unpack_http(content):
         raise ValueError("HTTP status not 200")
     headers, body = parse_headers(head), body[0]
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        body = join_chunks(body)
-    coding = headers.get("content-encoding", "").lower()
-    if coding in ("gzip", "x-gzip", "deflate") and body[:2] in (
-            b"\x1f\x8b", b"\x78\x9c", b"\x78\x01", b"\x78\xda"):
+        chunks, at = [], 0
+        while (size := CHUNK_SIZE.match(body, at)) and int(size.group(1), 16):
+            at = size.end() + int(size.group(1), 16) + 2
+            chunks.append(body[size.end() : at - 2])
+        body = b"".join(chunks) or body  # as it is, if it is not chunked after all
+    coding = headers.get("content-encoding", "identity").lower()
+    if coding != "identity":
+        unpacker = zlib.decompressobj(47)  # of gzip or zlib
         try:
-            unpacker = zlib.decompressobj(47)
-            body = unpacker.decompress(body, MAX_PAGE)
+            unpacked = unpacker.decompress(body, MAX_PAGE)
+            if unpacker.unconsumed_tail:
+                raise ValueError("decompression bomb")
+            body = unpacked
         except zlib.error:
-            raise ValueError("damaged content encoding") from None
-        if unpacker.unconsumed_tail:
-            raise ValueError("decompression bomb")
-    elif coding in ("br", "zstd", "deflate") and b"<" not in body[:2000]:
-        raise ValueError(f"content encoding {coding}")  # if it still is: Common Crawl unpacks
+            if b"<" not in body[:2000]:  # Common Crawl decompresses, and may leave the header
+                raise ValueError(f"content encoding {coding[:20]}") from None
     mime, _, parameters = headers.get("content-type", "").lower().partition(";")
     charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", parameters)
     if not mime.strip() and re.search(rb"(?i)<html|<!doctype html", body[:2000]):
@@ -216,49 +163,62 @@ def unpack_http(content):
 def read_warc(source, counts=None):
     """The pages of a WARC or WET file, one `Record` at a time.
 
-    source: a path or a binary file, gzipped or not. counts: a Counter, to which what was skipped
-    is added, by reason. Only answers of status 200 with HTML or plain text come out; requests,
-    revisits, metadata and everything else are counted. A record whose length is wrong, since no
-    other follows where it should end, ends where the next one begins.
+    source: a path or a binary file, gzipped or not. counts: a Counter of what was skipped, by
+    reason. Only responses of status 200 with HTML or plain text are yielded. If no record begins
+    where Content-Length says that this one ends, it ends where the next one begins.
     """
     counts = collections.Counter() if counts is None else counts
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
             yield from read_warc(file, counts)
         return
-    stream = Stream(unpack(source, counts))
-    while stream.fill(1):
-        if ends := re.match(rb"[\r\n]+", stream.buffer):
-            stream.take(ends.end())
+    pieces, buffer = unpack(source, counts), bytearray()
+
+    def fill(n):
+        """Read until the buffer has n bytes; False if the file ends before."""
+        while len(buffer) < n and (piece := next(pieces, None)) is not None:
+            buffer.extend(piece)
+        return len(buffer) >= n
+
+    def take(n):
+        """The next n bytes, or as many as there are."""
+        out = bytes(buffer[:n])
+        del buffer[:n]
+        return out
+
+    while fill(1):
+        fill(CHUNK)
+        start = buffer.find(RECORD, 0, CHUNK)
+        if start != 0:  # line ends, or bytes that belong to no record
+            if junk := take(start if start > 0 else CHUNK - len(RECORD)).strip(b"\r\n"):
+                counts["bytes between records"] += len(junk)
             continue
-        stream.fill(CHUNK)
-        if not stream.buffer.startswith(RECORD):
-            counts["bytes between records"] += 1
-            stream.skip_to(RECORD)
-            continue
-        blank = BLANK_LINE.search(stream.buffer, 0, CHUNK)
-        if not blank:
+        blank = BLANK_LINE.search(buffer, 0, CHUNK)
+        if not blank:  # skip all of the chunk: a line at a time would be quadratic
             counts["record without headers"] += 1
-            stream.take(max(1, stream.buffer.rfind(NEXT, 0, CHUNK)))  # not one by one
-            stream.skip_to(NEXT)
+            last = buffer.rfind(NEXT, 0, CHUNK)
+            take(last if last > 0 else CHUNK - len(NEXT))
             continue
-        headers = parse_headers(stream.take(blank.end()))
+        headers = parse_headers(take(blank.end()))
         length = headers.get("content-length", "")
-        length = int(length) if re.fullmatch(r"[0-9]{1,15}", length) else -1
-        whole = 0 <= length <= MAX_PAGE and stream.fill(length)
+        length = int(length) if re.fullmatch("[0-9]{1,15}", length) else -1
+        whole = 0 <= length <= MAX_PAGE and fill(length)
         if whole:
-            stream.fill(length + 64)
-            after = stream.buffer[length : length + 64].lstrip(b"\r\n")
+            fill(length + 64)
+            after = buffer[length : length + 64].lstrip(b"\r\n")
             whole = RECORD.startswith(bytes(after[: len(RECORD)]))
-        if not whole:
-            at = 0 if stream.buffer.startswith(RECORD) else stream.find(NEXT)
-            found = 0 <= at <= MAX_PAGE
-            counts["wrong length" if found else "page too large" if length > MAX_PAGE
-                   else "record cut short" if stream.done else "wrong length"] += 1
-            if not found:
-                stream.skip_to(NEXT)
+        if whole:
+            content = take(length)
+        else:
+            goes_on = fill(MAX_PAGE)
+            end = 0 if buffer.startswith(RECORD) else buffer.find(NEXT, 0, MAX_PAGE)
+            if end < 0:
+                too_large = goes_on or length > MAX_PAGE
+                counts["page too large" if too_large else "record cut short"] += 1
+                take(MAX_PAGE)
                 continue
-        content = stream.take(length) if whole else stream.take(at).rstrip(b"\r\n")
+            counts["wrong length"] += 1
+            content = take(end).rstrip(b"\r\n")
         counts["records"] += 1
         kind, mime = headers.get("warc-type", "").lower(), headers.get("content-type", "").lower()
         charset = None
@@ -276,9 +236,9 @@ def read_warc(source, counts=None):
         yield Record(headers.get("warc-target-uri", "").strip("<>"), page, charset, content)
 
 
-CHARSET = re.compile(r"(?a)(utf-?8|utf-?16|iso|latin|windows|cp|koi|gb|big|euc|shift|sjis|tis|"
-                     r"ks_c|mac|us-|ascii)[\w-]*")
-# Browsers read these as the larger set on the right, and so must we.
+CHARSET = re.compile("(?a)(utf-?8|utf-?16|iso|latin|windows|cp|koi|gb|big|euc|shift|sjis|tis|ks_c|"
+                     r"mac|us-|ascii)[\w-]*")  # not zlib, idna and other codecs of Python
+# Browsers read these charsets as larger ones, and so do we.
 WIDER = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874",
          "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949",
          "big5": "big5hkscs"}
@@ -289,27 +249,27 @@ META = re.compile(
 
 
 def decode_page(data, charset=None):
-    """Bytes of a page as text. The order: byte order mark, valid UTF-8 (other text hardly ever is,
-    whatever it declares), the HTTP header's charset, <meta>, and windows-1252 for all the rest."""
+    """Bytes of a page as text. In this order: byte order mark, valid UTF-8 (other encodings hardly
+    ever are), the HTTP header's charset, <meta>, windows-1252."""
     for mark, name in BOMS.items():
         if data.startswith(mark):
             return data[len(mark) :].decode(name, "replace")
     declared, names = META.search(data[:4096]), []
-    for name in (charset, declared and declared.group(1).decode("ascii", "replace")):
-        name = (name or "").lower().removeprefix("x-")
+    for label in (charset, declared and declared.group(1).decode("ascii", "replace")):
+        label = (label or "").lower().removeprefix("x-")
         with contextlib.suppress(LookupError):
-            if CHARSET.fullmatch(name):
-                names.append(codecs.lookup(name).name)
-    if not any(name.startswith(("iso2022", "utf-16")) for name in names):
+            if CHARSET.fullmatch(label):
+                names.append(codecs.lookup(label).name)
+    name = names[0] if names else "cp1252"
+    if not name.startswith(("iso2022", "utf-16")):
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
-            # One bad byte, or a page cut in the middle of a letter, is UTF-8 all the same.
+            # With one bad byte, or truncated within a letter, it is UTF-8 all the same.
             text = data.decode("utf-8", "replace")
             good = len(re.findall("[^\0-\x7f\ufffd]", text))
-            if good > 10 * text.count("\ufffd") and (not names or names[0] == "utf-8"):
+            if good > 10 * text.count("\ufffd") and (not names or name == "utf-8"):
                 return text
-    name = names[0] if names else "cp1252"
     return data.decode(WIDER.get(name, name), "replace")
 
 
@@ -333,24 +293,22 @@ MAX_BLOCKS = 50_000  # of a page; what comes after them is dropped
 
 
 # What a tag does: change the link state; break a line; begin and end a block (LEAF); the same, and
-# be remembered as the place where blocks lie (NODE); stand between the cells of a row.
+# become the place where blocks lie (NODE); separate the cells of a row.
 LINK, BREAK, LEAF, NODE, CELL = range(5)
-TAGS = {}  # {name, or "/" and it: (what it does, name, whether it is an end tag)}
-for _kind, _names in {
+TAG_KINDS = {
     LINK: "a", BREAK: "br", CELL: "td th",
     LEAF: "p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption address hr",
     NODE: "div ul ol li table tbody thead tfoot tr section article aside nav header footer main "
-          "form blockquote pre figure dl details center body fieldset dialog menu noscript",
-}.items():
-    for _name in _names.split():
-        TAGS[_name], TAGS["/" + _name] = (_kind, _name, False), (_kind, _name, True)
+          "form blockquote pre figure dl details center body fieldset dialog menu noscript"}
+TAGS = {slash + tag: (kind, tag, slash == "/")  # name as in the page: (kind, tag, is an end tag)
+        for kind, tags in TAG_KINDS.items() for tag in tags.split() for slash in ("", "/")}
 CELL_WALLS = {"table", "tbody", "thead", "tfoot", "tr", "td", "th", "body"}
 
-# Elements, and words in class, id, role and itemprop, that say what kind of place a block lies in,
-# each named by its first word. An element inherits the places of those around it, a bit each.
+# Elements, and words in class, id, role and itemprop, that say what kind of place a block lies in.
+# Each place is named by its first word and is a bit; an element inherits those of its ancestors.
 PLACES = [words.split() for words in """
-<nav>; <header>; <footer>; <aside>; <article>; <main>; <form>; <table>; <td>; <ul>; <dl>; <figure>;
-<blockquote>;
+<nav>; <header>; <footer>; <aside>; <article>; <main>; <form>; <table>; <td>;
+<ul> <ol>; <dl>; <figure>; <blockquote>;
 nav navbar navigation topnav subnav sidenav mainnav menu menus submenu dropdown megamenu menuitem;
 footer foot colophon contentinfo bottombar; header masthead topbar banner;
 sidebar aside rail complementary; widget widgets;
@@ -370,14 +328,8 @@ docs documentation markdown markdownbody wiki mw; event events; single page; mob
 tab tabs accordion faq; top; blog news; signature sig
 """.split(";")]
 HIDDEN = 1 << len(PLACES)
-PLACE_BIT, CUE_BITS = {"noscript": HIDDEN}, collections.Counter()
-for _i, _names in enumerate(PLACES):
-    for _name in _names:
-        if _name[0] == "<":
-            PLACE_BIT[_name.strip("<>")] = 1 << _i
-        else:
-            CUE_BITS[_name] |= 1 << _i
-PLACE_BIT["ol"] = PLACE_BIT["ul"]
+PLACE_BITS = {name: 1 << i for i, names in enumerate(PLACES) for name in names}
+PLACE_BITS["<noscript>"] = HIDDEN
 HIDING = re.compile(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden")
 CUE_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
@@ -390,7 +342,7 @@ def place_bits(attributes):
         name, value = name.lower(), "".join(values)
         if name in ("class", "id", "role", "itemprop"):
             for word in CUE_WORD.findall(value):
-                bits |= CUE_BITS.get(word.lower(), 0)
+                bits |= PLACE_BITS.get(word.lower(), 0)
         elif (name == "style" and HIDING.search(value) or name == "aria-hidden" and value == "true"
               # React streams visible parts as <div hidden id="S:1">
               or name == "hidden" and 'id="S:' not in attributes):
@@ -418,13 +370,14 @@ def drop_raw(html):
 
 
 def tokens(html):
-    """The matches of TOKEN, found a megabyte at a time: all at once take too much memory, and one
-    at a time too long."""
-    cuts = [0]
-    while (end := html.find("<", cuts[-1] + (1 << 20))) >= 0:
-        cuts.append(end)
-    ends = [*cuts[1:], len(html)]
-    return itertools.chain.from_iterable(TOKEN.findall(html, i, j) for i, j in zip(cuts, ends))
+    """The matches of TOKEN, found a megabyte at a time: all at once would take too much memory,
+    and one at a time too long."""
+    begin = 0
+    while begin < len(html):
+        end = html.find("<", begin + (1 << 20))
+        end = end if end >= 0 else len(html)
+        yield from TOKEN.findall(html, begin, end)
+        begin = end
 
 
 class Blocks:
@@ -443,14 +396,12 @@ def scan(html):
     b = Blocks()
     node_places, is_open, stack = [0], collections.Counter(), [0]
     pieces, linked = [html.partition("<")[0]], 0  # of the block to come
-    in_link, link_depth, too_deep = False, 0, 0
+    in_link, link_depth = False, 0
     leaf, leaf_bits = "", 0
 
     def flush():
         """End a block."""
         nonlocal pieces, linked
-        if not pieces:
-            return
         text = "".join(pieces)
         if text and not text.isspace():
             node = stack[-1]
@@ -474,9 +425,7 @@ def scan(html):
         if len(b.text) >= MAX_BLOCKS:
             break
         kind, tag, closing = TAGS.get(name.lower(), (None, None, None))
-        if kind is None:
-            pass
-        elif kind == LINK:
+        if kind == LINK:
             in_link, link_depth = not closing, len(stack)
         elif kind == BREAK:
             if pieces and pieces[-1] == "\v":
@@ -484,45 +433,37 @@ def scan(html):
             pieces.append("\v")
             if text.isspace():
                 continue
-        elif kind == LEAF:
-            flush()
-            leaf, leaf_bits = "", 0
-            if not closing:
-                leaf, leaf_bits = tag, place_bits(attributes) if attributes else 0
-        elif closing:
-            if kind == NODE:
+        elif kind is not None:
+            if kind != CELL or not closing and sum(map(len, pieces)) > 200:
                 flush()
-            leaf, leaf_bits = "", 0
-            if too_deep:
-                too_deep -= 1
-            elif is_open[tag]:
-                # An end tag within a cell does not close what is open outside of it.
-                walls = () if tag in CELL_WALLS else ("td", "th")
-                depth = len(stack) - 1
-                while (at := b.node_tag[stack[depth]]) != tag and at not in walls:
-                    depth -= 1
-                if at == tag:
-                    close(depth)
-        else:
-            top = b.node_tag[stack[-1]]
-            if kind == NODE or sum(map(len, pieces)) > 200:
-                flush()
-            elif pieces:
+            elif pieces and not closing:
                 pieces.append(" | ")
             leaf, leaf_bits = "", 0
-            if top == tag in ("li", "tr") or kind == CELL and top in ("td", "th"):
-                close(len(stack) - 1)
-            if len(stack) > MAX_DEPTH:
-                too_deep += 1
+            if kind == LEAF:
+                if not closing:
+                    leaf, leaf_bits = tag, place_bits(attributes)
+            elif closing:
+                if is_open[tag]:
+                    # An end tag within a cell does not close what is open outside of it.
+                    walls = () if tag in CELL_WALLS else ("td", "th")
+                    depth = len(stack) - 1
+                    while (at := b.node_tag[stack[depth]]) != tag and at not in walls:
+                        depth -= 1
+                    if at == tag:
+                        close(depth)
             else:
-                bits = node_places[stack[-1]] | PLACE_BIT.get(tag, 0)
-                node_places.append(bits | place_bits(attributes) if attributes else bits)
-                b.parent.append(stack[-1])
-                b.first.append(len(b.text))
-                b.end.append(0)
-                b.node_tag.append(tag)
-                stack.append(len(b.parent) - 1)
-                is_open[tag] += 1
+                top = b.node_tag[stack[-1]]
+                if top == tag in ("li", "tr") or kind == CELL and top in ("td", "th"):
+                    close(len(stack) - 1)
+                if len(stack) <= MAX_DEPTH:
+                    bits = node_places[stack[-1]] | PLACE_BITS.get(f"<{tag}>", 0)
+                    node_places.append(bits | place_bits(attributes))
+                    b.parent.append(stack[-1])
+                    b.first.append(len(b.text))
+                    b.end.append(0)
+                    b.node_tag.append(tag)
+                    stack.append(len(b.parent) - 1)
+                    is_open[tag] += 1
         if text:
             pieces.append(text)
             if in_link:
@@ -530,9 +471,8 @@ def scan(html):
     flush()
     close(0)
     # A page that hides most of its text shows it later, by script, or has it in <noscript>.
-    shown, hidden = (sum(len(text) for text, bits in zip(b.text, b.places) if bits & HIDDEN == h)
-                     for h in (0, HIDDEN))
-    if 4 * shown < hidden:
+    hidden = sum(len(text) for text, bits in zip(b.text, b.places) if bits & HIDDEN)
+    if 5 * hidden > 4 * sum(map(len, b.text)):
         b.places = [bits & ~HIDDEN for bits in b.places]
     return b
 
@@ -590,11 +530,10 @@ def describe(b, texts):
     f |= {"in " + name: bit for name, bit in inside.items()}
 
     # The elements around: the one the block lies in, the next that holds more than that, ...
-    text_sum, link_sum, p_sum, sentence_sum, block_sum = (
-        np.concatenate([[0.0], np.cumsum(column)]) for column in (
-            length, length * link, length * (tag == 0) * (link < 0.5),
-            length * sentence * (link < 0.5) * (length > 60), length > 0))
-    total, total_sentence = text_sum[-1] + 1, sentence_sum[-1] + 1
+    sums = np.zeros((5, n + 1))
+    np.cumsum([length, length * link, length * (tag == 0) * (link < 0.5),
+               length * sentence * (link < 0.5) * (length > 60), length > 0], 1, out=sums[:, 1:])
+    total, total_sentence = sums[0, -1] + 1, sums[3, -1] + 1
     wider = list(range(len(b.parent)))  # the nearest element around each with more blocks
     for i in range(1, len(wider)):
         up = b.parent[i]
@@ -602,31 +541,30 @@ def describe(b, texts):
         wider[i] = wider[up] if same else up
     first, end, wider, at = map(np.array, (b.first, b.end, wider, b.node))
     for level in range(4):
-        i, j = first[at], end[at]
-        held, count = text_sum[j] - text_sum[i] + 1, block_sum[j] - block_sum[i] + 1
-        sentences = sentence_sum[j] - sentence_sum[i]
+        held, links, paragraphs, sentences, count = sums[:, end[at]] - sums[:, first[at]]
+        held, count = held + 1, count + 1
         for name, column in (
-            ("linked", (link_sum[j] - link_sum[i]) / held),
-            ("in <p>", (p_sum[j] - p_sum[i]) / held), ("sentences", sentences / held),
-            ("share of text", held / total), ("share of sentences", sentences / total_sentence),
+            ("linked", links / held), ("in <p>", paragraphs / held),
+            ("sentences", sentences / held), ("share of text", held / total),
+            ("share of sentences", sentences / total_sentence),
             ("log blocks", np.log(count)), ("log text per block", np.log(held / count)),
         ):
-            f[f"around {level}: {name}"] = column
+            f[f"around: {name} #{level}"] = column
         at = wider[at]
     for name, column in (("log length", f["log length"]), ("linked", link),
                          ("ends a sentence", sentence)):
         padded = np.concatenate([np.zeros(3), column, np.zeros(3)])
-        f |= {f"at {k:+}: {name}": padded[3 + k : 3 + k + n] for k in (-3, -2, -1, 1, 2, 3)}
+        for i, k in enumerate((-3, -2, -1, 1, 2, 3)):
+            f[f"at: {name} #{i}"] = padded[3 + k : 3 + k + n]
     index = np.arange(n)
-    for k in (3, 10):
-        i, j = np.maximum(index - k, 0), np.minimum(index + k + 1, n)
-        held = text_sum[j] - text_sum[i] + 1
-        f[f"within {k}: log text"] = np.log(held)
-        f[f"within {k}: linked"] = (link_sum[j] - link_sum[i]) / held
-        f[f"within {k}: sentences"] = (sentence_sum[j] - sentence_sum[i]) / held
+    for level, k in enumerate((3, 10)):
+        held, links, _, sentences, _ = (
+            sums[:, np.minimum(index + k + 1, n)] - sums[:, np.maximum(index - k, 0)])
+        f[f"within: log text #{level}"] = np.log(held + 1)
+        f[f"within: linked #{level}"] = links / (held + 1)
+        f[f"within: sentences #{level}"] = sentences / (held + 1)
     f["position"], f["blocks to the end"] = index / n, np.minimum(n - index, 50) / 50
-    f["text before"] = text_sum[:-1] / total
-    f["sentences before"] = sentence_sum[:-1] / total_sentence
+    f["text before"], f["sentences before"] = sums[0, :-1] / total, sums[3, :-1] / total_sentence
     h1 = int((tag == 5).argmax()) if (tag == 5).any() else n
     f["before <h1>"] = (index < h1) & (h1 < n)
     f["after <h1>"] = np.clip(index - h1, 0, 50) / 50
@@ -640,14 +578,15 @@ def describe(b, texts):
     f["outside of <article>"] = has_article * (1 - inside["<article>"])
     f["in the only <article>"] = has_article * (articles == 1) * inside["<article>"]
     page = {"log text": np.log(total), "log sentences": np.log(total_sentence),
-            "sentences": total_sentence / total, "linked": link_sum[-1] / total,
+            "sentences": total_sentence / total, "linked": sums[1, -1] / total,
             "has <main>": has_main, "has <article>": has_article, "<article> > 3": articles > 3}
     page |= {"in " + name: value for name, value in share.items()}
     f |= {"page: " + name: np.full(n, value) for name, value in page.items()}
     return list(f), np.stack(list(f.values()), 1).astype(np.float32)
 
 
-# Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression).
+# Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression). More
+# than one are those of `name #0`, `name #1` and so on.
 BLOCK_BIAS = 3.457
 BLOCK_WEIGHTS = """
 log length -0.42; words <= 3 -0.26; words <= 8 -0.46; words >= 20 0.40; words >= 50 0.35;
@@ -668,33 +607,25 @@ in newsletter -1.83; in modal -0.62; in ad -0.54; in copyright -5.48; in login -
 in search 0.62; in pagination -0.46; in toc 1.64; in card -0.50; in product 0.42; in price 0.09;
 in review 0.18; in description 0.19; in summary -0.77; in item 0.19; in button -0.04;
 in thread 0.00; in question 0.89; in docs 1.33; in event -0.20; in single 0.01; in mobile 0.23;
-in tab -0.29; in top -0.28; in blog -0.54; in signature -2.02; around 0: linked -0.44;
-around 0: in <p> 0.11; around 0: sentences 0.01; around 0: share of text 0.23;
-around 0: share of sentences 1.26; around 0: log blocks 0.06; around 0: log text per block 0.12;
-around 1: linked -0.29; around 1: in <p> -0.47; around 1: sentences -0.38;
-around 1: share of text -0.08; around 1: share of sentences 0.63; around 1: log blocks -0.19;
-around 1: log text per block 0.24; around 2: linked 0.81; around 2: in <p> 1.23;
-around 2: sentences 0.40; around 2: share of text 0.30; around 2: share of sentences -0.15;
-around 2: log blocks 0.06; around 2: log text per block -0.27; around 3: linked 0.09;
-around 3: in <p> -1.17; around 3: sentences 1.17; around 3: share of text 0.50;
-around 3: share of sentences 0.10; around 3: log blocks -0.14; around 3: log text per block -0.14;
-at -3: log length 0.08; at -3: linked -0.20; at -3: ends a sentence -0.04; at -2: log length 0.09;
-at -2: linked -0.08; at -2: ends a sentence -0.01; at -1: log length 0.06; at -1: linked -0.25;
-at -1: ends a sentence -0.05; at +1: log length 0.00; at +1: linked -0.29;
-at +1: ends a sentence 0.23; at +2: log length 0.09; at +2: linked 0.06;
-at +2: ends a sentence -0.00; at +3: log length 0.05; at +3: linked -0.15;
-at +3: ends a sentence -0.08; within 3: log text -0.48; within 3: linked 0.40;
-within 3: sentences 0.56; within 10: log text 0.22; within 10: linked -0.39;
-within 10: sentences -0.02; position 1.13; text before -2.13; sentences before -0.17;
-blocks to the end 1.21; before <h1> -1.56; after <h1> 0.25; outside of <main> -0.44;
-outside of <article> -0.99; in the only <article> 0.64; page: log text 0.12;
-page: log sentences -0.40; page: sentences -0.07; page: linked -0.43; page: has <main> -0.20;
-page: has <article> -0.05; page: <article> > 3 0.47; page: in comment 1.12; page: in post -0.98;
-page: in product -1.41; page: in card 0.60; page: in thread 0.22; page: in question -1.27;
-page: in docs -0.03; page: in reply -1.11
+in tab -0.29; in top -0.28; in blog -0.54; in signature -2.02;
+around: linked -0.44 -0.29 0.81 0.09; around: in <p> 0.11 -0.47 1.23 -1.17;
+around: sentences 0.01 -0.38 0.40 1.17; around: share of text 0.23 -0.08 0.30 0.50;
+around: share of sentences 1.26 0.63 -0.15 0.10; around: log blocks 0.06 -0.19 0.06 -0.14;
+around: log text per block 0.12 0.24 -0.27 -0.14; at: log length 0.08 0.09 0.06 0.00 0.09 0.05;
+at: linked -0.20 -0.08 -0.25 -0.29 0.06 -0.15;
+at: ends a sentence -0.04 -0.01 -0.05 0.23 -0.00 -0.08; within: log text -0.48 0.22;
+within: linked 0.40 -0.39; within: sentences 0.56 -0.02; position 1.13; text before -2.13;
+sentences before -0.17; blocks to the end 1.21; before <h1> -1.56; after <h1> 0.25;
+outside of <main> -0.44; outside of <article> -0.99; in the only <article> 0.64;
+page: log text 0.12; page: log sentences -0.40; page: sentences -0.07; page: linked -0.43;
+page: has <main> -0.20; page: has <article> -0.05; page: <article> > 3 0.47;
+page: in comment 1.12; page: in post -0.98; page: in product -1.41; page: in card 0.60;
+page: in thread 0.22; page: in question -1.27; page: in docs -0.03; page: in reply -1.11
 """
-BLOCK_WEIGHTS = {name: float(weight) for name, weight in
-                 re.findall(r"(\S.*?) (-?\d+\.\d+)(?:;|$)", BLOCK_WEIGHTS, re.M)}
+BLOCK_WEIGHTS = {f"{name} #{i}" if len(weights.split()) > 1 else name: float(weight)
+                 for name, weights in re.findall(r"(\S.*?)((?: -?\d+\.\d+)+)(?:;|$)",
+                                                 BLOCK_WEIGHTS, re.M)
+                 for i, weight in enumerate(weights.split())}
 
 
 def page_blocks(html):
@@ -743,24 +674,24 @@ def extract_text(html: bytes | str) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Classifiers: a text is the set of its n-grams, hashed to rows of a table, and the score of a
-# class is the sum of its column over those rows (fastText's bag of hashed n-grams, Joulin et al.
-# 2016, without the bottleneck: with a column per class, a row is the log-odds that n-gram speaks
-# for). Hashes are those below, not Python's `hash`, which differs from process to process.
+# Classifiers. A text is the set of its n-grams, hashed to rows of a table with a column per class;
+# the score of a class is the sum of its column over those rows. This is fastText's bag of hashed
+# n-grams (Joulin et al. 2016) without the hidden layer: a row holds how much its n-gram speaks for
+# each class. Python's `hash` would not do: it differs from process to process.
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CLASSIFIED = 20_000  # characters of a text that a classifier looks at
 SPACES = bytes(32 if i < 33 else i for i in range(256))
 WINDOW = 1 << 16
-POWERS = np.cumprod(np.full(WINDOW + 2, MULTIPLIER))  # modulo 2^64, as all that follows
+POWERS = np.cumprod(np.full(WINDOW + 2, MULTIPLIER))  # modulo 2^64, like all that follows
 INVERSES = np.cumprod(np.full(WINDOW + 2, pow(int(MULTIPLIER), -1, 1 << 64), np.uint64))
 
 
 def hash_words(data):
-    """Hashes of the words of bytes, whatever lies between spaces: (hashes uint64, lengths int64).
+    """Hash the words of bytes, that is, what lies between spaces: (hashes uint64, lengths int64).
 
-    The hash of a word is a polynomial in its bytes, so those of all words are differences of one
-    running sum, without a step of Python per word. A word longer than WINDOW is cut.
+    The hash of a word is a polynomial in its bytes. So the hashes of all words are differences of
+    one running sum, without a Python step per word. A word longer than WINDOW is cut.
     """
     data, begin = data.translate(SPACES), 0
     hashes, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
@@ -782,7 +713,7 @@ def hash_words(data):
 
 
 def ngram_hashes(hashes, n):
-    """(words,) uint64 to hashes of each n words in a row, (max(0, words - n + 1),) uint64."""
+    """Hashes of words (words,) uint64 -> of every n words in a row, (max(0, words - n + 1),)."""
     count = max(0, len(hashes) - n + 1)
     out = hashes[:count]
     for i in range(1, n):
@@ -792,7 +723,7 @@ def ngram_hashes(hashes, n):
 
 
 def softmax(x):
-    """Numbers -> positive ones that sum to 1. (n,) -> (n,)"""
+    """Scores -> probabilities. (n,) -> (n,)"""
     x = np.exp(x - x.max())
     return x / x.sum()
 
@@ -807,7 +738,7 @@ class LinearClassifier:
     def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
         self.labels, self.table, self.scale = list(labels), table, float(scale)
         self.chars, self.words = tuple(chars), words
-        self.shift = np.uint64(65 - len(table).bit_length())  # of hashes, to rows of the table
+        self.shift = np.uint64(65 - len(table).bit_length())  # from hashes to rows of the table
 
     def rows(self, text):
         """The rows of the table for a text: (n-grams,) int64."""
@@ -830,10 +761,9 @@ class LinearClassifier:
     @classmethod
     def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, scale=3.0,
               prior=1.0, seed=0):
-        """Learn from texts and their labels, lists of str. Begin at `prior` times the logarithms
-        of naive Bayes, and go on by stochastic gradient descent, a text at a time, the rate
-        falling to 0. Scores are divided by the root of a text's length, that long ones do not
-        rule."""
+        """Learn from texts and their labels: start from `prior` times the logarithms of naive Bayes,
+        and continue with stochastic gradient descent, one text at a time, the rate falling to 0.
+        Scores are divided by the root of the number of n-grams, lest long texts rule."""
         names = sorted(set(labels))
         if len(names) < 2:
             raise ValueError("a classifier needs examples of two labels or more")
@@ -841,11 +771,10 @@ class LinearClassifier:
             raise ValueError("a classifier needs n-grams of characters or of words")
         table = np.zeros((1 << bits, len(names)), np.float32)
         model = cls(names, table, chars, words, scale)
-        pairs = [(model.rows(t), names.index(label)) for t, label in zip(texts, labels)]
+        pairs = [(model.rows(text), names.index(label)) for text, label in zip(texts, labels)]
         pairs = [(rows, y) for rows, y in pairs if len(rows)]
-        for y in range(len(names)):
-            rows = [rows for rows, own in pairs if own == y] or [np.zeros(0, np.int64)]
-            table[:, y] = np.bincount(np.concatenate(rows), minlength=len(table))
+        for rows, y in pairs:
+            np.add.at(table[:, y], rows, 1)
         table += 0.1
         np.log(table / table.sum(0), out=table)
         table -= table.mean(1, keepdims=True)
@@ -875,13 +804,15 @@ class LinearClassifier:
 
     def score(self, text, label):
         """Probability of a label."""
+        if label not in self.labels:
+            raise ValueError(f"the classifier has no label {label}, but {', '.join(self.labels)}")
         return float(self.probabilities(text)[self.labels.index(label)])
 
     def save(self, path):
-        """One file, .npz, with the table in 8 bits."""
+        """One .npz file, with the table in 8 bits."""
         step = max(float(np.abs(self.table).max()), 1e-9) / 127
         table = np.round(self.table / step).astype(np.int8)
-        with replacing(path, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, labels=np.array(self.labels), table=table, chars=np.array(self.chars),
                      words=np.array(self.words), scale=np.array(self.scale * step))
 
@@ -905,18 +836,18 @@ class LinearClassifier:
 load_classifier = functools.lru_cache(LinearClassifier.load)  # once per process and file
 
 # -----------------------------------------------------------------------------
-# Language. Without a trained classifier, by script, and where languages share one by stop words
-# and letters of their own. That is enough to keep English, or Chinese, and drop the rest.
+# Language without a trained classifier: by script, and where languages share one, by letters of
+# their own or by stop words. That is enough to keep English, or Chinese, and drop the rest.
 
-SCRIPTS = """
-0 - 41 latin 5B - 61 latin 7B - C0 latin 250 - 370 el 400 cyrillic 530 hy 590 he 600 arabic 700 -
-900 hi 980 bn A00 pa A80 gu B00 or B80 ta C00 te C80 kn D00 ml D80 si E00 th E80 lo F00 bo 1000 my
-10A0 ka 1100 ko 1200 am 13A0 - 1780 km 1800 mn 1E00 latin 1F00 el 2000 - 3040 ja 3100 - 3400 han
-A000 - AC00 ko D7B0 - F900 han FB00 - 20000 han 30000 -
-""".split()  # first code point of a range, and its script, or language if that is all it can be
-SCRIPT_STARTS = np.array([int(start, 16) for start in SCRIPTS[::2]], np.uint32)
-SCRIPT_NAMES = sorted(set(SCRIPTS[1::2]))  # "-": no letters
-SCRIPT_OF_RANGE = np.array([SCRIPT_NAMES.index(name) for name in SCRIPTS[1::2]])
+# First word of the Unicode name of letters: the most common language that is written in them.
+SCRIPTS = {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru",
+           "ARABIC": "ar", "GREEK": "el", "HEBREW": "he", "ARMENIAN": "hy", "GEORGIAN": "ka",
+           "DEVANAGARI": "hi", "BENGALI": "bn", "GURMUKHI": "pa", "GUJARATI": "gu", "ORIYA": "or",
+           "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "SINHALA": "si",
+           "THAI": "th", "LAO": "lo", "TIBETAN": "bo", "MYANMAR": "my", "ETHIOPIC": "am",
+           "KHMER": "km", "MONGOLIAN": "mn", "LATIN": "latin"}
+OWN_LETTERS = {"ru": {"mn": "өү", "be": "ў", "uk": "іїєґ", "sr": "ђјљњћџ", "ru": "ыэ", "bg": "ъ"},
+               "ar": {"ur": "ٹڈڑےں", "fa": "پچژگیک"}}
 STOP_WORDS = {line[:2]: set(line[3:].split()) for line in """
 en the be to of and that have with is are was in it for you not this on he as at by from we or an
 de der die das und ist nicht ein eine ich zu den mit sich auf für im dem von es sie auch wir haben
@@ -945,35 +876,23 @@ def identify_language(text, classifier=None):
     """
     if classifier is not None:
         return classifier.predict(text)
-    text = text[:MAX_CLASSIFIED].lower()
-    codes = np.frombuffer(text.encode("utf-32-le", "replace"), "<u4")
-    ranges = np.searchsorted(SCRIPT_STARTS, codes, "right") - 1
-    counts = np.bincount(SCRIPT_OF_RANGE[ranges], minlength=len(SCRIPT_NAMES))
-    counts = dict(zip(SCRIPT_NAMES, counts.tolist()))
-    del counts["-"]
-    for script in ("han", "ja"):  # a character says as much as some three letters
-        counts[script] *= 3
-    if counts["ja"] > 0.1 * (counts["ja"] + counts["han"]):  # kana, between Chinese characters
-        counts["ja"], counts["han"] = counts["ja"] + counts["han"], 0
+    text, counts = text[:MAX_CLASSIFIED].lower(), collections.Counter()
+    for letter, count in collections.Counter(text).items():
+        if letter.isalpha():
+            script = SCRIPTS.get(unicodedata.name(letter, "-").partition(" ")[0], "und")
+            counts[script] += count * (3 if script in ("zh", "ja") else 1)  # as much as 3 letters
+    if counts["ja"] > 0.1 * (counts["ja"] + counts["zh"]):  # kana, between Chinese characters
+        counts["ja"], counts["zh"] = counts["ja"] + counts["zh"], 0
     letters = sum(counts.values())
     if not letters:
         return "und", 0.0
     script = max(counts, key=counts.get)
     share = counts[script] / letters
-    if script == "han":
-        return "zh", share
-    if script == "cyrillic":
-        for code, own in (("uk", "іїєґ"), ("sr", "ђјљњћџ"), ("mn", "өү")):
-            if sum(map(text.count, own)) > 0.01 * counts[script]:
-                return "be" if "ў" in text else code, 0.9 * share
-        return ("ru" if "ы" in text or "э" in text or "ъ" not in text else "bg"), 0.8 * share
-    if script == "arabic":
-        for code, own in (("ur", "ٹڈڑےں"), ("fa", "پچژگیک")):
-            if sum(map(text.count, own)) > 0.02 * letters:
-                return code, 0.9 * share
-        return "ar", 0.9 * share
+    for code, own in OWN_LETTERS.get(script, {}).items():
+        if sum(map(text.count, own)) > 0.01 * counts[script]:
+            return code, 0.9 * share
     if script != "latin":
-        return script, share
+        return script, (0.9 if script in OWN_LETTERS else 1.0) * share
     words = re.findall(r"[^\W\d_]+", text)
     hits = {code: sum(map(stop.__contains__, words)) for code, stop in STOP_WORDS.items()}
     best = max(hits, key=hits.get)
@@ -986,8 +905,8 @@ def identify_language(text, classifier=None):
 
 
 # -----------------------------------------------------------------------------
-# Filter. Each filter has a function that names the rule a text breaks, or gives None; the public
-# ones of the same name without `_reason` say only whether the text is kept.
+# Filter. Each `_reason` function names the rule that a text breaks, or returns None; the function
+# of the same name with `_filter` says only whether the text is kept.
 
 GOPHER_STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 NO_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f]")
@@ -1000,33 +919,30 @@ def lines_of(text):
     return [line for line in map(str.strip, text.split("\n")) if line]
 
 
+def first_broken(rules):
+    """The name of the first broken rule, or None. rules: {name: whether it is broken}."""
+    return next((name for name, broken in rules.items() if broken), None)
+
+
 def gopher_quality_reason(text, language="en"):
-    """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks:
-    50 to 100,000 words, their mean length 3 to 10; a "#" or an ellipsis to less than 0.1 of them;
-    bullets before at most 0.9, ellipses after at most 0.3 of the lines; 0.8 of the words with a
-    letter; in English, two of eight stop words. In scripts without spaces a character is a word.
-    """
+    """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks. The
+    stop words are for English only. In scripts without spaces a character counts as a word."""
     words, lines = text.split(), lines_of(text)
     dense = len(NO_SPACES.findall(text))
-    spaceless = dense > 0.3 * (len(text) - text.count(" "))
-    count = dense if spaceless else len(words)
-    if count < 50:
-        return "under 50 words"
-    if count > 100_000:
-        return "over 100,000 words"
-    if not spaceless and not 3 <= sum(map(len, words)) / count <= 10:
-        return "mean word length"
-    if max(text.count("#"), text.count("...") + text.count("…")) > 0.1 * count:
-        return "symbols to words"
-    if sum(line.startswith(BULLETS) for line in lines) > 0.9 * len(lines):
-        return "bullets"
-    if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
-        return "ellipses"
-    if not spaceless and sum(w.isalpha() or any(map(str.isalpha, w)) for w in words) < 0.8 * count:
-        return "words without letters"
-    if language == "en" and not spaceless:
-        if len(GOPHER_STOP_WORDS.intersection(text.lower().split())) < 2:
-            return "stop words"
+    spaced = dense <= 0.3 * (len(text) - text.count(" "))
+    count = len(words) if spaced else dense
+    with_letters = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
+    return first_broken({
+        "under 50 words": count < 50,
+        "over 100,000 words": count > 100_000,
+        "mean word length": spaced and not 3 <= sum(map(len, words)) / max(1, count) <= 10,
+        "symbols to words": max(text.count("#"), text.count("...") + text.count("…")) > count / 10,
+        "bullets": sum(line.startswith(BULLETS) for line in lines) > 0.9 * len(lines),
+        "ellipses": sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines),
+        "words without letters": spaced and with_letters < 0.8 * count,
+        "stop words": spaced and language == "en" and len(
+            GOPHER_STOP_WORDS.intersection(text.lower().split())) < 2,
+    })
 
 
 def gopher_quality_filter(text) -> bool:
@@ -1095,14 +1011,11 @@ def c4_lines(text):
 
 
 def c4_reason(text):
-    """Why C4 drops a page, or None: lorem ipsum, a curly bracket, fewer than five sentences in the
-    lines that it keeps."""
-    if "{" in text:
-        return "curly bracket"
-    if "lorem ipsum" in text.lower():
-        return "lorem ipsum"
-    sentences = len(re.findall(r"[.!?](?=[\s\"'”’)\]]|$)|[。！？।؟]", "\n".join(c4_lines(text))))
-    return "under 5 sentences" if sentences < 5 else None
+    """The first of C4's rules for pages that a text breaks, or None. Sentences are counted in the
+    lines that C4 keeps."""
+    sentences = re.findall(r"[.!?](?=[\s\"'”’)\]]|$)|[。！？।؟]", "\n".join(c4_lines(text)))
+    return first_broken({"curly bracket": "{" in text, "lorem ipsum": "lorem ipsum" in text.lower(),
+                         "under 5 sentences": len(sentences) < 5})
 
 
 def c4_filter(text) -> bool:
@@ -1111,24 +1024,15 @@ def c4_filter(text) -> bool:
 
 
 def fineweb_reason(text):
-    """The first of FineWeb's own rules (Penedo et al. 2024) that a text breaks, or None: at least
-    0.12 of the lines end in punctuation, at most 0.1 of the characters are in repeated lines, and
-    fewer than 0.67 of the lines are shorter than 30 characters."""
+    """The first of FineWeb's own rules (Penedo et al. 2024) that a text breaks, or None."""
     lines = lines_of(text)
-    if not lines:
-        return "empty"
-    if sum(line.endswith(TERMINAL) for line in lines) < 0.12 * len(lines):
-        return "lines without punctuation"
-    if repeated_share(lines)[1] > 0.1:
-        return "characters in repeated lines"
     short = 12 if NO_SPACES.search(text[:200]) else 30
-    if sum(len(line) < short for line in lines) >= 0.67 * len(lines):
-        return "short lines"
-
-
-def fineweb_filter(text) -> bool:
-    """Whether a text passes FineWeb's own rules."""
-    return fineweb_reason(text) is None
+    return first_broken({
+        "empty": not lines,
+        "lines without punctuation": sum(x.endswith(TERMINAL) for x in lines) < 0.12 * len(lines),
+        "characters in repeated lines": repeated_share(lines)[1] > 0.1,
+        "short lines": sum(len(line) < short for line in lines) >= 0.67 * len(lines),
+    })
 
 
 FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reason,
@@ -1176,8 +1080,7 @@ PHONE = re.compile(r"""(?x)
         (?P<world> \+ \d{1,3} (?:[ .-]?\(\d{1,4}\))? (?:[ .-]?\d{1,5}){1,6} )
       | (?P<american> (?:1[ .-]?)? (?: \(\d{3}\)[ -]{0,2} | \d{3}(?P<sep>[ .-]) )
                       \d{3} (?(sep)(?P=sep)|[ .-]?) \d{4} )
-      | (?P<bare> \d{10} )
-      | (?P<national> \(?0\d{1,4}\)? (?:[ -]?\d{2,8}){1,4} | \d{3}[-.]\d{4} | \d{3,4}[ -]\d{4} )
+      | \d{10} | \(?0\d{1,4}\)? (?:[ -]?\d{2,8}){1,4} | \d{3}[-.]\d{4} | \d{3,4}[ -]\d{4}
     ) (?! [\w%] | [.,:/-]\d | [ ]\d{3,} | @ )""")
 IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 IPV6 = re.compile(
@@ -1191,17 +1094,9 @@ PRODUCT_CUE = re.compile(r"\b([A-Z][\w+#.-]*)[ /-]$")
 
 
 def mask_where(pattern, text, name, is_meant):
-    """`pattern.subn(name, text)`, but only for the matches that is_meant(match) is true of."""
-    count = 0
-
-    def mask(match):
-        nonlocal count
-        if not is_meant(match):
-            return match.group()
-        count += 1
-        return name
-
-    return pattern.sub(mask, text), count
+    """Replace the matches of pattern that is_meant(match) is true of: (text, how many)."""
+    masked = pattern.sub(lambda match: name if is_meant(match) else match.group(), text)
+    return masked, masked.count(name) - text.count(name)
 
 
 def mask_emails(text):
@@ -1209,26 +1104,17 @@ def mask_emails(text):
     return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
 
 
-def is_phone(match):
-    """Whether a match of PHONE is a telephone number: see mask_phone_numbers."""
-    digits = sum(c.isdigit() for c in match.group())
-    if match["world"] and not 8 <= digits <= 15 or match["national"] and digits > 12:
-        return False
-    if match["world"] or match["american"]:
-        return True
-    text, begin, end = match.string, match.start(), match.end()
-    before, after = text[max(0, begin - 60) : begin], text[end : end + 60]
-    alone = not before.rpartition("\n")[2].strip() and not after.partition("\n")[0].strip()
-    return bool(match["bare"] and alone or PHONE_CUE.search(before))
-
-
 def mask_phone_numbers(text):
     """(text with telephone numbers replaced by |||PHONE_NUMBER|||, how many).
 
-    International numbers begin with +; American ones have the form 3-3-4. Ten digits without
-    anything between them, and national numbers of other forms, count only after a word such as
-    "call" or "tel", or, the ten digits, where nothing else is in the line.
+    International numbers begin with +, American ones have the form 3-3-4. Ten digits in a row, and
+    numbers of other national forms, count only after a word such as "call" or "tel".
     """
+    def is_phone(match):
+        before = text[max(0, match.start() - 60) : match.start()]
+        return 7 <= sum(map(str.isdigit, match.group())) <= 15 and (
+            match["world"] or match["american"] or PHONE_CUE.search(before))
+
     return mask_where(PHONE, text, "|||PHONE_NUMBER|||", is_phone)
 
 
@@ -1242,19 +1128,19 @@ def is_ip(match):
     if ":" in address:
         return len(address) >= 6 and any(map(str.isdigit, address))
     product = PRODUCT_CUE.search(before)
-    version = product and int(address.split(".")[0]) < 30 and (
-        not NETWORK_CUE.fullmatch(product.group(1)))
+    version = (product and int(address.split(".")[0]) < 30
+               and not NETWORK_CUE.fullmatch(product.group(1)))
     return not version and not VERSION_CUE.search(before)
 
 
 def mask_ips(text):
     """(text with IPv4 and IPv6 addresses replaced by |||IP_ADDRESS|||, how many). Numbers above
-    255 are no address; four numbers after "version" and its like, or small ones right after the
+    255 are no address; four numbers after "version" and the like, or small ones right after the
     name of a product, are a version."""
     text, v4 = mask_where(IPV4, text, "|||IP_ADDRESS|||", is_ip)
-    v6 = 0
-    if "::" in text or text.count(":") > 6:
-        text, v6 = mask_where(IPV6, text, "|||IP_ADDRESS|||", is_ip)
+    if "::" not in text and text.count(":") < 7:  # most texts
+        return text, v4
+    text, v6 = mask_where(IPV6, text, "|||IP_ADDRESS|||", is_ip)
     return text, v4 + v6
 
 
@@ -1263,13 +1149,18 @@ def mask_ips(text):
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w"):
-    """A file that takes the name `path` once it is whole, so that a killed run leaves no half."""
+def replacing(path):
+    """A binary file, gzipped if path ends in .gz, that takes the name `path` when it is complete:
+    a killed run leaves no half file. Its bytes depend on nothing but what is written."""
     temporary = os.fspath(path) + ".tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace", "newline": "\n"}
     try:
-        with open(temporary, mode, **text) as file:
-            yield file
+        with open(temporary, "wb") as file:
+            if temporary.endswith(".gz.tmp"):
+                with (gzip.GzipFile("", "wb", 5, file, mtime=0) as packed,
+                      io.BufferedWriter(packed, 1 << 18) as out):
+                    yield out
+            else:
+                yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1279,22 +1170,11 @@ def replacing(path, mode="w"):
         raise
 
 
-@contextlib.contextmanager
-def packing(path):
-    """`replacing`, in bytes, gzipped if path ends in .gz; with no time or name in it, so that the
-    bytes of the file depend on nothing but what is written."""
-    with replacing(path, "wb") as file:
-        if not path.endswith(".gz"):
-            yield file
-            return
-        with gzip.GzipFile("", "wb", 5, file, mtime=0) as packed:
-            with io.BufferedWriter(packed, 1 << 18) as out:
-                yield out
-
-
-def to_line(document):
-    """A document (a dict) as a line of a .jsonl file, in bytes."""
-    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+def to_json(value, indent=None):
+    """JSON as bytes, on one line unless indented. Halves of surrogate pairs, which UTF-8 does not
+    have, become "?"."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode("utf-8", "replace") + b"\n"
 
 
 def suffix(path):
@@ -1304,8 +1184,8 @@ def suffix(path):
 
 @contextlib.contextmanager
 def opened(path, counts):
-    """A binary file to read, unpacked if it is gzipped, by its first two bytes. Damage ends the
-    block that reads, and is counted."""
+    """A binary file to read, decompressed if it begins like gzip. Damage ends the block that
+    reads, and is counted."""
     with open(path, "rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if gzipped else open(path, "rb") as file:
@@ -1317,40 +1197,21 @@ def opened(path, counts):
 
 
 def read_lines(path, counts, limit=4 * MAX_PAGE):
-    """Lines (bytes, with their ends) of a file."""
-    whole = True
+    """Lines (bytes, with their ends) of a file, but for those longer than limit."""
     with opened(path, counts) as file:
         while line := file.readline(limit):
-            fits = len(line) < limit or line.endswith(b"\n")
-            if whole and fits:
+            if len(line) < limit or line.endswith(b"\n"):
                 yield line
-            elif whole:
-                counts["line too long"] += 1
-                warn(f"{path}: line of more than {limit:,} bytes; skipped")
-            whole = line.endswith(b"\n")
-
-
-SURROGATE = re.compile(rb"\\u[dD]|\xed[\xa0-\xbf]")
-
-
-def parse_document(line):
-    """A line of a .jsonl file -> a document. ValueError if it is none."""
-    try:
-        document = json.loads(line)
-        if SURROGATE.search(line):  # UTF-8 has no halves of pairs
-            document = json.loads(to_line(document))
-    except (ValueError, RecursionError):
-        raise ValueError("is no JSON") from None
-    if not isinstance(document, dict):
-        raise ValueError("is no object")
-    if {type(document[key]) for key in ("text", "html") if key in document} != {str}:
-        raise ValueError("has no text")
-    return document
+                continue
+            counts["line too long"] += 1
+            warn(f"{path}: line of more than {limit:,} bytes; skipped")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(limit)
 
 
 def read_documents(path, counts=None):
-    """The documents of a file, dicts with "text" or, if it is a page yet to be read, "html", and
-    "url" where it is known. counts: a Counter for what is skipped, by reason."""
+    """The documents of a file: dicts with "text" or, if the text is yet to be extracted, "html",
+    and "url" where it is known. counts: a Counter for what is skipped, by reason."""
     counts = collections.Counter() if counts is None else counts
     kind = suffix(path)
     if kind in (".warc", ".wet"):
@@ -1358,13 +1219,16 @@ def read_documents(path, counts=None):
             yield {record.kind: decode_page(record.body, record.charset), "url": record.url}
     elif kind == ".jsonl":
         for number, line in enumerate(read_lines(path, counts), 1):
-            try:
-                if line.strip():
-                    yield parse_document(line)
-            except ValueError as error:
+            document = None
+            with contextlib.suppress(ValueError, RecursionError):
+                document = json.loads(line)
+            if isinstance(document, dict) and {str} == {
+                    type(document[key]) for key in ("text", "html") if key in document}:
+                yield document
+            elif line.strip():
                 counts["bad line"] += 1
                 if counts["bad line"] <= 3:
-                    warn(f"{path}:{number}: {error}; skipped")
+                    warn(f"{path}:{number}: is no JSON object with a text; skipped")
     elif kind in (".html", ".htm", ".xhtml"):
         with opened(path, counts) as file:
             data = file.read(MAX_PAGE + 1)
@@ -1379,9 +1243,8 @@ def read_documents(path, counts=None):
             raise ValueError(f"{path}: reading .pdf needs pypdf: pip install pypdf") from None
         try:
             pages = [page.extract_text() or "" for page in pypdf.PdfReader(path).pages]
-            text = "\n\n".join(pages).encode("utf-8", "replace").decode()
-            yield {"text": text, "url": path}
-        except Exception as error:  # pypdf raises what it likes for what is broken
+            yield {"text": "\n\n".join(pages), "url": path}
+        except Exception as error:  # pypdf raises all kinds of exceptions for damaged files
             counts["damaged PDF"] += 1
             warn(f"{path}: {error}; skipped")
     else:  # .txt and everything else
@@ -1401,19 +1264,6 @@ def warn(message):
     print(f"curate.py: {message}", file=sys.stderr, flush=True)
 
 
-class Progress:
-    """A line on a terminal that says how far a long step is; nothing where there is none."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.start = what, total, time.monotonic()
-
-    def __call__(self, done):
-        if sys.stderr.isatty():
-            left = (time.monotonic() - self.start) / max(1, done) * (self.total - done)
-            print(f"\r{self.what}: {done:,} of {self.total:,}, {left:.0f} s left \x1b[K",
-                  file=sys.stderr, end="\n" if done >= self.total else "", flush=True)
-
-
 def start_worker():
     """In a new worker: leave Ctrl-C to the parent, and end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1427,23 +1277,26 @@ def start_worker():
 
 
 def run_all(function, jobs, workers, what):
-    """[function(*job) for job in jobs], by processes. The order of results is that of jobs."""
-    progress, results = Progress(what, len(jobs)), []
-    if workers <= 1 or len(jobs) <= 1:
-        for job in jobs:
-            results.append(function(*job))
-            progress(len(results))
+    """[function(*job) for job in jobs], over processes; a progress line if stderr is a terminal."""
+    start, results = time.monotonic(), []
+
+    def collect(iterator):
+        for result in iterator:
+            results.append(result)
+            if sys.stderr.isatty():
+                left = (time.monotonic() - start) * (len(jobs) / len(results) - 1)
+                print(f"\r{what}: {len(results):,} of {len(jobs):,}, {left:.0f} s left \x1b[K",
+                      file=sys.stderr, end="" if left else "\n", flush=True)
         return results
+
+    if workers <= 1 or len(jobs) <= 1:
+        return collect(itertools.starmap(function, jobs))
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, start_worker)
     try:
-        futures = [pool.submit(function, *job) for job in jobs]
-        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            future.result()  # an error ends the run now, not when its turn has come
-            progress(done)
-        return [future.result() for future in futures]
+        return collect(pool.map(function, *zip(*jobs)))
     except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError("a worker process was killed: out of memory? The same command goes on "
+        raise ValueError("a worker process was killed: out of memory? The same command continues "
                          "where it was; fewer --workers need less memory") from None
     finally:
         for process in set(multiprocessing.active_children()).difference(others):
@@ -1458,7 +1311,7 @@ EXAMPLES = 5
 
 
 def text_size(document):
-    """Bytes of a document's text or, if it is yet to be read, HTML."""
+    """UTF-8 bytes of a document's text or, if that is yet to be extracted, HTML."""
     text = document.get("text") or document.get("html") or ""
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
@@ -1486,8 +1339,7 @@ class Tally(dict):
             s["reasons"][reason] += 1
         examples = s["kept" if reason is None else "dropped"]
         if len(examples) < EXAMPLES:
-            texts = (after or document).get("text"), document.get("text"), document.get("html")
-            text = next(filter(None, texts), "")
+            text = (after or document).get("text") or document.get("html") or ""
             examples.append({"url": document.get("url", ""), "reason": reason,
                              "text": " ".join(text[:600].split())[:200]})
 
@@ -1499,35 +1351,35 @@ class Tally(dict):
             for name, numbers in tally.items():
                 s = merged.step(name)
                 s["reasons"].update(numbers["reasons"])
-                for key, value in numbers.items():
-                    if isinstance(value, list):
-                        s[key] = (s[key] + value)[:EXAMPLES]
-                    elif key != "reasons":
-                        s[key] += value
+                for key in ("documents_in", "documents_out", "bytes_in", "bytes_out", "seconds"):
+                    s[key] += numbers[key]
+                for key in ("kept", "dropped"):
+                    s[key] = (s[key] + numbers[key])[:EXAMPLES]
         return merged
 
 
 def write_report(path, inputs, steps, seconds):
-    """report.json, and a table on the standard output."""
-    files, size, last = len(inputs), sum(map(os.path.getsize, inputs)), [*steps.values()][-1]
-    documents, out, more = last["documents_out"], last["bytes_out"], 100_000 / files
-    at = {"documents": round(documents * more), "text_bytes": round(out * more),
-          "tokens_at_4_bytes": round(out * more / 4),
+    """Write report.json, and print a table."""
+    size, last, more = sum(map(os.path.getsize, inputs)), [*steps.values()][-1], 1e5 / len(inputs)
+    documents, text_bytes = last["documents_out"], last["bytes_out"]
+    at = {"documents": round(documents * more), "text_bytes": round(text_bytes * more),
+          "tokens_at_4_bytes": round(text_bytes * more / 4),
           "cpu_hours": round(sum(s["seconds"] for s in steps.values()) * more / 3600, 2)}
+    report = {"files": len(inputs), "bytes": size, "seconds": round(seconds, 3),
+              "read": steps["read"]["reasons"], "steps": steps, "documents": documents,
+              "text_bytes": text_bytes, "at_100000_files": at}
     with replacing(path) as file:
-        json.dump({"files": files, "bytes": size, "seconds": round(seconds, 3),
-                   "read": steps["read"]["reasons"], "steps": steps, "documents": documents,
-                   "text_bytes": out, "at_100000_files": at}, file, ensure_ascii=False, indent=1)
+        file.write(to_json(report, indent=1))
     print(f"{'step':<22}{'documents in':>13}{'out':>10}{'kept':>7}{'MB in':>10}{'out':>9}"
           f"{'CPU s':>8}  most frequent reasons")
     for name, s in steps.items():
+        most = collections.Counter(s["reasons"]).most_common(3)
         print(f"{name:<22}{s['documents_in']:>13,}{s['documents_out']:>10,}"
               f"{s['documents_out'] / max(1, s['documents_in']):>7.1%}{s['bytes_in'] / 1e6:>10.2f}"
-              f"{s['bytes_out'] / 1e6:>9.2f}{s['seconds']:>8.2f}  " + ", ".join(
-                  f"{reason} {n:,}" for reason, n in
-                  sorted(s["reasons"].items(), key=lambda item: (-item[1], item[0]))[:3]))
-    print(f"{files:,} files, {size / 1e6:,.1f} MB, {seconds:.1f} s; 100,000 files like these: "
-          f"{at['documents']:,} documents, {at['text_bytes'] / 1e9:,.1f} GB, "
+              f"{s['bytes_out'] / 1e6:>9.2f}{s['seconds']:>8.2f}  "
+              + ", ".join(f"{reason} {n:,}" for reason, n in most))
+    print(f"{len(inputs):,} files, {size / 1e6:,.1f} MB, {seconds:.1f} s; 100,000 files like "
+          f"these: {at['documents']:,} documents, {at['text_bytes'] / 1e9:,.1f} GB, "
           f"{at['tokens_at_4_bytes'] / 1e9:,.2f} billion tokens, {at['cpu_hours']:,.1f} CPU hours"
           f"\n{path}: examples of what each step kept and dropped")
 
@@ -1538,76 +1390,65 @@ def write_report(path, inputs, steps, seconds):
 # and marks units to drop; (3) by processes, the files are written anew without them. A unit's
 # number is its place in the corpus, so the first of equals is kept whatever the processes did.
 # Pass 2 looks at a range of the hash values at a time, as many as fit into PART numbers: reading
-# the spilled file again for every range is what bounds the memory. Marks are memory-mapped files.
+# the spilled file again for every range bounds the memory. Marks are memory-mapped files.
 
-PART = 1 << 24  # hashes held in memory at a time: 128 MB, and thrice that while they are sorted
+PART = 1 << 24  # hashes held in memory at a time: 128 MB, and three times that while sorting
 BATCH = 1 << 16  # numbers read from disk at a time
 
 
 def stable_hash(data):
-    """Bytes, or else what str() makes of it -> 64 bits, the same in every process (`hash` of a str
+    """Bytes, or the str() of anything else -> 64 bits, the same in every process (`hash` of a str
     is not)."""
     data = data if isinstance(data, bytes) else str(data).encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def spill_file(path, prefix, dtypes, units, *args):
-    """Write the columns that units(path, *args) yields, each to its file. Returns their sizes."""
-    sizes = [0] * len(dtypes)
+def spill_file(path, prefix, names, units, *args):
+    """Write the columns of integers that units(path, *args) yields, each to its own file."""
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(prefix + name, "wb")) for name in dtypes]
+        files = [stack.enter_context(open(prefix + name, "wb")) for name in names]
         for columns in units(path, *args):
-            for i, (column, dtype) in enumerate(zip(columns, dtypes.values())):
-                files[i].write(np.asarray(column, dtype).tobytes())
-                sizes[i] += len(column)
-    return sizes
+            for file, column in zip(files, columns):
+                file.write(np.asarray(column, "<u8").tobytes())
 
 
-def spill(files, work, workers, dtypes, units, *args):
-    """Pass 1. units(path, *args) yields tuples of number columns, as {name: dtype} says. A file
-    work/name holds that column of all files. Returns where each file's begin: (files + 1, names).
-    """
+def spill(files, work, workers, names, units, *args):
+    """Pass 1. units(path, *args) yields tuples of named columns of integers; the file work/name
+    gets that column of all files. Returns where each file's begin: {name: (files + 1,) ints}."""
     prefixes = [os.path.join(work, f"{i}.") for i in range(len(files))]
-    jobs = [(path, prefix, dtypes, units, *args) for path, prefix in zip(files, prefixes)]
-    sizes = run_all(spill_file, jobs, workers, "hash files")
-    for name in dtypes:
+    jobs = [(path, prefix, names, units, *args) for path, prefix in zip(files, prefixes)]
+    run_all(spill_file, jobs, workers, "hash files")
+    starts = {name: [0] for name in names}
+    for name in names:
         with open(os.path.join(work, name), "wb") as whole:
             for prefix in prefixes:
                 with open(prefix + name, "rb") as part:
                     shutil.copyfileobj(part, whole, 1 << 20)
                 os.remove(prefix + name)
-    return np.cumsum([[0] * len(dtypes), *sizes], axis=0)
+                starts[name].append(whole.tell() // 8)
+    return starts
 
 
-def read_numbers(path, dtype="<u8"):
-    """(number of the first, array) of BATCH numbers of a file at a time."""
-    for begin in range(0, os.path.getsize(path) // np.dtype(dtype).itemsize, BATCH):
-        yield begin, np.fromfile(path, dtype, BATCH, offset=begin * np.dtype(dtype).itemsize)
-
-
-def count_ranges(path):
-    """Into how many ranges to cut the hashes of a file, so that each is some PART of them."""
+def hash_ranges(path):
+    """Cut the values of the hashes in a file into ranges with about PART of them in each. Per
+    range: an iterator of (ids, hashes), arrays in the order of the file; ids are places in it."""
     total = os.path.getsize(path) // 8
-    return np.uint64(math.ceil(1.1 * total / PART) if total > PART else 1)
+    ranges = np.uint64(math.ceil(1.1 * total / PART))
 
+    def hashes_in(r):
+        for begin in range(0, total, BATCH):
+            x = np.fromfile(path, "<u8", BATCH, offset=8 * begin)
+            mine = np.flatnonzero((x >> np.uint64(32)) * ranges >> np.uint64(32) == r)
+            yield begin + mine, x[mine]
 
-def range_of(hashes, ranges):
-    """The number of the range that each hash lies in."""
-    return (hashes >> np.uint64(32)) * ranges >> np.uint64(32)
+    return map(hashes_in, range(int(ranges)))
 
 
 def equal_hashes(path):
-    """Find equal numbers in a file of uint64. Yields (ids, starts): ids (int64) of units whose
-    number occurs more than once, equal ones together and in order; starts: where each group
-    begins, with len(ids) at the end."""
-    ranges = count_ranges(path)
-    for r in range(int(ranges)):
-        values, ids = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for begin, x in read_numbers(path):
-            mine = np.flatnonzero(range_of(x, ranges) == r)
-            values.append(x[mine])
-            ids.append(mine + begin)
-        values, ids = np.concatenate(values), np.concatenate(ids)
+    """Find equal hashes in a file. Yields (ids, starts): ids of those that occur more than once,
+    equal ones together and in order; starts: where each group begins, with len(ids) at the end."""
+    for part in hash_ranges(path):
+        ids, values = map(np.concatenate, zip(*part))
         order = np.argsort(values, kind="stable")
         values, ids = values[order], ids[order]
         new = np.ones(len(ids) + 1, bool)  # where a group begins, or the array ends
@@ -1618,44 +1459,41 @@ def equal_hashes(path):
             yield ids, np.append(np.flatnonzero(new), len(ids))
 
 
-def marks(work, name, total=None):
-    """A memory-mapped file work/name of total zero bytes or, without total, as it is."""
-    mode, shape = ("r", None) if total is None else ("w+", max(1, total))
-    return np.memmap(os.path.join(work, name), np.uint8, mode, shape=shape)
+def running_sums(path):
+    """Turn the numbers of a file into their running sums: memory-mapped, (numbers,) int64."""
+    if not os.path.getsize(path):
+        return np.zeros(0, np.int64)
+    sums = np.memmap(path, "<i8", "r+")
+    return np.cumsum(sums, out=sums)
 
 
 class BloomFilter:
-    """A set that may say yes to what it does not hold, with a probability of error_rate at most as
-    long as it holds no more than capacity (Bloom 1970): m = -capacity ln error_rate / (ln 2)^2
-    bits, of which an item sets k = m / capacity ln 2, at h1 + i h2 mod m (Kirsch and Mitzenmacher
-    2006)."""
+    """A set that holds bits only (Bloom 1970): up to `capacity` items, it wrongly claims to hold
+    another with probability error_rate. It takes m = -capacity ln error_rate / (ln 2)^2 bits, of
+    which an item sets k = m / capacity ln 2: h1 + i h2 mod m (Kirsch and Mitzenmacher 2006)."""
 
     def __init__(self, capacity, error_rate=0.001):
         if capacity < 1 or not 0 < error_rate < 1:
-            raise ValueError("a Bloom filter needs a capacity of 1 or more and an error rate "
-                             f"between 0 and 1, not {capacity} and {error_rate}")
+            raise ValueError("a Bloom filter needs capacity >= 1 and 0 < error_rate < 1")
         self.size = max(64, math.ceil(-capacity * math.log(error_rate) / math.log(2) ** 2))
         self.num_hashes = max(1, round(self.size / capacity * math.log(2)))
         self.bits = np.zeros((self.size + 7) // 8, np.uint8)
 
-    def places(self, hashes):
-        """Where the bits of items are, by their 64-bit hashes (items,): bytes, and masks in them,
-        both (num_hashes, items)."""
+    def find(self, hashes):
+        """64-bit hashes of items (items,) -> places of their bits: bytes and masks in them, both
+        (num_hashes, items), and whether all bits of each are set (items,)."""
         step = ((hashes ^ (hashes >> np.uint64(31))) * MULTIPLIER) >> np.uint64(20) | np.uint64(1)
         size, i = np.uint64(self.size), np.arange(self.num_hashes, dtype=np.uint64)[:, None]
         at = (hashes % size + i * (step % size)) % size
-        return at >> np.uint64(3), np.uint8(1) << (at & np.uint64(7)).astype(np.uint8)
+        at, masks = at >> np.uint64(3), np.uint8(1) << (at & np.uint64(7)).astype(np.uint8)
+        return at, masks, (self.bits[at] & masks != 0).all(0)
 
     def add_hashes(self, hashes):
-        """Add items by their 64-bit hashes (uint64 array) -> for each whether it was there before,
-        or earlier in the same array."""
+        """Add items by their 64-bit hashes (items,) -> for each whether it was there before, or
+        earlier in the same array."""
         hashes = np.asarray(hashes, np.uint64)
-        # Within an array an item does not yet see the bits of those before it, only those of
-        # earlier arrays: that can but lower the share of errors.
-        at, masks = self.places(hashes)
-        seen = (self.bits[at] & masks != 0).all(0)
-        again = np.delete(np.arange(len(hashes)), np.unique(hashes, return_index=True)[1])
-        seen[again] = True
+        at, masks, seen = self.find(hashes)
+        seen[np.delete(np.arange(len(hashes)), np.unique(hashes, return_index=True)[1])] = True
         np.bitwise_or.at(self.bits, at, masks)
         return seen
 
@@ -1664,17 +1502,13 @@ class BloomFilter:
         return bool(self.add_hashes([stable_hash(item)])[0])
 
     def __contains__(self, item):
-        at, masks = self.places(np.array([stable_hash(item)], np.uint64))
-        return bool((self.bits[at] & masks != 0).all())
+        return bool(self.find(np.array([stable_hash(item)], np.uint64))[2][0])
 
 
 def output_paths(input_files, output_dir):
-    """(inputs, outputs): paths in output_dir, which is made, of the same names."""
+    """(inputs, outputs): paths of the same names in output_dir, which is made."""
     input_files = [os.fspath(path) for path in input_files]
     outputs = [os.path.join(output_dir, os.path.basename(path)) for path in input_files]
-    for path in input_files:
-        if not os.path.isfile(path):
-            raise ValueError(f"there is no file {path}")
     if len(set(outputs)) < len(outputs):
         raise ValueError("two inputs have the same name, and so would their outputs")
     if {*map(os.path.abspath, input_files)} & {*map(os.path.abspath, outputs)}:
@@ -1689,21 +1523,20 @@ def line_hashes(path):
         for document in read_documents(path):
             yield ([stable_hash(x) for x in document.get("text", "").split("\n")],)
     else:
-        lines = read_lines(path, collections.Counter())
-        while batch := list(itertools.islice(lines, BATCH)):
-            yield ([stable_hash(line.rstrip(b"\r\n")) for line in batch],)
+        for line in read_lines(path, collections.Counter()):
+            yield ([stable_hash(line.rstrip(b"\r\n"))],)
 
 
-def write_unique_lines(path, out, work, at):
-    """Pass 3 of exact_line_dedup: the lines that are not marked. at: this file's first line."""
-    kept = (mark == 0 for mark in marks(work, "cut")[at:])
-    with packing(out) as file:
+def write_unique_lines(path, out, cut):
+    """Pass 3 of exact_line_dedup: the lines that are not marked in cut."""
+    kept = (mark == 0 for mark in cut)
+    with replacing(out) as file:
         if suffix(path) == ".jsonl":
             for document in read_documents(path):
                 lines = document.get("text", "").split("\n")
                 lines = [line for line, keep in zip(lines, kept) if keep]
                 if lines:
-                    file.write(to_line({**document, "text": "\n".join(lines)}))
+                    file.write(to_json({**document, "text": "\n".join(lines)}))
         else:
             file.writelines(itertools.compress(read_lines(path, collections.Counter()), kept))
 
@@ -1711,14 +1544,14 @@ def write_unique_lines(path, out, work, at):
 def exact_line_dedup(input_files, output_dir, workers=1):
     """Drop every line that occurs more than once in all input files together, each time it occurs,
     and write what is left under the same names to output_dir. Of text files the bytes of lines are
-    compared, without their ends, of .jsonl the lines of texts. Memory does not grow with them."""
+    compared, without their ends; of .jsonl the lines of texts. Memory does not grow with them."""
     inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".lines-") as work:
-        starts = spill(inputs, work, workers, {"lines": "<u8"}, line_hashes)[:, 0].tolist()
-        cut = marks(work, "cut", starts[-1])
+        starts = spill(inputs, work, workers, ["lines"], line_hashes)["lines"]
+        cut = np.memmap(os.path.join(work, "marks"), np.uint8, "w+", shape=max(1, starts[-1]))
         for ids, _ in equal_hashes(os.path.join(work, "lines")):
             cut[ids] = 1
-        jobs = [(a, b, work, start) for a, b, start in zip(inputs, outputs, starts)]
+        jobs = list(zip(inputs, outputs, np.split(cut, starts[1:-1])))
         run_all(write_unique_lines, jobs, workers, "write lines")
 
 
@@ -1726,13 +1559,13 @@ def exact_line_dedup(input_files, output_dir, workers=1):
 # J(A, B) = |A and B| / |A or B|. Of a random order of all n-grams, the first in A and the first in
 # B are the same with probability J, so `num_hashes` random orders give a signature that estimates
 # it. Cut into b bands of r, two signatures agree in some band with probability 1 - (1 - J^r)^b: an
-# S-shaped curve. Those that do are candidates, and are compared in truth.
+# S-shaped curve. Pairs that agree are candidates, whose true similarity is computed.
 
 PUNCTUATION = bytes(i for i in range(33, 128) if not chr(i).isalnum())
 FOLD = bytes(i + 32 if 65 <= i <= 90 else i for i in range(256))  # lower case, in ASCII
 NOT_ASCII = re.compile(r"[^\0-\x7f]+")
 NO_WORD = re.compile(r"[^\w\s]")  # accents, too, once they are taken off their letters
-MAX_TRIES = 50  # comparisons that fail, of a text with others in the same bucket
+MAX_COMPARED = 50  # documents before it in a bucket, that a document is compared with
 
 
 @functools.lru_cache(1 << 14)
@@ -1770,7 +1603,7 @@ def multipliers(n, dtype):
 
 def minhash_signature(hashes, num_hashes):
     """The MinHash signature of a set of 64-bit hashes: (num_hashes,) uint32. The orders are those
-    of a h mod 2^32: with odd a a permutation, and h is random already."""
+    of a h mod 2^32: a permutation for odd a, and h is random already."""
     a = multipliers(num_hashes, np.uint32)[:, None]
     low = (hashes >> np.uint64(32)).astype(np.uint32)
     signature = np.full(num_hashes, 0xFFFFFFFF, np.uint32)
@@ -1780,7 +1613,7 @@ def minhash_signature(hashes, num_hashes):
 
 
 def band_keys(signature, num_bands):
-    """A 64-bit key per band, in which its number is mixed: (num_bands,) uint64."""
+    """A 64-bit key per band, with its number mixed in: (num_bands,) uint64."""
     rows = signature.reshape(num_bands, -1).astype(np.uint64)
     key = (rows * multipliers(rows.shape[1], np.uint64)).sum(1, dtype=np.uint64)
     key = (key + np.arange(1, num_bands + 1, dtype=np.uint64)) * MULTIPLIER
@@ -1808,7 +1641,7 @@ def document_grams(path, num_hashes, num_bands, ngram):
         grams = shingles(text, ngram)
         if len(grams):
             keys = band_keys(minhash_signature(grams, num_hashes), num_bands)
-        else:  # no set, so nothing to be similar to: a key that no other document has
+        else:  # similar to nothing: a key that no other document has
             keys = [stable_hash(f"{path} {number}")] * num_bands
         yield keys, grams, [len(grams)]
 
@@ -1827,51 +1660,42 @@ def find(parent, x):
 def near_duplicates(work, num_bands, threshold):
     """Pass 2 of minhash_dedup: ({document: a similar one before it}, pairs compared)."""
     parent, compared = {}, 0
-    sets, counts = os.path.join(work, "sets"), os.path.join(work, "counts")
-    ends = np.memmap(counts, "<i8", "r+") if os.path.getsize(counts) else np.zeros(0, np.int64)
-    np.cumsum(ends, out=ends)
+    ends = running_sums(os.path.join(work, "counts"))
 
     @functools.lru_cache(256)
     def grams(document):
-        begin = int(ends[document - 1]) if document else 0
-        return np.fromfile(sets, "<u8", int(ends[document]) - begin, offset=8 * begin)
+        begin, end = int(ends[document - 1]) if document else 0, int(ends[document])
+        return np.fromfile(os.path.join(work, "sets"), "<u8", end - begin, offset=8 * begin)
 
     for ids, groups in equal_hashes(os.path.join(work, "keys")):
         documents = (ids // num_bands).tolist()
         for begin, end in zip(groups[:-1].tolist(), groups[1:].tolist()):
-            runs = []  # the bucket so far: neighbours that are in one cluster lie in one list
-            for document in documents[begin:end]:
-                tries = 0
-                for run in runs:
-                    for other in run:
-                        first, second = sorted((find(parent, other), find(parent, document)))
-                        if first == second:
-                            break  # and so it is with the others of this run
+            one_cluster = True  # so far, all documents of this bucket are
+            for i in range(begin, end):
+                root = find(parent, documents[i])
+                for other in documents[max(begin, i - MAX_COMPARED) : i]:
+                    other_root = find(parent, other)
+                    if other_root != root:
                         compared += 1
-                        if jaccard(grams(other), grams(document)) >= threshold:
-                            parent[second] = first
-                        elif (tries := tries + 1) >= MAX_TRIES:
-                            break
-                    if tries >= MAX_TRIES:
+                        if jaccard(grams(other), grams(documents[i])) >= threshold:
+                            root, later = sorted((root, other_root))
+                            parent[later] = other_root = root
+                    if one_cluster and other_root == root:
                         break
-                if not runs or find(parent, runs[-1][0]) != find(parent, document):
-                    runs.append([])
-                runs[-1].append(document)
+                one_cluster = one_cluster and root == find(parent, documents[begin])
     return parent, compared
 
 
-def write_kept(path, out, work, first):
-    """Pass 3 of minhash_dedup: the documents that are not marked. first: number of this file's
-    first. Returns a Tally."""
-    tally, drop = Tally(), marks(work, "drop")
+def write_kept(path, out, drop):
+    """Pass 3 of minhash_dedup: the documents that are not marked in drop. Returns a Tally."""
+    tally = Tally()
     if suffix(path) == ".jsonl":
-        with packing(out) as file:
-            for number, document in enumerate(read_documents(path), first):
-                reason = "near duplicate" if drop[number] else None
-                tally.add("near duplicates", document, reason)
-                if not reason:
-                    file.write(to_line(document))
-    elif not drop[first]:
+        with replacing(out) as file:
+            for document, dropped in zip(read_documents(path), drop.tolist()):
+                tally.add("near duplicates", document, "near duplicate" if dropped else None)
+                if not dropped:
+                    file.write(to_json(document))
+    elif not drop[0]:
         shutil.copyfile(path, out)
     return tally
 
@@ -1888,15 +1712,15 @@ def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5
     if min(num_bands, num_hashes) < 1 or num_hashes % num_bands:
         raise ValueError(f"{num_hashes} hashes can not be cut into {num_bands} equal bands")
     if ngram < 1 or not 0 <= threshold <= 1:
-        raise ValueError("MinHash needs an ngram of 1 or more and a threshold from 0 to 1, not "
-                         f"{ngram} and {threshold}")
+        raise ValueError("MinHash needs ngram >= 1 and 0 <= threshold <= 1")
     inputs, outputs = output_paths(input_files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".minhash-") as work:
-        starts = spill(inputs, work, workers, {"keys": "<u8", "sets": "<u8", "counts": "<i8"},
-                       document_grams, num_hashes, num_bands, ngram)[:, 2].tolist()
+        starts = spill(inputs, work, workers, ["keys", "sets", "counts"], document_grams,
+                       num_hashes, num_bands, ngram)["counts"]
         duplicates, compared = near_duplicates(work, num_bands, threshold)
-        marks(work, "drop", starts[-1])[list(duplicates)] = 1
-        jobs = [(a, b, work, start) for a, b, start in zip(inputs, outputs, starts)]
+        drop = np.memmap(os.path.join(work, "marks"), np.uint8, "w+", shape=max(1, starts[-1]))
+        drop[list(duplicates)] = 1
+        jobs = list(zip(inputs, outputs, np.split(drop, starts[1:-1])))
         steps = Tally.merge(run_all(write_kept, jobs, workers, "near duplicates"))
     return {"documents": starts[-1], "duplicates": len(duplicates), "compared": compared,
             "steps": steps}
@@ -1905,25 +1729,26 @@ def minhash_dedup(input_files, output_dir, num_hashes=112, num_bands=14, ngram=5
 LINE, PARAGRAPH, DOCUMENT = 1, 2, 3  # marks of lines: why each is cut
 
 
-def document_hashes(path, min_paragraph):
-    """Pass 1 of dedup_documents, of each document: its hash, the number of its lines, their
-    hashes, and which of them are paragraphs, that is, long."""
+def document_hashes(path, min_paragraph=100):
+    """Pass 1 of dedup_documents, of each document: its hash, the number of its lines, and their
+    hashes. The last bit of a line's hash says whether it is a paragraph: min_paragraph bytes long.
+    """
     for document in read_documents(path):
         data = document.get("text", "").encode("utf-8", "replace")
         lines = data.split(b"\n")
-        yield ([stable_hash(data)], [len(lines)], [stable_hash(line) for line in lines],
-               [len(line) >= min_paragraph for line in lines])
+        yield ([stable_hash(data)], [len(lines)],
+               [stable_hash(line) >> 1 << 1 | (len(line) >= min_paragraph) for line in lines])
 
 
-def write_units(path, out, work, first, at, min_words):
-    """Pass 3 of dedup_documents. first, at: its first document and line. Returns a Tally."""
-    tally, drop, cut = Tally(), marks(work, "drop"), marks(work, "cut")
-    with packing(out) as file:
-        for number, document in enumerate(read_documents(path), first):
+def write_units(path, out, cut, min_words):
+    """Pass 3 of dedup_documents: what is not marked in cut, a mark per line. Returns a Tally."""
+    tally, at = Tally(), 0
+    with replacing(out) as file:
+        for document in read_documents(path):
             lines = document.get("text", "").split("\n")
             lines = list(zip(lines, cut[at : at + len(lines)].tolist()))
             at += len(lines)
-            reason = "duplicate" if drop[number] else None
+            reason = "duplicate" if lines[0][1] == DOCUMENT else None
             tally.add("exact duplicates", document, reason)
             for step, mark in (("repeated lines", LINE), ("repeated paragraphs", PARAGRAPH)):
                 if reason:
@@ -1939,14 +1764,14 @@ def write_units(path, out, work, first, at, min_words):
                 lines, document = kept, {**document, "text": text}
             if not reason:
                 document["text"] = re.sub(r"\n{3,}", "\n\n", document["text"])
-                file.write(to_line(document))
+                file.write(to_json(document))
     return tally
 
 
-def dedup_documents(files, output_dir, workers=1, exact=True, max_line_repeats=5,
-                    paragraph_error_rate=0.001, min_paragraph=100, min_words=50):
+def dedup_documents(files, output_dir, workers=1, max_line_repeats=5, paragraph_error_rate=0.001,
+                    min_words=50):
     """Drop documents that occurred before; lines that occur in more than max_line_repeats places
-    (menus, licences: each time; 0: keep them); and paragraphs, lines of min_paragraph bytes or
+    (menus, licences: each time; 0: keep them); and paragraphs, which are lines of 100 bytes or
     more, that a Bloom filter of paragraph_error_rate says have occurred before (0: keep them).
 
     files: .jsonl or .jsonl.gz, written under the same names. Documents that lose lines and have
@@ -1954,39 +1779,31 @@ def dedup_documents(files, output_dir, workers=1, exact=True, max_line_repeats=5
     """
     inputs, outputs = output_paths(files, output_dir)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".dedup-") as work:
-        columns = {"documents": "<u8", "counts": "<i8", "lines": "<u8", "long": "u1"}
-        starts = spill(inputs, work, workers, columns, document_hashes, min_paragraph)
-        starts = starts[:, [0, 2]].tolist()
-        documents, counts, lines, long = (os.path.join(work, name) for name in columns)
-        drop, cut = marks(work, "drop", starts[-1][0]), marks(work, "cut", starts[-1][1])
-        for ids, groups in equal_hashes(documents) if exact else ():
-            drop[np.delete(ids, groups[:-1])] = 1
-        at = 0  # lines of documents that are dropped do not count in what follows
-        for begin, n in read_numbers(counts, "<i8"):
-            dropped = np.repeat(drop[begin : begin + len(n)], n)
-            cut[at : at + len(dropped)] = DOCUMENT * dropped
-            at += len(dropped)
+        names = ["documents", "counts", "lines"]
+        starts = spill(inputs, work, workers, names, document_hashes)["lines"]
+        documents, counts, lines = (os.path.join(work, name) for name in names)
+        total, ends = starts[-1], running_sums(counts)
+        cut = np.memmap(os.path.join(work, "marks"), np.uint8, "w+", shape=max(1, total))
+        for ids, groups in equal_hashes(documents):
+            for i in np.delete(ids, groups[:-1]):  # their lines do not count in what follows
+                cut[ends[i - 1] if i else 0 : ends[i]] = DOCUMENT
         for ids, groups in equal_hashes(lines) if max_line_repeats else ():
             alive = cut[ids] == 0
             often = np.add.reduceat(alive, groups[:-1], dtype=np.int64) > max_line_repeats
             cut[ids[np.repeat(often, np.diff(groups)) & alive]] = LINE
-        # A filter for all paragraphs would grow with the corpus: as above, a range at a time.
-        ranges = count_ranges(lines)
-        for r in range(int(ranges) if paragraph_error_rate and starts[-1][1] else 0):
-            seen = BloomFilter(min(PART, starts[-1][1]), paragraph_error_rate)
-            for begin, hashes in read_numbers(lines):
-                mine = np.fromfile(long, np.uint8, len(hashes), offset=begin) != 0
-                mine &= cut[begin : begin + len(hashes)] == 0
-                here = np.flatnonzero(mine & (range_of(hashes, ranges) == r))
-                cut[begin + here[seen.add_hashes(hashes[here])]] = PARAGRAPH
-        jobs = [(a, b, work, *start, min_words) for a, b, start in zip(inputs, outputs, starts)]
+        for part in hash_ranges(lines) if paragraph_error_rate else ():
+            seen = BloomFilter(min(PART, total), paragraph_error_rate)
+            for ids, hashes in part:
+                mine = (hashes & np.uint64(1) == 1) & (cut[ids] == 0)
+                cut[ids[mine][seen.add_hashes(hashes[mine])]] = PARAGRAPH
+        jobs = [(*job, min_words) for job in zip(inputs, outputs, np.split(cut, starts[1:-1]))]
         return Tally.merge(run_all(write_units, jobs, workers, "unique"))
 
 
 # -----------------------------------------------------------------------------
-# Decontaminate: what a model will be tested on must not be in what it learns from. A document is
+# Decontaminate: what a model will be tested on must not be in its training text. A document is
 # dropped if it shares an n-gram of words with a test (Brown et al. 2020, with n = 13). A test of
-# fewer words, but 8 at least, is looked for as a whole.
+# fewer words, but at least 8, is looked for as a whole.
 
 
 def strings_in(value):
@@ -2001,20 +1818,16 @@ def strings_in(value):
 def read_tests(path):
     """The strings of a test set: of .jsonl or .json values, .csv cells, or lines of text."""
     text = b"".join(read_lines(path, collections.Counter())).decode("utf-8", "replace")
-    kind, where = suffix(path), path
+    kind, number = suffix(path), 0
+    csv.field_size_limit(1 << 30)
+    rows = csv.reader(io.StringIO(text)) if kind == ".csv" else \
+        [text] if kind == ".json" else text.splitlines()
     try:
-        if kind == ".csv":
-            csv.field_size_limit(1 << 30)
-            for row in csv.reader(io.StringIO(text)):
-                yield from row
-        for number, part in enumerate([text] if kind == ".json" else text.splitlines(), 1):
-            where = f"{path}:{number}"
-            if kind in (".json", ".jsonl"):
-                yield from strings_in(json.loads(part) if part.strip() else None)
-            elif kind != ".csv":
-                yield part
+        for number, row in enumerate(rows, 1):
+            is_json = kind in (".json", ".jsonl") and row.strip()
+            yield from strings_in(json.loads(row) if is_json else row)
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{path}:{number}: {error}") from None
 
 
 @functools.lru_cache(1)
@@ -2032,12 +1845,8 @@ def test_ngrams(paths, n, least=8):
 def contaminated(text, ngrams):
     """Whether a text has one of the n-grams of `test_ngrams`."""
     words, _ = hash_words(normalize(text))
-    for length, known in ngrams.items():
-        mine = ngram_hashes(words, length)
-        at = np.minimum(np.searchsorted(known, mine), len(known) - 1)
-        if (known[at] == mine).any():
-            return True
-    return False
+    return any(np.isin(ngram_hashes(words, length), known).any()
+               for length, known in ngrams.items())
 
 
 # -----------------------------------------------------------------------------
@@ -2046,20 +1855,16 @@ def contaminated(text, ngrams):
 
 def learn_weights(sources, target, pieces=2000, rounds=100):
     """Weights of sources for text like `target`, by a small proxy run: a classifier learns to tell
-    pieces of the sources apart, and the weights are the shares of them that make its verdicts on
-    pieces of target likeliest (expectation maximization: Saerens et al. 2002).
+    pieces of the sources apart, and the weights are the mixture of sources that makes its verdicts
+    on pieces of target likeliest (expectation maximization: Saerens et al. 2002).
 
     sources: {name: [paths]}; target: [paths]; pieces: of 50 words each. Returns {name: weight}.
     """
     def cut(paths):
         """The first pieces of documents."""
-        out = []
-        for document in itertools.chain.from_iterable(map(read_documents, paths)):
-            words = document.get("text", "").split()
-            out += [" ".join(words[i : i + 50]) for i in range(0, len(words), 50)]
-            if len(out) >= pieces:
-                break
-        return out[:pieces]
+        words = (d.get("text", "").split() for path in paths for d in read_documents(path))
+        parts = (" ".join(w[i : i + 50]) for w in words for i in range(0, len(w), 50))
+        return list(itertools.islice(parts, pieces))
 
     examples, aim = {name: cut(sources[name]) for name in sorted(sources)}, cut(target)
     if not all([aim, *examples.values()]):
@@ -2096,30 +1901,25 @@ def mix(sources, output_dir, weights, budget=None, max_epochs=4):
             given[name]["epochs"] = epoch
             for path in sources[name]:
                 yield from (d for d in read_documents(path) if d.get("text"))
-            if not given[name]["documents"]:
-                return
 
-    def behind(name):
-        """For the source that is furthest behind its share, this is least."""
-        g = given[name]
-        return g["bytes"] / g["weight"], -g["weight"], name
+    def behind(name):  # least for the source that is furthest behind its share
+        return given[name]["bytes"] / given[name]["weight"], -given[name]["weight"], name
 
     streams, written = {name: stream(name) for name in given}, 0
     os.makedirs(output_dir, exist_ok=True)
-    with packing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
+    with replacing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
         while streams and (budget is None or written < budget):
             name = min(streams, key=behind)
             document = next(streams[name], None)
+            if document is None and budget is None:
+                break
             if document is None:
-                if budget is None:
-                    break
                 del streams[name]
                 continue
-            file.write(to_line({**document, "source": name}))
-            size = text_size(document)
-            given[name]["bytes"] += size
+            file.write(to_json({**document, "source": name}))
+            given[name]["bytes"] += text_size(document)
             given[name]["documents"] += 1
-            written += size
+            written += text_size(document)
     if not written:
         raise ValueError("there is nothing to mix: the sources have no documents")
     return given
@@ -2128,107 +1928,86 @@ def mix(sources, output_dir, weights, budget=None, max_epochs=4):
 # -----------------------------------------------------------------------------
 # The steps on a document, on a file, and on all.
 
-MASKS = {"email": mask_emails, "phone": mask_phone_numbers, "ip": mask_ips}
 
-
-def make_steps(o):
-    """The steps on single documents that the options `o` (a dict) ask for: pairs (name, function);
-    function(document) gives the reason to drop it, or None, and may change it."""
-    def read(document):
-        if "html" in document and o["steps"] and "extract" not in o["steps"]:
-            return "page without text: run extract first"
-    yield "read", read
+def apply_steps(document, o):
+    """Apply the steps that the options `o` (a dict) ask for to a document, which they may change.
+    After each, yield its name, and the reason to drop the document or None."""
+    unread = "html" in document and o["steps"] and "extract" not in o["steps"]
+    yield "read", "page without text: run extract first" if unread else None
 
     if "extract" in o["steps"]:
-        def extract(document):
-            if "html" in document:
-                document["text"] = extract_text(document.pop("html"))
-            return None if document.get("text") else "no text"
-        yield "extract", extract
+        if "html" in document:
+            document["text"] = extract_text(document.pop("html"))
+        yield "extract", None if document.get("text") else "no text"
 
     if "language" in o["steps"]:
         classifier = load_classifier(o["language_model"]) if o["language_model"] else None
-
-        def language(document):
-            code, score = identify_language(document["text"], classifier)
-            document["language"], document["language_score"] = code, round(score, 4)
-            if o["languages"] and code not in o["languages"]:
-                return f"language {code}"
-            sure = score >= o["min_language_score"] or not o["languages"]
-            return None if sure else "language unsure"
-        yield "language", language
+        code, score = identify_language(document["text"], classifier)
+        document["language"], document["language_score"] = code, round(score, 4)
+        reason = None
+        if o["languages"] and code not in o["languages"]:
+            reason = f"language {code}"
+        elif o["languages"] and score < o["min_language_score"]:
+            reason = "language unsure"
+        yield "language", reason
 
     if "filter" in o["steps"]:
-        def rule(function, document):
-            if function is gopher_quality_reason:
-                return function(document["text"], document.get("language", "en"))
-            return function(document["text"])
-
-        def classify(name, model, label, limit, document):
-            score = document[name] = round(model.score(document["text"], label), 4)
-            return None if (score >= limit if name == "quality" else score <= limit) else name
-
-        def perplexity(measure, limit, document):
-            document["perplexity"] = round(measure(document["text"]), 2)
-            return None if document["perplexity"] <= limit else "perplexity"
-
         for name in o["filters"]:
-            yield name, functools.partial(rule, FILTERS[name])
+            rest = [document.get("language", "en")] if name == "gopher" else []
+            yield name, FILTERS[name](document["text"], *rest)
         for name in ("quality", "toxicity", "nsfw"):
             if o[name]:
                 path, label, limit = o[name]
-                model = load_classifier(path)
-                if label not in model.labels:
-                    raise ValueError(f"{path} knows the labels {', '.join(model.labels)}, but not "
-                                     f"{label}")
-                yield name, functools.partial(classify, name, model, label, limit)
+                score = load_classifier(path).score(document["text"], label)
+                document[name] = score = round(score, 4)
+                good = score >= limit if name == "quality" else score <= limit
+                yield name, None if good else name
         if o["perplexity"]:
             path, limit = o["perplexity"]
-            yield "perplexity", functools.partial(perplexity, load_perplexity(path), limit)
+            document["perplexity"] = round(load_perplexity(path)(document["text"]), 2)
+            yield "perplexity", None if document["perplexity"] <= limit else "perplexity"
 
     if "mask" in o["steps"]:
-        def mask(document):
-            found = {}
-            for kind, function in MASKS.items():
-                document["text"], count = function(document["text"])
-                if count:
-                    found[kind] = count
-                    document["masked"] = found
-        yield "mask", mask
+        found = {}
+        for kind, function in (("email", mask_emails), ("phone", mask_phone_numbers),
+                               ("ip", mask_ips)):
+            document["text"], count = function(document["text"])
+            if count:
+                found[kind] = count
+                document["masked"] = found
+        yield "mask", None
 
     if "decontaminate" in o["steps"] and o["evals"]:
         ngrams = test_ngrams(tuple(o["evals"]), o["eval_ngram"])
-        yield "decontaminate", lambda document: (
-            "in a test set" if contaminated(document["text"], ngrams) else None)
+        yield "decontaminate", "in a test set" if contaminated(document["text"], ngrams) else None
 
 
 def process_file(path, out, o):
     """All steps on single documents, for a file. Returns a Tally, from `out`.tally.json if it was
     done before."""
-    if os.path.exists(out + ".tally.json"):
-        with open(out + ".tally.json", encoding="utf-8") as file:
-            return json.load(file)
-    steps, tally, counts = list(make_steps(o)), Tally(), collections.Counter()
-    with packing(out) as file:
-        last = time.process_time()
-        for document in read_documents(path, counts):
-            for name, function in steps:
+    done = out + ".tally.json"
+    if not os.path.exists(done):
+        tally, counts = Tally(), collections.Counter()
+        with replacing(out) as file:
+            last = time.process_time()
+            for document in read_documents(path, counts):
                 before = dict(document)
-                reason = function(document)
-                now = time.process_time()
-                after = document if document != before else None
-                tally.add(name, before, reason, after, now - last)
-                last = now
-                if name == "mask" and document.get("masked") is not before.get("masked"):
-                    tally[name]["reasons"].update(document["masked"])
-                if reason is not None:
-                    break
-            else:
-                file.write(to_line(document))
-    tally.step("read")["reasons"].update(counts)
-    with replacing(out + ".tally.json") as file:
-        json.dump(tally, file)
-    return tally
+                for name, reason in apply_steps(document, o):
+                    now = time.process_time()
+                    after = document if document != before else None
+                    tally.add(name, before, reason, after, now - last)
+                    if document.get("masked") is not before.get("masked"):
+                        tally[name]["reasons"].update(document["masked"])
+                    if reason is not None:
+                        break
+                    before, last = dict(document), now
+                else:
+                    file.write(to_json(document))
+        tally.step("read")["reasons"].update(counts)
+        with replacing(done) as file:
+            file.write(to_json(tally))
+    with open(done, "rb") as file:
+        return json.load(file)
 
 
 def find_inputs(patterns):
@@ -2245,108 +2024,96 @@ def find_inputs(patterns):
     return paths
 
 
-def output_name(i, path):
-    """Of input number i: its own name, after a number that keeps equal names apart."""
-    stem = re.sub(r"^\d{5}-", "", os.path.basename(path))
-    stem = re.sub(r"(?i)(\.(gz|warc|wet|jsonl|x?html?|txt|pdf))+$", "", stem)
-    return f"{i:05d}-{stem}.jsonl.gz"
-
-
 def run_pipeline(o, workers):
     """Read the inputs, apply the steps, and leave documents and report.json in o["out"].
 
     State is files: each stage has a folder in out/.work, with a file per input that takes its name
-    when it is complete. A run that was killed finds them, and begins where they end.
+    when it is complete. A run that was killed finds them, and continues where they end.
     """
-    def documents(files, folder):
-        jobs = [(path, out, o) for path, out in zip(files, outputs(files, folder))]
-        return Tally.merge(run_all(process_file, jobs, workers, "documents"))
-
-    def unique(files, folder):
-        return dedup_documents(files, folder, workers, o["exact"], o["max_line_repeats"],
-                               o["paragraph_error_rate"], o["min_paragraph"], o["min_words_left"])
-
-    def distinct(files, folder):
-        return minhash_dedup(files, folder, o["num_hashes"], o["num_bands"], o["ngram"],
-                             o["threshold"], workers)["steps"]
-
-    def outputs(files, folder):
-        return [os.path.join(folder, output_name(i, path)) for i, path in enumerate(files)]
-
     start, out, inputs = time.monotonic(), o["out"], find_inputs(o["input"])
     work, report = os.path.join(out, ".work"), os.path.join(out, "report.json")
     state_path = os.path.join(work, "state.json")
     os.makedirs(work, exist_ok=True)
-    state = json.dumps({**o, "files": [[p, os.path.getsize(p)] for p in inputs]}, sort_keys=True)
+    state = to_json({**o, "files": [[path, os.path.getsize(path)] for path in inputs]})
     if os.path.exists(state_path):
-        with open(state_path, encoding="utf-8") as file:
+        with open(state_path, "rb") as file:
             if file.read() != state:
                 raise ValueError(f"{out} holds a run with other inputs or settings: give another "
                                  "--out, or delete it")
-    elif any(name.endswith(".jsonl.gz") for name in os.listdir(out)):
+    elif glob.glob(os.path.join(glob.escape(out), "*.jsonl.gz")):
         raise ValueError(f"{out} already holds documents: give another --out, or delete it")
     if os.path.exists(report):
         print(f"{out} is complete: report.json is there")
         return
-    list(make_steps(o))  # what is wrong with the options comes up now, and not in a worker
+    collections.deque(apply_steps({"text": "-"}, o))  # what is wrong with the options comes up now
     with replacing(state_path) as file:
         file.write(state)
 
-    stages, files, steps = [documents], inputs, Tally()
+    names = []  # of outputs: those of inputs, after a number that keeps equal ones apart
+    for i, path in enumerate(inputs):
+        stem = re.sub(r"^\d{5}-", "", os.path.basename(path))
+        stem = re.sub(r"(?i)(\.(gz|warc|wet|jsonl|x?html?|txt|pdf))+$", "", stem)
+        names.append(f"{i:05d}-{stem}.jsonl.gz")
+    stages, files, steps = ["documents"], inputs, Tally()
     if "dedup" in o["steps"]:
-        stages += [unique] if o["threshold"] > 1 else [unique, distinct]
+        stages += ["unique"] if o["threshold"] > 1 else ["unique", "distinct"]
     for stage in stages:
-        folder = os.path.join(work, stage.__name__)
+        folder = os.path.join(work, stage)
+        outputs = [os.path.join(folder, name) for name in names]
         os.makedirs(folder, exist_ok=True)
         done = os.path.join(folder, "done.json")
         if not os.path.exists(done):
             before = sum(os.times()[:4])  # CPU seconds of this process and its workers
-            tally = stage(files, folder)
-            first = tally[next(iter(tally))] if tally else {"seconds": 0}
-            first["seconds"] = first["seconds"] or sum(os.times()[:4]) - before
+            if stage == "documents":
+                jobs = [(path, output, o) for path, output in zip(files, outputs)]
+                tally = Tally.merge(run_all(process_file, jobs, workers, stage))
+            elif stage == "unique":
+                tally = dedup_documents(files, folder, workers, o["max_line_repeats"],
+                                        o["paragraph_error_rate"])
+            else:
+                tally = minhash_dedup(files, folder, o["num_hashes"], o["num_bands"], o["ngram"],
+                                      o["threshold"], workers)["steps"]
+            if tally and stage != "documents":
+                next(iter(tally.values()))["seconds"] = sum(os.times()[:4]) - before
             with replacing(done) as file:
-                json.dump(tally, file)
-        with open(done, encoding="utf-8") as file:
+                file.write(to_json(tally))
+        with open(done, "rb") as file:
             steps.update(json.load(file))
-        files = outputs(files, folder)
-    for path in files:  # complete: out of the workshop, and away with it
+        files = outputs
+    for path in files:  # complete: move the results out of the work folder, and remove it
         if os.path.exists(path):
             os.replace(path, os.path.join(out, os.path.basename(path)))
     write_report(report, inputs, steps, time.monotonic() - start)
     for stage in stages:
-        shutil.rmtree(os.path.join(work, stage.__name__))
+        shutil.rmtree(os.path.join(work, stage))
 
 
 def make_crawl(path):
-    """A WARC file to try things on without a network: the language reference that every Python
-    brings along (pydoc_data), a page for each topic, with a menu and a footer; and of every third
-    page a mirror, with a line more."""
+    """A WARC file to try things on without a network: the language reference that comes with
+    Python (pydoc_data), a page for each topic, with a menu and a footer; and a near copy of every
+    third page."""
     from pydoc_data.topics import topics
 
-    def page(name, text):
-        parts = (html_library.escape(part) for part in text.split("\n\n"))
-        body = "".join(f"<pre>{part}</pre>" if part.startswith("   ") else f"<p>{part}</p>"
-                       for part in parts)
-        return (f"<html lang=en><head><title>{name}</title></head><body><nav>{menu}</nav><main>"
-                f"{body}</main><footer>The Python Software Foundation</footer></body></html>")
-
-    menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name in sorted(topics))
-    pages = {f"http://docs.example/{name}": page(name, topics[name]) for name in sorted(topics)}
-    for name in sorted(topics)[::3]:
-        pages[f"http://mirror.example/{name}"] = page(
-            name, topics[name] + "\n\nThis is a copy. The original is somewhere else.")
-    with replacing(path, "wb") as file:
-        for url, text in pages.items():
-            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
-            answer += text.encode()
-            head = (f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: "
-                    "application/http; msgtype=response\r\nContent-Length: ")
-            file.write(gzip.compress(b"%b%d\r\n\r\n%b\r\n\r\n" % (
-                head.encode(), len(answer), answer), mtime=0))
+    names = sorted(topics)
+    menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name in names)
+    pages = [(name, topics[name]) for name in names]
+    pages += [(f"copy/{name}", topics[name] + "\n\nThis is a copy.") for name in names[::3]]
+    with replacing(path) as file:
+        for name, text in pages:
+            parts = (html_library.escape(part) for part in text.split("\n\n"))
+            body = "".join(f"<pre>{part}</pre>" if part.startswith("   ") else f"<p>{part}</p>"
+                           for part in parts)
+            response = ("HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
+                        f"<html lang=en><body><nav>{menu}</nav><main>{body}</main>"
+                        "<footer>The Python Software Foundation</footer></body></html>").encode()
+            file.write(b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://docs.example/"
+                       b"%b\r\nContent-Type: application/http; msgtype=response\r\n"
+                       b"Content-Length: %d\r\n\r\n%b\r\n\r\n" % (
+                           name.encode(), len(response), response))
 
 
 def run_classifier(args):
-    """`train-classifier`: learn from examples, save, and measure on those held out."""
+    """`train-classifier`: learn from examples, save, and measure on every twentieth."""
     examples = []  # (text, label)
     for label, pattern in args.examples:
         for path in find_inputs([pattern]):
@@ -2357,13 +2124,12 @@ def run_classifier(args):
                 texts = (d["text"] if "text" in d else extract_text(d["html"])
                          for d in read_documents(path))
             examples += [(text, label) for text in texts if text.strip()]
-    test = np.random.RandomState(0).rand(len(examples)) < args.test_fraction
-    if test.all():
+    if not examples:
         raise ValueError("there are no examples to learn from")
+    test = np.random.RandomState(0).rand(len(examples)) < 0.05
     start = time.monotonic()
-    model = LinearClassifier.train(
-        *zip(*itertools.compress(examples, ~test)), args.chars, args.words, args.bits, args.epochs,
-        args.rate)
+    model = LinearClassifier.train(*zip(*itertools.compress(examples, ~test)), args.chars,
+                                   args.words, args.bits, args.epochs)
     spent = time.monotonic() - start
     model.save(args.out)
     model = LinearClassifier.load(args.out)
@@ -2388,10 +2154,10 @@ def run_mix(args):
                  for name, paths in sources.items()}
         most = max(1, *sizes.values())  # large numbers to large powers are too large for a float
         weights = {name: (size / most) ** (1 / args.temperature) for name, size in sizes.items()}
-    budget = args.tokens and args.tokens * args.bytes_per_token
+    budget = args.tokens and 4 * args.tokens  # bytes
     given = mix(sources, args.out, weights, budget, args.max_epochs)
     with replacing(os.path.join(args.out, "report.json")) as file:
-        json.dump(given, file, indent=1)
+        file.write(to_json(given, indent=1))
     for name, g in given.items():
         print(f"{name:<20} weight {g['weight']:.4f}  {g['documents']:>10,} documents  "
               f"{g['bytes'] / 1e6:>10.2f} MB  epoch {g['epochs']}")
@@ -2414,12 +2180,11 @@ COMMANDS = {  # what each does, and its steps
 }
 
 
-def number(kind, low=0, high=math.inf):
-    """A type for argparse: an int or a float from low to high, and finite."""
-
+def number(kind, low=0, high=sys.float_info.max):
+    """A type for argparse: an int or a float from low to high."""
     def read(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -2427,21 +2192,18 @@ def number(kind, low=0, high=math.inf):
     return read
 
 
-def fields(form, separator, last=None):
-    """A type for argparse: text of a form such as NAME=FILE -> a tuple. last: a type for its end,
-    if that is a number."""
-    count = form.count(separator)
+def fields(form, last=str):
+    """A type for argparse: text of a form such as NAME=FILE or FILE:LABEL:NUMBER -> a tuple.
+    last: the type of its end."""
+    def read(text):
+        count = form.count(":")
+        parts = text.rsplit(":", count) if count else text.split("=", 1)
+        if len(parts) < max(2, count + 1) or not all(parts):
+            raise ValueError
+        return (*parts[:-1], last(parts[-1]))
 
-    def parse(text):
-        parts = text.rsplit(separator, count) if last else text.split(separator, count)
-        try:
-            if len(parts) <= count or not all(parts):
-                raise ValueError
-            return (*parts[:-1], last(parts[-1]) if last else parts[-1])
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} should be {form}") from None
-
-    return parse
+    read.__name__ = form  # for argparse's own messages
+    return read
 
 
 def build_parser():
@@ -2450,88 +2212,67 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name, about):
-        p = commands.add_parser(name, help=about,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        return p.add_argument
+        help_format = argparse.ArgumentDefaultsHelpFormatter
+        return commands.add_parser(name, help=about, formatter_class=help_format).add_argument
 
-    share, count, some = number(float, 0, 1), number(int, 0), number(int, 1)
+    share, count, some = number(float, 0, 1), number(int), number(int, 1)
     for name, (about, steps) in COMMANDS.items():
         add = command(name, about)
         add("--input", nargs="+", required=True, metavar="FILE",
             help=".warc .wet .html .txt .jsonl (also .gz), .pdf, patterns, folders")
         add("--out", required=True, metavar="DIR", help="for .jsonl.gz and report.json")
-        add("--workers", type=some, default=os.cpu_count() or 1, metavar="N",
-            help="processes; the output does not depend on it")
+        add("--workers", type=some, default=os.cpu_count() or 1,
+            help="processes; the output does not depend on their number")
         if "language" in steps:
-            add("--languages", nargs="*", default=["en"], metavar="CODE",
-                help="to keep; none after the flag: all")
-            add("--min_language_score", type=share, default=0.5, metavar="P",
-                help="drop what is less certain")
-            add("--language_model", metavar="FILE",
-                help="of train-classifier; without it, by script and stop words")
+            add("--languages", nargs="*", default=["en"], help="to keep; none given: all")
+            add("--min_language_score", type=share, default=0.5, help="drop what is less certain")
+            add("--language_model", help="of train-classifier; default: script and stop words")
         if "filter" in steps:
             add("--filters", nargs="*", default=["gopher", "repetition", "fineweb"],
                 choices=list(FILTERS), help="rules")
-            for model, what in (("quality", "keep from"), ("toxicity", "keep up to"),
-                                ("nsfw", "keep up to")):
-                add(f"--{model}", type=fields("FILE:LABEL:NUMBER", ":", share),
-                    metavar="FILE:LABEL:P", help=f"classifier, label, probability of it to {what}")
-            add("--perplexity", type=fields("FILE:NUMBER", ":", number(float)), metavar="CKPT:MAX",
+            for model, limit in (("quality", "least"), ("toxicity", "most"), ("nsfw", "most")):
+                add(f"--{model}", type=fields("FILE:LABEL:NUMBER", share), metavar="FILE:LABEL:P",
+                    help=f"classifier, label, and {limit} probability of it to keep")
+            add("--perplexity", type=fields("FILE:NUMBER", number(float)), metavar="CKPT:MAX",
                 help="drop what a checkpoint of train.py finds less likely")
         if "decontaminate" in steps:
             needed = name == "decontaminate"
             add("--evals", nargs="+" if needed else "*", default=[], required=needed,
                 metavar="FILE", help="test sets: .jsonl .json .csv, or lines of .txt")
-            add("--eval_ngram", type=some, default=13, metavar="N",
-                help="words in a row that give a document away")
+            add("--eval_ngram", type=some, default=13, help="words in a row that tell a test")
         if "dedup" in steps:
-            add("--no_exact", dest="exact", action="store_false", help="keep equal documents")
-            add("--max_line_repeats", type=count, default=5, metavar="N",
-                help="drop lines found in more places than this; 0: keep")
-            add("--paragraph_error_rate", type=number(float, 0, 0.5), default=0.001, metavar="P",
+            add("--max_line_repeats", type=count, default=5, help="of lines kept; 0: any number")
+            add("--paragraph_error_rate", type=number(float, 0, 0.5), default=0.001,
                 help="of the Bloom filter that drops repeated paragraphs; 0: keep them")
-            add("--min_paragraph", type=count, default=100, metavar="BYTES",
-                help="shorter lines are no paragraphs")
-            add("--min_words_left", type=count, default=50, metavar="N",
-                help="drop documents that lost lines and have fewer words")
-            add("--threshold", type=number(float, 0), default=0.8, metavar="J",
-                help="similarity of near duplicates; above 1: keep them")
-            add("--ngram", type=some, default=5, metavar="N", help="words in a row, for MinHash")
-            add("--num_hashes", type=some, default=112, metavar="N", help="of MinHash")
-            add("--num_bands", type=some, default=14, metavar="N", help="to cut the hashes into")
+            add("--threshold", type=number(float), default=0.8,
+                help="Jaccard similarity of near duplicates; above 1: keep them")
+            add("--ngram", type=some, default=5, help="words in a row, for MinHash")
+            add("--num_hashes", type=some, default=112, help="of MinHash")
+            add("--num_bands", type=some, default=14, help="to cut the hashes into")
 
     add = command("mix", "sources by weight, temperature or token budget")
-    add("--input", nargs="+", type=fields("NAME=FILE", "="), required=True,
-        metavar="NAME=FILE", help="sources; a name may come more than once")
+    add("--input", nargs="+", type=fields("NAME=FILE"), required=True, metavar="NAME=FILE",
+        help="sources; a name may come more than once")
     add("--out", required=True, metavar="DIR", help="for mixed.jsonl.gz and report.json")
-    add("--weights", nargs="+", type=fields("NAME=NUMBER", "=", number(float)),
-        metavar="NAME=SHARE", help="shares of the bytes")
+    add("--weights", nargs="+", type=fields("NAME=NUMBER", number(float)), metavar="NAME=SHARE",
+        help="shares of the bytes")
     add("--target", nargs="+", metavar="FILE", help="learn the weights, for text like this")
-    add("--temperature", type=number(float, 1e-3), default=1.0, metavar="T",
-        help="without either: shares are size^(1/T), at 1 as they are")
-    add("--tokens", type=number(float, 1), metavar="N", help="how much in all; sources repeat")
-    add("--bytes_per_token", type=number(float, 1e-3), default=4.0, metavar="N", help="of text")
-    add("--max_epochs", type=some, default=4, metavar="N", help="of a source, at most")
+    add("--temperature", type=number(float, 1e-3), default=1.0,
+        help="T: without weights or target, shares are size^(1/T)")
+    add("--tokens", type=number(float, 1), help="in all, of 4 bytes each; sources repeat")
+    add("--max_epochs", type=some, default=4, help="of a source")
 
     add = command("train-classifier", "of languages, quality, toxicity, ...")
-    add("--examples", nargs="+", type=fields("LABEL=FILE", "="), required=True,
-        metavar="LABEL=FILE", help="a text per line of .txt, or per document of other files")
+    add("--examples", nargs="+", type=fields("LABEL=FILE"), required=True, metavar="LABEL=FILE",
+        help="a text per line of .txt, or per document of other files")
     add("--out", required=True, metavar="FILE", help=".npz")
     add("--chars", type=number(int, 0, 16), nargs=2, default=(1, 4), metavar=("MIN", "MAX"),
         help="lengths of n-grams of characters; 0 0: none")
-    add("--words", type=number(int, 0, 16), default=0, metavar="N",
-        help="longest n-gram of words; 0: none; 2 is good for quality and toxicity")
+    add("--words", type=number(int, 0, 16), default=0,
+        help="longest n-gram of words; 2 is good for quality and toxicity")
     add("--bits", type=number(int, 1, 26), default=17, help="of the hash")
     add("--epochs", type=count, default=2, help="of gradient descent")
-    add("--rate", type=number(float, 0), default=0.02, help="learning rate")
-    add("--test_fraction", type=share, default=0.05, metavar="F",
-        help="examples to hold out and measure on")
     return parser
-
-
-def interrupted(number, frame):
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def main():
@@ -2543,11 +2284,8 @@ def main():
     if args.command in ("dedup", "pipeline") and args.num_hashes % args.num_bands:
         parser.error(f"--num_hashes {args.num_hashes} can not be cut into {args.num_bands} equal "
                      "bands")
-    if args.command == "train-classifier" and (args.chars[0] > args.chars[1] or
-                                               not args.chars[1] and not args.words):
-        parser.error("--chars and --words leave no n-grams")
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupted)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # both raise KeyboardInterrupt
+        signal.signal(signum, signal.default_int_handler)
     try:
         if len(sys.argv) == 1 and not os.path.exists(crawl):
             os.makedirs("data", exist_ok=True)
@@ -2560,8 +2298,7 @@ def main():
             options = {**vars(args), "steps": COMMANDS[args.command][1]}
             run_pipeline(options, options.pop("workers"))
     except KeyboardInterrupt:
-        again = "; the same command goes on from here" if args.command in COMMANDS else ""
-        print(f"\ncurate.py: stopped{again}", file=sys.stderr)
+        print("\ncurate.py: stopped; give the same command to go on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"curate.py: error: {error}", file=sys.stderr)

@@ -193,9 +193,12 @@ def fit_blocks(args):
                                              for k, s in sorted(scores.items())))
     weights, bias = fit(rows)
     print(f"BLOCK_BIAS = {bias:.3f}\n")
-    line = ""
+    groups = collections.defaultdict(list)  # "linked #0", "linked #1" ... are one item
     for name, weight in zip(names, weights):
-        item = f"{name} {weight:.2f};"
+        groups[name.partition(" #")[0]].append(f"{weight:.2f}")
+    line = ""
+    for name, numbers in groups.items():
+        item = f"{name} {' '.join(numbers)};"
         if len(line) + len(item) > 97:
             print(line)
             line = ""
