@@ -78,8 +78,7 @@ def read_text(path):
 
 def read_rows(path):
     """Rows of a .jsonl file, or of a .json file that is a list -> list of (where, dict), `where`
-    being the file and line, for error messages. Raises ValueError for malformed rows, or OSError.
-    """
+    being file and line, for error messages. Raises ValueError for malformed rows, or OSError."""
     is_list = path.removesuffix(".gz").endswith(".json")
     rows, where, text = [], path, read_text(path)
     try:
@@ -89,10 +88,9 @@ def read_rows(path):
         for number, line in enumerate(lines, 1):
             where = f"{path}, {'row' if is_list else 'line'} {number}"
             if is_list or line.strip():
-                row = line if is_list else json.loads(line)
-                if type(row) is not dict:
-                    raise ValueError(f"a row must be an object, not {type(row).__name__}")
-                rows.append((where, row))
+                rows.append((where, line if is_list else json.loads(line)))
+                if type(rows[-1][1]) is not dict:
+                    raise ValueError("a row must be an object")
     except (ValueError, RecursionError) as error:  # json calls each of our lines "line 1"
         raise ValueError(f"{where}: {str(error).replace('line 1 column', 'column')}") from None
     if not rows:
@@ -106,8 +104,7 @@ def field(row, where, *names, kind=str):
     for name in names:
         if name in row:
             if type(row[name]) is not kind:
-                raise ValueError(f"{where}: {name} must be of type {kind.__name__}, not "
-                                 f"{type(row[name]).__name__}")
+                raise ValueError(f"{where}: {name} must be of type {kind.__name__}")
             return row[name]
     raise ValueError(f"{where}: it has none of the fields {', '.join(names)}")
 
@@ -118,7 +115,7 @@ def to_messages(turns, where):
     messages = []
     for turn in turns:
         if type(turn) is not dict:
-            raise ValueError(f"{where}: a message must be an object, not {type(turn).__name__}")
+            raise ValueError(f"{where}: a message must be an object")
         role = field(turn, where, "role", "from").lower()
         role = {"human": "user", "gpt": "assistant"}.get(role, role)
         if role not in ("system", "user", "assistant"):
@@ -141,7 +138,7 @@ def prompt_of(row, where):
 def keep(items, wanted, what, why):
     """The items for which `wanted`, a list of bool, is true; says how many others are dropped.
     Raises ValueError if none is left."""
-    kept = [item for item, good in zip(items, wanted) if good]
+    kept = list(itertools.compress(items, wanted))
     if not kept:
         raise ValueError(f"none of {len(items)} {what} can be used: {why}")
     if len(kept) < len(items):
@@ -196,8 +193,7 @@ def read_problems(path):
     problems = []
     for where, row in read_rows(path):
         if not {"answer", "tests", "instruction_id_list", "answerKey"} & set(row):
-            raise ValueError(f"{where}: nothing to verify a response by: it needs answer, tests or "
-                             "instruction_id_list")
+            raise ValueError(f"{where}: it needs answer, tests or instruction_id_list")
         if "tests" in row:
             tests = row["tests"] if type(row["tests"]) is list else [row["tests"]]
             if not all(type(line) is str for line in tests) or not "".join(tests).strip():
@@ -207,7 +203,7 @@ def read_problems(path):
         if "answer" in row:
             if type(row["answer"]) not in (int, float):
                 field(row, where, "answer")
-            row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
+            row["answer"] = str(row["answer"]).split("####")[-1].strip()
         problems.append(row | {"messages": prompt_of(row, where), "n": 4})
     return problems
 
@@ -222,19 +218,15 @@ def check_instructions(row, where):
 
 def make_template(name, tokenizer):
     """The chat template of this name: chatml, llama3, llama2, plain (see model.py); raw, which
-    adds nothing but the end; or alpaca (Taori et al. 2023). Where the tokenizer lacks the special
-    tokens that end a template's response, its end-of-text token ends it. Raises ValueError if it
-    has none."""
-    if name in ("raw", "alpaca"):
-        template = {"begin": "", "default_system": "", "system": "{content}\n\n",
-                    "user": "{content}", "assistant": "{content}"}
-    else:
-        template = chat_template(name)
-    if name == "alpaca":
-        template |= {"user": "### Instruction:\n{content}\n\n",
-                     "assistant": "### Response:\n{content}",
-                     "default_system": "Below is an instruction that describes a task. Write a "
-                                       "response that appropriately completes the request."}
+    adds nothing but the end; or alpaca (Taori et al. 2023). A response ends with the tokenizer's
+    end-of-text token where the tokenizer lacks the special tokens of the template."""
+    raw = {"begin": "", "default_system": "", "system": "{content}\n\n",
+           "user": "{content}", "assistant": "{content}"}
+    alpaca = {"user": "### Instruction:\n{content}\n\n", "assistant": "### Response:\n{content}",
+              "default_system": "Below is an instruction that describes a task. Write a response "
+                                "that appropriately completes the request."}
+    own = {"raw": raw, "alpaca": raw | alpaca}
+    template = own[name] if name in own else chat_template(name)
     tail = template["assistant"].split("{content}")[1]
     if not any(token in tail for token in tokenizer.special_tokens):
         ends = [t for t, i in tokenizer.special_tokens.items() if i == tokenizer.eot_id]
@@ -261,10 +253,10 @@ def encode_conversation(tokenizer, template, messages, last_only=False):
     return ids, mask
 
 
-def padded(rows, fill=0, device="cpu"):
-    """Lists of ids -> (B, T) int64. Shorter rows are filled up on the right, where causal
-    attention does not see it."""
-    width = max([len(row) for row in rows] + [1])
+def padded(rows, fill=0, device="cpu", width=1):
+    """Lists of ids -> (B, T) int64, T at least `width`. Shorter rows are filled up on the right,
+    where causal attention does not see it."""
+    width = max([len(row) for row in rows] + [width])
     rows = [row + [fill] * (width - len(row)) for row in rows]
     return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
 
@@ -303,7 +295,7 @@ def pack_sequences(examples, block_size, pad_id=0):
     >>> p["input_ids"].tolist(), p["labels"].tolist(), p["positions"].tolist()
     ([[5, 6, 8, 0]], [[6, 7, 9, 0]], [[0, 1, 0, 0]])
     """
-    rows = []  # each of four lists: input_ids, labels, positions, response_mask
+    rows = []  # each of four lists, as named below
     fitting = [example for example in examples if 1 < len(example[0]) <= block_size + 1]
     for ids, mask in sorted(fitting, key=lambda example: -len(example[0])):
         # only the last rows are tried: with many texts the others are full
@@ -312,11 +304,10 @@ def pack_sequences(examples, block_size, pad_id=0):
             rows.append(row := ([], [], [], []))
         for part, new in zip(row, (ids[:-1], ids[1:], range(len(ids) - 1), mask[1:])):
             part += new
-    filled = [[part + [fill] * (block_size - len(part)) for part, fill in
-               zip(row, (pad_id, pad_id, 0, 0))] for row in rows]
-    parts = torch.tensor(filled, dtype=torch.int64).view(-1, 4, block_size).unbind(1)
-    return {"input_ids": parts[0], "labels": parts[1], "positions": parts[2],
-            "response_mask": parts[3].bool(), "dropped": len(examples) - len(fitting)}
+    packed = {name: padded([row[i] for row in rows], pad_id if i < 2 else 0, width=block_size)
+              for i, name in enumerate(("input_ids", "labels", "positions", "response_mask"))}
+    return packed | {"response_mask": packed["response_mask"].bool(),
+                     "dropped": len(examples) - len(fitting)}
 
 
 @contextlib.contextmanager
@@ -331,17 +322,14 @@ def separate_documents(model, positions):
     t = torch.arange(positions.shape[1], device=positions.device)
     mask = (text[:, :, None] == text[:, None]) & (t[:, None] >= t)  # (B, T, T)
 
-    def attend_inside(part):
+    def attend(part, q, k, v):
         near = mask & (t[:, None] - t < part.window) if hasattr(part, "window") else mask
-
-        def attend(q, k, v):
-            return F.scaled_dot_product_attention(q, *part.repeat_heads(k, v), near[:, None],
-                                                  part.dropout if part.training else 0.0)
-        return attend
+        return F.scaled_dot_product_attention(q, *part.repeat_heads(k, v), near[:, None],
+                                              part.dropout if part.training else 0.0)
 
     parts = [block.attn for block in model.blocks]
     for part in parts:  # an attribute of the object hides the method of its class
-        part.attend = attend_inside(part)
+        part.attend = functools.partial(attend, part)
     model.embed = lambda ids, at: Transformer.embed(model, ids, positions)
     model.rope = lambda kind, at: Transformer.rope(model, kind, positions)
     try:
@@ -459,21 +447,19 @@ def policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantag
     grpo_no_clip:             -r A
 
     policy_log_probs, old_log_probs: (B, T); raw_rewards, advantages: (B,), (B, 1) or (B, T);
-    cliprange: one number, or (low, high).
+    cliprange: one number, or (low, high). Raises ValueError if what a loss_type needs is missing.
     -> ((B, T), {"clipped": (B, T) of bool, where the clipped term was the smaller})
-    Raises ValueError for another loss_type, or if what it needs is missing.
     """
-    weights = raw_rewards if loss_type == "no_baseline" else advantages
-    needs = {"no_baseline": {"raw_rewards": weights},
-             "reinforce_with_baseline": {"advantages": weights},
-             "grpo_clip": {"advantages": weights, "old_log_probs": old_log_probs,
-                           "cliprange": cliprange},
-             "grpo_no_clip": {"advantages": weights, "old_log_probs": old_log_probs}}
+    given = {"raw_rewards": raw_rewards, "advantages": advantages, "old_log_probs": old_log_probs,
+             "cliprange": cliprange}
+    needs = {"no_baseline": ["raw_rewards"], "reinforce_with_baseline": ["advantages"],
+             "grpo_clip": ["advantages", "old_log_probs", "cliprange"],
+             "grpo_no_clip": ["advantages", "old_log_probs"]}
     if loss_type not in needs:
         raise ValueError(f"loss_type must be one of {', '.join(needs)}, not {loss_type!r}")
-    if missing := [name for name, value in needs[loss_type].items() if value is None]:
+    if missing := [name for name in needs[loss_type] if given[name] is None]:
         raise ValueError(f"{loss_type} needs {', '.join(missing)}")
-    weights = torch.as_tensor(weights, device=policy_log_probs.device)
+    weights = torch.as_tensor(given[needs[loss_type][0]], device=policy_log_probs.device)
     weights = weights[:, None] if weights.ndim == 1 else weights
     if not loss_type.startswith("grpo"):
         return -weights * policy_log_probs, {}
@@ -502,13 +488,11 @@ def grpo_loss(log_probs, old_log_probs, advantages, response_mask, reference_log
     grpo     1/B sum_i (sum_t m l / sum_t m): each response counts the same
     dr_grpo  1/(B max_length) sum m l: long wrong answers are no longer favoured (Liu et al. 2025);
              to be used with advantages that are not divided by their standard deviation
-    dapo     sum m l / sum m: each token counts the same (Yu et al. 2025); to be used with
-             clip_high=0.28
+    dapo     sum m l / sum m: each token counts the same (Yu et al. 2025); use clip_high=0.28
 
     log_probs, old_log_probs, reference_log_probs, response_mask: (B, T); advantages: (B,).
     clip=False: -r A without any clipping. normalizer: that of `grpo_normalizer` for the whole
-    batch, if this is a part of it. -> scalar. Raises ValueError for another loss_type, or beta
-    without reference_log_probs.
+    batch, if this is a part of it. -> scalar
     """
     if loss_type not in ("grpo", "dr_grpo", "dapo"):
         raise ValueError(f"loss_type must be grpo, dr_grpo or dapo, not {loss_type!r}")
@@ -714,17 +698,15 @@ def same_answer(a, b):
         return False
     ends, parts = [], []
     for text in (a, b):  # (1, (2, 3)) -> the ends ( and ), the parts 1 and (2, 3)
-        text = text.replace("\\{", "{").replace("\\}", "}")
-        inside = re.fullmatch(r"([(\[{])(.*)([)\]}])", text) or ["", "", text, ""]
+        inside = re.fullmatch(r"\\?([(\[{])(.*?)\\?([)\]}])", text) or ["", "", text, ""]
         ends.append((inside[1], inside[3]))
-        parts.append(re.split(r",(?![^(\[{]*[)\]}])", inside[2]))
-    left, right = parts
-    if ends[0] != ends[1] or not 1 < len(left) == len(right) <= 50:
+        parts.append([part.strip() for part in re.split(r",(?![^(\[{]*[)\]}])", inside[2])])
+    if ends[0] != ends[1] or not 1 < len(parts[0]) == len(parts[1]) <= 50:
         return False
     if ends[0][0] == "{":  # a set, in any order
-        return all(any(same_answer(p.strip(), q.strip()) for q in others)
-                   for some, others in ((left, right), (right, left)) for p in some)
-    return all(same_answer(p.strip(), q.strip()) for p, q in zip(left, right))
+        return all(any(map(same_answer, [p] * len(others), others))
+                   for some, others in (parts, parts[::-1]) for p in some)
+    return all(map(same_answer, *parts))
 
 
 def grade_math(answer, truth):
@@ -747,15 +729,14 @@ def grade_math(answer, truth):
         if not candidate or not wanted or len(candidate) > 1000:
             continue
         found = normalize_answer(candidate)
-        if same_answer(found, wanted):
-            return True
-        if ("%" in found) != ("%" in wanted) and \
-                same_answer(re.sub(r"\\?%", "", found), re.sub(r"\\?%", "", wanted)):
-            return True  # "how many percent": 20 and 20%
+        pairs = [(found, wanted)]
+        if ("%" in found) != ("%" in wanted):  # "how many percent": 20 and 20%
+            pairs.append([re.sub(r"\\?%", "", text) for text in (found, wanted)])
         numbers = re.findall(NUMBER, found)
-        if len(numbers) == 1 and math_value(found) is None and math_value(wanted) is not None \
-                and same_answer(normalize_answer(numbers[0]), wanted):
-            return True  # words around one number
+        if len(numbers) == 1 and math_value(found) is None and math_value(wanted) is not None:
+            pairs.append((normalize_answer(numbers[0]), wanted))  # words around one number
+        if any(same_answer(*pair) for pair in pairs):
+            return True
     return False
 
 
@@ -860,8 +841,7 @@ def check_constraint(name, arguments, response, loose=False):
     try:
         return any(bool(t.strip()) and CONSTRAINTS[name](t, arguments) for t in versions)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the arguments of {name} do not fit: {type(error).__name__} {error}") \
-            from None
+        raise ValueError(f"the arguments of {name} do not fit: {error!r}") from None
 
 
 # Model-written code is never run in this process. It is run by two child processes that talk over
@@ -877,7 +857,7 @@ import datetime, decimal, enum, fractions, functools, heapq, io, itertools, math
 import random, re, statistics, string, textwrap, time, types, typing, unicodedata, builtins
 import _strptime, calendar, hashlib, keyword, pprint, queue, secrets, struct, traceback
 
-role, memory, seconds = sys.argv[1], *map(int, sys.argv[2:])
+memory, seconds, role = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 modules = {name: module for name, module in sys.modules.items() if "." not in name}
 kinds = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, collections.deque,
                                           bytes, bytearray)}
@@ -1055,19 +1035,19 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     Raises OSError where there are no such limits (Windows).
     """
     if os.name != "posix":
-        raise OSError("code can only be run where the operating system limits processes: Linux "
-                      "or macOS")
+        raise OSError("code can only be run where the system limits processes: Linux or macOS")
     tests = tests if isinstance(tests, str) else "\n".join(tests)
-    limits = [str(memory_mb << 20), str(math.ceil(timeout) + 1)]
-    started, (ours, theirs) = [], socket.socketpair()
+    command = [sys.executable, "-I", "-S", "-c", SANDBOX, str(memory_mb << 20),
+               str(math.ceil(timeout) + 1)]
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    started, (ours, theirs) = [], socket.socketpair()
     try:
         with ours, theirs:  # from here on only the children have them
             for role, stdin, stdout, stderr in (("solution", null, ours, null),
                                                 ("tests", pipe, theirs, pipe)):
                 started.append(subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", SANDBOX, role, *limits], cwd="/", env={},
-                    start_new_session=True, stdin=stdin, stdout=stdout, stderr=stderr))
+                    [*command, role], cwd="/", env={}, start_new_session=True, stdin=stdin,
+                    stdout=stdout, stderr=stderr))
         job = json.dumps([tests, code]).encode()
         error = json.loads(started[1].communicate(job, timeout)[1])
     except subprocess.TimeoutExpired:
@@ -1187,15 +1167,15 @@ def make_problem(kind, level, rng):
     word: a story of min(level, 3) calculations
     rng: random.Random. The last line of a response is "#### answer", as in GSM8K, but for sums.
     """
-    value, lines = "", []
     if kind == "addition":
         a, b = rng.randrange(10**level), rng.randrange(10**level)
-        prompt, steps, value = f"{a}+{b}=", [], a + b
-    elif kind == "arithmetic":
-        value = text = rng.randrange(1, 20)
-        steps = [f"_ {rng.choice('+-*')} {rng.randrange(2, 10)}" for _ in range(level)]
-        for i, step in enumerate(steps):
-            text = step.replace("_", f"({text})" if i else str(text))
+        return {"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b),
+                "level": level}
+    value, lines = rng.randrange(1, 20), []
+    if kind == "arithmetic":
+        steps, text = [f"_ {rng.choice('+-*')} {rng.randrange(2, 10)}" for _ in range(level)], ""
+        for step in steps:
+            text = step.replace("_", f"({text})" if text else str(value))
         prompt = f"Calculate {text}."
     else:
         text, steps = rng.choice([p for p in WORD_PROBLEMS if len(p[1]) == min(level, 3)])
@@ -1207,7 +1187,7 @@ def make_problem(kind, level, rng):
         step = step.replace("_", str(value))
         value = math_value(step)
         lines.append(f"{step} = {value}")
-    response = "\n".join([*lines, f"#### {value}"]) if lines else str(value)
+    response = "\n".join([*lines, f"#### {value}"])
     return {"prompt": prompt, "response": response, "answer": str(value), "level": level}
 
 
@@ -1215,10 +1195,9 @@ def make_problems(kind, level, n, seed):
     """n distinct problems, or fewer if there are no more."""
     rng, problems = random.Random(seed), {}
     for _ in range(50 * n):
-        problem = make_problem(kind, level, rng)
-        problems.setdefault(problem["prompt"], problem)
-        if len(problems) == n:
-            break
+        if len(problems) < n:
+            problem = make_problem(kind, level, rng)
+            problems.setdefault(problem["prompt"], problem)
     return list(problems.values())
 
 
@@ -1228,17 +1207,16 @@ def make_problems(kind, level, n, seed):
 
 def write_text(path, text):
     """Write a file that takes its name only once it is whole: a killed run leaves no half."""
-    temporary = f"{path}.tmp"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(f"{path}.tmp", path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(temporary)
+            os.remove(f"{path}.tmp")
         raise
 
 
@@ -1267,22 +1245,21 @@ def load_model(path, device, template=None):
         raise ValueError(f"{path} holds no tokenizer: it was trained on ids of unknown meaning")
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path} has a tokenizer of {tokenizer.vocab_size:,} ids, and a model of "
-                         f"{model.config.vocab_size:,}")
-    if template or not checkpoint.get("template"):
-        return model, tokenizer, make_template(template or "raw", tokenizer), checkpoint
-    return model, tokenizer, checkpoint["template"], checkpoint
+        raise ValueError(f"{path} has a tokenizer of more ids than the model knows")
+    own = None if template else checkpoint.get("template")
+    return model, tokenizer, own or make_template(template or "raw", tokenizer), checkpoint
 
 
 def batch_of(items, batch_size, step, seed):
     """Batch number `step` of a fixed order, in which nothing comes twice before all has come once:
     each epoch is another permutation. It depends on nothing else, so a run can be resumed."""
-    batch, at = [], step * batch_size
-    while len(batch) < batch_size:
-        epoch, i = divmod(at + len(batch), len(items))
-        order = list(range(len(items)))
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        batch += [items[j] for j in order[i : i + batch_size - len(batch)]]
+    batch = []
+    for at in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(at, len(items))
+        if not batch or i == 0:
+            order = list(items)
+            random.Random(f"{seed} {epoch}").shuffle(order)
+        batch.append(order[i])
     return batch
 
 
@@ -1298,21 +1275,20 @@ def scheduled(step, args):
 
 def optimizers_for(model, args):
     """AdamW, or Muon (written out in train.py) with AdamW for all but the hidden matrices."""
-    matrices = []
-    if args.optimizer == "muon":
+    hidden, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        muon = args.optimizer == "muon" and name.startswith("blocks.") and "router" not in name
+        if p.requires_grad:
+            (vectors if p.ndim < 2 else hidden if muon and p.ndim == 2 else matrices).append(p)
+    optimizers = [torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}], args.learning_rate, (0.9, 0.95))]
+    if hidden:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError("--optimizer muon needs PyTorch 2.9 or later")
-        matrices = [p for name, p in model.blocks.named_parameters()
-                    if p.ndim == 2 and p.requires_grad and "router" not in name]
-    hidden = set(map(id, matrices))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
-    adamw = torch.optim.AdamW(
-        [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
-         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}],
-        args.learning_rate, (0.9, 0.95))
-    muon = [torch.optim.Muon(matrices, args.learning_rate, args.weight_decay, 0.95,
-                             adjust_lr_fn="match_rms_adamw")] if matrices else []
-    return [*muon, adamw]
+        optimizers.append(torch.optim.Muon(hidden, args.learning_rate, args.weight_decay, 0.95,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 class Run:
@@ -1332,21 +1308,13 @@ class Run:
         self.saved = saved if args.resume else None
         self.stops = chat_stops(self.tokenizer, self.template)
         self.optimizers, self.others, self.more = optimizers_for(self.model, args), [], {}
-
-    def autocast(self):
-        """The context of matrix products in bfloat16, if asked for."""
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16,
-                              enabled=self.args.dtype == "bfloat16")
+        self.autocast = functools.partial(torch.autocast, torch.device(self.device).type,
+                                          torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def log_probs(self, model, batch, **how):
         """`response_log_probs` in the dtype of training."""
         with self.autocast():
             return response_log_probs(model, batch["input_ids"], batch["labels"], **how)
-
-    def keep_fitting(self, items, lengths, what):
-        """`keep` those of `items` whose length is at most block_size."""
-        limit = self.model.config.block_size
-        return keep(items, [n <= limit for n in lengths], what, f"longer than {limit} tokens")
 
     def update(self, params):
         """One step of the optimizers -> the norm that the gradient of params had."""
@@ -1414,39 +1382,36 @@ class Run:
             sys.exit(130)
 
 
-def averages(rows, size, measure, count=len, backward=False):
-    """measure(part) -> dict of scalars, applied to parts of `size` rows -> their means over all
-    rows. backward: also the gradient of "loss". A part weighs count(part) / count(rows), so that
-    the parts add up to what the whole batch would give."""
-    sums, whole = Counter(), count(rows)
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        found, share = measure(part), count(part) / whole
-        auxiliary = found.pop("auxiliary_loss", 0)  # of mixtures of experts; it is not logged
-        if backward:
-            ((found["loss"] + auxiliary) * share).backward()
-        for name, value in found.items():
-            sums[name] += value.item() * share
-    return dict(sums)
-
-
 def fit_rows(run, load, measure, count=len):
-    """The training of sft, dpo and reward: load(path) -> list of rows; measure(rows) -> "loss" and
-    other means over them; count(rows): how much these weigh in a mean over several parts."""
+    """The training of sft, dpo and reward. load(path) -> list of rows; measure(rows) -> dict of
+    scalars, means over these rows, of which "loss" is minimised; count(rows): what a mean over
+    them is divided by."""
     args = run.args
     data, held_out = load(args.data), load(args.val_data) if args.val_data else []
+    print(f"{len(data):,} rows, {len(held_out):,} held out | {run.device}", flush=True)
     params = [p for module in (run.model, *run.others) for p in module.parameters()]
+
+    def average(rows, size):  # in parts of `size` rows, each weighing what it has of the whole
+        sums, whole = Counter(), count(rows)
+        for i in range(0, len(rows), size):
+            part = rows[i : i + size]
+            found, share = measure(part), count(part) / whole
+            auxiliary = found.pop("auxiliary_loss", 0)  # of mixtures of experts; it is not logged
+            if torch.is_grad_enabled():
+                ((found["loss"] + auxiliary) * share).backward()
+            for name, value in found.items():
+                sums[name] += value.item() * share
+        return dict(sums)
 
     def do_step(step):
         rows = batch_of(data, args.batch_size, step, args.seed)
-        size = -(-len(rows) // args.gradient_accumulation_steps)
-        found = averages(rows, size, measure, count, backward=True)
-        return found | {"grad_norm": run.update(params)}
+        means = average(rows, -(-len(rows) // args.gradient_accumulation_steps))
+        return means | {"grad_norm": run.update(params)}
 
     @torch.no_grad()
     def evaluate():
-        found = averages(held_out, args.batch_size, measure, count)
-        return {f"val_{name}": value for name, value in found.items()}
+        means = average(held_out, args.batch_size)
+        return {f"val_{name}": value for name, value in means.items()}
 
     run.fit(do_step, evaluate)
 
@@ -1458,13 +1423,13 @@ def fit_rows(run, load, measure, count=len):
 def run_sft(args):
     """`sft`: learn to answer as the examples do."""
     run = Run(args)
-    model = run.model
+    model, limit = run.model, run.model.config.block_size
 
     def load(path):
         examples = [encode_conversation(run.tokenizer, run.template, chat)
                     for chat in read_conversations(path)]
-        return run.keep_fitting(examples, [len(ids) - 1 for ids, _ in examples],
-                                f"examples of {path}")
+        return keep(examples, [len(ids) - 1 <= limit for ids, _ in examples],
+                    f"examples of {path}", f"longer than {limit} tokens")
 
     def tokens(examples):  # how many are to be learned
         return sum(sum(mask[1:]) for _, mask in examples)
@@ -1474,8 +1439,7 @@ def run_sft(args):
         if args.no_packing:
             batch, apart = collate(examples, device=run.device), contextlib.nullcontext()
         else:
-            width = min(model.config.block_size, sum(len(ids) - 1 for ids, _ in examples))
-            packed = pack_sequences(examples, width)
+            packed = pack_sequences(examples, min(limit, sum(len(ids) for ids, _ in examples)))
             batch = {name: x.to(run.device) for name, x in packed.items() if name != "dropped"}
             apart = separate_documents(model, batch["positions"])
         with apart:
@@ -1492,8 +1456,9 @@ def encode_pairs(run, path):
     pairs = [[encode_conversation(run.tokenizer, run.template,
                                   [*prompt, {"role": "assistant", "content": text}], True)
               for text in sides] for prompt, *sides in read_pairs(path)]
-    lengths = [max(len(ids) for ids, _ in pair) - 1 for pair in pairs]
-    return run.keep_fitting(pairs, lengths, f"pairs of {path}")
+    limit = run.model.config.block_size
+    return keep(pairs, [max(len(ids) for ids, _ in pair) - 1 <= limit for pair in pairs],
+                f"pairs of {path}", f"longer than {limit} tokens")
 
 
 def preferences(chosen, rejected):
@@ -1573,13 +1538,12 @@ def respond(model, tokenizer, prompts, stops, max_new_tokens, temperature, seed,
 
 def encode_problems(run, path):
     """Problems of a file whose prompts leave room for a response -> list with "ids" added."""
-    problems = read_problems(path)
+    problems, limit = read_problems(path), run.model.config.block_size
     for problem in problems:
         problem["ids"] = encode_chat(run.tokenizer, run.template, problem["messages"])
-    problems = [problem for problem in problems if problem["ids"]]
-    room = min(run.args.max_new_tokens, run.model.config.block_size // 2)
-    return run.keep_fitting(problems, [len(p["ids"]) + room for p in problems],
-                            f"problems of {path}")
+    room = min(run.args.max_new_tokens, limit // 2)
+    return keep(problems, [0 < len(p["ids"]) <= limit - room for p in problems],
+                f"problems of {path}", f"their prompts and {room} tokens do not fit into {limit}")
 
 
 def solve(model, tokenizer, problems, stops, max_new_tokens):
@@ -1610,8 +1574,9 @@ def run_rl(args):
     clip_high = args.clip_high
     if clip_high is None:
         clip_high = 0.28 if algorithm == "dapo" else args.clip
-    once = args.epochs * args.minibatches == 1 and not critic  # then the policy is still the old
-    examples = []
+    # with one update a batch, the policy that learns is the one that has written the responses
+    on_policy = args.epochs * args.minibatches == 1 and not critic
+    examples = []  # (problem, response, reward) to be shown
 
     def parts(batch):
         for i in range(0, len(batch["input_ids"]), args.micro_batch):
@@ -1635,23 +1600,23 @@ def run_rl(args):
         batch = collate([(ids, [0] * len(p["ids"]) + [1] * (len(ids) - len(p["ids"])))
                          for p, ids in zip(asked, texts)], device=run.device)
         if reward_model:
-            batch["rewards"] = torch.cat([
-                reward_model.score(texts[i : i + args.micro_batch], run.device)
-                for i in range(0, len(texts), args.micro_batch)])
+            rewards = torch.cat([reward_model.score(texts[i : i + args.micro_batch], run.device)
+                                 for i in range(0, len(texts), args.micro_batch)])
         else:
-            batch["rewards"] = torch.tensor([*map(verify, asked, said)], device=run.device)
-        examples[:] = list(zip(asked, said, batch["rewards"].tolist()))[:: args.group_size]
-        return batch, texts
+            rewards = torch.tensor([*map(verify, asked, said)], device=run.device)
+        examples[:] = list(zip(asked, said, rewards.tolist()))[:: args.group_size]
+        return batch | {"rewards": rewards}, texts
 
     @torch.no_grad()
-    def look_back(batch):  # what the losses need of the models before the updates
-        wanted = {} if once else {"old": lambda part: look(model, part)["log_probs"]}
-        if reference:
-            wanted["reference"] = lambda part: look(reference, part)["log_probs"]
-        if critic:
-            wanted["values"] = values_of
-        batch |= {name: torch.cat([*map(measure, parts(batch))])
-                  for name, measure in wanted.items()}
+    def prepare(batch):  # what the losses need to know from before the updates
+        found = []
+        for part in parts(batch):
+            found.append({"old": look(model, part)["log_probs"]} if not on_policy else {})
+            if reference:
+                found[-1]["reference"] = look(reference, part)["log_probs"]
+            if critic:
+                found[-1]["values"] = values_of(part)
+        batch |= {name: torch.cat([part[name] for part in found]) for name in found[0]}
         rewards, mask = batch["rewards"], batch["response_mask"]
         if algorithm == "ppo":
             given = torch.zeros_like(batch["old"])  # the reward comes with the last token
@@ -1719,7 +1684,7 @@ def run_rl(args):
             if not right:
                 return row
             batch = {name: x[list(right.values())] for name, x in batch.items()}
-        look_back(batch)
+        prepare(batch)
         updates = []
         for epoch in range(args.epochs):
             g = torch.Generator().manual_seed(args.seed * 7919 + step * 101 + epoch)
@@ -1929,12 +1894,6 @@ def lettered(question, texts):
     return f"{question}{choices}\nAnswer:"
 
 
-def clean_wikihow(text):
-    """HellaSwag's texts without the marks of WikiHow."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
-
-
 def read_item(task, row, where):
     """One row of a task's file -> {"context", "choices", "label", "target"}, to be scored, or
     {"context", "problem", "target"}, to be answered. Contexts and targets are those of
@@ -1943,8 +1902,7 @@ def read_item(task, row, where):
     if task == "mmlu":
         cells, texts = row["cells"], list("ABCD")
         if len(cells) != 6 or cells[5] not in texts:
-            raise ValueError(f"{where}: it needs a question, four choices, and one of A to D, not "
-                             f"{str(cells)[:80]}")
+            raise ValueError(f"{where}: it needs a question, four choices, and one of A to D")
         context, label = lettered(cells[0].strip(), cells[1:5]), texts.index(cells[5])
         header = {"header": "The following are multiple choice questions (with answers) about "
                             f"{row['subject']}.\n\n"}
@@ -1961,8 +1919,10 @@ def read_item(task, row, where):
         texts = [field(row, where, name) for name in ("sol1", "sol2")]
     elif task == "hellaswag":
         activity, a, b = (field(row, where, name) for name in ("activity_label", "ctx_a", "ctx_b"))
-        context = clean_wikihow(f"{activity}: {a} {b.capitalize()}")
-        texts = [clean_wikihow(str(text)) for text in field(row, where, "endings", kind=list)]
+        texts = [f"{activity}: {a} {b.capitalize()}", *field(row, where, "endings", kind=list)]
+        context, *texts = (  # without the marks of WikiHow
+            re.sub(r"\[.*?\]", "", str(text).strip().replace(" [title]", ". ")).replace("  ", " ")
+            for text in texts)
         label = int(label) if str(label).isdecimal() else label
     elif task == "arithmetic" and "completion" in row:  # right if it is the likeliest
         context = field(row, where, "context")
@@ -2087,29 +2047,23 @@ def summarize_answers(items, results):
     right = [[verify(problem, text) >= 1 for text in texts]
              for problem, texts in zip(problems, results)]
     values = {"acc": share([hits[0] for hits in right])}
-    if all("answer" in problem for problem in problems):  # lm-evaluation-harness' two filters
+    if "answer" in problems[0]:  # lm-evaluation-harness' two filters
         for name, which, pattern in (("strict_match", 0, r"#### (-?[0-9.,]+)"),
                                      ("flexible_extract", -1, r"-?[$0-9.,]{2,}|-?[0-9]+")):
-            pairs = [((re.findall(pattern, texts[0]) or [""])[which], problem["answer"])
-                     for problem, texts in zip(problems, results)]
+            said = [(re.findall(pattern, texts[0]) or [""])[which] for texts in results]
             values[name] = share([re.sub(r"[,$]|\.$", "", a) == re.sub(r"[,$]|\.$", "", b)
-                                  for a, b in pairs])
-    if n > 1:
-        for k in sorted({2**j for j in range(n.bit_length())} | {n}):
-            chances = [pass_at_k(n, sum(hits), k) for hits in right]
-            values[f"pass@{k}"] = f"{statistics.mean(chances):.4f}"
-        values[f"majority@{n}"] = share([verify(problem, majority(problem, texts)) >= 1
-                                         for problem, texts in zip(problems, results)])
-    return values
-
-
-def majority(problem, texts):
-    """The answer that most of the texts give; "" if none gives any."""
-    if "answerKey" in problem:
-        said = [find_choice(text, problem["n"]) for text in texts]
-    else:
-        said = [normalize_answer(extract_answer(text) or "") for text in texts]
-    return Counter(filter(None, said)).most_common(1)[0][0] if any(said) else ""
+                                  for a, b in zip(said, (p["answer"] for p in problems))])
+    if n == 1:
+        return values
+    for k in sorted({2**j for j in range(n.bit_length())} | {n}):
+        values[f"pass@{k}"] = f"{statistics.mean(pass_at_k(n, sum(h), k) for h in right):.4f}"
+    votes = []
+    for problem, texts in zip(problems, results):
+        said = [find_choice(text, problem["n"]) if "answerKey" in problem else
+                normalize_answer(extract_answer(text) or "") for text in texts]
+        most = Counter(filter(None, said)).most_common(1)
+        votes.append(bool(most) and verify(problem, most[0][0]) >= 1)
+    return values | {f"majority@{n}": share(votes)}
 
 
 def evaluate_text(model, tokenizer, args):
@@ -2164,43 +2118,25 @@ def run_demo(args):
     """
     begin = time.perf_counter()
     seeds = range(args.seed, args.seed + args.seeds)
+    jobs = [(args.out_dir, seed, args.algorithm, seed == args.seed) for seed in seeds]
     with get_context("spawn").Pool(min(2, args.seeds), torch.set_num_threads, (1,)) as pool:
-        # of the first seed all is shown
-        results = pool.starmap(demonstrate, [(args.out_dir, seed, args.algorithm,
-                                              seed == args.seed) for seed in seeds], chunksize=1)
-    accuracies, seconds = (list(zip(*table)) for table in zip(*results))
-
-    def line(title, cells, form):
+        results = pool.starmap(demonstrate, jobs, chunksize=1)
+    means = [[statistics.mean(column) for column in zip(*table)] for table in zip(*results)]
+    table = [("held-out problems solved", ["sft", args.algorithm, "control"], ">12"),
+             *((f"seed {seed}", row, "12.1%") for seed, (row, _) in zip(seeds, results)),
+             ("mean", means[0], "12.1%"), ("seconds of training", means[1], "12.1f")]
+    print()
+    for title, cells, form in table:
         print(f"{title:26}" + "".join(f"{cell:{form}}" for cell in cells))
-
-    line("\nheld-out problems solved ", ["sft", args.algorithm, "control"], ">12")
-    for seed, (row, _) in zip(seeds, results):
-        line(f"seed {seed}", row, "12.1%")
-    line("mean", map(statistics.mean, accuracies), "12.1%")
-    line("seconds of training", map(statistics.mean, seconds), "12.1f")
     plot_demo(args.out_dir, seeds, args.algorithm)
     print(f"\nseconds: {time.perf_counter() - begin:.1f}\nout_dir: {args.out_dir}", flush=True)
 
 
 def demonstrate(out_dir, seed, algorithm, aloud):
-    """One seed -> (accuracies, seconds) of sft, the algorithm, and the control."""
+    """One seed -> (accuracies, seconds) of sft, the algorithm, and the control. Its output is
+    shown if `aloud`, else written to output.txt."""
     folder = os.path.join(out_dir, f"seed{seed}", "")
-    seconds = {}
-
-    def command(line, name):  # does and shows what could have been typed
-        line += (f" --out_dir {folder}{name} --val_data {folder}valid.jsonl --device cpu --seed "
-                 f"{seed} --log_interval 1000")
-        print(f"\n$ python align.py {line}", flush=True)
-        args = parse_args(line.split())
-        COMMANDS[args.command][0](args)
-        seconds[name] = [float(row["seconds"]) for row in read_log(args.out_dir)]
-
-    def accuracy(name):
-        model, tokenizer, template, _ = load_model(f"{folder}{name}/ckpt.pt", "cpu")
-        test = [problem | {"ids": tokenizer.encode(problem["prompt"])}
-                for problem in read_problems(folder + "test.jsonl")]
-        return solve(model, tokenizer, test, chat_stops(tokenizer, template), 4)
-
+    accuracies, seconds = [], {}
     problems = [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)}
                 for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(problems)
@@ -2218,16 +2154,29 @@ def demonstrate(out_dir, seed, algorithm, aloud):
     model = Transformer(TransformerConfig(vocab_size=13, block_size=12, n_layer=2, n_head=4,
                                           n_embd=48, position="learned"))
     save_checkpoint(folder + "base.pt", model, tokenizer=tokenizer.to_json())
+    test = [problem | {"ids": tokenizer.encode(problem["prompt"]), "n": 4}
+            for problem in problems[:500]]
+
+    def command(name, line):  # does and shows what could have been typed
+        line += (f" --out_dir {folder}{name} --val_data {folder}valid.jsonl --device cpu --seed "
+                 f"{seed} --log_interval 1000")
+        print(f"\n$ python align.py {line}", flush=True)
+        args = parse_args(line.split())
+        COMMANDS[args.command][0](args)
+        seconds[name] = [float(row["seconds"]) for row in read_log(args.out_dir)]
+        trained = load_model(f"{folder}{name}/ckpt.pt", "cpu")[0]
+        accuracies.append(solve(trained, tokenizer, test, {tokenizer.eot_id}, 4))
+
     sft = f"sft --data {folder}shown.jsonl {DEMO['sft']}"
     with open(os.devnull if aloud else folder + "output.txt", "w", encoding="utf-8") as output, \
-            contextlib.nullcontext() if aloud else contextlib.redirect_stdout(output):
-        command(f"{sft} --ckpt {folder}base.pt --max_iters 450 --eval_interval 150", "sft")
-        command(f"rl --algorithm {algorithm} --ckpt {folder}sft/ckpt.pt --data "
-                f"{folder}train.jsonl {DEMO[algorithm]}", algorithm)
+            contextlib.redirect_stdout(sys.stdout if aloud else output):
+        command("sft", f"{sft} --ckpt {folder}base.pt --max_iters 450 --eval_interval 150")
+        command(algorithm, f"rl --algorithm {algorithm} --ckpt {folder}sft/ckpt.pt --data "
+                           f"{folder}train.jsonl {DEMO[algorithm]}")
         steps = round(sum(seconds[algorithm]) / statistics.median(seconds["sft"]))
-        command(f"{sft} --ckpt {folder}sft/ckpt.pt --max_iters {steps} --eval_interval "
-                f"{max(1, steps // 5)}", "control")
-    return [accuracy(name) for name in seconds], [sum(times) for times in seconds.values()]
+        command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --max_iters {steps} "
+                           f"--eval_interval {max(1, steps // 5)}")
+    return accuracies, [sum(times) for times in seconds.values()]
 
 
 def plot_demo(out_dir, seeds, algorithm):
