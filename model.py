@@ -1,5 +1,5 @@
 """
-The Transformer language model, from its parts, and what it takes to run one.
+The Transformer language model, written from its parts, and everything needed to run one.
 
     python model.py                                  # sample from out/ckpt.pt
     python model.py --prompt "def main(" --num_samples 3 --temperature 0.8 --top_p 0.9
@@ -9,12 +9,13 @@ The Transformer language model, from its parts, and what it takes to run one.
     python model.py info --n_layer 12 --n_head 12 --n_embd 768 --vocab_size 50257 --batch_size 64
     python model.py prune --n_layer 2 --d_ff 256 --out small.pt   # then train.py --teacher
     python model.py quantize --quantize int4 --out q.pt           # or int8; then --ckpt q.pt
-    python model.py import DIR --out theirs.pt       # a folder of Hugging Face's format
-    python model.py export out/ckpt.pt DIR           # one that transformers opens
+    python model.py import DIR --out theirs.pt       # a model folder in Hugging Face's format
+    python model.py export out/ckpt.pt DIR           # a folder that transformers opens
 
-A pre-norm decoder as in Llama (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, no biases.
-Every part can be chosen otherwise (see TransformerConfig): older ones, to have GPT-2 (Radford et
-al. 2019), and newer ones, such as attention in a window, linear, latent or Hyena, and experts.
+The default is a pre-norm decoder as in Llama (Touvron et al. 2023): RMSNorm, rotary positions,
+SwiGLU, no biases. Every part has alternatives (see TransformerConfig): older ones, enough to build
+GPT-2 (Radford et al. 2019), and newer ones: sliding-window, linear and latent attention, Hyena,
+mixtures of experts.
 
 Names are nanoGPT's. In the terms of a course: n_embd = d_model, n_layer = num_layers,
 n_head = num_heads, block_size = context_length, and d_ff is d_ff. In the comments: B batch, T time
@@ -23,8 +24,8 @@ n_head = num_heads, block_size = context_length, and d_ff is d_ff. In the commen
 
 import argparse
 import codecs
+import collections
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -42,7 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-kernels = None  # kernels.py, once `Transformer.use_kernels` has asked for it
+kernels = None  # kernels.py, once `Transformer.use_kernels` has imported it
 
 # -----------------------------------------------------------------------------
 # The parts.
@@ -78,20 +79,20 @@ class Embedding(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Zeros in training, and no call that costs time otherwise."""
+    """Dropout in training; when there is nothing to drop, not even a function call."""
 
     def forward(self, x):  # (...) -> (...)
         return super().forward(x) if self.training and self.p else x
 
 
 def upcast(x):
-    """x in float32, or as it is if that is float64."""
+    """x in float32; float64 stays as it is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def inverse_rms(h, eps):
     """1 / sqrt(mean(h^2) + eps): (..., d) -> (..., 1)"""
-    n = torch.linalg.vector_norm(h, dim=-1, keepdim=True)  # of squares, sum and root in one call
+    n = torch.linalg.vector_norm(h, dim=-1, keepdim=True)  # squares, sum and root in one call
     return torch.rsqrt(n * n / h.shape[-1] + eps)
 
 
@@ -103,9 +104,9 @@ def rms_norm(x, weight, eps):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`rms_norm` with its backward pass by hand: half the time on a CPU, since autograd would go
-    through memory once for each of the small operations. With r = 1 / rms and g the gradient:
-    dx = r g w - x r^3 mean(g w x), dw = the sum of g x r over all vectors."""
+    """`rms_norm` with a hand-written backward pass, twice as fast on a CPU: autograd would make a
+    pass over memory for each of the small operations. With r = 1 / rms and g the gradient of the
+    output: dx = r g w - x r^3 mean(g w x), dw = the sum of g x r over all vectors."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -140,71 +141,59 @@ class RMSNorm(nn.Module):
         return (_RMSNorm.apply if by_hand else rms_norm)(x, self.weight, self.eps)
 
 
-class LayerNorm(nn.Module):
-    """Subtract the mean, divide by the standard deviation, scale (Ba et al. 2016). No bias unless
-    asked for, as in nanoGPT."""
-
-    def __init__(self, d, eps=1e-5, bias=False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
-        self.eps = eps
-
-    def forward(self, x):  # (..., d) -> (..., d)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
 def softmax(x, dim=-1):
-    """exp(x) / sum(exp(x)) along a dimension; the maximum is taken off first, so that nothing
+    """exp(x) / sum(exp(x)) along a dimension. The maximum is subtracted first, so that nothing
     overflows. Entries of -inf get 0."""
     e = torch.exp(x - x.amax(dim, keepdim=True))
     return e / e.sum(dim, keepdim=True)
 
 
-def scale_frequencies(frequencies, scaling):
-    """Slower rotations, for texts longer than those a model was first trained on.
+@functools.lru_cache
+def rope_frequencies(head_size, theta=10000.0, scaling="", device="cpu"):
+    """Radians per position of the D / 2 pairs of channels of a head: theta^(-2 i / D).
 
-    scaling: "" (none), "linear:FACTOR" divides all frequencies (Chen et al. 2023), and
-    "llama3:FACTOR,LOW,HIGH,LENGTH" those that turn less than LOW times in LENGTH positions, none
-    that turn more than HIGH times, and in between by a mean of both. Raises ValueError.
+    scaling makes them smaller, for texts longer than those a model was first trained on: "" (not);
+    "linear:FACTOR" divides all of them (Chen et al. 2023); "llama3:FACTOR,LOW,HIGH,LENGTH" divides
+    those that turn less than LOW times in LENGTH positions, leaves those that turn more than HIGH
+    times, and interpolates in between. Raises ValueError.
     """
+    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=device)
+    frequencies = 1 / theta ** (exponent / head_size)
     kind, _, numbers = scaling.partition(":")
     try:
         values = [float(x) for x in numbers.split(",") if x]
+        if not all(0 < x < 1e30 for x in values) or kind not in ("", "linear", "llama3"):
+            raise ValueError
+        if kind != "llama3":
+            factor, = values or [1.0]
+            return frequencies / factor
+        factor, low, high, length = values
+        if low >= high:
+            raise ValueError
     except ValueError:
-        values = []
-    if len(values) != {"": 0, "linear": 1, "llama3": 4}.get(kind) or \
-            not all(0 < v < 1e30 for v in values) or (kind == "llama3" and values[1] >= values[2]):
         raise ValueError(f"rope_scaling must be linear:FACTOR or llama3:FACTOR,LOW,HIGH,LENGTH, "
-                         f"not {scaling!r}")
-    if kind != "llama3":
-        return frequencies / values[0] if values else frequencies
-    factor, low, high, length = values
+                         f"not {scaling!r}") from None
     turns = length * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / factor)
 
 
 def rope_angles(positions, head_size, theta=10000.0, scaling=""):
-    """cos and sin of the angles by which rotary embedding turns, each (T, D / 2), float32.
-
-    positions: (T,). Pair i of a head turns by position * theta^(-2 i / D): fast for small i, slow
-    for large ones, like the hands of a clock (Su et al. 2021). scaling: see `scale_frequencies`.
-    """
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device)
-    frequencies = scale_frequencies(1 / theta ** (exponent / head_size), scaling)
-    angles = positions.float()[:, None] * frequencies
+    """cos and sin of the angles of rotary embedding (Su et al. 2021), each (..., T, D / 2),
+    float32. positions: (..., T). Pair i of a head turns by position * frequency i: fast for small
+    i, slow for large ones, like the hands of a clock."""
+    angles = positions[..., None] * rope_frequencies(head_size, theta, scaling, positions.device)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x, cos, sin, interleaved=False):
-    """Turn pairs of channels of queries or keys by angles that grow with position, so that a dot
-    product depends on the distance of two tokens only.
+    """Rotate pairs of channels of queries or keys by angles that grow with position, so that the
+    dot product of two tokens depends only on their distance.
 
-    x: (..., T, D); cos, sin: (T, D / 2) of `rope_angles`, or (T, D) of `whole_heads`.
-    Which channels make pair i is a convention, and mixing up two of them ruins a model without
-    any error: here it is i and i + D / 2, as in Hugging Face's Llama and in GPT-NeoX. The paper
-    and the weights that Meta gave out pair 2 i and 2 i + 1: `interleaved`.
+    x: (..., T, D); cos, sin: (T, D / 2) from `rope_angles`, or (T, D) from `whole_heads`.
+    Which channels form pair i is a convention, and the wrong one ruins a model without any error:
+    here i and i + D / 2, as in Hugging Face's Llama and GPT-NeoX. The paper and Meta's own weights
+    pair 2 i and 2 i + 1: `interleaved`.
     """
     h = upcast(x)  # bfloat16 can not tell position 1000 from 1001
     if interleaved:
@@ -218,31 +207,31 @@ def apply_rope(x, cos, sin, interleaved=False):
 
 
 def whole_heads(cos, sin):
-    """(T, D / 2) -> (T, D): what `apply_rope` multiplies a head by, and its halves swapped."""
+    """(T, D / 2) -> (T, D): the factors of a head, and of the head with its halves swapped."""
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def sinusoids(T, C):
-    """Position embeddings that are not learned: sines and cosines of falling frequency (Vaswani
-    et al. 2017). -> (T, C)"""
-    cos, sin = rope_angles(torch.arange(T), C + C % 2)
-    return torch.cat((sin, cos), 1)[:, :C]
+def sinusoids(positions, C):
+    """Fixed position embeddings: sines and cosines of falling frequency (Vaswani et al. 2017).
+    positions: (..., T) -> (..., T, C)"""
+    cos, sin = rope_angles(positions, C + C % 2)
+    return torch.cat((sin, cos), -1)[..., :C]
 
 
 def scaled_dot_product_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v: each query takes a mean of the values, weighted by how well
-    their keys fit (Vaswani et al. 2017).
+    their keys match it (Vaswani et al. 2017).
 
     q: (..., T, D), k: (..., S, D), v: (..., S, E) -> (..., T, E)
     mask: (..., T, S) of bool, True where a query may attend to a key; a query that may attend to
     nothing gets 0.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is None:
         return softmax(scores) @ v
-    nothing = ~mask.any(-1, keepdim=True)
-    scores = scores.masked_fill(~mask, -math.inf).masked_fill(nothing, 0.0)
-    return softmax(scores).masked_fill(nothing, 0.0) @ v
+    # the lowest number, not -inf: a row without any key would be NaN, in the backward pass, too
+    weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min))
+    return weights.masked_fill(~mask, 0.0) @ v
 
 
 def fast_attention(q, k, v, dropout=0.0):
@@ -261,9 +250,8 @@ def causal_mask(T, device=None):
 
 
 # -----------------------------------------------------------------------------
-# What decides about a model.
+# The configuration.
 
-ATTENTION = ("full", "sliding", "linear", "latent", "hyena")
 CHOICES = {
     "activation": ("swiglu", "relu", "gelu", "gelu_tanh", "relu2", "silu", "moe"),
     "position": ("rope", "learned", "sinusoidal", "none"),
@@ -275,7 +263,7 @@ CHOICES = {
 
 @dataclasses.dataclass
 class TransformerConfig:
-    """All that decides the shapes and the computation of a model; it goes into checkpoints.
+    """Everything that decides a model's shapes and computation; it is part of each checkpoint.
 
     Raises ValueError for values that make no model.
     """
@@ -296,16 +284,16 @@ class TransformerConfig:
     window: int = 64  # sliding: positions a query attends to, its own included
     kv_rank: int = 0  # latent: width of the compressed keys and values; 0: n_embd / 4
     rope_size: int = 0  # latent: channels of a head that carry the position; 0: half a head
-    qk_norm: bool = False  # normalise queries and keys
-    qk_norm_joint: bool = False  # all heads' channels together, as OLMo 2 does
-    n_expert: int = 8  # moe: experts; d_ff is then that of one
+    qk_norm: bool = False  # normalise queries and keys, each head by itself
+    qk_norm_joint: bool = False  # normalise them over all heads together, as OLMo 2 does
+    n_expert: int = 8  # moe: experts; d_ff is then the width of one
     top_k: int = 2  # moe: experts that a token goes to
-    n_shared_expert: int = 0  # moe: experts that every token goes to, besides
-    balance: str = "loss"  # moe: keep experts equally busy by loss, by bias, or none
+    n_shared_expert: int = 0  # moe: further experts, which every token goes to
+    balance: str = "loss"  # moe: keep experts equally busy by a loss, by a bias, or none
     balance_weight: float = 0.01  # moe: weight of that loss, or step of that bias (0.001 is usual)
     router_z_weight: float = 0.001  # moe: weight of the loss that keeps the router's logits small
     bias: bool = False  # in linear layers and layernorm
-    qkv_bias: bool = False  # in the projections to queries, keys and values at least
+    qkv_bias: bool = False  # in the projections to queries, keys and values
     tie_embeddings: bool = False  # one matrix for the embedding and the output
     logit_cap: float = 0.0  # keep logits between -cap and cap by tanh; 0: do not
     dropout: float = 0.0
@@ -321,21 +309,20 @@ class TransformerConfig:
         positive = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "window",
                     "n_expert", "top_k", "rope_theta")
         for field in dataclasses.fields(self):
-            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            name, kind, value = field.name, field.type, getattr(self, field.name)
+            refuse(type(value) is not kind and (type(value), kind) != (int, float),
+                   f"{name} must be of type {kind.__name__}, not {value!r}")
             if kind in (int, float):  # larger numbers are mistakes, or malice
                 least, most = int(name in positive), 2**24 if kind is int else 1e30
-                refuse(type(value) not in (int, kind) or not least <= value <= most,
-                       f"{name} must be {'an integer' if kind is int else 'a number'} of {least} "
-                       f"to {most:,}, not {value!r}")
+                refuse(not least <= value <= most,
+                       f"{name} must be from {least} to {most:,}, not {value}")
                 setattr(self, name, kind(value))
-            refuse(kind is str and type(value) is not str, f"{name} must be a text, not {value!r}")
         for name, choices in CHOICES.items():
             refuse(getattr(self, name) not in choices,
                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        kinds, moe = self.attention.split(","), self.activation == "moe"
-        refuse(set(kinds) - set(ATTENTION),
+        kinds, moe = set(self.attention.split(",")), self.activation == "moe"
+        refuse(kinds - set(ATTENTION),
                f"attention must be a list of {', '.join(ATTENTION)}, not {self.attention!r}")
-        scale_frequencies(torch.ones(1), self.rope_scaling)  # raises if it is not understood
         refuse(self.dropout >= 1, f"dropout must be below 1, not {self.dropout}")
         refuse(not self.head_size and self.n_embd % self.n_head,
                f"n_embd {self.n_embd} can not be divided by n_head {self.n_head}")
@@ -343,22 +330,19 @@ class TransformerConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         refuse(self.n_head % self.n_kv_head,
                f"n_head {self.n_head} can not be divided by n_kv_head {self.n_kv_head}")
-        for kind in {"latent", "hyena"} & set(kinds):
-            refuse(self.n_kv_head != self.n_head, f"{kind} attention has no heads of keys and "
-                   "values to share: n_kv_head must be n_head")
-            refuse(self.qk_norm or self.qk_norm_joint,
-                   f"{kind} attention has no keys to normalise: leave qk_norm out")
+        refuse({"latent", "hyena"} & kinds and (
+            self.n_kv_head != self.n_head or self.qk_norm or self.qk_norm_joint),
+            "latent attention and hyena have no heads of keys, which could be shared by n_kv_head "
+            "or normalised by qk_norm")
         self.kv_rank = self.kv_rank or max(1, self.n_embd // 4)
-        self.rope_size = self.rope_size or self.head_size // 2 // 2 * 2 or 2
-        turned = {self.rope_of(kind) for kind in kinds} - {0}
-        refuse(any(size % 2 for size in turned), f"rope needs an even head size, not {turned}")
-        # numbers in a row of the tables: see make_tables
-        width = self.n_embd if self.position == "sinusoidal" else 2 * sum(turned)
-        refuse(self.block_size * width >= 2**28,
-               f"positions up to block_size {self.block_size} take too much memory")
+        self.rope_size = self.rope_size or max(2, self.head_size // 4 * 2)
+        rope_frequencies(2, 1.0, self.rope_scaling)  # raises if the scaling is not understood
+        rotated = {self.rope_of(kind) for kind in kinds}
+        refuse(any(size % 2 for size in rotated), f"rope needs an even head size, not {rotated}")
         refuse(moe and self.top_k > self.n_expert,
                f"top_k {self.top_k} is more than n_expert {self.n_expert}")
-        refuse(self.n_parts() > 2**16, f"{self.n_parts():,} feed-forward parts are too many")
+        parts = self.n_layer * (self.n_expert + self.n_shared_expert if moe else 1)
+        refuse(parts > 2**14, f"{parts:,} feed-forward parts are too many")
         if not self.d_ff:
             self.d_ff = max(64, round(8 / 3 * self.n_embd / 64) * 64)  # three matrices for two
             if moe:  # as many active parameters as without experts
@@ -366,18 +350,13 @@ class TransformerConfig:
             elif self.activation != "swiglu":
                 self.d_ff = 4 * self.n_embd
 
-    def n_parts(self):
-        """Number of feed-forward parts in all layers."""
-        moe = self.activation == "moe"
-        return self.n_layer * (self.n_expert + self.n_shared_expert if moe else 1)
-
     def attention_of(self, layer):
         """The kind of attention of a layer, by the repeating pattern."""
         kinds = self.attention.split(",")
         return kinds[layer % len(kinds)]
 
     def rope_of(self, kind):
-        """Channels of a head that are turned by its position, in this kind of attention."""
+        """The number of a head's channels that are rotated, in this kind of attention."""
         if self.position != "rope" or kind == "hyena":
             return 0
         return self.rope_size if kind == "latent" else self.head_size
@@ -386,21 +365,21 @@ class TransformerConfig:
 # -----------------------------------------------------------------------------
 # Attention, in five kinds. Each maps x: (B, T, C) to (B, T, C), and no position sees a later one.
 #
-# rope: cos and sin of the T positions (`rope_angles`), or None. For generation, token by token,
-# each kind keeps what it needs of the past in a cache, a dict of tensors made by `new_cache`, and
-# is told by `Places` where the tokens of x come.
+# rope: cos and sin of the T positions, or None. To generate token by token, each kind keeps what
+# it needs of the past in a cache, a dict of tensors made by `new_cache`, and `Places` says where
+# the tokens of x belong.
 
 
 class Places(NamedTuple):
     """Positions of the T tokens that come next in B sequences."""
 
-    start: int | None  # the first of them, if all sequences agree
-    at: torch.Tensor  # (B, T), or (1, T) if they agree
+    start: int | None  # the first of them, if it is the same in all sequences
+    at: torch.Tensor  # (B, T), or (1, T) if it is the same
     end: int  # one more than the last
     mask: torch.Tensor | None  # (B or 1, 1, T, end) of bool: positions up to a token's own; or all
 
 
-def write(cache, new, at):
+def store(cache, new, at):
     """cache[b, :, at[b, t]] = new[b, :, t]. cache: (B, H, S, D), new: (B, H, T, D); at: (B, T)
     or (1, T), positions in the cache."""
     rows = torch.arange(len(new), device=new.device)[:, None]
@@ -410,15 +389,15 @@ def write(cache, new, at):
 def remember(cache, new, places):
     """Write what is new, (B, H, T, D), to its places -> all up to there, (B, H, end, D)."""
     if places.start is None:
-        write(cache, new, places.at)
+        store(cache, new, places.at)
     else:
         cache[:, :, places.start : places.end] = new
     return cache[:, :, : places.end].to(new.dtype)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention to the past. With fewer heads of keys and values than of queries,
-    each serves a group of queries (Ainslie et al. 2023), which makes a smaller cache.
+    """Multi-head attention to the past. With fewer heads of keys and values than of queries, each
+    serves a group of queries (Ainslie et al. 2023), which makes the cache smaller.
 
     fast: use PyTorch's fused attention; the readable form gives the same (see the tests).
     """
@@ -433,7 +412,7 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
         self.v_proj = Linear(config.n_embd, kv_width, config.bias or config.qkv_bias)
         self.o_proj = Linear(width, config.n_embd, config.bias)
-        self.joined, self.kernels = None, False
+        self.joined, self.kernels = None, False  # see Transformer.join and .use_kernels
         self.joinable = ("q_proj", "k_proj", "v_proj")
         if self.qk_norm or self.qk_norm_joint:  # (Henry et al. 2020): scores can not grow freely
             self.joinable = ()
@@ -459,7 +438,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def repeat_heads(self, k, v):
-        """Heads of keys and values as often as their groups have queries."""
+        """Repeat each head of keys and values for all queries of its group."""
         n = self.n_head // self.n_kv_head
         return (k, v) if n == 1 else (k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
 
@@ -487,7 +466,7 @@ class CausalSelfAttention(nn.Module):
             past_k, past_v, mask = self.recall(cache, k, v, places)
         if cache is None or (places.start == 0 and x.shape[1] > 1):
             y = self.attend(q, k, v)
-        else:  # the queries of a group as further queries of one head: no key is copied
+        else:  # a group's queries become further queries of one head, so that no key is copied
             n, T = self.n_head // self.n_kv_head, x.shape[1]
             mask = mask.repeat(1, 1, n, 1) if mask is not None and T > 1 else mask
             y = F.scaled_dot_product_attention(
@@ -495,35 +474,34 @@ class CausalSelfAttention(nn.Module):
             y = y.reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def mixing_flops(self, T):
-        """FLOPs per token of q k^T and of the sum of values, of the half that the mask leaves."""
-        return 2 * 2 * self.n_head * self.head_size * T // 2
-
 
 class SlidingWindowAttention(CausalSelfAttention):
-    """Attention to the last `window` positions only (Beltagy et al. 2020): cost grows with T, not
-    with its square, and the cache is a ring that does not grow at all."""
+    """Attention to the last `window` positions only (Beltagy et al. 2020). The cost grows with T,
+    not with its square, and the cache is a ring, which does not grow at all."""
 
-    SLACK = 16  # more slots than the window: so many of the last tokens could be taken back
+    SLACK = 16  # slots beyond the window: `speculate` takes back fewer tokens than that
 
     def __init__(self, config, fast=True):
         super().__init__(config, fast)
         self.window = config.window
+
+    def near(self, i, j):
+        """Whether position i attends to position j (negative: there is none)."""
+        return (0 <= j) & (j <= i) & (i - j < self.window)
 
     def attend(self, q, k, v):
         """In chunks as long as the window: a query's keys lie in its own and the previous one."""
         if self.kernels:
             return kernels.flash_attention(q, k, v, causal=True, window=self.window)
         k, v = self.repeat_heads(k, v)
-        T, W = q.shape[2], self.window
-        i, j = torch.arange(T, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
-        if not self.fast or T <= 2 * W:
-            mask = (i.T <= i) & (i - i.T < W)
-            fused = F.scaled_dot_product_attention
-            return (fused if self.fast else scaled_dot_product_attention)(q, k, v, mask)
+        T, W, i = q.shape[2], self.window, torch.arange(q.shape[2], device=q.device)
+        if not self.fast:
+            return scaled_dot_product_attention(q, k, v, self.near(i[:, None], i))
+        if T <= 2 * W:
+            return F.scaled_dot_product_attention(q, k, v, self.near(i[:, None], i))
         n = -(-T // W)  # chunks
-        mask = ((j > i[:W]) & (j <= i[:W] + W)).repeat(n, 1, 1)
-        mask[0] &= j >= W  # before the first chunk there is none
+        i = torch.arange(n * W, device=q.device).view(n, W)
+        mask = self.near(i[..., None], torch.cat((i - W, i), 1)[:, None])  # (n, W, 2 W)
         chunks, k, v = (F.pad(a, (0, 0, 0, n * W - T)).unflatten(2, (n, W)).flatten(0, 1)
                         for a in (q, k, v))  # (B H, n, W, D)
         k, v = (torch.cat((F.pad(a, (0, 0, 0, 0, 1, 0))[:, :-1], a), 2) for a in (k, v))
@@ -535,34 +513,27 @@ class SlidingWindowAttention(CausalSelfAttention):
         return super().new_cache(zeros, B, min(length, self.window + self.SLACK))
 
     def recall(self, cache, k, v, places):
-        """As for full attention; the keys are those of the ring, and then the new ones."""
+        """As for full attention; the keys are those of the ring, followed by the new ones."""
         at, slots = places.at, cache["k"].shape[2]
-        # what a slot holds: the last position before these with this remainder
-        held = at[:, :1] - 1 - (at[:, :1] - 1 - torch.arange(slots, device=at.device)) % slots
-        distance = at[..., None] - torch.cat((held, at), 1)[:, None]  # (B, T, slots + T)
-        mask = (distance >= 0) & (distance < self.window) & (distance <= at[..., None])
+        before = at[:, :1] - 1  # each slot holds the last position up to here with its remainder
+        held = before - (before - torch.arange(slots, device=at.device)) % slots
+        mask = self.near(at[..., None], torch.cat((held, at), 1)[:, None])  # (B, T, slots + T)
         found = []
         for name, new in (("k", k), ("v", v)):
             found.append(torch.cat((cache[name].to(new.dtype), new), 2))
-            write(cache[name], new[:, :, -slots:], at[:, -slots:] % slots)
+            store(cache[name], new[:, :, -slots:], at[:, -slots:] % slots)
         return *found, mask[:, None]
-
-    def mixing_flops(self, T):
-        """As for full attention, over the mean number of positions in the window."""
-        W = min(T, self.window)
-        seen = W - W * (W - 1) / 2 / T
-        return int(2 * 2 * self.n_head * self.head_size * seen)
 
 
 def linear_attention(q, k, v, rope=None, state=None, chunk=64):
     """Attention with the kernel phi(q) . phi(k), phi = elu + 1, in place of exp(q . k)
-    (Katharopoulos et al. 2020). The sums over the past can then be carried along, as a state of
-    fixed size: chunk=1 is a recurrent network; larger chunks compute the same, within a chunk as
-    a matrix of scores.
+    (Katharopoulos et al. 2020). The sums over the past are then a state of fixed size that can be
+    carried along: with chunk=1 this is a recurrent network. Larger chunks compute the same, with
+    a matrix of scores inside each chunk.
 
     q, k, v: (B, H, T, D) -> y: (B, H, T, D), state: (sum of phi(k) v^T: (B, H, D, D), sum of
-    phi(k): (B, H, D)). Positions turn the features of the numerator only, since a rotated sum
-    could be 0 in the denominator (Su et al. 2021).
+    phi(k): (B, H, D)). Rotary positions apply to the numerator only, since a rotated sum could be
+    0 in the denominator (Su et al. 2021).
     """
     B, H, T, D = q.shape
     q, k, v = F.elu(upcast(q)) + 1, F.elu(upcast(k)) + 1, upcast(v)
@@ -571,10 +542,10 @@ def linear_attention(q, k, v, rope=None, state=None, chunk=64):
     out = []
     for i in range(0, max(T, 1), chunk):
         a, b, ra, rb, c = (x[:, :, i : i + chunk] for x in (q, k, rq, rk, v))
-        scores = (ra @ rb.transpose(-2, -1)).tril()
+        scores = (ra @ rb.mT).tril()
         norm = (a * (z[:, :, None] + b.cumsum(2))).sum(-1, keepdim=True)
         out.append((scores @ c + ra @ S) / norm)
-        S, z = S + rb.transpose(-2, -1) @ c, z + b.sum(2)
+        S, z = S + rb.mT @ c, z + b.sum(2)
     return torch.cat(out, 2), (S, z)
 
 
@@ -582,7 +553,7 @@ class LinearAttention(CausalSelfAttention):
     """Attention without softmax, in time proportional to T: see `linear_attention`."""
 
     def new_cache(self, zeros, B, length):
-        """The state, in float32 at least, however long the text."""
+        """The state, in float32 at least; its size does not depend on the length."""
         shape = (B, self.n_head, self.head_size)
         return {"S": upcast(zeros((*shape, self.head_size))), "z": upcast(zeros(shape))}
 
@@ -594,16 +565,12 @@ class LinearAttention(CausalSelfAttention):
             cache["S"], cache["z"] = state
         return self.o_proj(y.to(x.dtype).transpose(1, 2).flatten(2))
 
-    def mixing_flops(self, T):
-        """Scores and their sums within a chunk, and two products with the state."""
-        return 2 * 2 * self.n_head * self.head_size * (min(T, 64) + self.head_size)
-
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values of all heads are projected
-    up from one small vector per token, and that vector is all the cache holds. As a rotation can
-    not be moved past that projection, `rope_size` further channels carry the position; their key
-    is shared by all heads.
+    """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are
+    projected up from one small vector per token, and only that vector is cached. A rotation can
+    not be moved past this projection, so `rope_size` further channels carry the position; all
+    heads share their key.
 
     absorb: compute scores and sums in the small space, with the up-projections moved over to the
     query and the output. It is the same product in another order: cheaper with a cache.
@@ -652,15 +619,11 @@ class LatentAttention(nn.Module):
             y = y @ self.v_up.weight.view(H, D, self.rank).mT.to(q.dtype)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def mixing_flops(self, T):
-        """Scores over D + rope_size channels, sums over D, of the half that the mask leaves."""
-        return 2 * self.n_head * (2 * self.head_size + self.rope_size) * T // 2
-
 
 def fft_convolution(u, h):
     """y[t] = sum over s <= t of h[t - s] u[s], in O(T log T). u: (B, T, C), h: (T, C) ->
-    (B, T, C). Zeros to twice the length keep the end from wrapping around to the beginning."""
-    if not u.numel():  # of nothing there is no transform
+    (B, T, C). Zeros up to twice the length keep the end from wrapping around to the beginning."""
+    if not u.numel():  # the transform of nothing is not defined
         return u
     T = u.shape[1]
     spectrum = torch.fft.rfft(upcast(u), 2 * T, dim=1) * torch.fft.rfft(upcast(h), 2 * T, dim=0)
@@ -669,9 +632,9 @@ def fft_convolution(u, h):
 
 class Hyena(nn.Module):
     """A long convolution between two gates, in place of attention (Poli et al. 2023; order 2):
-    y = o(x0 * (h conv (x1 * v))). The filter h, as long as the text, is not stored but computed
-    from the position by a small network, under a window that decays at another rate for each
-    channel."""
+    y = o(x0 * (h conv (x1 * v))). The filter h is as long as the text, and not stored: a small
+    network computes it from the position, and a window, which decays at another rate for each
+    channel, multiplies it."""
 
     BANDS, WIDTH = 8, 32  # frequencies that describe a position; units of the filter's network
 
@@ -679,7 +642,7 @@ class Hyena(nn.Module):
         super().__init__()
         C, self.block_size = config.n_embd, config.block_size
         self.in_proj = nn.ModuleList(Linear(C, C, config.bias) for _ in range(3))
-        self.short = nn.Parameter(torch.randn(3, C, 3) / 3)  # each channel's own three taps
+        self.short = nn.Parameter(torch.randn(3, C, 3) / 3)  # three taps for each channel
         self.filter_in = Linear(2 * self.BANDS + 1, self.WIDTH, bias=True)
         self.filter_mid = Linear(self.WIDTH, self.WIDTH, bias=True)
         self.filter_out = Linear(self.WIDTH, C)
@@ -694,12 +657,12 @@ class Hyena(nn.Module):
         x = torch.cat((t / self.block_size, angles.cos(), angles.sin()), 1).to(self.skip.dtype)
         h = torch.sin(10 * self.filter_in(x))  # high frequencies, or h would be too smooth
         h = self.filter_out(torch.sin(10 * self.filter_mid(h)))
-        # from one step to two thousand
+        # time constants from one step to two thousand
         decay = torch.linspace(0, math.log(5e-4), len(self.skip), device=t.device).exp()
         return h * torch.exp(-decay * t)
 
     def new_cache(self, zeros, B, length):
-        """What the convolutions need of the past: the inputs of the short one, of the long one."""
+        """Past inputs of the short and of the long convolution."""
         C = len(self.skip)
         return {"short": zeros((B, 3, 2, C)), "long": zeros((B, 1, length, C))}
 
@@ -717,15 +680,15 @@ class Hyena(nn.Module):
             past = remember(cache["long"], v[:, None], places)[:, 0]
         if cache is None or places.start == 0:
             y = fft_convolution(v, self.filter(T))
-        else:  # for few tokens, the sum as it stands; lag: (B or 1, T, S)
+        else:  # for few tokens the plain sum; lag: (B or 1, T, S)
             lag = places.at[..., None] - torch.arange(places.end, device=x.device)
             h = self.filter(places.end)[lag.clamp(min=0)].masked_fill((lag < 0)[..., None], 0.0)
             y = torch.einsum("btsc,bsc->btc", h.expand(B, -1, -1, -1).to(v.dtype), past)
         return self.o_proj(x0 * (y + self.skip.to(v.dtype) * v))
 
-    def mixing_flops(self, T):
-        """Three transforms of 2 T numbers per channel at about 5 n log2(n) / 2 each, per token."""
-        return int(len(self.skip) * 3 * 2.5 * 2 * math.log2(2 * T))
+
+ATTENTION = {"full": CausalSelfAttention, "sliding": SlidingWindowAttention,
+             "linear": LinearAttention, "latent": LatentAttention, "hyena": Hyena}
 
 
 # -----------------------------------------------------------------------------
@@ -747,9 +710,9 @@ class SwiGLU(nn.Module):
             gate, up = F.linear(x, *self.joined).chunk(2, -1)
         else:
             gate, up = self.w1(x), self.w3(x)
-        # silu(x) = x * sigmoid(x)
-        fused = self.kernels and not self.joined
-        return self.w2(kernels.swiglu(gate, up) if fused else F.silu(gate) * up)
+        if self.kernels and not self.joined:
+            return self.w2(kernels.swiglu(gate, up))
+        return self.w2(F.silu(gate) * up)  # silu(x) = x * sigmoid(x)
 
 
 def relu2(x):
@@ -764,25 +727,24 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = Linear(d, d_ff, bias)
         self.w2 = Linear(d_ff, d, bias)
-        self.f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
-                  "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-                  "relu2": relu2}[activation]
+        self.f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": relu2,
+                  "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[activation]
 
     def forward(self, x):  # (..., d) -> (..., d)
         return self.w2(self.f(self.w1(x)))
 
 
 class MixtureOfExperts(nn.Module):
-    """Several feed-forward parts, of which each token goes to the top_k that a router chooses, and
-    to all shared ones: more parameters at the same cost (Shazeer et al. 2017; Fedus et al. 2021).
-    No token is ever dropped.
+    """Several feed-forward parts, the experts. A router sends each token to top_k of them, and
+    all tokens go to the shared ones: more parameters at the same cost (Shazeer et al. 2017; Fedus
+    et al. 2021). No token is ever dropped.
 
     The output is the experts' sum, weighted by the router's probabilities, which are scaled to add
     up to 1. Experts are kept equally busy by one of
       loss: E sum_i f_i P_i, with f_i the share of tokens and P_i the mean probability of expert i;
-            at its least, 1, when both are uniform
-      bias: a number for each expert, added for the choice alone, which `update_bias` raises for
-            experts that had too little to do (loss-free: Wang et al. 2024)
+            its minimum, 1, is reached when both are uniform
+      bias: a number for each expert, added only to choose experts, which `update_bias` raises for
+            those that had too little to do (loss-free: Wang et al. 2024)
     """
 
     def __init__(self, config):
@@ -795,7 +757,7 @@ class MixtureOfExperts(nn.Module):
             for n in (config.n_expert, config.n_shared_expert))
         self.register_buffer("bias", torch.zeros(config.n_expert))
         self.load = 0.0  # tokens that went to each expert since the last step: (E,)
-        self.loss = 0.0  # to be added to the model's, of the last forward pass in training
+        self.loss = 0.0  # of the last forward pass in training, to be added to the model's
 
     def route(self, x):
         """x: (N, C) -> weights (N, top_k), ids of experts (N, top_k), and, in float32, the logits
@@ -847,20 +809,19 @@ def make_norm(config, d):
     """The norm that the config asks for."""
     if config.norm == "none":
         return nn.Identity()
-    if config.norm == "layernorm":
-        return LayerNorm(d, config.norm_eps, config.bias)
+    if config.norm == "layernorm":  # (Ba et al. 2016), as in nanoGPT without a bias by default
+        return nn.LayerNorm(d, config.norm_eps, bias=config.bias)
     return RMSNorm(d, config.norm_eps)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): each part adds to what is there."""
+    """Attention, then the feed-forward part; each adds to what is there (see `add`)."""
 
     def __init__(self, config, layer=0):
         super().__init__()
-        attention = {"full": CausalSelfAttention, "sliding": SlidingWindowAttention,
-                     "linear": LinearAttention, "latent": LatentAttention, "hyena": Hyena}
+        self.norm_place = config.norm_place
         self.attn_norm = make_norm(config, config.n_embd)
-        self.attn = attention[config.attention_of(layer)](config)
+        self.attn = ATTENTION[config.attention_of(layer)](config)
         self.ffn_norm = make_norm(config, config.n_embd)
         if config.activation == "moe":
             self.ffn = MixtureOfExperts(config)
@@ -870,39 +831,32 @@ class Block(nn.Module):
             self.ffn = FeedForward(config.n_embd, config.d_ff, config.activation, config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache, places))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
-
-
-class PostNormBlock(Block):
-    """norm(x + attention(x)), then norm(x + feed_forward(x)): as in 2017. The norm lies in the way
-    of the gradient, which makes deep models hard to train (Xiong et al. 2020)."""
-
-    def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
-        x = self.attn_norm(x + self.dropout(self.attn(x, rope, cache, places)))
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
-
-
-class ResPostNormBlock(Block):
-    """x + norm(attention(x)), then x + norm(feed_forward(x)): what is added has a known size, and
-    the way of the gradient stays free (Liu et al. 2021, Swin V2; OLMo 2)."""
+    def add(self, x, norm, part, *more):
+        """pre: x + part(norm(x)), where nothing stands in the way of the gradient; post, as in
+        2017: norm(x + part(x)), which makes deep models hard to train (Xiong et al. 2020);
+        res_post: x + norm(part(x)), which adds vectors of a known size (Liu et al. 2021, OLMo 2).
+        """
+        if self.norm_place == "pre":
+            return x + self.dropout(part(norm(x), *more))
+        if self.norm_place == "post":
+            return norm(x + self.dropout(part(x, *more)))
+        return x + self.dropout(norm(part(x, *more)))
 
     def forward(self, x, rope=None, cache=None, places=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.dropout(self.attn_norm(self.attn(x, rope, cache, places)))
-        return x + self.dropout(self.ffn_norm(self.ffn(x)))
+        x = self.add(x, self.attn_norm, self.attn, rope, cache, places)
+        return self.add(x, self.ffn_norm, self.ffn)
 
 
 class Cache:
-    """What a model keeps of the tokens it has seen, so that the next ones cost no more than
-    themselves: one dict of tensors per layer, made for `length` tokens of `batch` sequences. The
-    first dimension of every tensor is the sequence."""
+    """What a model keeps of the tokens it has read, so that it need not read them again: one dict
+    of tensors per layer, with room for `length` tokens of `batch` sequences. The first dimension
+    of every tensor is the sequence."""
 
     def __init__(self, model, batch, length):
         like = getattr(model.embedding, "scale", model.embedding.weight)  # integers have a scale
         self.layers = [block.attn.new_cache(like.new_zeros, batch, length)
                        for block in model.blocks]
-        self.lengths, self.device = [0] * batch, like.device  # tokens seen of each sequence
+        self.lengths, self.device = [0] * batch, like.device  # tokens read of each sequence
 
     def places(self, T):
         """`Places` of the next T tokens."""
@@ -922,29 +876,10 @@ class Cache:
             self.lengths = [self.lengths[row] for row in rows]
 
     def append(self, other):
-        """Take in the sequences of another cache that was made for as many tokens."""
+        """Add the sequences of another cache of the same model and length."""
         self.layers = [{k: torch.cat((x, theirs[k])) for k, x in layer.items()}
                        for layer, theirs in zip(self.layers, other.layers)]
         self.lengths = self.lengths + other.lengths
-
-    def copy(self):
-        """A copy that shares what is written by position, but not states and lengths."""
-        other = copy.copy(self)
-        other.layers = [dict(layer) for layer in self.layers]
-        return other
-
-    def rewind(self, model, saved, ids):
-        """Take back what came after `ids`, the whole text of the one sequence. saved: a copy from
-        before. -> the cache to go on with. Keys and values are overwritten in time; a state can
-        not be taken back, so it is computed once more from the saved one."""
-        if self.lengths[0] <= len(ids):
-            return self
-        if all({"k", "latent"} & set(layer) for layer in self.layers):
-            self.lengths = [len(ids)]
-            return self
-        if new := ids[saved.lengths[0] :]:
-            model(torch.tensor([new], device=self.device), saved, last=1)
-        return saved
 
 
 class Transformer(nn.Module):
@@ -953,7 +888,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.first_position = 0  # another one if ids are pieces of longer texts, as in ddp.py --sp
+        self.first_position = 0  # not 0 if ids are pieces of longer texts, as in ddp.py --sp
         self.quantized = None  # or int8, int4: see `quantize`
         self.activation_checkpointing = False  # True: keep only each block's input for backward
         # a unit variance suits the norms; as output weights it would make logits too large
@@ -961,16 +896,11 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.n_embd, self.std)
         if config.position == "learned":
             self.positions = Embedding(config.block_size, config.n_embd, self.std)
-        if not self.embedding.weight.is_meta:  # if only shapes are wanted, `fill` makes them
-            self.make_tables()
         self.dropout = Dropout(config.dropout)
-        block = {"pre": Block, "post": PostNormBlock, "res_post": ResPostNormBlock}
-        self.blocks = nn.ModuleList(block[config.norm_place](config, i)
-                                    for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.kinds = [config.attention_of(i) for i in range(config.n_layer)]
-        self.final_norm = make_norm(config, config.n_embd)
-        if config.norm_place == "post":  # the last block has just done it
-            self.final_norm = nn.Identity()
+        post = config.norm_place == "post"  # then the last block ends with a norm
+        self.final_norm = nn.Identity() if post else make_norm(config, config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
         self.tie()
         # every block adds to the residual stream twice: start with small steps, as GPT-2 does
@@ -978,33 +908,14 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and name.endswith((".o_proj", ".w2")):
                 module.weight.data.mul_(1 / math.sqrt(2 * config.n_layer))
 
-    def make_tables(self, device=None):
-        """Tables of positions that are not learned, and so not in checkpoints."""
-        c, tables = self.config, {}
-        if c.position == "sinusoidal":
-            tables["sinusoids"] = self.std * sinusoids(c.block_size, c.n_embd)
-        for size in {c.rope_of(kind) for kind in c.attention.split(",")} - {0}:
-            angles = rope_angles(torch.arange(c.block_size), size, c.rope_theta, c.rope_scaling)
-            tables[f"cos{size}"], tables[f"sin{size}"] = whole_heads(*angles)
-        for name, table in tables.items():
-            self.register_buffer(name, table.to(device), persistent=False)
-
     def tie(self):
-        """Let head and embedding share one matrix, if they are to."""
+        """Let head and embedding share one matrix, if the config says so."""
         if self.config.tie_embeddings:
             for name in {"weight", "scale"} & set(self.head.state_dict()):
                 setattr(self.head, name, getattr(self.embedding, name))
 
-    def rope(self, kind, at):
-        """cos and sin for whole heads at positions `at`, a slice or (B, T) of int64; or None."""
-        size = self.config.rope_of(kind)
-        if not size:
-            return None
-        tables = getattr(self, f"cos{size}")[at], getattr(self, f"sin{size}")[at]
-        return tables if isinstance(at, slice) else tuple(x[:, None] for x in tables)
-
     def use_kernels(self, on=True):
-        """Compute norms, attention and SwiGLU by kernels.py, or as it is written here."""
+        """Compute norms, attention and SwiGLU with kernels.py, or as it is written here."""
         global kernels
         if on:
             import kernels
@@ -1015,16 +926,18 @@ class Transformer(nn.Module):
     def forward(self, ids, cache=None, last=0, hidden=False):
         """ids: (B, T) int64, T at most block_size -> logits: (B, T, V)
 
-        cache: a `Cache` that holds the tokens before these, and these afterwards.
-        last: only the logits of so many last positions, (B, last, V); 0: all.
-        hidden: in place of logits, what the head would take, (B, T, C).
+        cache: a `Cache` that holds the tokens before these, and these as well afterwards.
+        last: logits of only so many last positions, (B, last, V); 0: all.
+        hidden: instead of logits, the input of the head, (B, T, C).
         """
-        T, first = ids.shape[1], self.first_position
-        places = Places(first, None, first + T, None) if cache is None else cache.places(T)
-        at = places.at if places.start is None else slice(places.start, places.end)
-        if places.end > self.config.block_size:
-            raise ValueError(f"{places.end} tokens are more than block_size "
-                             f"{self.config.block_size}")
+        T, places, start = ids.shape[1], None, self.first_position
+        if cache is None:
+            at, end = torch.arange(start, start + T, device=ids.device)[None], start + T
+        else:
+            places = cache.places(T)
+            at, end = places.at, places.end
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
         x = self.embed(ids, at)
         ropes = {kind: self.rope(kind, at) for kind in set(self.kinds)}
         for i, block in enumerate(self.blocks):
@@ -1041,26 +954,37 @@ class Transformer(nn.Module):
         return self.final_norm(x) if hidden else self.predict(x)
 
     def embed(self, ids, at):
-        """What goes into the first block: ids (B, T) at positions `at` -> (B, T, C)"""
+        """The input of the first block: ids (B, T) at positions (B or 1, T) -> (B, T, C)"""
         x = self.embedding(ids)
         if self.config.position == "learned":
-            x = x + self.positions.weight[at]
+            x = x + self.positions(at)
         elif self.config.position == "sinusoidal":
-            x = x + self.sinusoids[at]
+            x = x + (self.std * sinusoids(at, self.config.n_embd)).to(x.dtype)
         return self.dropout(x)
 
+    def rope(self, kind, at):
+        """cos and sin for whole heads at positions (B or 1, T), each (B or 1, 1, T, D); or None"""
+        c, size = self.config, self.config.rope_of(kind)
+        if not size:
+            return None
+        return whole_heads(*rope_angles(at[:, None], size, c.rope_theta, c.rope_scaling))
+
     def predict(self, x):
-        """What comes out of the last block -> logits. (B, T, C) -> (B, T, V)"""
-        logits, cap = self.head(self.final_norm(x)), self.config.logit_cap
+        """Output of the last block -> logits. (..., C) -> (..., V)"""
+        return self.logits(self.final_norm(x))
+
+    def logits(self, hidden):
+        """Input of the head -> logits. (..., C) -> (..., V)"""
+        logits, cap = self.head(hidden), self.config.logit_cap
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def mixtures(self):
-        """The blocks' mixtures of experts, if they are such."""
+        """The blocks' mixtures of experts, if they have any."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MixtureOfExperts)]
 
     def auxiliary_loss(self):
-        """What mixtures of experts add to the loss, of the last forward pass; 0 without any."""
-        return sum(mixture.loss for mixture in self.mixtures())
+        """What mixtures of experts add to the loss of the last forward pass; 0 without any."""
+        return sum(ffn.loss for ffn in self.mixtures())
 
     def update_router_bias(self):
         """To be called after each step of the optimizer: see MixtureOfExperts."""
@@ -1068,14 +992,14 @@ class Transformer(nn.Module):
             mixture.update_bias()
 
     def join(self, on):
-        """Before generation, on, and after it, off: one product in place of several of the same
-        input, where the matrices are so small that calls cost more than what they do."""
-        for part in (part for block in self.blocks for part in (block.attn, block.ffn)):
-            linears = [getattr(part, name) for name in getattr(part, "joinable", ())]
-            if not on:
-                part.joined = None
-            elif linears and sum(linear.weight.numel() for linear in linears) <= 2**20 and \
-                    all(type(linear) is Linear for linear in linears):
+        """For generation: replace projections of the same input by one product, where the
+        matrices are so small that the calls cost more than the arithmetic. Off: undo that."""
+        for part in self.modules():
+            if not hasattr(part, "joined"):
+                continue
+            linears, part.joined = [getattr(part, name) for name in part.joinable], None
+            if on and linears and all(type(linear) is Linear for linear in linears) and \
+                    sum(linear.weight.numel() for linear in linears) <= 2**20:
                 bias = [linear.bias for linear in linears if linear.bias is not None]
                 part.joined = (torch.cat([linear.weight for linear in linears]),
                                torch.cat(bias) if bias else None)
@@ -1083,44 +1007,42 @@ class Transformer(nn.Module):
     def prefill(self, prompts, length):
         """Read prompts, lists of ids of unequal lengths -> (Cache for `length` tokens, logits of
         the next ids (B, V)). Equal prompts are read once."""
-        cache = Cache(self, 0, length)
-        distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
-        same = len(distinct[0]) == len(distinct[-1])
+        # In a batch short prompts are padded at the end. The keys and values of the padding lie
+        # beyond the text, and are overwritten as it grows; a state or a ring would keep them.
+        can_pad = set(self.kinds) <= {"full", "latent"}
 
         def size(prompt):
-            # keys and values of what fills up a shorter text lie behind it, where no token looks
-            # until the text has written there; a state or a ring would have taken it in
-            can_fill = set(self.kinds) <= {"full", "latent"}
-            return max(5, len(prompt).bit_length()) if can_fill else len(prompt)
+            return max(5, len(prompt).bit_length()) if can_pad else len(prompt)
 
+        cache, logits = Cache(self, 0, length), []
+        distinct = sorted(set(map(tuple, prompts)), key=len)
         for _, group in itertools.groupby(distinct, size):
-            group = [prompt if same else prompt[:-1] for prompt in group]
-            part, longest = Cache(self, len(group), length), len(group[-1])
-            if longest:
-                filled = [prompt + (0,) * (longest - len(prompt)) for prompt in group]
-                logits = self(torch.tensor(filled, device=cache.device), part, last=1)[:, 0]
-            part.lengths = [len(prompt) for prompt in group]
+            group = list(group)
+            part, lengths = Cache(self, len(group), length), list(map(len, group))
+            ids = torch.tensor([prompt + (0,) * (lengths[-1] - len(prompt)) for prompt in group],
+                               device=cache.device)
+            hidden = self(ids, part, hidden=True)
+            logits.append(self.logits(hidden[range(len(group)), [n - 1 for n in lengths]]))
+            part.lengths = lengths
             cache.append(part)
-        if not same:  # the last token of each, then, is the first that all read together
-            ends = torch.tensor([prompt[-1:] for prompt in distinct], device=cache.device)
-            logits = self(ends, cache, last=1)[:, 0]
         rows = [distinct.index(tuple(prompt)) for prompt in prompts]
         cache.select(rows)
-        return cache, logits[rows]
+        return cache, torch.cat(logits)[rows]
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
                  generator=None, on_token=None, min_p=None):
         """Continue texts, token by token.
 
-        ids: (B, T) int64 -> (B, T + n), n at most max_new_tokens, what follows a text's `stop`
-        being `stop` again; or a list of B lists of ids, of any lengths -> the same, continued.
-        temperature, top_k, top_p, min_p: see `sample`. stop: an id, or a set of ids, after which
-        nothing is added. generator: torch.Generator on ids' device, for samples that can be
-        repeated. Each of these and max_new_tokens can be a list, with one entry for each text;
-        what a text becomes then depends on its own entries alone.
+        ids: (B, T) int64 -> (B, T + n), n at most max_new_tokens; a text that has ended with its
+        `stop` is filled up with it. Or a list of B lists of ids, of any lengths -> the same,
+        continued.
+        temperature, top_k, top_p, min_p: see `sample`. stop: an id, or a set of ids, that ends a
+        text. generator: torch.Generator on the model's device, to repeat a sample. Each of these
+        and max_new_tokens can be a list with one entry per text; the result for a text then
+        depends on its own entries only.
         on_token: called with (number of the text, id) for each new id. Of texts longer than
-        block_size, the end is what the model sees. Raises ValueError for an empty text.
+        block_size the model sees the end. Raises ValueError for an empty text.
         """
         texts = ids.tolist() if torch.is_tensor(ids) else [list(map(int, text)) for text in ids]
         if not all(texts):
@@ -1133,8 +1055,8 @@ class Transformer(nn.Module):
         own_wishes = list(zip(*map(each, wishes))) if list in map(type, wishes) else None
         stops = list(map(id_set, each(stop)))
         ends = [len(text) + n for text, n in zip(texts, each(max_new_tokens))]
-        limit, device = self.config.block_size, self.embedding.weight.device
-        rows = cached = [i for i in range(len(texts)) if len(texts[i]) < ends[i]]
+        limit = self.config.block_size
+        rows = [i for i, text in enumerate(texts) if len(text) < ends[i]]
         with generating(self):
             if rows:
                 cache, logits = self.prefill([texts[i][-limit:] for i in rows],
@@ -1149,20 +1071,16 @@ class Transformer(nn.Module):
                     texts[i].append(token)
                     if on_token:
                         on_token(i, token)
-                rows = [i for i in rows
-                        if texts[i][-1] not in stops[i] and len(texts[i]) < ends[i]]
-                inside = [i for i in rows if len(texts[i]) <= limit]
-                # in a text that has grown out of the window, every token has a new position
-                outside = [i for i in rows if len(texts[i]) > limit]
-                cache.select([cached.index(i) for i in inside])
-                cached, rows, logits = inside, inside + outside, []
-                if inside:
-                    last = torch.tensor([texts[i][-1:] for i in inside], device=device)
-                    logits += [self(last, cache, last=1)[:, 0]]
-                if outside:
-                    window = torch.tensor([texts[i][-limit:] for i in outside], device=device)
-                    logits += [self(window, last=1)[:, 0]]
-                logits = torch.cat(logits) if rows else None
+                alive = [j for j, i in enumerate(rows)
+                         if texts[i][-1] not in stops[i] and len(texts[i]) < ends[i]]
+                rows = [rows[j] for j in alive]
+                if any(len(texts[i]) > limit for i in rows):
+                    # in a text that has outgrown the window every token has a new position
+                    cache, logits = self.prefill([texts[i][-limit:] for i in rows], limit)
+                elif rows:
+                    cache.select(alive)
+                    last = torch.tensor([texts[i][-1:] for i in rows], device=cache.device)
+                    logits = self(last, cache, last=1)[:, 0]
         if not torch.is_tensor(ids):
             return texts
         length = max(map(len, texts), default=ids.shape[1])
@@ -1170,18 +1088,21 @@ class Transformer(nn.Module):
         return ids.new_tensor(texts).view(len(texts), length)
 
 
+# -----------------------------------------------------------------------------
+# Sampling.
+
+COLD = 1e-6  # lower temperatures count as 0: logits divided by them could overflow
+
+
 def id_set(stop):
-    """None, an id of whatever integer type, or several -> a set of ids."""
+    """None, an id of any integer type, or several -> a set of ids."""
     return {int(stop)} if hasattr(stop, "__index__") else set(stop or ())
-
-
-COLD = 1e-6  # temperatures below are taken for 0: logits divided by them could overflow
 
 
 @contextlib.contextmanager
 def generating(*models):
-    """Models in eval mode, with joined projections, and at the end as they were, whatever happens:
-    joined weights are copies, which would be stale after the next step of training."""
+    """Models in eval mode and with joined projections; afterwards as before, whatever happens:
+    joined weights are copies, which the next training step would make stale."""
     were = [model.training for model in models]
     try:
         for model in models:
@@ -1219,8 +1140,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
 
     temperature: logits are divided by it; 0 takes the most likely id. top_k: only the k most
     likely ids. top_p: only the fewest ids that together have at least this probability (Holtzman
-    et al. 2020). min_p: only ids at least so likely, compared with the likeliest (Nguyen et al.
-    2024).
+    et al. 2020). min_p: only ids with at least this fraction of the likeliest id's probability
+    (Nguyen et al. 2024).
     """
     if temperature < COLD:
         return logits.argmax(-1)
@@ -1231,29 +1152,29 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, min_
 @torch.no_grad()
 def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
               stop=None, generator=None, on_token=None, min_p=None):
-    """Continue a text as target.generate does, in distribution exactly, with fewer calls of it
-    (Leviathan et al. 2023; Chen et al. 2023): the small model `draft` proposes gamma tokens, and
-    one call of the target judges all of them, since it gives p for every position at once. A
-    proposal x drawn from q is kept with probability min(1, p(x) / q(x)); in place of the first one
-    that is not, the next id is drawn from what p has more than q, max(0, p - q). If all are kept
-    the call has one further token to give.
+    """Continue a text with exactly the distribution of target.generate, in fewer calls of the
+    target (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma
+    tokens, and one call of the target judges all of them, since it gives p for every position at
+    once. A proposal x drawn from q is kept with probability min(1, p(x) / q(x)); in place of the
+    first one rejected, an id is drawn from max(0, p - q), normalised. If all are kept, the call
+    gives one further token.
 
     ids: (1, T) int64; the other arguments are those of `Transformer.generate`.
     -> ((1, T + n) int64, {"proposed": ..., "accepted": ..., "calls": ... of the target})
-    Raises ValueError for models of different vocabularies, a gamma out of range, or other ids.
+    Raises ValueError for models of different vocabularies, for attention with a state, which can
+    not take tokens back, for a gamma out of range, or other ids.
     """
     if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
-        raise ValueError("speculation continues one text of one token at least, ids of shape "
-                         f"(1, T), not {tuple(ids.shape)}")
+        raise ValueError(f"ids of one text of shape (1, T) are needed, not {tuple(ids.shape)}")
     if draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(f"the draft has a vocabulary of {draft.config.vocab_size}, the target of "
-                         f"{target.config.vocab_size}")
+        raise ValueError("the draft has not the vocabulary of the target")
+    if {"linear", "hyena"} & {*target.kinds, *draft.kinds}:
+        raise ValueError("the state of linear or hyena attention can not take guesses back")
     if not 0 < gamma < SlidingWindowAttention.SLACK:
         raise ValueError(f"gamma must be in 1 to {SlidingWindowAttention.SLACK - 1}, not {gamma}")
-    text, device, done = ids[0].tolist(), ids.device, False
+    text, device, done, stops = ids[0].tolist(), ids.device, False, id_set(stop)
     end = len(text) + max_new_tokens
     limit = min(end, target.config.block_size, draft.config.block_size)
-    stops = id_set(stop)
     caches = Cache(target, 1, limit), Cache(draft, 1, limit)
     counts = {"proposed": 0, "accepted": 0, "calls": 0}
 
@@ -1268,7 +1189,6 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
     with generating(target, draft):
         while not done and len(text) < limit:
             n = min(gamma, limit - len(text) - 1)
-            saved = [cache.copy() for cache in caches]
             guesses, q = [], []
             for _ in range(n):
                 q.append(ask(draft, caches[1], guesses, 1)[0])
@@ -1277,8 +1197,6 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
             while kept < n and torch.rand(1, generator=generator, device=device).item() * \
                     q[kept][guesses[kept]] < p[kept][guesses[kept]]:
                 kept += 1
-            for name, more in (("proposed", n), ("accepted", kept), ("calls", 1)):
-                counts[name] += more
             last = draw((p[kept] - q[kept]).clamp(min=0) if kept < n else p[n])
             for token in guesses[:kept] + [last]:
                 text.append(token)
@@ -1286,8 +1204,10 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
                     on_token(0, token)
                 if done := token in stops:
                     break
-            caches = [cache.rewind(model, old, text[:-1])
-                      for model, cache, old in zip((target, draft), caches, saved)]
+            for name, more in (("proposed", n), ("accepted", kept), ("calls", 1)):
+                counts[name] += more
+            for cache in caches:  # what comes after the text will be overwritten
+                cache.lengths = [min(cache.lengths[0], len(text) - 1)]
     if not done and len(text) < end:  # no room in the window is left for guesses
         before = len(text)
         text, = target.generate([text], end - before, temperature, top_k, top_p, stop,
@@ -1297,19 +1217,19 @@ def speculate(target, draft, ids, max_new_tokens, gamma=4, temperature=1.0, top_
 
 
 # -----------------------------------------------------------------------------
-# Quantization: weights as small integers. A token needs every weight once, so generation, one
-# token at a time, is as fast as memory gives them: bytes are time.
+# Quantization: weights as small integers. Every new token needs every weight once, so generation,
+# one token at a time, is as fast as memory delivers them: bytes are time.
 
 GROUP = 32  # int4: weights that share a scale
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear with integers for weights: weight = scale * integer + low.
+    """A Linear whose weights are integers: weight = scale * integer + low. Not trainable.
 
     int8: -127 to 127, a scale for each row, no `low`. weight: (d_out, d_in) int8.
-    int4: 0 to 15, scale and low for each GROUP weights of a row, the last group filled up with
-    zeros. weight: (d_out, d_in / 2) uint8, the first of each two in the low half of its byte.
-    Every weight is off by half of its scale at most. It can not be trained.
+    int4: 0 to 15, scale and low for each GROUP weights of a row, the last group padded with
+    zeros. weight: (d_out, d_in / 2) uint8, two in a byte, the first in its low half.
+    No weight is off by more than half of its scale.
     """
 
     def __init__(self, linear, kind):
@@ -1328,15 +1248,15 @@ class QuantizedLinear(nn.Module):
             weight = weight[:, 0::2] | weight[:, 1::2] << 4
         for name, x in (("weight", weight), ("scale", scale), ("low", low)):
             self.register_buffer(name, x)
-        self.packed = None  # int4: as PyTorch's CPU kernel wants it, made when it is first used
-        self.fits = self.d_in % 32 == 0 if kind == "int8" else d_out % 16 == 0  # the kernel
+        self.packed = None  # int4: in the layout of PyTorch's CPU kernel, made at its first use
+        self.fits = self.d_in % 32 == 0 if kind == "int8" else d_out % 16 == 0  # that kernel
 
     def nibbles(self, weight):
         """int4: bytes (..., d_in / 2) -> integers (..., d_in)"""
         return torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
 
     def rows(self, ids=slice(None)):
-        """The weights of these outputs, as numbers again: (..., d_in) float32."""
+        """These rows of the weights as float32: (..., d_in)"""
         weight, scale = self.weight[ids], self.scale[ids][..., None]
         if self.kind == "int8":
             return weight * scale
@@ -1344,7 +1264,7 @@ class QuantizedLinear(nn.Module):
         return weight.flatten(-2)[..., : self.d_in]
 
     def kernel(self, x):
-        """x W^T by PyTorch's CPU kernels for bfloat16 times integers: they read the integers
+        """x W^T by PyTorch's CPU kernels for bfloat16 times integers, which read the integers
         themselves. x: (N, d_in) -> (N, d_out) float32."""
         x = x.bfloat16()
         if self.kind == "int8":
@@ -1359,35 +1279,25 @@ class QuantizedLinear(nn.Module):
             x, self.packed[0], GROUP, self.packed[1]).float()
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
-        few = 0 < x.numel() <= 32 * self.d_in  # for more, turning weights into numbers is worth it
-        if few and self.fits and x.device.type == "cpu" and fast_integers(self.kind):
+        few = 0 < x.numel() <= 32 * self.d_in  # for more, turning weights into floats is worth it
+        if few and self.fits and x.device.type == "cpu":
             y = self.kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.rows().to(x.dtype), self.bias)
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """The table of a head that serves as embedding, too."""
+    """The table of an embedding that is tied to the head."""
 
     def forward(self, ids):  # (...) int64 -> (..., d)
         return self.rows(ids)
 
 
-@functools.lru_cache
-def fast_integers(kind):
-    """Whether this PyTorch has the kernels (they are not part of its documented interface)."""
-    try:
-        ours, x = QuantizedLinear(nn.Linear(64, 32, bias=False), kind), torch.randn(2, 64)
-        return torch.allclose(ours.kernel(x), x @ ours.rows().T, atol=0.1)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
 def quantize(model, kind):
     """Make the weights of a Transformer's linear layers int8 or int4, in place -> the model.
 
-    Gains, routers, Hyena's filters and embeddings stay as they are; the head, for which errors
-    count most, is int8 at least, and is one with the embedding if it was.
+    Gains, routers, Hyena's filters and embeddings stay as they are. The head, where errors matter
+    most, becomes int8 in any case, together with an embedding that is tied to it.
     """
     if kind not in ("int8", "int4"):
         raise ValueError(f"a model can be quantized to int8 or int4, not {kind}")
@@ -1410,58 +1320,50 @@ def quantize(model, kind):
 # -----------------------------------------------------------------------------
 # Checkpoints.
 
-FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
-
-@contextlib.contextmanager
-def replacing(path, mode="w"):
-    """A file that takes the name `path` only once it is whole: a killed run leaves no half."""
-    temporary = os.fspath(path) + ".tmp"
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(temporary, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+def one_line(error):
+    """What an exception says, in one line."""
+    text = f"{error} is missing" if type(error) is KeyError else str(error)
+    return " ".join((text or type(error).__name__).split())[:300]
 
 
 def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf, rng=None,
                     args=None, tokenizer=None, template=None):
-    """Write all that is needed to use a model or to go on training it to one file.
+    """Write everything needed to use a model, or to go on training it, to one file.
 
     optimizer: anything with state_dict(), or a list of such; rng: dict of RNG states; args: dict
-    of plain values; tokenizer: the text of its tokenizer.json; template: that of a chat.
+    of plain values; tokenizer: the text of its tokenizer.json; template: see `chat_template`.
     Whatever happens meanwhile, `path` is a whole checkpoint, the old or the new. Raises OSError.
     """
     if isinstance(optimizer, (list, tuple)):
-        optimizer_state = [o.state_dict() for o in optimizer]
-    else:
-        optimizer_state = optimizer.state_dict() if optimizer else None
+        optimizer = [o.state_dict() for o in optimizer]
+    elif optimizer:
+        optimizer = optimizer.state_dict()
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     checkpoint = {
         "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-        "optimizer": optimizer_state, "step": step, "best_val_loss": best_val_loss, "rng": rng,
+        "optimizer": optimizer, "step": step, "best_val_loss": best_val_loss, "rng": rng,
         "args": args, "tokenizer": tokenizer, "template": template, "quantize": model.quantized}
+    temporary = f"{path}.tmp"
     try:
-        with replacing(path, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-    except RuntimeError as error:  # what torch makes of a write that failed
-        raise OSError(f"could not write {path}: is the disk full? ({str(error).splitlines()[0]})"
-                      ) from None
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error}") from None
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, (OSError, RuntimeError)):  # RuntimeError: torch's failed write
+            raise OSError(f"could not write {path}: {one_line(error)}") from None
+        raise
 
 
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint -> (Transformer in eval mode, the dict of `save_checkpoint`).
 
     Only tensors and plain Python values are read, so a file from a stranger can not run code.
-    Raises ValueError for a file that is no checkpoint or does not fit together, or OSError.
+    Raises OSError, or ValueError for a file that is no checkpoint or contradicts itself.
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no checkpoint {path}: python train.py makes one")
@@ -1471,32 +1373,32 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # what torch raises for broken files varies from one to the next
         raise ValueError(f"{path} is no checkpoint, or holds more than tensors and plain values: "
                          f"PyTorch reports {type(error).__name__}") from None
-    if type(checkpoint) is not dict or not {"config", "model"} <= set(checkpoint):
-        raise ValueError(f"{path} is no checkpoint: it has no config and model")
     try:
-        state, kind = checkpoint["model"], checkpoint.get("quantize")
-        if checkpoint.get("template") is not None:
-            check_template(checkpoint["template"])
+        if type(checkpoint) is not dict:
+            raise ValueError("it holds no dict")
+        state, kind, template = checkpoint["model"], *map(checkpoint.get, ("quantize", "template"))
+        if template is not None and not (
+                type(template) is dict and set(template) == {*ROLES, "begin", "default_system"}
+                and all(type(text) is str for text in template.values())
+                and all(template[role].count("{content}") == 1 for role in ROLES)):
+            raise ValueError("its chat template lacks a part, or a place for {content}")
         model = empty_model(TransformerConfig(**checkpoint["config"]), len(state))
         model = quantize(model, kind) if kind else model
-        want, found = ({name: (tuple(x.shape), "float" if x.dtype in FLOATS else str(x.dtype))
-                        for name, x in tensors.items()} for tensors in (model.state_dict(), state))
-        for name in sorted({*want, *found}):
-            if want.get(name) != found.get(name):
-                raise ValueError(f"{name} is {found.get(name)}, by its config {want.get(name)}")
-            # strides of 0 can make much out of few bytes
-            if state[name].untyped_storage().nbytes() < state[name].nbytes:
+        for name, want in model.state_dict().items():  # (`fill` compares shapes and names)
+            x = state[name]
+            if x.dtype != want.dtype and not (x.is_floating_point() and want.is_floating_point()):
+                raise ValueError(f"{name} is of {x.dtype}, by its config of {want.dtype}")
+            if x.untyped_storage().nbytes() < x.nbytes:  # strides of 0 make much out of few bytes
                 raise ValueError(f"{name} has fewer bytes than numbers")
         return fill(model, state, device), checkpoint
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no checkpoint of this model: {reason}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of this model: {one_line(error)}") from None
 
 
 def empty_model(config, n_tensors):
-    """A Transformer of shapes without numbers, for a file of so many tensors. Raises ValueError,
-    at once, if the file can not hold it: a few bytes must not cost hours."""
-    if config.n_parts() > n_tensors:
+    """A Transformer of shapes without numbers, for a file of so many tensors. Raises ValueError
+    at once if these are too few: a small file must not cost minutes."""
+    if config.n_layer > n_tensors:
         raise ValueError(f"{config.n_layer} layers need more than its {n_tensors} tensors")
     with torch.device("meta"):
         return Transformer(config)
@@ -1504,10 +1406,9 @@ def empty_model(config, n_tensors):
 
 def fill(model, state, device):
     """Give a model on the meta device the tensors of a state dict -> the model, in eval mode.
-    Random numbers that would be overwritten at once are never drawn."""
+    This way no random numbers are drawn only to be overwritten."""
     model.load_state_dict(state, assign=True)
     model.tie()
-    model.make_tables(device)
     return model.to(device).eval()
 
 
@@ -1519,39 +1420,35 @@ def pick_device(name="auto"):
     try:
         torch.zeros(1, device=name).item()  # (raises for "meta", which has no numbers)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} is not there: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name} is not there: {one_line(error)}") from None
     return name
 
 
 # -----------------------------------------------------------------------------
-# A smaller model out of a larger one.
+# Pruning: a smaller model out of a larger one.
 
 
 @torch.no_grad()
 def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
-    """A smaller Transformer out of the most important parts of a model, to be trained on a little,
-    best with the large one as its teacher (Muralidharan et al. 2024; Men et al. 2024).
+    """A smaller Transformer out of the most important parts of a model, to be trained a little
+    more, best with the large one as its teacher (Muralidharan et al. 2024; Men et al. 2024).
 
-    ids: (B, T) int64 of text; importance is measured on it. Kept are, 0 meaning all: the n_layer
-    blocks that change their input's direction most; the n_embd channels with the largest output of
-    the norms, and as many heads as give that width, those with the largest output; in each block
-    the d_ff units with the largest activation.
+    ids: (B, T) int64 of text, on which importance is measured. Kept are (0: all of them) the
+    n_layer blocks that change the direction of their input most; the n_embd channels with the
+    largest output of the norms, and as many heads as that width has, those with the largest
+    output; in each block the d_ff units with the largest activation.
     Raises ValueError for models or sizes it does not fit.
     """
-    if model.quantized:
-        raise ValueError(f"a model of {model.quantized} weights can not be pruned: quantize later")
     c, D = model.config, model.config.head_size
     n_layer, n_embd, d_ff = n_layer or c.n_layer, n_embd or c.n_embd, d_ff or c.d_ff
-    n_head = c.n_head if n_embd == c.n_embd else n_embd // D
-    n_kv_head = c.n_kv_head if n_head == c.n_head else n_head
-    if set(model.kinds) != {"full"} or c.activation == "moe" or c.norm == "none":
-        raise ValueError("only models of full attention, with norms and without experts, "
-                         "can be pruned")
-    if n_head != c.n_head and (c.n_kv_head != c.n_head or c.n_head * D != c.n_embd
-                               or c.qk_norm_joint):
-        raise ValueError("the width of a model whose heads are grouped, normalised together, or "
-                         "do not add up to it can not be pruned")
-    if (n_embd != c.n_embd and n_embd % D) or not (
+    narrower = n_embd != c.n_embd
+    if set(model.kinds) != {"full"} or c.activation == "moe" or c.norm == "none" \
+            or model.quantized:
+        raise ValueError("only models of full attention, with norms, without experts and not "
+                         "int8 or int4 can be pruned")
+    if narrower and (c.n_kv_head != c.n_head or c.n_head * D != c.n_embd or c.qk_norm_joint):
+        raise ValueError("heads that are grouped or normalised together can not become fewer")
+    if (narrower and n_embd % D) or not (
             0 < n_layer <= c.n_layer and 0 < n_embd <= c.n_embd and 0 < d_ff <= c.d_ff):
         raise ValueError(f"the sizes must be at most the model's: n_layer {c.n_layer}, n_embd "
                          f"{c.n_embd} (and a multiple of the head size, {D}), d_ff {c.d_ff}")
@@ -1575,30 +1472,32 @@ def prune(model, ids, n_layer=0, n_embd=0, d_ff=0):
     def best(importance, n):  # indices of the n largest, in their order
         return torch.as_tensor(importance).topk(n).indices.sort().values
 
-    channels, everything = best(sum(sizes), n_embd), slice(None)
+    channels, n_head = best(sum(sizes), n_embd), n_embd // D if narrower else c.n_head
     state = {name: x[..., channels] for name, x in model.state_dict().items()
              if not name.startswith("blocks.")}  # embeddings, head: (n, C); final_norm: (C,)
     for new, old in enumerate(best(change, n_layer).tolist()):
         inside = best(units[old], d_ff)
         width = torch.arange(c.n_head * D, device=ids.device).view(-1, D)
         width = width[best(heads[old], n_head)].flatten()
-        kv_width = width if n_head != c.n_head else everything
+        kv_width = width if narrower else slice(None)
         rows = {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width, "w1": inside,
-                "w3": inside, "q_norm": everything, "k_norm": everything}
+                "w3": inside, "q_norm": slice(None), "k_norm": slice(None)}
         columns = {"o_proj": width, "w2": inside}
         for name, x in model.blocks[old].state_dict().items():
             part = name.split(".")[-2]
             x = x[rows.get(part, channels)]
             state[f"blocks.{new}.{name}"] = x[:, columns.get(part, channels)] if x.ndim > 1 else x
-    small = Transformer(dataclasses.replace(c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff,
-                                            n_head=n_head, n_kv_head=n_kv_head, kv_rank=0))
+    small = Transformer(dataclasses.replace(
+        c, n_layer=n_layer, n_embd=n_embd, d_ff=d_ff, n_head=n_head,
+        n_kv_head=n_head if narrower else c.n_kv_head, kv_rank=0))
     small.load_state_dict(state)
     return small.to(ids.device).eval()
 
 
 # -----------------------------------------------------------------------------
-# Chat. A template says how messages become one text: for each role a text with {content} in it,
-# where the message goes; "begin", what comes first; and "default_system", if nobody gives one.
+# Chat. A template says how messages become one text: for each role a text in which {content}
+# stands for the message; "begin", which comes first; and "default_system", the system's message
+# if none is given.
 
 ROLES = ("system", "user", "assistant")
 TEMPLATES = {  # what begins a conversation, and a message: of any role, or of each
@@ -1616,42 +1515,36 @@ def chat_template(name="chatml", system=""):
     return dict(zip(ROLES, texts)) | {"begin": begin, "default_system": system}
 
 
-def check_template(template):
-    """Raise ValueError unless this is a template: as any part of a checkpoint, a stranger's."""
-    if type(template) is not dict or set(template) != {*ROLES, "begin", "default_system"} or \
-            any(type(text) is not str for text in template.values()) or \
-            any(template[role].count("{content}") != 1 for role in ROLES):
-        raise ValueError("its chat template has not the parts begin, default_system and, each "
-                         f"with one {{content}}, {', '.join(ROLES)}")
-
-
 def recognise_template(jinja_text):
-    """The template that a tokenizer_config.json's chat_template, a program, amounts to, or None.
-    It is looked at, not run."""
+    """The template that is equivalent to the chat_template of a tokenizer_config.json, or None.
+    That is a program; it is searched for known marks, not run."""
     for mark, name in (("<|im_start|>", "chatml"), ("<|start_header_id|>", "llama3"),
                        ("[INST]", "llama2")):
         if mark in jinja_text:
-            # what stands between the marks as it is: no variable, no quote, no other mark
+            # a default system message that is plain text: no variable, no quote, no other mark
             system = re.search(r"<\|im_start\|>system(?:\\n|\n)"
                                r"((?:[^{}'\"<]|<(?!\|im_))*)<\|im_end\|>", jinja_text)
             return chat_template(name, system[1] if system else "")
     return None
 
 
-def read_tokenizer(text):
-    """The text of a tokenizer.json -> bpe.Tokenizer. Raises ValueError."""
+def read_tokenizer(text, most=math.inf):
+    """The text of a tokenizer.json -> bpe.Tokenizer of `most` tokens at most. Raises ValueError."""
     from bpe import Tokenizer
 
     try:
-        return Tokenizer.from_json(text)
+        tokenizer = Tokenizer.from_json(text)
     except ValueError as error:
         raise ValueError(f"its tokenizer can not be used: {error}") from None
+    if tokenizer.vocab_size > most:
+        raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens, and a model of {most}")
+    return tokenizer
 
 
 def encode_chat(tokenizer, template, messages, reply=True):
     """Ids of a conversation, a list of {"role": ..., "content": ...}; with reply, up to where the
-    assistant's next message begins. Special tokens are recognised in the template only: what
-    someone writes can not end a message or begin another. Raises ValueError."""
+    assistant's next message begins. Special tokens are recognised in the template only, so that
+    nothing a user writes can end a message or begin another. Raises ValueError."""
     if template["default_system"] and (not messages or messages[0]["role"] != "system"):
         messages = [{"role": "system", "content": template["default_system"]}, *messages]
     pieces = [template["begin"]]  # template and content in turn
@@ -1664,7 +1557,7 @@ def encode_chat(tokenizer, template, messages, reply=True):
     if reply:
         pieces[-1] += template["assistant"].split("{content}")[0]
     special = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
-    ids, text = [], ""
+    ids, text = [], ""  # text: what stands between two special tokens, content and template
     for i, piece in enumerate(pieces):
         for part in re.split(f"({special})", piece) if special and i % 2 == 0 else [piece]:
             if i % 2 == 0 and part in tokenizer.special_tokens:
@@ -1683,8 +1576,8 @@ def chat_stops(tokenizer, template):
 
 
 # -----------------------------------------------------------------------------
-# Models from outside, and models for others: folders as Hugging Face's transformers has them, of
-# config.json, model.safetensors (or several, with an index) and tokenizer.json.
+# Models from outside, and models for others: folders in the format of Hugging Face's transformers,
+# with config.json, model.safetensors (or several, with an index) and tokenizer.json.
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -1696,8 +1589,7 @@ FAMILIES = {  # {model_type: (architecture, what all such models have)}
     "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}),
     "olmo2": ("Olmo2ForCausalLM", {"qk_norm_joint": True, "norm_place": "res_post"}),
     "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "bias": True})}
-# for reading and writing alike: {our name: theirs}, of GPT-2 and of all others, for the numbers in
-# config.json, and for tensors, {} being the number of the layer
+# {our name: theirs}, for the numbers in config.json and for tensors ({}: the number of the layer)
 NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
            "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
            "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_size": "head_dim",
@@ -1705,22 +1597,27 @@ NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
 GPT2_NUMBERS = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
                 "n_head": "n_head", "n_embd": "n_embd", "d_ff": "n_inner",
                 "norm_eps": "layer_norm_epsilon"}
-TENSORS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
-           "attn_norm": "model.layers.{}.input_layernorm",
-           "ffn_norm": "model.layers.{}.post_attention_layernorm",
-           **{f"ffn.{ours}": f"model.layers.{{}}.mlp.{theirs}_proj"
-              for ours, theirs in (("w1", "gate"), ("w2", "down"), ("w3", "up"))},
-           **{f"attn.{part}": f"model.layers.{{}}.self_attn.{part}"
-              for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}}
-OLMO2_TENSORS = TENSORS | {"attn_norm": "model.layers.{}.post_attention_layernorm",
-                           "ffn_norm": "model.layers.{}.post_feedforward_layernorm"}
-GPT2_TENSORS = {"embedding": "transformer.wte", "positions": "transformer.wpe", "head": "lm_head",
-                "final_norm": "transformer.ln_f", "attn_norm": "transformer.h.{}.ln_1",
-                "ffn_norm": "transformer.h.{}.ln_2", "attn.o_proj": "transformer.h.{}.attn.c_proj",
-                "ffn.w1": "transformer.h.{}.mlp.c_fc", "ffn.w2": "transformer.h.{}.mlp.c_proj",
-                **{f"attn.{x}_proj": f"transformer.h.{{}}.attn.c_attn.{x}" for x in "qkv"}}
+OPTIONAL = "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_epsilon", "n_inner"
+# what has to be replaced in our name of a tensor to have theirs
+RENAMED = (("blocks.", "model.layers."), ("attn_norm", "input_layernorm"),
+           ("ffn_norm", "post_attention_layernorm"), ("attn.", "self_attn."),
+           ("ffn.w1", "mlp.gate_proj"), ("ffn.w2", "mlp.down_proj"), ("ffn.w3", "mlp.up_proj"),
+           ("embedding.", "model.embed_tokens."), ("final_norm", "model.norm"),
+           ("head.", "lm_head."))
+OLMO2_RENAMED = (("attn_norm", "post_attention_layernorm"),
+                 ("ffn_norm", "post_feedforward_layernorm"), *RENAMED)
+GPT2_RENAMED = (("blocks.", "transformer.h."), ("attn_norm", "ln_1"), ("ffn_norm", "ln_2"),
+                ("attn.o_proj", "attn.c_proj"), ("attn.q_proj", "attn.c_attn.q"),
+                ("attn.k_proj", "attn.c_attn.k"), ("attn.v_proj", "attn.c_attn.v"),
+                ("ffn.w1", "mlp.c_fc"), ("ffn.w2", "mlp.c_proj"), ("head.", "lm_head."),
+                ("embedding.", "transformer.wte."), ("positions.", "transformer.wpe."),
+                ("final_norm", "transformer.ln_f"))
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
                     "relu": "relu", "silu": "silu", "swish": "silu"}
+# what we take for granted: the name of an option, and its values, the default first
+NEEDS = (("hidden_act", "silu", "swish"), ("clip_qkv", None), ("partial_rotary_factor", 1))
+GPT2_NEEDS = (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
+              ("add_cross_attention", False), ("activation_function", *GPT2_ACTIVATIONS))
 SCALING = {"default": (), "linear": ("factor",),
            "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                       "original_max_position_embeddings")}
@@ -1730,45 +1627,41 @@ def read_json(path):
     """The dict in a JSON file. Raises ValueError, or OSError."""
     try:
         with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if type(data) is not dict:
-        raise ValueError(f"{path} holds no JSON object")
-    return data
+            return dict(json.load(file))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON object: {error}") from None
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes, the length of a header of JSON, which says
-    of each tensor dtype, shape, and where its bytes are in the rest. Nothing in it is believed:
-    raises ValueError if a length, a shape or a place does not fit the file."""
+    """{name: tensor} of a .safetensors file: 8 bytes with the length of a header, the header, of
+    JSON, which gives each tensor's dtype, shape and place, and the tensors' bytes. Nothing in it
+    is trusted: raises ValueError if a length, a shape or a place does not fit the file."""
     size, tensors, at = os.path.getsize(path), {}, 0
     try:
         with open(path, "rb") as file:
             n = int.from_bytes(file.read(8), "little")
-            room = size - 8 - n
-            if size < 8 or room < 0 or n > 100_000_000:
+            if n > min(size - 8, 100_000_000):
                 raise ValueError("its header does not fit in it")
             header = json.loads(file.read(n))
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-                begin, end = entry["data_offsets"]
+                dtype, shape, (begin, end) = (DTYPES[entry["dtype"]], entry["shape"],
+                                              entry["data_offsets"])
                 if len(shape) > 64 or not all(type(x) is int and 0 <= x < 2**48
                                               for x in (*shape, begin, end)):
                     raise ValueError(f"{name} has sizes that are no numbers, or too large")
                 if math.prod(shape) * dtype.itemsize != end - begin:
                     raise ValueError(f"{name} of shape {shape} can not have {end - begin} bytes")
-                if begin != at or end > room:
+                if begin != at or end > size - 8 - n:
                     raise ValueError("its tensors overlap, leave gaps, or go on behind its end")
                 data = bytearray(end - begin)
                 at += file.readinto(data)
                 flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
                 tensors[name] = flat.view(shape)
-            if at != room:
+            if at != size - 8 - n:
                 raise ValueError("its tensors end before the file")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from None
+        raise ValueError(f"{path} is no safetensors file: {one_line(error)}") from None
     return tensors
 
 
@@ -1787,154 +1680,139 @@ def write_safetensors(path, tensors):
             file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def their_names(model, family, biased):
-    """{our name of a tensor: theirs} of all that a file of this model holds. biased: the parts of
-    a block that have biases there, though ours may have them in more."""
-    table, theirs = {"gpt2": GPT2_TENSORS, "olmo2": OLMO2_TENSORS}.get(family, TENSORS), {}
-    for name in model.state_dict():
-        module, _, kind = name.rpartition(".")
-        _, layer, part = module.split(".", 2) if module.startswith("blocks.") else ("", "", module)
-        extra = kind == "bias" and "norm" not in part and not part.startswith(biased)
-        if not extra and not (part == "head" and model.config.tie_embeddings):
-            theirs[name] = f"{table[part].format(layer)}.{kind}"
-    return theirs
-
-
 def config_from(theirs):
     """Their config.json, a dict -> (TransformerConfig, family, the parts that have biases).
-    Raises ValueError for what our model can not be, or what a dict of nonsense leads to."""
+    Raises ValueError for what our model can not be, and whatever a dict of nonsense leads to."""
     family = theirs.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"its model_type is {family!r}; known are {', '.join(FAMILIES)}")
 
-    def need(name, *values):  # what we take for granted
-        if theirs.get(name, values[0]) not in values:
-            raise ValueError(f"its {name} is {theirs[name]!r}, which is not supported")
-
     ours = dict(FAMILIES[family][1])
-    optional = "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_epsilon", "n_inner"
     for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
-        if key not in optional or theirs.get(key) is not None:
+        if key not in OPTIONAL or theirs.get(key) is not None:
             ours[name] = theirs[key]
     ours["tie_embeddings"] = theirs.get("tie_word_embeddings", family == "gpt2")
+    for name, *values in GPT2_NEEDS if family == "gpt2" else NEEDS:
+        if theirs.get(name, values[0]) not in values:
+            raise ValueError(f"its {name} is {theirs[name]!r}, which is not supported")
     if family == "gpt2":
-        need("scale_attn_weights", True)
-        need("scale_attn_by_inverse_layer_idx", False)
-        need("add_cross_attention", False)
-        need("activation_function", *GPT2_ACTIVATIONS)
         activation = GPT2_ACTIVATIONS[theirs.get("activation_function", "gelu_new")]
         return TransformerConfig(**ours, activation=activation), family, ("attn", "ffn")
-    need("hidden_act", "silu", "swish")
-    need("clip_qkv", None)
-    need("partial_rotary_factor", 1)
-    n_layer = ours["n_layer"]
-    if type(n_layer) is not int or not 0 < n_layer <= 2**16:
-        raise ValueError(f"its num_hidden_layers is {n_layer!r}")
     ours.setdefault("norm_eps", 1e-6)
     ours.setdefault("head_size", 128 if family == "qwen3" else 0)
-    rope = {"rope_type": "default", "rope_theta": theirs.get("rope_theta", 10000.0)}
+    rope = {"rope_theta": theirs.get("rope_theta", 10000.0)}
     for old_or_new in ("rope_scaling", "rope_parameters"):
         rope |= theirs.get(old_or_new) or {}
-    kind = rope.get("type", "default") if rope["rope_type"] == "default" else rope["rope_type"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in SCALING or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"its rotary positions are of type {kind!r}, which is not supported")
-    scaling = ",".join(str(rope[name]) for name in SCALING[kind])
-    window, layers = theirs.get("sliding_window"), ["full"] * n_layer
-    windowed = family == "mistral" or (family in ("qwen2", "qwen3")
-                                       and theirs.get("use_sliding_window"))
-    if windowed and window and window < ours["block_size"]:
-        first = 0 if family == "mistral" else theirs.get("max_window_layers", 28)
-        layers = family != "mistral" and theirs.get("layer_types") or [
-            f"{'full' if i < first else 'sliding'}_attention" for i in range(n_layer)]
-        layers, ours["window"] = [kind.removesuffix("_attention") for kind in layers], window
-        if len(layers) != n_layer or not set(layers) <= {"sliding", "full"}:
-            raise ValueError(f"its layer_types are not {n_layer} of sliding_ and full_attention")
-    flags = {"attn": "attention_bias", "ffn": "mlp_bias"} if family != "mistral" else {}
-    biased = ("attn.q", "attn.k", "attn.v") if family == "qwen2" else tuple(
-        part for part, flag in flags.items() if theirs.get(flag))
-    return TransformerConfig(
-        **ours, attention=",".join(layers) if len(set(layers)) > 1 else layers[0],
-        bias=bool({"attn", "ffn"} & set(biased)), rope_theta=float(rope["rope_theta"]),
-        rope_scaling=f"{kind}:{scaling}" if scaling else ""), family, biased
+    if SCALING[kind]:
+        ours["rope_scaling"] = f"{kind}:" + ",".join(str(rope[name]) for name in SCALING[kind])
+    window = theirs.get("sliding_window")
+    windowed = family in ("qwen2", "qwen3") and theirs.get("use_sliding_window")
+    if window and window < ours["block_size"] and (windowed or family == "mistral"):
+        ours |= {"attention": "sliding", "window": window}
+        if family != "mistral":
+            layers = [kind.removesuffix("_attention") for kind in theirs["layer_types"]]
+            if len(layers) != ours["n_layer"] or not set(layers) <= {"sliding", "full"}:
+                raise ValueError("its layer_types are not sliding_ or full_attention per layer")
+            ours["attention"] = ",".join(layers)
+    biased = ("attn.q", "attn.k", "attn.v") if family == "qwen2" else ()
+    if family in ("llama", "qwen3", "olmo2"):
+        biased += ("attn",) * bool(theirs.get("attention_bias"))
+        biased += ("ffn",) * bool(theirs.get("mlp_bias"))
+        ours["bias"] = bool(biased)
+    return TransformerConfig(**ours, rope_theta=float(rope["rope_theta"])), family, biased
 
 
 def config_for(config):
-    """-> (their config.json as a dict, family). Raises ValueError if no family is so: one is if it
-    reads the same model out of that."""
-    c = config
+    """-> (their config.json as a dict, family). Raises ValueError if there is no such family. The
+    right one is the first in whose words the config, read back, is the same model."""
+    c, n = config, config.n_layer
     layers = ["full" if kind == "sliding" and c.window >= c.block_size else kind
-              for kind in map(c.attention_of, range(c.n_layer))]
+              for kind in map(c.attention_of, range(n))]
     activations = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
     kind, _, values = c.rope_scaling.partition(":")
     values = [float(x) if i < 3 else int(float(x)) for i, x in enumerate(values.split(",")) if x]
     for family, (architecture, _) in FAMILIES.items():
-        out = {theirs: getattr(c, ours)
-               for ours, theirs in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items()}
-        out |= {"model_type": family, "architectures": [architecture], "torch_dtype": "float32",
-                "tie_word_embeddings": c.tie_embeddings}
+        theirs = {key: getattr(c, name)
+                  for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items()}
+        theirs |= {"model_type": family, "architectures": [architecture],
+                   "torch_dtype": "float32", "tie_word_embeddings": c.tie_embeddings}
         if family == "gpt2":
-            out["activation_function"] = activations.get(c.activation, "relu")
+            theirs["activation_function"] = activations.get(c.activation, "relu")
         else:
-            out |= {"hidden_act": "silu", "rope_theta": c.rope_theta, "attention_bias": c.bias,
-                    "mlp_bias": c.bias and family == "llama"}
+            theirs |= {"hidden_act": "silu", "rope_theta": c.rope_theta,
+                       "attention_bias": c.bias, "mlp_bias": c.bias and family == "llama"}
             if values:
-                out["rope_scaling"] = {"rope_type": kind, **dict(zip(SCALING[kind], values))}
+                theirs["rope_scaling"] = {"rope_type": kind, **dict(zip(SCALING[kind], values))}
             if "sliding" in layers:
-                out |= {"sliding_window": c.window, "use_sliding_window": True, "layer_types": [
-                    f"{layer}_attention" for layer in layers]}
-        back = config_from(out)[0]
+                theirs |= {"sliding_window": c.window, "use_sliding_window": True,
+                           "layer_types": [f"{layer}_attention" for layer in layers]}
+        back = config_from(theirs)[0]
         same = all(getattr(c, name) == getattr(back, name) for name in (
             "activation", "position", "norm", "norm_place", "logit_cap", "qk_norm",
             "qk_norm_joint", "n_kv_head", "head_size"))
         biases = (back.bias or not c.bias) and (back.bias or back.qkv_bias or not c.qkv_bias)
-        if same and biases and layers == [back.attention_of(i) for i in range(c.n_layer)]:
-            return out, family
+        if same and biases and layers == [back.attention_of(i) for i in range(n)]:
+            return theirs, family
     raise ValueError(f"transformers has no family of this kind among {', '.join(FAMILIES)}")
+
+
+def their_names(model, family, biased):
+    """{our name of a tensor: theirs} of all that a file of this model holds. biased: the parts of
+    a block that have biases there, though ours may have them in more."""
+    renamed = {"gpt2": GPT2_RENAMED, "olmo2": OLMO2_RENAMED}.get(family, RENAMED)
+    names = {}
+    for name in model.state_dict():
+        part = re.sub(r"blocks\.\d+\.", "", name)
+        extra = part.endswith(".bias") and "norm" not in part and not part.startswith(biased)
+        if not extra and not (part == "head.weight" and model.config.tie_embeddings):
+            names[name] = name
+            for old, new in renamed:
+                names[name] = names[name].replace(old, new)
+    return names
 
 
 def import_folder(folder):
     """A folder as transformers writes it -> Transformer in eval mode, float32.
 
-    GPT-2, Llama 1 to 3, Mistral, Qwen 2, 2.5 and 3, OLMo 2, and what has their architecture. Their
-    rotary positions turn halves of a head, as ours do; no row has to change its place. Raises
+    GPT-2, Llama 1 to 3, Mistral, Qwen 2, 2.5 and 3, OLMo 2, and what shares their architecture.
+    Their rotary positions turn halves of a head, as ours do, so no rows are permuted. Raises
     ValueError for other models, and for tensors that are missing, left over or of another shape.
     """
     theirs = read_json(os.path.join(folder, "config.json"))
     index, files = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if os.path.exists(index):
-        files = read_json(index).get("weight_map")
-        files = sorted({str(name) for name in files.values()}) if type(files) is dict else []
-        if not files or any(os.path.basename(name) != name for name in files):
-            raise ValueError(f"{index} names no files of its own folder")
     try:
+        if os.path.exists(index):
+            files = sorted(set(read_json(index)["weight_map"].values()))
         config, family, biased = config_from(theirs)
         found = {}
         for name in files:
+            if os.path.basename(name) != name:
+                raise ValueError(f"{index} names {name}, which is not in its own folder")
             if not os.path.exists(os.path.join(folder, name)):
-                raise ValueError(f"it has no {name} (pickled weights, .bin, are not read: they "
-                                 "could run code)")
+                raise ValueError(f"it has no {name} (.bin is not read: pickles can run code)")
             found |= read_safetensors(os.path.join(folder, name))
         if family == "gpt2":
             found = gpt2_apart(found)
         model = empty_model(config, len(found))
-        shapes, names, state = model.state_dict(), their_names(model, family, biased), {}
-        for ours, shape in ((name, x.shape) for name, x in shapes.items()):
-            x = found.pop(names.get(ours), None)
+        names, state = their_names(model, family, biased), {}
+        for ours, want in model.state_dict().items():
             if ours not in names:  # tied, or a bias that they do not have
-                x = state["embedding.weight"] if ours == "head.weight" else torch.zeros(shape)
-            if x is None:
+                x = state["embedding.weight"] if ours == "head.weight" else torch.zeros(want.shape)
+            elif (x := found.pop(names[ours], None)) is None:
                 raise ValueError(f"it lacks the tensor {names[ours]}")
-            if x.shape != shape or not x.is_floating_point():
+            if x.shape != want.shape or not x.is_floating_point():
                 raise ValueError(f"{names[ours]} is {tuple(x.shape)} of {x.dtype}; by config.json "
-                                 f"it is {tuple(shape)}")
+                                 f"it is {tuple(want.shape)}")
             state[ours] = x.float().contiguous()
         tied = "lm_head.weight" if config.tie_embeddings else None
         for name in found:
             if name != tied and not name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{name} has no place in the model")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
-        what = f"it lacks {error}" if type(error) is KeyError else error
-        raise ValueError(f"{folder} holds no model that can be imported: {what}") from None
+        raise ValueError(f"{folder} can not be imported: {one_line(error)}") from None
     return fill(model, state, "cpu")
 
 
@@ -1942,16 +1820,15 @@ def gpt2_apart(found):
     """GPT-2 has one matrix for queries, keys and values, and all of them (.c_) transposed."""
     tensors = {}
     for name, x in found.items():
-        if name.endswith((".attn.bias", "masked_bias")):  # not learned
+        if name.endswith((".attn.bias", "masked_bias")):  # a mask, not learned
             continue
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if ".c_attn." not in name:
-            tensors[name] = x.t() if ".c_" in name and x.ndim < 3 else x
-            continue
-        if x.ndim not in (1, 2) or x.shape[-1] % 3:
-            raise ValueError(f"{name} of shape {tuple(x.shape)} can not be cut in three")
-        for part, y in zip("qkv", x.chunk(3, -1)):
-            tensors[name.replace("c_attn", f"c_attn.{part}")] = y.t()
+        x = x.t() if ".c_" in name else x
+        if ".c_attn." in name:
+            for part, y in zip("qkv", x.chunk(3)):
+                tensors[name.replace("c_attn", f"c_attn.{part}")] = y
+        else:
+            tensors[name] = x
     return tensors
 
 
@@ -1959,15 +1836,15 @@ def gpt2_together(tensors):
     """The inverse of `gpt2_apart`."""
     out = {}
     for name, x in tensors.items():
-        x = x.t() if ".c_" in name else x
         whole = re.sub(r"c_attn\.[qkv]", "c_attn", name)
-        out[whole] = torch.cat((out[whole], x), -1) if whole in out else x
-    return out
+        out[whole] = torch.cat((out[whole], x)) if whole in out else x
+    return {name: x.t() if ".c_" in name else x for name, x in out.items()}
 
 
 def export_folder(model, folder, tokenizer=None):
-    """Write a model as a folder that transformers opens. tokenizer: the text of tokenizer.json.
-    Raises ValueError if it has no family there, or if the folder is there and not empty; OSError.
+    """Write a model as a folder that transformers opens -> its family there. tokenizer: the text
+    of tokenizer.json. Raises ValueError if there is no such family, or if the folder exists and is
+    not empty; OSError.
     """
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder} is there already")
@@ -1975,13 +1852,12 @@ def export_folder(model, folder, tokenizer=None):
         raise ValueError("a quantized model can not be exported: take the one it was made from")
     files = {"config.json": config_for(model.config)[0]}
     config, family, biased = config_from(files["config.json"])
-    with torch.device("meta"):
-        theirs = Transformer(config)
-    shapes, state = theirs.state_dict(), model.state_dict()
-    names = their_names(theirs, family, biased)
+    theirs = empty_model(config, math.inf)
+    names, state = their_names(theirs, family, biased), model.state_dict()
     for ours in set(state) - set(names):
         if ours.endswith("bias") and state[ours].any():
             raise ValueError(f"{family} has no place for {ours}")
+    shapes = theirs.state_dict()  # biases that only they have are zeros
     tensors = {name: state[ours] if ours in state else torch.zeros(shapes[ours].shape)
                for ours, name in names.items()}
     if tokenizer:
@@ -2007,6 +1883,7 @@ def export_folder(model, folder, tokenizer=None):
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return family
 
 
 # -----------------------------------------------------------------------------
@@ -2014,20 +1891,19 @@ def export_folder(model, folder, tokenizer=None):
 
 
 def _parts(config):
-    """The model without its numbers, and {part: (its modules, the share that one token meets)}."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    mixtures, shared = model.mixtures(), config.n_shared_expert
-    return model, {
+    """{part: (its modules, the share of them that one token meets)}, of a model without numbers"""
+    model = empty_model(config, math.inf)
+    blocks, mixtures, shared = model.blocks, model.mixtures(), config.n_shared_expert
+    norms = [norm for block in blocks for norm in (block.attn_norm, block.ffn_norm)]
+    return {
         "embedding": ([model.embedding], 1),
         "positions": ([model.positions] if config.position == "learned" else [], 1),
-        "attention": ([block.attn for block in model.blocks], 1),
-        "feed-forward": ([block.ffn for block in model.blocks if not mixtures], 1),
+        "attention": ([block.attn for block in blocks], 1),
+        "feed-forward": ([block.ffn for block in blocks if not mixtures], 1),
         "experts": ([expert for m in mixtures for expert in m.experts + m.shared],
                     (config.top_k + shared) / (config.n_expert + shared)),
         "router": ([mixture.router for mixture in mixtures], 1),
-        "norms": ([model.final_norm, *(norm for block in model.blocks
-                                       for norm in (block.attn_norm, block.ffn_norm))], 1),
+        "norms": ([*norms, model.final_norm], 1),
         "head": ([model.head], 1)}
 
 
@@ -2038,23 +1914,37 @@ def _matrices(modules):
 
 
 def count_parameters(config):
-    """{part: number of parameters}. Matrices that are tied count once."""
+    """{part: number of parameters}. Tied matrices count once."""
     counts = {part: sum(p.numel() for module in modules for p in module.parameters())
-              for part, (modules, _) in _parts(config)[1].items()}
+              for part, (modules, _) in _parts(config).items()}
     if config.tie_embeddings:
         counts["head"] = 0
     return {part: n for part, n in counts.items() if n or part in ("positions", "head")}
 
 
+def mixing_flops(c, kind, T):
+    """FLOPs per token of a kind of attention beside its projections, over T tokens. With a mask,
+    scores and sums of values count over the half (or the window) that it leaves."""
+    W = min(T, c.window)
+    width, seen = c.n_head * c.head_size, W - W * (W - 1) / 2 / T  # positions seen in a window
+    return int({
+        "full": 2 * 2 * width * T / 2,
+        "sliding": 2 * 2 * width * seen,
+        "linear": 2 * 2 * width * (min(T, 64) + c.head_size),  # inside a chunk, and the state
+        "latent": 2 * (2 * width + c.n_head * c.rope_of("latent")) * T / 2,
+        # three transforms of 2 T numbers per channel at about 5 n log2(n) / 2 each
+        "hyena": c.n_embd * 3 * 2.5 * 2 * math.log2(2 * T)}[kind])
+
+
 def count_flops(config, T=None):
     """{part: FLOPs per token} of a forward pass over T tokens (default block_size); training
-    takes three times that. A multiplication and its addition are two. Matrix products count, of
-    attention what the mask leaves, of experts those a token goes to; and Hyena's transforms."""
-    model, parts = _parts(config)
+    takes three times that. A multiplication and its addition are two. Counted are the products
+    with weights (of experts, those a token meets) and what attention does beside them."""
     flops = {part: round(2 * sum(w.numel() for w in _matrices(modules)) * share)
-             for part, (modules, share) in parts.items() if _matrices(modules)}
-    flops["attention, scores and values"] = sum(block.attn.mixing_flops(T or config.block_size)
-                                                for block in model.blocks)
+             for part, (modules, share) in _parts(config).items() if _matrices(modules)}
+    flops["attention, scores and values"] = sum(
+        mixing_flops(config, config.attention_of(i), T or config.block_size)
+        for i in range(config.n_layer))
     return flops
 
 
@@ -2065,7 +1955,7 @@ def info(config, batch_size, tflops):
     # kept for the backward pass of a token, roughly: the input and the output of each linear
     # layer, what the two norms of a block keep, and the logits
     kept = (2 * config.n_layer + 1) * 2 * config.n_embd + 2 * config.vocab_size
-    for part, (modules, share) in _parts(config)[1].items():
+    for part, (modules, share) in _parts(config).items():
         if part in ("attention", "feed-forward", "experts"):
             kept += sum(sum(w.shape) for w in _matrices(modules)) * share
     memory = {"weights": 4 * total, "gradients": 4 * total, "optimizer (AdamW)": 8 * total,
@@ -2092,7 +1982,7 @@ COMMANDS = {"sample": 0, "chat": 0, "info": 0, "prune": 0, "quantize": 0, "impor
 
 
 def number(kind, low=0, high=math.inf):
-    """A type for argparse: an int or a float from low to high, and finite."""
+    """A type for argparse: a finite int or float from low to high."""
 
     def read(text):
         value = kind(text)
@@ -2120,15 +2010,15 @@ def main():
     add("--prompt", help="text to continue (default: a new document)")
     add("--num_samples", type=positive, default=1)
     add("--max_new_tokens", type=positive, default=200, help="tokens to add (default 200)")
-    add("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest token")
+    add("--temperature", type=number(float), default=0.8, help="0: always the likeliest token")
     add("--top_k", type=positive, help="draw from the k likeliest tokens")
     add("--top_p", type=number(float, 1e-9, 1), help="draw from the likeliest tokens that have "
         "this probability together")
-    add("--min_p", type=number(float, 0, 1), help="draw from tokens at least so likely, compared "
-        "with the likeliest")
+    add("--min_p", type=number(float, 0, 1), help="draw from tokens with at least this fraction "
+        "of the likeliest one's probability")
     add("--seed", type=number(int, -(2**63), 2**63 - 1), default=1337)
-    add("--draft", metavar="CKPT", help="sample: a small model of the same tokenizer that guesses "
-        "ahead; the distribution stays the same")
+    add("--draft", metavar="CKPT", help="sample: a small model with the same tokenizer that "
+        "guesses ahead; the distribution stays the same")
     add("--gamma", type=number(int, 1, SlidingWindowAttention.SLACK - 1), default=4,
         help="tokens that it guesses (default 4)")
     add("--system", help="chat: what the assistant is told to be")
@@ -2157,8 +2047,7 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         # (torch's: no memory, numbers that are not finite, ...)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"model.py: error: {reason}", file=sys.stderr)
+        print(f"model.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -2175,30 +2064,25 @@ def run(args):
     path, device = args.paths[0] if args.paths else args.ckpt, pick_device(args.device)
     model, checkpoint = load_checkpoint(path, device)
     if args.command == "export":
-        export_folder(model, args.paths[1], checkpoint.get("tokenizer"))
-        family = config_for(model.config)[1]
+        family = export_folder(model, args.paths[1], checkpoint.get("tokenizer"))
         print(f"{args.paths[1]}: {family}, {n_parameters(model):,} parameters")
         return
     if not checkpoint.get("tokenizer"):
         raise ValueError(f"{path} holds no tokenizer: it was trained on ids of unknown meaning")
-    tokenizer = read_tokenizer(checkpoint["tokenizer"])
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{path} has a tokenizer of {tokenizer.vocab_size} tokens and a model of "
-                         f"{model.config.vocab_size}")
+    tokenizer = read_tokenizer(checkpoint["tokenizer"], model.config.vocab_size)
     start = [] if tokenizer.eot_id is None else [tokenizer.eot_id]  # a document begins after one
     ids = start + tokenizer.encode(args.prompt or "")
     if not ids:
         raise ValueError("this tokenizer has no end-of-text token to begin with: give a --prompt")
     if len(ids) > model.config.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, and the model takes "
-                         f"{model.config.block_size} at most")
+        raise ValueError(f"the prompt has {len(ids)} tokens, of {model.config.block_size} at most")
     generator = torch.Generator(device).manual_seed(args.seed)
+    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+               generator=generator)
     if args.command in ("prune", "quantize"):
         return smaller_command(args, model, checkpoint, ids, generator)
     if args.quantize and args.quantize != model.quantized:
         quantize(model, args.quantize)
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-               generator=generator)
     if args.command == "chat":
         template = chat_template(args.template) if args.template else checkpoint.get("template")
         return chat(model, tokenizer, template, args.system, args.max_new_tokens, **how)
@@ -2209,29 +2093,27 @@ def run(args):
             raise ValueError(f"{args.draft} has another tokenizer than {path}")
         if args.quantize and args.quantize != draft.quantized:
             quantize(draft, args.quantize)
-    total, seconds, tokens = {"proposed": 0, "accepted": 0, "calls": 0}, 0.0, 0
+    total, begin = collections.Counter(), time.perf_counter()
     for i in range(args.num_samples):
         print("---------------\n" if i else "", args.prompt or "", sep="", end="", flush=True)
         show, finish = printer(tokenizer, {tokenizer.eot_id})
         how |= {"stop": tokenizer.eot_id, "on_token": show}
-        begin = time.perf_counter()
         if draft:
             text, counts = speculate(model, draft, torch.tensor([ids], device=device),
                                      args.max_new_tokens, args.gamma, **how)
-            total = {k: n + counts[k] for k, n in total.items()}
+            total.update(counts, tokens=len(text[0]) - len(ids))
         else:
-            text = model.generate([ids], args.max_new_tokens, **how)
-        seconds, tokens = seconds + time.perf_counter() - begin, tokens + len(text[0]) - len(ids)
+            model.generate([ids], args.max_new_tokens, **how)
         finish()
     if draft:
-        print(f"{tokens / seconds:.1f} tokens/s, "
+        print(f"{total['tokens'] / (time.perf_counter() - begin):.1f} tokens/s, "
               f"{total['accepted'] / max(1, total['proposed']):.0%} of guesses accepted, "
-              f"{tokens / max(1, total['calls']):.2f} tokens per call of the target",
+              f"{total['tokens'] / max(1, total['calls']):.2f} tokens per call of the target",
               file=sys.stderr)
 
 
 def n_parameters(model):
-    """Their number, of matrices that are shared once."""
+    """Their number, shared matrices counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -2251,9 +2133,9 @@ def printer(tokenizer, stops):
 def chat(model, tokenizer, template, system, max_new_tokens, **how):
     """Talk, line by line from standard input, until its end."""
     if not template:
-        raise ValueError("this checkpoint holds no chat template (align.py sft makes models that "
-                         "chat): choose one with --template")
-    template = template | ({"default_system": system} if system is not None else {})
+        raise ValueError("no chat template in this checkpoint (align.py sft): give a --template")
+    if system is not None:
+        template = template | {"default_system": system}
     messages, stops, limit = [], chat_stops(tokenizer, template), model.config.block_size
     while True:
         try:
@@ -2279,71 +2161,73 @@ def chat(model, tokenizer, template, system, max_new_tokens, **how):
         messages.append({"role": "assistant", "content": reply.strip()})
 
 
-def out_path(args):
-    """Where prune, quantize and import write; out/ is made, a folder that was asked for is not."""
+def write(args, model, parts, said):
+    """Save the model that a command has made, and say what it is. out/ is made if need be, but no
+    folder that was asked for."""
     if not args.out:
         os.makedirs("out", exist_ok=True)
-    return args.out or os.path.join("out", f"{args.command}.pt")
+    path = args.out or os.path.join("out", f"{args.command}.pt")
+    save_checkpoint(path, model, **parts)
+    print(f"{path}: {said}")
 
 
 @torch.no_grad()
 def smaller_command(args, model, checkpoint, ids, generator):
-    """`prune` and `quantize`: write a smaller checkpoint, and say what it is. Both look at what
-    the model does with text of its own."""
-    texts = model.generate([ids] * 16, min(256, model.config.block_size) - len(ids),
-                           generator=generator)
-    kept = {name: checkpoint.get(name) for name in ("args", "tokenizer", "template")}
+    """`prune` and `quantize`: write a smaller checkpoint. Both look at what the model does with
+    text of its own."""
+    texts = torch.tensor(model.generate([ids] * 16, min(256, model.config.block_size) - len(ids),
+                                        generator=generator), device=generator.device)
+    parts = {name: checkpoint.get(name) for name in ("args", "tokenizer", "template")}
     if args.command == "prune":
-        small = prune(model, torch.tensor(texts, device=generator.device), args.n_layer or 0,
-                      args.n_embd or 0, args.d_ff or 0)
-        save_checkpoint(out := out_path(args), small, **kept)
-        print(f"{out}: {n_parameters(small):,} of {n_parameters(model):,} parameters")
-        return
+        small = prune(model, texts, args.n_layer or 0, args.n_embd or 0, args.d_ff or 0)
+        said = f"{n_parameters(small):,} of {n_parameters(model):,} parameters"
+        return write(args, small, parts, said)
 
-    def measure():  # -> bytes, of each tensor once; mean loss; tokens per second
+    def measure():  # -> bytes, of each tensor once; tokens per second; mean loss
         n_bytes = sum({x.data_ptr(): x.nbytes for x in model.state_dict().values()}.values())
-        x = torch.tensor(texts, device=generator.device)
-        losses = [F.cross_entropy(model(row[None])[0, :-1], row[1:]).item() for row in x]
-        rates = []
+        seconds = []
         for _ in range(3):
             begin = time.perf_counter()
             model.generate([ids], 48, temperature=0)
-            rates.append(48 / (time.perf_counter() - begin))
-        return n_bytes, sum(losses) / len(losses), max(rates)
+            seconds.append(time.perf_counter() - begin)
+        losses = [F.cross_entropy(model(row[None])[0, :-1], row[1:]).item() for row in texts]
+        return n_bytes, 48 / min(seconds), sum(losses) / len(losses)
 
-    n_bytes, loss, rate = measure()
+    n_bytes, rate, loss = measure()
     quantize(model, args.quantize or "int8")
-    new_bytes, new_loss, new_rate = measure()
-    save_checkpoint(out := out_path(args), model, **kept)
-    print(f"{out}: {model.quantized}, {new_bytes:,} bytes instead of {n_bytes:,} | {new_rate:.1f} "
-          f"tokens/s instead of {rate:.1f} | loss {new_loss:.4f} nats instead of {loss:.4f} "
-          f"({new_loss - loss:+.4f})")
+    new_bytes, new_rate, new_loss = measure()
+    write(args, model, parts, f"{model.quantized}, {new_bytes:,} bytes instead of {n_bytes:,} | "
+          f"{new_rate:.1f} tokens/s instead of {rate:.1f} | loss {new_loss:.4f} nats instead of "
+          f"{loss:.4f} ({new_loss - loss:+.4f})")
 
 
 def import_command(args):
     """`import`: a folder of transformers -> a checkpoint."""
-    folder, tokenizer, text = args.paths[0], None, ""
+    folder = args.paths[0]
     model = import_folder(folder)
-    if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
+    parts, said = {}, f"{n_parameters(model):,} parameters"
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.exists(path):
         try:
             with open(path, encoding="utf-8") as file:
-                tokenizer = file.read()
-            if read_tokenizer(tokenizer).vocab_size > model.config.vocab_size:
-                raise ValueError("its tokenizer has more tokens than the model")
+                text = file.read()
+            read_tokenizer(text, model.config.vocab_size)
+            parts["tokenizer"], said = text, said + ", a tokenizer"
         except ValueError as error:
             print(f"{path} is left out: {error}", file=sys.stderr)
-            tokenizer = None
-    if os.path.exists(path := os.path.join(folder, "chat_template.jinja")):
-        with open(path, encoding="utf-8") as file:
+    jinja, path = (os.path.join(folder, name)
+                   for name in ("chat_template.jinja", "tokenizer_config.json"))
+    text = ""
+    if os.path.exists(jinja):
+        with open(jinja, encoding="utf-8") as file:
             text = file.read()
-    elif os.path.exists(path := os.path.join(folder, "tokenizer_config.json")):
+    elif os.path.exists(path):
         text = str(read_json(path).get("chat_template") or "")
-    template = recognise_template(text)
-    if text and not template:
+    if template := recognise_template(text):
+        parts["template"], said = template, said + ", a chat template"
+    elif text:
         print("its chat template is of an unknown kind, and is left out", file=sys.stderr)
-    save_checkpoint(out := out_path(args), model, tokenizer=tokenizer, template=template)
-    print(f"{out}: {n_parameters(model):,} parameters{', a tokenizer' if tokenizer else ''}"
-          f"{', a chat template' if template else ''}")
+    write(args, model, parts, said)
 
 
 if __name__ == "__main__":

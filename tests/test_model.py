@@ -91,9 +91,6 @@ def test_norms():
         w = torch.randn(8, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda a, w: M._RMSNorm.apply(a, w, 1e-5), (a, w))
         check_close(M._RMSNorm.apply(a, w, 1e-5), M.rms_norm(a, w, 1e-5), 1e-14)
-    layer = M.LayerNorm(8, bias=True)
-    check_close(layer(x), (x - x.mean(-1, keepdim=True)) / (
-        x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
 
 
 def test_softmax_is_stable():
@@ -434,7 +431,9 @@ def test_parameters_and_flops_of_every_part(changes):
     assert products <= per_token <= products + 2.2 * flops["attention, scores and values"] + 9000
     if changes.get("activation") == "moe":  # 3 of 9 experts are met
         assert flops["experts"] == 2 * 2 * 3 * 3 * 32 * model.config.d_ff
-    mixing = model.blocks[0].attn.mixing_flops
+    def mixing(T):
+        return M.mixing_flops(model.config, model.kinds[0], T)
+
     if changes.get("attention") in ("sliding", "linear", "hyena"):
         assert mixing(1024) < 2.1 * mixing(256)  # grows hardly or not at all with the length
     else:
@@ -460,8 +459,7 @@ def test_too_long_a_sequence_is_refused():
     {"attention": "full,latent", "qk_norm": True},
     {"attention": "sparse"}, {"activation": "moe", "n_expert": 4, "top_k": 5},
     {"norm_place": "mid"},
-    {"window": 0}, {"logit_cap": -1.0}, {"block_size": 2**24, "head_size": 8},
-    {"attention": "full,latent", "block_size": 2**23, "head_size": 8, "rope_size": 10}])
+    {"window": 0}, {"logit_cap": -1.0}, {"tie_embeddings": 1}, {"n_layer": 2**14 + 1}])
 def test_configs_that_make_no_model(bad):
     with pytest.raises(ValueError):
         M.TransformerConfig(**{**SMALL, **bad})
@@ -490,7 +488,7 @@ def test_pruning_what_does_nothing_changes_nothing(changes):
             M.prune(model, ids, **bad)
     with pytest.raises(ValueError, match="full attention"):
         M.prune(tiny(attention="hyena"), ids, n_layer=1)
-    with pytest.raises(ValueError, match="int8"):
+    with pytest.raises(ValueError, match="not int8"):
         M.prune(M.quantize(model, "int8"), ids, n_layer=1)
 
 
@@ -670,7 +668,7 @@ def test_mistake_4_speculative_decoding_keeps_the_distribution(how):
     assert 0.05 < accepted < 0.95
 
 
-@pytest.mark.parametrize("attention", ALL_KINDS)
+@pytest.mark.parametrize("attention", ["full", "sliding", "latent", "sliding,full"])
 def test_speculative_decoding_greedy_equals_the_target_alone(attention):
     target, draft = tiny(attention=attention, window=5), tiny(n_layer=1, attention=attention)
     draft.load_state_dict(target.state_dict(), strict=False)  # so that some guesses are right
@@ -695,6 +693,9 @@ def test_speculative_decoding_greedy_equals_the_target_alone(attention):
             M.speculate(target, draft, ids, 4, **bad)
     with pytest.raises(ValueError, match="vocabulary"):
         M.speculate(target, tiny(vocab_size=51), ids, 4)
+    for kind in ("linear", "full,hyena"):
+        with pytest.raises(ValueError, match="state"):
+            M.speculate(target, tiny(attention=kind), ids, 4)
 
 
 # ---- checkpoints
@@ -1028,11 +1029,11 @@ def test_shards_and_halves(tmp_path):
     (dict(num_hidden_layers=3), "lacks the tensor"),
     (dict(num_hidden_layers=1), "no place"), (dict(intermediate_size=41), "by config.json"),
     (dict(hidden_size="32"), "n_embd"), (dict(vocab_size=None), "vocab_size"),
-    (dict(num_attention_heads=0), "n_head"), (dict(num_hidden_layers=10**12), "num_hidden_layers"),
+    (dict(num_attention_heads=0), "n_head"), (dict(num_hidden_layers=10**12), "n_layer"),
     (dict(num_hidden_layers=10**4), "tensors"),
-    (dict(num_hidden_layers=True), "num_hidden_layers"),
+    (dict(num_hidden_layers=True), "n_layer"),
     (dict(max_position_embeddings=2**30), "block_size"), (dict(hidden_size=10**400), "n_embd"),
-    (dict(max_position_embeddings=2**24, head_dim=128), "memory"),
+    (dict(max_position_embeddings=2**24, head_dim=128), "by config.json"),
     (dict(head_dim=2**22), "by config.json"),
     (dict(rope_theta=10**400), "imported"), (dict(rope_parameters=[5]), "imported"),
     (dict(model_type="qwen3", use_sliding_window=True, sliding_window=5, layer_types=["x"] * 2),
@@ -1052,7 +1053,7 @@ def test_gpt2_with_a_matrix_that_can_not_be_cut_in_three(tmp_path):
     tensors = M.read_safetensors(path)
     for x in (torch.tensor(1.0), torch.zeros(32, 95), torch.zeros(2)):
         M.write_safetensors(path, tensors | {name: x})
-        with pytest.raises(ValueError, match="c_attn.weight of shape"):
+        with pytest.raises(ValueError, match="can not be imported"):
             M.import_folder(tmp_path / "hf")
 
 
