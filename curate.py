@@ -585,8 +585,8 @@ def describe(b, texts):
     return list(f), np.stack(list(f.values()), 1).astype(np.float32)
 
 
-# Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression). More
-# than one are those of `name #0`, `name #1` and so on.
+# Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression).
+# Several numbers are the weights of `name #0`, `name #1` and so on.
 BLOCK_BIAS = 3.457
 BLOCK_WEIGHTS = """
 log length -0.42; words <= 3 -0.26; words <= 8 -0.46; words >= 20 0.40; words >= 50 0.35;
@@ -761,9 +761,9 @@ class LinearClassifier:
     @classmethod
     def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, scale=3.0,
               prior=1.0, seed=0):
-        """Learn from texts and their labels: start from `prior` times the logarithms of naive Bayes,
-        and continue with stochastic gradient descent, one text at a time, the rate falling to 0.
-        Scores are divided by the root of the number of n-grams, lest long texts rule."""
+        """Learn from texts and their labels: start from `prior` times the logarithms of naive
+        Bayes, and continue with stochastic gradient descent, one text at a time, the rate falling
+        to 0. Scores are divided by the root of the number of n-grams, lest long texts rule."""
         names = sorted(set(labels))
         if len(names) < 2:
             raise ValueError("a classifier needs examples of two labels or more")
@@ -1014,7 +1014,8 @@ def c4_reason(text):
     """The first of C4's rules for pages that a text breaks, or None. Sentences are counted in the
     lines that C4 keeps."""
     sentences = re.findall(r"[.!?](?=[\s\"'”’)\]]|$)|[。！？।؟]", "\n".join(c4_lines(text)))
-    return first_broken({"curly bracket": "{" in text, "lorem ipsum": "lorem ipsum" in text.lower(),
+    return first_broken({"curly bracket": "{" in text,
+                         "lorem ipsum": "lorem ipsum" in text.lower(),
                          "under 5 sentences": len(sentences) < 5})
 
 
@@ -1277,7 +1278,7 @@ def start_worker():
 
 
 def run_all(function, jobs, workers, what):
-    """[function(*job) for job in jobs], over processes; a progress line if stderr is a terminal."""
+    """[function(*job) for job in jobs], over processes, with a progress line on a terminal."""
     start, results = time.monotonic(), []
 
     def collect(iterator):
@@ -1795,7 +1796,7 @@ def dedup_documents(files, output_dir, workers=1, max_line_repeats=5, paragraph_
             seen = BloomFilter(min(PART, total), paragraph_error_rate)
             for ids, hashes in part:
                 mine = (hashes & np.uint64(1) == 1) & (cut[ids] == 0)
-                cut[ids[mine][seen.add_hashes(hashes[mine])]] = PARAGRAPH
+                cut[ids[mine][seen.add_hashes(hashes[mine] >> np.uint64(1))]] = PARAGRAPH
         jobs = [(*job, min_words) for job in zip(inputs, outputs, np.split(cut, starts[1:-1]))]
         return Tally.merge(run_all(write_units, jobs, workers, "unique"))
 
