@@ -86,14 +86,16 @@ def columns(runs):
         table.setdefault("C", 6 * table["N"] * table["D"])
     elif {"N", "C"} <= set(table):
         table["D"] = table["C"] / (6 * table["N"])
-    for name in {"N", "C", "loss"} - set(table):
-        raise ValueError(f"no column for {name} ({', '.join(NAMES[name])}): {', '.join(plain)}")
+    for name in ("N", "C", "loss"):
+        if name not in table:
+            raise ValueError(f"no column for {name} ({', '.join(NAMES[name])}), only "
+                             f"{', '.join(plain)}")
     return table
 
 
 def load_runs(path):
     """Read a .jsonl, .json or .csv file -> list of dicts. The last line of a .jsonl is left out if
-    it was cut short (by a crash while it was written). Raises ValueError, OSError."""
+    it was cut short. Raises ValueError, OSError."""
     i = 1
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -114,6 +116,25 @@ def load_runs(path):
         why = str(error).replace("line 1 ", f"line {i} ")  # of a .jsonl, json saw one line only
         raise ValueError(f"{path} is no table of runs: {why}") from None
     return runs
+
+
+def write(path, data):
+    """Write bytes to a file beside, and rename it: there is never half a file."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    finally:
+        with contextlib.suppress(OSError):  # it is there only if something went wrong
+            os.remove(path + ".tmp")
+
+
+def append(path, record):
+    """Add a run to a .jsonl, whose last line goes if it was cut short."""
+    runs = load_runs(path) if os.path.exists(path) else []
+    write(path, "".join(json.dumps(run) + "\n" for run in [*runs, record]).encode())
 
 
 # -----------------------------------------------------------------------------
@@ -168,8 +189,7 @@ def valley(x, loss, method="parabola"):
         raise ValueError("the losses have no valley: their parabola opens downward")
     bottom = -parabola[1] / (2 * parabola[0])
     if not np.log(x.min()) <= bottom <= np.log(x.max()):
-        raise ValueError(f"the bottom, at {np.exp(bottom):.3g}, lies outside of what was tried, "
-                         f"{x.min():.3g} to {x.max():.3g}")
+        raise ValueError(f"the bottom, at {np.exp(bottom):.3g}, lies outside of what was tried")
     return float(np.exp(bottom)), float(np.polyval(parabola, bottom))
 
 
@@ -385,8 +405,8 @@ def predict(fit, x, D=None, inference_tokens=0.0):
 
 
 def bootstrap(table, fit, n=100, seed=0):
-    """n fits to runs drawn from a table (of `columns`), at each compute as many as there are; draws
-    that can not be fitted are left out. fit: a function of a table. -> list of what it returns."""
+    """n fits to runs drawn from a table (of `columns`), at each compute as many as there are;
+    draws that can not be fitted are left out. fit: a function of a table. -> list."""
     rng, groups, fits = np.random.default_rng(seed), groups_of(table["C"]), []
     for _ in range(n):
         rows = np.concatenate([rng.choice(i, len(i)) for _, i in groups])
@@ -479,22 +499,23 @@ def cost(*words):
 
 
 def make_plan(flags, data):
-    """What a run will take -> {"N", "D", "C", "iters"}; --train_flops is turned into steps.
-    Raises ValueError, and OSError where there is no data."""
+    """What a run will take -> {"parameters", "tokens", "compute", "iters"}; --train_flops becomes
+    a number of steps. Raises ValueError, and OSError where there is no data."""
     shape = {name: flags[name] for name in sorted(flags) if name in MODEL}
     head = np.fromfile(os.path.join(data, "train.bin"), "<i4", 256)
     if len(head) == 256 and head[0] in (20240520, 20240801):  # else it has no header
         shape.setdefault("vocab_size", str(head[3]))
     N, per_token = cost(*as_words(shape))
     try:
-        tokens = math.prod(int(flags.get(name, default)) for name, default in (
+        step = math.prod(int(flags.get(name, default)) for name, default in (  # train.py's
             ("batch_size", 8), ("block_size", 256), ("gradient_accumulation_steps", 1)))
         iters = int(flags.get("max_iters", 450))
         if "train_flops" in flags:
-            iters = round(float(flags["train_flops"]) / per_token / tokens)
+            iters = round(float(flags["train_flops"]) / per_token / step)
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"a flag is no number: {error}") from None
-    return {"N": N, "D": iters * tokens, "C": iters * tokens * per_token, "iters": iters}
+    return {"parameters": N, "tokens": iters * step, "compute": iters * step * per_token,
+            "iters": iters}
 
 
 def key_of(flags, data):
@@ -519,30 +540,14 @@ def train(flags, data, folder, threads):
                      | {"max_iters": plan["iters"], "data": data, "out_dir": folder,
                         "eval_interval": max(100, plan["iters"] // 4), "eval_iters": 1})
     words += ["--resume"] * os.path.exists(os.path.join(folder, "ckpt.pt"))
-    start("train.py", words, threads if plan["N"] > 5e5 else 1)  # small products are not shared
+    start("train.py", words, threads if plan["parameters"] > 5e5 else 1)  # too small to share
     with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    record = {"key": key_of(flags, data), "parameters": plan["N"], "tokens": plan["D"],
-              "compute": plan["C"], "loss": float(last["val_loss"]),
+    record = {"key": key_of(flags, data), **plan, "loss": float(last["val_loss"]),
               "seconds": float(last["seconds"]), "data": data, "flags": flags}
     if "train_flops" in flags:
         record["compute_budget"] = float(flags["train_flops"])
     return record
-
-
-def append(path, record):
-    """Add a line to a .jsonl; a last line that was cut short by a crash goes first."""
-    with open(path, "ab+") as file:
-        file.seek(0)
-        lines = file.read()
-        last = lines[lines.rfind(b"\n") + 1 :]
-        try:
-            file.write(b"\n" if last and json.loads(last) else b"")
-        except ValueError:
-            file.truncate(len(lines) - len(last))
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def run_all(asked, args):
@@ -562,9 +567,9 @@ def run_all(asked, args):
         shutil.rmtree(folders[key], ignore_errors=True)
     if args.budget and todo:
         spent = sum(r["compute"] for r in known.values())
-        need = sum(make_plan(asked[key], args.data)["C"] for key in todo)
+        need = sum(make_plan(asked[key], args.data)["compute"] for key in todo)
         if spent + need > args.budget:
-            raise ValueError(f"of the budget of {args.budget:.3g} FLOPs {spent:.3g} are spent; "
+            raise ValueError(f"the budget is {args.budget:.3g} FLOPs, {spent:.3g} are spent, and "
                              f"{len(todo)} new runs would take {need:.3g}: none was started")
     cores = os.cpu_count() or 1
     jobs = args.jobs or (1 if shutil.which("nvidia-smi") else cores)
@@ -607,12 +612,12 @@ def isoflop_runs(flags, args):
     for C, size in itertools.product(args.budgets, args.sizes):
         run = {**flags, **size, "train_flops": f"{C:g}"}
         plan = make_plan(run, args.data)
-        ratio = plan["D"] / plan["N"]
+        ratio = plan["tokens"] / plan["parameters"]
         if plan["iters"] >= LEAST_STEPS and 1 <= ratio <= 120:
             asked.append(run)
         else:
-            print(f"left out: {' '.join(as_words(run))}: {plan['iters']} steps, {ratio:.2g} tokens "
-                  "per parameter", flush=True)
+            print(f"left out: {' '.join(as_words(run))}: {plan['iters']} steps, {ratio:.2g} "
+                  "tokens per parameter", flush=True)
     if not asked:
         raise ValueError(f"no size suits a budget: {LEAST_STEPS} steps, 1 to 120 tokens/parameter")
     return asked
@@ -652,9 +657,12 @@ METHODS = {"isoflop": fit_isoflops, "envelope": fit_envelope,
 def as_dict(law, fits=(), y="", x="C"):
     """A law for JSON, with standard errors and 80% intervals over fits to resampled runs, and for
     a PowerLaw of y by x a formula."""
-    result = law._asdict()
-    for name, values in zip(law._fields[:5], zip(*fits)):
-        result[name + "_error"], result[name + "_interval"] = np.std(values), interval(values)
+    result = {}
+    for i, name in enumerate(law._fields):
+        result[name] = law[i]
+        if fits and i < 5:  # else a Parametric law's objective, or runs left out
+            values = [fit[i] for fit in fits]
+            result[name + "_error"], result[name + "_interval"] = np.std(values), interval(values)
     if y:
         result["formula"] = f"{y} = {law.coefficient:.4g} {x}^{law.exponent:.4f}"
     return result
@@ -726,17 +734,6 @@ def show(result):
                 print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
         else:
             print(f"{name}: {as_text(value)}")
-
-
-def write(path, data):
-    """Write bytes to a file beside, and rename it: there is never half a file."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(data)
-        os.replace(path + ".tmp", path)
-    finally:
-        with contextlib.suppress(OSError):  # it is there only if something went wrong
-            os.remove(path + ".tmp")
 
 
 def save(folder, name, result, table, fits):
@@ -846,15 +843,15 @@ def study(args):
     # the width at which N = 12 depth width^2 + V width is the best N for C, in steps of 16; the
     # depth is kept, since a law holds for one family of models
     depth, width = int(base["n_layer"]), int(base["n_embd"])
-    V = make_plan(flags | base, args.data)["N"] / width - 12 * depth * width
+    V = make_plan(flags | base, args.data)["parameters"] / width - 12 * depth * width
     width = (math.sqrt(V * V + 48 * depth * predict(laws, C).N) - V) / (24 * depth)
     size = f"{16 * max(1, round(width / 16))}x{depth}"
     final = {**flags, **parse_size(size), "train_flops": f"{C:g}"}
     plan = make_plan(final, args.data)
-    predicted = float(law(plan["N"], plan["D"]))
-    between = interval([other(plan["N"], plan["D"]) for other in others])
-    print(f"4. at {C:.3g} FLOPs: {size}, N {plan['N']:,}, D {plan['D']:,}; predicted loss "
-          f"{predicted:.4f} (80%: {as_text(between)})", flush=True)
+    N, D = plan["parameters"], plan["tokens"]
+    predicted, between = float(law(N, D)), interval([other(N, D) for other in others])
+    print(f"4. at {C:.3g} FLOPs: {size}, N {N:,}, D {D:,}; predicted loss {predicted:.4f} (80%: "
+          f"{as_text(between)})", flush=True)
     measured, = run_all([final], args)
     loss = measured["loss"]
     print(f"predicted_loss: {predicted:.4f}\nmeasured_loss: {loss:.4f}\n"
@@ -870,11 +867,7 @@ def study(args):
 # -----------------------------------------------------------------------------
 # The command line.
 
-COMMANDS = {"run": "One run; prints its loss.",
-            "sweep": "A grid of hyperparameters, or random ones.",
-            "isoflop": "Models of each size at each budget.",
-            "fit": "Laws of a table of runs.",
-            "study": "The whole method: runs, laws, a prediction, and its test."}
+COMMANDS = "run", "sweep", "isoflop", "fit", "study"
 
 
 def positive(text):
@@ -888,9 +881,8 @@ def parse_args(words):
     """The command line. Flags that are not known are train.py's, except those of `fit`."""
     command = words.pop(0) if words and words[0] in COMMANDS else "study"
     parser = argparse.ArgumentParser(
-        prog=f"scaling.py {command}", allow_abbrev=False, description=COMMANDS[command],
-        epilog="Commands: run, sweep, isoflop, fit, study (the default), each with its own --help. "
-        "Flags that are not listed are train.py's; --train_flops C sets its --max_iters.")
+        prog=f"scaling.py {command}", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=command)
     add = parser.add_argument
     if command == "fit":
@@ -918,13 +910,15 @@ def parse_args(words):
     elif command != "run":
         add("--budgets", default="1e11,2e11,4e11,8e11", help="FLOPs of a run (%(default)s)")
         add("--sizes", default="16x2,32x2,48x2,64x2,80x2,96x2,128x2", metavar="WxL,WxL",
-            help="n_embd x n_layer (%(default)s); study finds the learning rate at the middle one, "
-            "whose depth is the target's")
+            help="n_embd x n_layer (%(default)s); study finds the learning rate at the middle "
+            "one, whose depth is the target's")
     if command == "study":
         add("--target", type=positive, metavar="C", help="FLOPs of the run that is predicted "
             "(default: 10 times the largest budget)")
     args, rest = parser.parse_known_args(words)
     try:
+        if not args.runs.endswith(".jsonl"):
+            raise ValueError(f"--runs must end with .jsonl, unlike {args.runs}")
         if "sizes" in args:
             args.budgets = sorted(positive(text) for text in args.budgets.split(","))
             args.sizes = [parse_size(text) for text in args.sizes.split(",")]

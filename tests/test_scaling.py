@@ -334,6 +334,10 @@ def test_a_line_cut_short_goes_when_the_next_is_added(tmp_path):
     assert S.load_runs(path) == [{"a": 1}]
     S.append(path, {"a": 3})
     assert S.load_runs(path) == [{"a": 1}, {"a": 3}]
+    with open(path, "a") as file:
+        file.write('{"a": 4}')  # whole, but for its newline
+    S.append(path, {"a": 5})
+    assert S.load_runs(path) == [{"a": 1}, {"a": 3}, {"a": 4}, {"a": 5}]
 
 
 SHORT = "--block_size 16 --batch_size 4 --device cpu --data ."
@@ -405,7 +409,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, monkeypatch, change):
     args = types.SimpleNamespace(runs=str(path), data=".", budget=1e12, jobs=1)
     record = dict.fromkeys(S.RESULTS, 7) | {"key": S.key_of(flags, "."), "flags": flags}
     path.write_text(json.dumps(record | change) + "\n")
-    monkeypatch.setattr(S, "make_plan", lambda flags, data: {"C": 1e9})
+    monkeypatch.setattr(S, "make_plan", lambda flags, data: {"compute": 1e9})
     monkeypatch.setattr(S, "train", lambda *_: record | {"loss": 3})
     assert S.run_all([flags], args)[0]["loss"] == (3 if change else 7)
 
@@ -454,6 +458,7 @@ def test_a_stopped_run_goes_on_and_is_not_counted_before(data, call, forks):
     ("isoflop --budgets x", 2, "to float: 'x'"),
     ("study --budgets 1e9", 2, "budgets"),
     ("run --jobs x", 2, "--jobs"),
+    ("run --runs a.csv", 2, ".jsonl"),
     ("fit", 2, "file"),
     ("fit x --bogus", 2, "--bogus"),
     ("run --n_head 3 --train_flops 1e9 --data .", 1, "all runs failed"),
@@ -461,7 +466,8 @@ def test_a_stopped_run_goes_on_and_is_not_counted_before(data, call, forks):
     ("run --data nowhere", 1, "all runs failed"),
 ])
 def test_bad_usage(data, args, code, message, call, forks):
-    result = call(args + (" --method kaplan" if "fit" in args else " --runs kaplan"), data)
+    extra = "--method kaplan" if "fit" in args else "--runs kaplan.jsonl" * ("--runs" not in args)
+    result = call(f"{args} {extra}", data)
     assert result.returncode == code and message in result.err, result.err
 
 
