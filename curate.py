@@ -1119,25 +1119,23 @@ def mask_phone_numbers(text):
     return mask_where(PHONE, text, "|||PHONE_NUMBER|||", is_phone)
 
 
-def is_ip(match):
-    """Whether a match of IPV4 or IPV6 is an address: see mask_ips."""
-    address, before = match.group(), match.string[max(0, match.start() - 40) : match.start()]
-    try:
-        ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if ":" in address:
-        return len(address) >= 6 and any(map(str.isdigit, address))
-    product = PRODUCT_CUE.search(before)
-    version = (product and int(address.split(".")[0]) < 30
-               and not NETWORK_CUE.fullmatch(product.group(1)))
-    return not version and not VERSION_CUE.search(before)
-
-
 def mask_ips(text):
     """(text with IPv4 and IPv6 addresses replaced by |||IP_ADDRESS|||, how many). Numbers above
     255 are no address; four numbers after "version" and the like, or small ones right after the
     name of a product, are a version."""
+    def is_ip(match):
+        address, before = match.group(), match.string[max(0, match.start() - 40) : match.start()]
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        if ":" in address:
+            return len(address) >= 6 and any(map(str.isdigit, address))
+        product = PRODUCT_CUE.search(before)
+        version = (product and int(address.split(".")[0]) < 30
+                   and not NETWORK_CUE.fullmatch(product.group(1)))
+        return not version and not VERSION_CUE.search(before)
+
     text, v4 = mask_where(IPV4, text, "|||IP_ADDRESS|||", is_ip)
     if "::" not in text and text.count(":") < 7:  # most texts
         return text, v4
@@ -2125,9 +2123,9 @@ def run_classifier(args):
                 texts = (d["text"] if "text" in d else extract_text(d["html"])
                          for d in read_documents(path))
             examples += [(text, label) for text in texts if text.strip()]
-    if not examples:
-        raise ValueError("there are no examples to learn from")
     test = np.random.RandomState(0).rand(len(examples)) < 0.05
+    if test.all():
+        raise ValueError("there are no examples to learn from")
     start = time.monotonic()
     model = LinearClassifier.train(*zip(*itertools.compress(examples, ~test)), args.chars,
                                    args.words, args.bits, args.epochs)
@@ -2181,11 +2179,11 @@ COMMANDS = {  # what each does, and its steps
 }
 
 
-def number(kind, low=0, high=sys.float_info.max):
-    """A type for argparse: an int or a float from low to high."""
+def number(kind, low=0, high=math.inf):
+    """A type for argparse: an int or a float from low to high, and finite."""
     def read(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
