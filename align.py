@@ -316,8 +316,7 @@ def separate_documents(model, positions):
     (a block-diagonal mask), and positions count from its beginning. positions: (B, T).
     Raises ValueError for kinds of attention that can not be masked so."""
     if others := set(model.kinds) - {"full", "sliding"}:
-        raise ValueError(f"{min(others)} attention can not be kept inside of a packed text: use "
-                         "--no_packing")
+        raise ValueError(f"{min(others)} attention can not be packed: use --no_packing")
     text = (positions == 0).cumsum(1)
     t = torch.arange(positions.shape[1], device=positions.device)
     mask = (text[:, :, None] == text[:, None]) & (t[:, None] >= t)  # (B, T, T)
@@ -561,7 +560,8 @@ def ppo_loss(log_probs, old_log_probs, advantages, response_mask, values=None, o
 
 MAX_BITS = 4096  # of an exact number; 9^9^9^9 would fill any memory
 NUMBER = r"-?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s?/\s?\d+)?(?:\\?%)?"
-TOKEN = r"\d+\.?\d*|\.\d+|\\[a-zA-Z]+|\\%|\*\*|[-+*/^(){}\[\]%√π]|[a-zA-Z]"
+TOKEN = (r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+\b)?|\\[a-zA-Z]+|\\%|\*\*|"
+         r"[-+*/^(){}\[\]%√π]|[a-zA-Z]")
 PYTHON = {"{": "(", "}": ")", "^": "**", "\\times": "*", "\\cdot": "*", "\\div": "/",
           "%": "/100", "\\%": "/100", "\\pi": "π", "√": "sqrt", "\\sqrt": "sqrt", "\\frac": "frac"}
 
@@ -607,7 +607,6 @@ def to_python(text):
     >>> to_python(r"2\\frac{1}{3}"), to_python("2x^{3}"), to_python(r"\\sqrt[3]8")
     ('frac[2](1)(3)', '2*x**(3)', 'sqrt[3](8)')
     """
-    text = re.sub(r"(\d)\s*[eE]([+-]?\d+)\b", r"\1*10^{\2}", text)
     text = re.sub(r"(?<![\d.])(\d+)\s*\\frac", r"\\frac[\1]", text)  # a mixed number: 2 1/3
     # \frac12 is \frac{1}{2}
     text = re.sub(r"((?:\\frac|\\sqrt|√)(?:\[\d+\])?)\s*(\\pi|\w)", r"\1{\2}", text)
@@ -676,6 +675,7 @@ def evaluate(node):
     return x
 
 
+@functools.lru_cache(10_000)  # the true answer is compared with each response of a group
 def math_value(text):
     """The value of a normalized answer, or None. Nothing of it is ever run: Python's parser makes
     a tree of it, of which `evaluate` computes what it knows."""
@@ -877,7 +877,7 @@ def confine():
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
 
     def hook(event, args):
-        # constants only: nothing that the code could change
+        # constants only, which the code can not change
         if event not in ("compile", "exec", "builtins.id", "sys._getframe", "time.sleep",
                          "sys._getframemodulename", "object.__getattr__", "object.__setattr__",
                          "object.__delattr__", "builtins.input", "array.__new__", "sys.excepthook",
@@ -1394,8 +1394,7 @@ def fit_rows(run, load, measure, count=len):
     def average(rows, size):  # in parts of `size` rows, each weighing what it has of the whole
         sums, whole = Counter(), count(rows)
         for i in range(0, len(rows), size):
-            part = rows[i : i + size]
-            found, share = measure(part), count(part) / whole
+            found, share = measure(rows[i : i + size]), count(rows[i : i + size]) / whole
             auxiliary = found.pop("auxiliary_loss", 0)  # of mixtures of experts; it is not logged
             if torch.is_grad_enabled():
                 ((found["loss"] + auxiliary) * share).backward()
@@ -1752,13 +1751,16 @@ def run_synth(args):
     judge = load_model(args.judge, device)[:3] if args.judge else None
     problems = [row | {"messages": prompt_of(row, where)} for where, row in
                 read_rows(args.data)] if judge else read_problems(args.data)
-    problems = list(enumerate(problems[: args.limit]))
+    problems = [p | {"ids": encode_chat(tokenizer, template, p["messages"])}
+                for p in problems[: args.limit]]
+    problems = keep(problems, [0 < len(p["ids"]) < model.config.block_size for p in problems],
+                    f"prompts of {args.data}", "empty, or longer than the context")
 
     def rows_for(problem, texts):
         texts = [text for text in dict.fromkeys(texts) if text.strip()]
         messages = problem["messages"]
-        row = {"prompt": messages if len(messages) > 1 else messages[0]["content"]}
-        row |= {"answer": problem["answer"]} if "answer" in problem else {}
+        row = {"prompt": messages if len(messages) > 1 else messages[0]["content"],
+               **({"answer": problem["answer"]} if "answer" in problem else {})}
         if judge:
             both = [(a, b, judge_pair(*judge, messages[-1]["content"], a, b))
                     for a, b in zip(texts[::2], texts[1::2])]
@@ -1771,13 +1773,11 @@ def run_synth(args):
         return [row | {"chosen": a, "rejected": b} for a, b in pairs]
 
     def work(chunk):
-        prompts = [encode_chat(tokenizer, template, p["messages"]) for _, p in chunk]
-        fits = [0 < len(ids) < model.config.block_size for ids in prompts]
-        asked = [ids for ids, fit in zip(prompts, fits) if fit for _ in range(args.samples)]
+        asked = [problem["ids"] for problem in chunk for _ in range(args.samples)]
         answers = iter(respond(model, tokenizer, asked, stops, args.max_new_tokens,
-                               args.temperature, args.seed * 100_003 + chunk[0][0]))
-        return [rows_for(p, [next(answers)[1] for _ in range(args.samples)]) if fit else []
-                for (_, p), fit in zip(chunk, fits)]
+                               args.temperature, args.seed * 100_003 + problems.index(chunk[0])))
+        return [rows_for(problem, [next(answers)[1] for _ in range(args.samples)])
+                for problem in chunk]
 
     kept = args.out + ".part"
     found = in_chunks(problems, args.batch_size, "prompts", work, kept, vars(args))
@@ -1880,9 +1880,9 @@ def read_mmlu(path):
         names = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".csv")]
     for name in names:
         subject = re.sub(r"_(dev|val|test)\.csv$", "", os.path.basename(name)).replace("_", " ")
-        with open(name, encoding="utf-8", newline="") as file:
-            rows += [(f"{name}, row {i}", {"subject": subject, "cells": cells})
-                     for i, cells in enumerate(csv.reader(file), 1)]
+        lines = read_text(name).splitlines(keepends=True)
+        rows += [(f"{name}, row {i}", {"subject": subject, "cells": cells})
+                 for i, cells in enumerate(csv.reader(lines), 1)]
     if not rows:
         raise ValueError(f"{path} holds no .csv of questions")
     return rows

@@ -33,10 +33,8 @@ def char_tokenizer(characters="0123456789+= abcdefghijklmnopqrstuvwxyz.,:?AB\n")
 
 
 def tiny(vocab_size=60, block_size=32, **more):
-    sizes = dict(n_layer=2, n_head=2, n_embd=16) | more
-    return M.Transformer(
-        M.TransformerConfig(vocab_size=vocab_size, block_size=block_size, **sizes)
-    )
+    return M.Transformer(M.TransformerConfig(vocab_size=vocab_size, block_size=block_size,
+                                             **dict(n_layer=2, n_head=2, n_embd=16) | more))
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +159,8 @@ def test_mistake_1_sft_accumulation_weighs_tokens_not_batches():
     new, _, _, mask = batch()
     whole = A.sft_loss(new, mask)
     expected = torch.autograd.grad(whole, new)[0]
-    total, gradient = gradient_in_parts(
-        lambda s: A.sft_loss(new[s], mask[s], mask.sum()), new, (3, 2, 1)
-    )
+    total, gradient = gradient_in_parts(lambda s: A.sft_loss(new[s], mask[s], mask.sum()), new,
+                                        (3, 2, 1))
     assert abs(total - whole.item()) < 1e-9
     torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=0)
     naive = sum(A.sft_loss(new[s], mask[s]).item() for s in (slice(0, 3), slice(3, 6))) / 2
@@ -210,16 +207,16 @@ def test_grpo_equals_the_published_formulae(beta, high):
             assert abs(ours.item() - value.item()) < 1e-9
             torch.testing.assert_close(*(torch.autograd.grad(x, new, retain_graph=True)[0] for x in
                                          (ours, value)), atol=1e-9, rtol=0)
-    with pytest.raises(ValueError, match="loss_type"):
-        A.grpo_loss(new, old, A_, mask, loss_type="gpro")
+    for wrong in ({"loss_type": "gpro"}, {"beta": 0.1}):
+        with pytest.raises(ValueError, match="loss_type|reference_log_probs"):
+            A.grpo_loss(new, old, A_, mask, **wrong)
 
 
 def test_losses_do_not_mind_what_is_masked():
     new, old, ref, mask = batch()
     wild = old.masked_fill(~mask, -1e30)
-    for loss in (
-        A.grpo_loss(new, wild, torch.ones(6), mask),
-        A.ppo_loss(new, wild, torch.ones(6, 9), mask)):
+    for loss in (A.grpo_loss(new, wild, torch.ones(6), mask),
+                 A.ppo_loss(new, wild, torch.ones(6, 9), mask)):
         assert math.isfinite(loss.item())
         assert torch.autograd.grad(loss, new, retain_graph=True)[0].isfinite().all()
     nothing = torch.zeros_like(mask)
@@ -247,6 +244,9 @@ def test_ppo_equals_the_published_formula():
                                                       v_old[s], R[s], 0.2, 0.3, 0.1, mask.sum()),
                                  new, (4, 2))
     assert abs(total - ours.item()) < 1e-9
+    for values in ((v,), (v, v_old)):
+        with pytest.raises(ValueError, match="old_values and returns"):
+            A.ppo_loss(new, old, A_, mask, *values)
 
 
 def test_gae_is_the_sum_it_stands_for():
@@ -309,9 +309,8 @@ def test_policy_gradient_loss():
     torch.testing.assert_close(loss, -a * new)
     loss, _ = A.policy_gradient_loss(new, "reinforce_with_baseline", advantages=a[:, 0])
     torch.testing.assert_close(loss, -a * new)
-    loss, more = A.policy_gradient_loss(
-        new, "grpo_clip", advantages=a, old_log_probs=old, cliprange=0.1
-    )
+    loss, more = A.policy_gradient_loss(new, "grpo_clip", advantages=a, old_log_probs=old,
+                                        cliprange=0.1)
     r = (new - old).exp()
     torch.testing.assert_close(loss, -torch.min(r * a, r.clamp(0.9, 1.1) * a))
     assert (more["clipped"] == (((r > 1.1) & (a > 0)) | ((r < 0.9) & (a < 0)))).all()
@@ -324,16 +323,6 @@ def test_policy_gradient_loss():
         A.policy_gradient_loss(new, "grpo_clip", advantages=a, cliprange=0.1)
     with pytest.raises(ValueError, match="loss_type"):
         A.policy_gradient_loss(new, "reinforce", advantages=a)
-
-
-@pytest.mark.parametrize("call, message", [
-    (lambda x, mask: A.grpo_loss(x, x, torch.ones(6), mask, beta=0.1), "reference_log_probs"),
-    (lambda x, mask: A.ppo_loss(x, x, x, mask, values=x), "old_values and returns"),
-    (lambda x, mask: A.ppo_loss(x, x, x, mask, x, x), "old_values and returns")])
-def test_losses_say_what_they_lack(call, message):
-    new, _, _, mask = batch()
-    with pytest.raises(ValueError, match=message):
-        call(new, mask)
 
 
 def test_losses_of_lists_and_of_nothing():
@@ -365,15 +354,12 @@ def test_policy_gradient_is_that_of_the_expected_reward():
 
 
 def test_pack_sequences_by_hand():
-    packed = A.pack_sequences(
-        [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1]), (list(range(9)), [1] * 9)], 4
-    )
-    assert packed["dropped"] == 1
-    assert packed["input_ids"].tolist() == [[5, 6, 8, 0]] and packed["labels"].tolist() == [
-        [6, 7, 9, 0]
-    ]
-    assert packed["positions"].tolist() == [[0, 1, 0, 0]]
-    assert packed["response_mask"].tolist() == [[True, True, True, False]]
+    packed = A.pack_sequences([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1]),
+                               (list(range(9)), [1] * 9)], 4)
+    assert packed.pop("dropped") == 1
+    assert {name: x.tolist() for name, x in packed.items()} == {
+        "input_ids": [[5, 6, 8, 0]], "labels": [[6, 7, 9, 0]], "positions": [[0, 1, 0, 0]],
+        "response_mask": [[True, True, True, False]]}
     assert A.pack_sequences([], 4)["labels"].shape == (0, 4)
 
 
@@ -427,14 +413,9 @@ def test_masks_cover_what_the_assistant_says():
 
 def test_what_people_write_is_no_special_token():
     tokenizer = char_tokenizer("abcdefghijklmnopqrstuvwxyz<|>")
-    template = A.make_template("raw", tokenizer)
-    ids, mask = A.encode_conversation(
-        tokenizer,
-        template,
-        [
-            {"role": "user", "content": "a<|endoftext|>"},
-            {"role": "assistant", "content": "b<|endoftext|>"}],
-    )
+    ids, mask = A.encode_conversation(tokenizer, A.make_template("raw", tokenizer), [
+        {"role": "user", "content": "a<|endoftext|>"},
+        {"role": "assistant", "content": "b<|endoftext|>"}])
     assert ids.count(tokenizer.eot_id) == 1 and ids[-1] == tokenizer.eot_id and mask[-1]
 
 
@@ -489,25 +470,21 @@ def test_malformed_data_is_reported_with_its_line(tmp_path, base, capsys, text, 
     assert code == 1 and message in error and "bad.jsonl" in error and error.count("\n") == 1
 
 
-def test_binary_and_truncated_files(tmp_path, base, capsys):
-    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe\x00")
-    whole = gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 1000)
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:40])
-    (tmp_path / "no.jsonl.gz").write_bytes(b"no gzip")
-    for name in ("bad.jsonl", "cut.jsonl.gz", "no.jsonl.gz", "missing.jsonl"):
-        code, error = fails(capsys, f"sft --ckpt {base} --data {tmp_path}/{name} --out_dir o")
-        assert code == 1 and name in error and error.count("\n") == 1
-        if "jsonl" in name and "missing" not in name:  # as text
-            path = (tmp_path / name).rename(tmp_path / name.replace("jsonl", "txt"))
-            code, error = fails(capsys, f"eval --task ppl --ckpt {base} --data {path}")
-            assert code == 1 and path.name in error and error.count("\n") == 1
+GZIP = gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 1000)
 
 
-@pytest.mark.parametrize("text", ["5", '{"a": 1}', "null"])
-def test_json_that_is_no_list(tmp_path, text):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json: it is no list of rows"):
-        A.read_rows(str(tmp_path / "x.json"))
+@pytest.mark.parametrize("name, content", [
+    ("bad.jsonl", b"\xff\xfe\x00"), ("cut.jsonl.gz", GZIP[:40]), ("no.jsonl.gz", b"no gzip"),
+    ("missing.jsonl", None), ("x.json", b"5"), ("x.json", b'{"a": 1}'), ("x.json", b"null"),
+    ("x.json", b"[1]")])
+def test_binary_truncated_and_wrong_files(tmp_path, base, capsys, name, content):
+    path, text = tmp_path / name, tmp_path / name.replace("jsonl", "txt")
+    if content:
+        path.write_bytes(content)
+        text.write_bytes(content)
+    for command in (f"sft --data {path} --out_dir o", f"eval --task ppl --data {text}"):
+        code, error = fails(capsys, f"{command} --ckpt {base}")
+        assert code == 1 and name.split(".")[0] in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("tests", [[], "", " \n", ["", " "], [3], 5, None])
@@ -652,8 +629,8 @@ FORGERIES = {
     "def f(x): return 1",
     "shadows": "def all(x): return True\ndef isinstance(*a): return True\ndef f(x): return 1",
     "writes a verdict": "import os\nos.write(1, b'[true, \"\"]\\n' * 9)\ndef f(x): return 1",
-    "writes answers": "import os\nos.write(1, b'[\"ok\", [\"list\", [[\"dict\", []]]]]\\n' * 9)\n"
-    "def f(x): return 1",
+    "writes answers": "import os\n"
+    "os.write(1, b'[\"ok\", [\"list\", [[\"dict\", []]]]]\\n' * 9)\ndef f(x): return 1",
     "writes handles": "import os\nos.write(1, b'[\"ok\", [\"list\", [[\"dict\", [[\"tuple\", "
     "[\"f\", [\"handle\", 0]]]]]]]]\\n' * 9)\ndef f(x): return 1",
     "stops": "def f(x): raise StopIteration",
@@ -680,15 +657,12 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_code_that_cheats_fails(name, tmp_path):
+def test_code_that_cheats_fails(name):
     begin = time.perf_counter()
-    verdict = A.run_code(
-        FORGERIES[name], "assert all([f(1) == 2]) and isinstance(f(1), int)", timeout=1.5
-    )
+    verdict = A.run_code(FORGERIES[name], "assert all([f(1) == 2]) and isinstance(f(1), int)",
+                         timeout=1.5)
     assert not verdict and verdict.passed is False and verdict.error
-    assert time.perf_counter() - begin < 5
-    if name == "endless":
-        assert verdict.error == "timeout"
+    assert time.perf_counter() - begin < 5 and (verdict.error == "timeout" or name != "endless")
 
 
 def test_the_verdict_comes_from_what_a_problem_has():
