@@ -290,7 +290,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Update own parameters, then take over those of the other ranks."""
-        loss = train.loss_of(closure)
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for p, r in self.owner.items():
             if r != rank(self.group):
                 p.grad = None
@@ -756,8 +757,8 @@ class Parallel:
             model, args.optimizer, args.learning_rate, args.weight_decay, (args.beta1, args.beta2),
             args.momentum, args.mup)
         name_of = {p: name for name, p in model.named_parameters()}
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group in groups:
+        self.groups = [group for o in self.optimizers for group in o.param_groups]
+        for group in self.groups:
             group["names"] = [name_of[p] for p in group["params"]]
         if args.tp > 1:
             split_tensors(model, self.group)
@@ -768,7 +769,7 @@ class Parallel:
             split_sequence(model, self.config.block_size // args.sp, self.group)
         self.module, self.wrapped = model, self.wrap(model)
         self.params = dict(model.named_parameters())
-        for group in groups:
+        for group in self.groups:
             group["params"] = [self.params[name] for name in group["names"] if name in self.params]
         if "zero" in args.scheme:
             self.optimizers = [ShardedOptimizer(o.param_groups, type(o), self.grads,
@@ -1024,17 +1025,25 @@ def run(args):
                                      train.get_rng(), vars(args), tokenizer)
             log.write()
 
-    stopped, stop = train.catch_signals(), False  # Ctrl-C and SIGTERM, of any process
+    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
+    stopped, stop = [], False
+    for number in (signal.SIGINT, signal.SIGTERM):  # of any process: finish the step, save, leave
+        signal.signal(number, lambda number, frame: stopped.append(number))
     log.pause(step)
     parallel.module.train()
     while step < args.max_iters and not stop:
-        lr = train.set_learning_rate(parallel.optimizers, step, args)
+        lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
+                          args.schedule, args.decay_fraction)
+        for group in parallel.groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         batches = [train.get_batch(train_data, batch_size, T, device, i, args.seed,
                                    parallel.copy_rank, parallel.dp)
                    for i in range(step * accumulate, (step + 1) * accumulate)]
         train.check_ids(batches, config.vocab_size)
         loss, norm = parallel.backward(batches), parallel.clip(args.grad_clip)
-        train.check_finite(step + 1, loss, norm, path)
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
+                             f"{norm}: try a smaller --learning_rate")
         parallel.step()
         step += 1
         stop = all_reduce(torch.tensor(len(stopped), device=device)).item() > 0

@@ -76,9 +76,8 @@ def backward(model, batches, autocast, loss_fn=None, norms=None, head=None):
     total, loss = max(1, sum(counts)), torch.zeros((), device=batches[0][0].device)
     params = [p for p in model.parameters() if p.requires_grad]
     for (x, y), count in zip(batches, counts):
-        if norms is not None:  # this batch's gradients are to be seen alone
-            before = [p.grad for p in params]
-            model.zero_grad(set_to_none=True)
+        if norms is not None:
+            before = [0 if p.grad is None else p.grad.clone() for p in params]
         with autocast():
             if head is not None:
                 import kernels
@@ -92,11 +91,9 @@ def backward(model, batches, autocast, loss_fn=None, norms=None, head=None):
         (part / total + model.auxiliary_loss() * (count / total)).backward()
         loss += part.detach() / total
         if norms is not None:
-            square = sum(p.grad.square().sum() for p in params if p.grad is not None)
+            square = sum((p.grad - g).square().sum() for p, g in zip(params, before)
+                         if p.grad is not None)
             norms.append(((total / max(1, count)) ** 2 * square).item())
-            for p, g in zip(params, before):
-                if g is not None:
-                    p.grad = g if p.grad is None else p.grad.add_(g)
     return loss
 
 
@@ -117,32 +114,20 @@ def gradient_noise_scale(small_norms, big_norms, small, big):
 # Optimizers.
 
 
-def loss_of(closure):
-    """The loss that a closure given to an optimizer's `step` computes anew; None without one."""
-    if closure is not None:
-        with torch.enable_grad():
-            return closure()
-
-
 class Optimizer(torch.optim.Optimizer):
-    """What those below share; each is an `update` of a group's parameters that have gradients.
-    Raises ValueError for settings out of range, or parameters that are no matrices."""
+    """What the optimizers below have in common. Each has a method `update` that changes those
+    parameters of a group that have gradients. matrices_only: raise ValueError for others."""
 
     def __init__(self, params, matrices_only=False, **settings):
-        shares = settings.get("betas") or (settings["momentum"],)
-        numbers = settings["lr"], settings["weight_decay"], settings.get("eps", 0), *shares
-        if min(numbers) < 0 or max(shares) >= 1:
-            raise ValueError("lr, weight_decay, eps, betas and momentum must not be negative, and "
-                             "the last two below 1")
         super().__init__(params, settings)
-        dims = {p.ndim for group in self.param_groups for p in group["params"]}
-        if matrices_only and dims - {2}:
+        if matrices_only and any(p.ndim != 2 for g in self.param_groups for p in g["params"]):
             raise ValueError(f"{type(self).__name__} is for matrices: give the rest to AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients. closure: recomputes the loss, which is returned."""
-        loss = loss_of(closure)
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             self.update([p for p in group["params"] if p.grad is not None], group)
         return loss
@@ -503,15 +488,16 @@ def open_data(folder, block_size):
     """A folder of bpe.py -> (train ids, val ids, text of tokenizer.json or None, vocabulary size
     or None, bytes of text per validation token or None). Raises ValueError."""
     paths = [os.path.join(folder, name) for name in ("train.bin", "val.bin")]
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        how = f" encode --tokenizer ... --input ... --out {folder}"
-        raise ValueError(f"there is no {missing[0]}: python bpe.py"
-                         f"{how if folder != 'data/stdlib' else ''} makes it")
-    data, headers = zip(*map(open_bin, paths))
-    if len(data[0]) <= block_size:
+    for path in paths:
+        if not os.path.exists(path):
+            how = f" encode --tokenizer ... --input ... --out {folder}"
+            raise ValueError(f"there is no {path}: python bpe.py"
+                             f"{how if folder != 'data/stdlib' else ''} makes it")
+    (train, _), (val, header) = opened = [open_bin(path) for path in paths]
+    if len(train) <= block_size:
         raise ValueError(f"block_size {block_size} is too long for {paths[0]}, which has "
-                         f"{len(data[0]):,} tokens")
-    if len(data[1]) < 2:
+                         f"{len(train):,} tokens")
+    if len(val) < 2:
         raise ValueError(f"{paths[1]} has one token: there is nothing to predict in it")
     tokenizer, vocab_size, path = None, None, os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
@@ -521,14 +507,14 @@ def open_data(folder, block_size):
             vocab_size = Tokenizer.from_json(tokenizer).vocab_size
         except ValueError as error:
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
-    for path, header in zip(paths, headers):
-        size = 0 if header is None else int(header[3])
-        if header is not None and vocab_size not in (None, size):
+    for path, (_, head) in zip(paths, opened):
+        size = 0 if head is None else int(head[3])
+        if head is not None and vocab_size not in (None, size):
             raise ValueError(f"{path} was made with a vocabulary of {size:,}, but the "
                              f"tokenizer.json beside it has {vocab_size:,}")
         vocab_size = size or vocab_size
-    text_bytes = 0 if headers[1] is None else int(headers[1][5:7].copy().view("<i8")[0])
-    return *data, tokenizer, vocab_size, text_bytes / len(data[1]) or None
+    text_bytes = 0 if header is None else int(header[5:7].copy().view("<i8")[0])
+    return train, val, tokenizer, vocab_size, text_bytes / len(val) or None
 
 
 # -----------------------------------------------------------------------------
@@ -587,11 +573,17 @@ class Log:
 
     def write(self):
         """Write log.csv beside and rename it."""
-        with open(self.path + ".tmp", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, LOG, "", "ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(self.path + ".tmp", self.path)
+        temporary = self.path + ".tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, LOG, "", "ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            os.replace(temporary, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
 
     def summary(self, step, ckpt, **more):
         """The last lines, to be read by scripts: a key and a value each."""
@@ -599,10 +591,11 @@ class Log:
         if not last.get("val_loss"):
             return self.say(f"{ckpt} is already at step {step}: nothing to do for --max_iters "
                             f"{self.max_iters}")
-        bits, seconds = last.get("val_bpb"), f"{float(last['seconds']):.1f}"
         lines = {"val_loss": f"{float(last['val_loss']):.4f}"}
-        lines |= {"val_bits_per_byte": f"{float(bits):.4f}"} if bits else {}
-        lines |= more | {"tokens": step * self.tokens_per_step, "seconds": seconds, "ckpt": ckpt}
+        if last.get("val_bpb"):
+            lines["val_bits_per_byte"] = f"{float(last['val_bpb']):.4f}"
+        lines |= more | {"tokens": step * self.tokens_per_step,
+                         "seconds": f"{float(last['seconds']):.1f}", "ckpt": ckpt}
         self.say("\n" + "\n".join(f"{key}: {value}" for key, value in lines.items()))
 
 
@@ -656,33 +649,6 @@ def set_rng(states):
     torch.set_rng_state(states["cpu"].cpu())
     if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
-
-
-def set_learning_rate(optimizers, step, args):
-    """Give an optimizer's groups the learning rate of a step, by the flags -> that rate."""
-    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
-    lr = get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
-                args.schedule, args.decay_fraction)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr
-
-
-def check_finite(step, loss, norm, ckpt):
-    """Raise ValueError if the training has diverged."""
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        kept = f"; {ckpt} is from before it" if os.path.exists(ckpt) else ""
-        raise ValueError(f"at step {step} the loss is {loss} and the gradient norm {norm}{kept}: "
-                         "try a smaller --learning_rate")
-
-
-def catch_signals():
-    """Ctrl-C and SIGTERM no longer end the process, but are added to a list, which is returned:
-    the loop of a run finishes its step, saves, and leaves."""
-    stopped = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopped.append(number))
-    return stopped
 
 
 def open_model(args, device):
@@ -803,11 +769,17 @@ def run(args):
     card = torch.cuda.get_device_name(device) if cuda else ""
     peak = args.peak_flops or next((PEAK[name] for name in PEAK if name in card), None)
     flops_per_token = 3 * sum(count_flops(config).values())
-    small_norms, big_norms, stopped = [], [], catch_signals()
+    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
+    small_norms, big_norms, stopped = [], [], []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
+        signal.signal(number, lambda number, frame: stopped.append(number))
     model.train()
     log.pause(step)
     while step < args.max_iters and not stopped:
-        lr = set_learning_rate(optimizers, step, args)
+        lr = get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
+                    args.schedule, args.decay_fraction)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         batches = [get_batch(train_data, args.batch_size, block_size, device, i, args.seed)
                    for i in range(step * n, (step + 1) * n)]
         check_ids(batches, config.vocab_size)
@@ -817,7 +789,9 @@ def run(args):
                         small_norms if args.noise_scale else None, head).item()
         norm = clip_grad_norm(model.parameters(), args.grad_clip).item()
         big_norms.append(norm**2)
-        check_finite(step + 1, loss, norm, path)
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
+                             f"{norm}: try a smaller --learning_rate")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
