@@ -28,7 +28,7 @@ import gzip
 import heapq
 import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
 import signal
 import sys
@@ -215,67 +215,56 @@ def find_cuts(block):
 # of which 13,000 are distinct. So chunks are numbered, all work is done once per distinct chunk,
 # and what is left is to look up the number of each chunk, for many at once.
 
-_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # mask of the n low bytes
+_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # masks of the n low bytes
 _ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
-MAX_CHUNKS = 1 << 20  # that are remembered; then all are forgotten, which bounds the memory
+MAX_CHUNKS = 1 << 20  # a larger table is thrown away and begun anew, which bounds the memory
 
 
-class ChunkTable:
-    r"""Numbers the distinct chunks of a text in order of first sight, from 1 on; b"\xff" is 0.
+class ChunkTable(dict):
+    r"""{chunk: its number}: numbers chunks from 1 on in order of first sight; b"\xff" is 0.
 
-    A dictionary would do, at some 150 ns a chunk. Before it stands what a processor puts before
-    its memory, a direct-mapped cache: a chunk's first 8 bytes as an integer are hashed to a slot
-    (Knuth, vol. 3, 6.4); the slot holds a chunk of up to 8 bytes and its number; if it is the
-    same chunk, done. That is array arithmetic. Longer chunks go to a second cache, for 16 bytes.
-    Chunks that miss go through the dictionary and take over the slot.
+    The dictionary alone would do, at some 300 ns a chunk. In front of it stands what a processor
+    has in front of its memory, a direct-mapped cache, which numpy can search for many chunks at
+    once: a chunk of up to 16 bytes, as two integers, is hashed to a slot (Knuth, vol. 3, 6.4),
+    which holds the last chunk that was seen there and its number. If that is another chunk, or
+    for a longer one, the dictionary is asked.
     """
 
     def __init__(self):
-        self.number = {b"\xff": 0}  # chunk, as bytes -> its number
-        self.caches = [(np.zeros((n, 1 << bits), np.uint64), np.zeros(1 << bits, np.int64))
-                       for n, bits in ((1, 18), (2, 17))]
+        self[b"\xff"] = 0
+        self.slots = [np.zeros(1 << 18, dtype) for dtype in (np.uint64, np.uint64, np.int64)]
+
+    def __missing__(self, chunk):
+        self[chunk] = number = len(self)
+        return number
 
     def lookup(self, block):
         """Numbers of the chunks of a block (bytes, see `find_cuts`), int64, in order."""
         starts = find_cuts(block)
         lengths = np.diff(starts, append=len(block))
-        out = np.empty(len(starts), np.int64)
         # the 8 bytes from each offset on, as an integer
-        words = np.ndarray(len(block) + 24, np.uint64, block + bytes(31), strides=1)
-        # keys are padded with zeros, so that text with zeros has to do without the caches
-        level = len(self.caches) if b"\0" in block else 0
-        for i in range(0, len(starts), 1 << 14):  # so little stays in the processor's own cache
-            part = slice(i, i + (1 << 14))
-            out[part] = self._lookup(block, words, starts[part], lengths[part], level)
+        words = np.ndarray(len(block) + 8, np.uint64, block + bytes(15), strides=1)
+        # shorter chunks are padded with zeros, so text that has zeros in it can not be cached
+        longest = 0 if b"\0" in block else 16
+        out = np.empty(len(starts), np.int64)
+        for i in range(0, len(starts), 1 << 14):  # so few stay in the processor's own cache
+            start, length = starts[i : i + (1 << 14)], lengths[i : i + (1 << 14)]
+            head = words[start] & _LOW_BYTES.take(length, mode="clip")
+            tail, more = np.zeros_like(head), np.flatnonzero(length > 8)
+            tail[more] = words[start[more] + 8] & _LOW_BYTES.take(length[more] - 8, mode="clip")
+            slot = ((head + tail * _ODD[1]) * _ODD[0] >> np.uint64(64 - 18)).view(np.int64)
+            heads, tails, numbers = self.slots
+            number = numbers.take(slot)
+            miss = (heads.take(slot) != head) | (tails.take(slot) != tail) | (length > longest)
+            miss = np.flatnonzero(miss)
+            ends = (start + length)[miss].tolist()
+            missed = [block[i:j] for i, j in zip(start[miss].tolist(), ends)]
+            number[miss] = [*map(self.__getitem__, missed)]
+            miss = miss[length[miss] <= longest]
+            for slots, new in zip(self.slots, (head, tail, number)):
+                slots[slot[miss]] = new[miss]
+            out[i : i + (1 << 14)] = number
         return out
-
-    def chunks(self, first):
-        """The chunks from number `first` on."""
-        return list(itertools.islice(reversed(self.number), len(self.number) - first))[::-1]
-
-    def _lookup(self, block, words, starts, lengths, level):
-        """The chunks at `starts`, by the caches from `level` on, or by the dictionary."""
-        if level == len(self.caches):
-            ends, number = (starts + lengths).tolist(), self.number
-            return [number.setdefault(block[i:j], len(number))
-                    for i, j in zip(starts.tolist(), ends)]
-        keys, numbers = self.caches[level]
-        key = [words[starts + 8 * j] for j in range(len(keys))]
-        # zeros for what lies beyond the chunk's end, which is in the last 8 bytes
-        key[-1] &= _LOW_BYTES.take(lengths - 8 * (len(keys) - 1), mode="clip")
-        hashed = functools.reduce(np.add, map(np.multiply, key, _ODD))
-        slot = (hashed >> np.uint64(65 - len(numbers).bit_length())).view(np.int64)
-        found = numbers.take(slot)
-        longer = lengths > 8 * len(keys)
-        differ = (cached.take(slot) != k for cached, k in zip(keys, key))
-        miss = functools.reduce(np.logical_or, differ)
-        miss, longer = np.flatnonzero(miss & ~longer), np.flatnonzero(longer)
-        for rest, then in ((miss, len(self.caches)), (longer, level + 1)):
-            found[rest] = self._lookup(block, words, starts[rest], lengths[rest], then)
-        numbers[slot[miss]] = found[miss]
-        for cached, k in zip(keys, key):
-            cached[slot[miss]] = k[miss]
-        return found
 
 
 # -----------------------------------------------------------------------------
@@ -284,42 +273,41 @@ class ChunkTable:
 BLOCK = 1 << 19  # bytes of text that are worked on at a time; larger ones cost page faults
 
 
-def alternatives(strings):
-    """A regular expression for any of the strings; where several match, the longest wins."""
-    longest_first = sorted(strings, key=len, reverse=True)
-    return "|".join(map(regex.escape, longest_first)) or r"(?!)"  # which matches nothing
+def any_of(strings):
+    """A compiled pattern for any of the strings, in UTF-8; where several match, the longest."""
+    longest_first = sorted(map(utf8, strings), key=len, reverse=True)
+    return regex.compile(b"|".join(map(regex.escape, longest_first)) or rb"(?!)")
 
 
-def cut_stream(pieces, separators, chunked):
+def cut_stream(pieces, separators, chunked, ending=b""):
     """UTF-8 in pieces of any size -> the same in pieces of about BLOCK bytes, each of which can
-    be tokenized alone: cut where a separator begins or, if `chunked`, where `find_cuts` says so
-    and no separator is cut in two."""
-    find = regex.compile(utf8(alternatives(separators))).finditer
-    longest = max((len(utf8(s)) for s in separators), default=1)
-
-    def last_cut(buffer):
-        end = max(0, len(buffer) - longest)  # later a separator may begin that is not all here
-        if not chunked:
-            return max((match.start() for match in find(buffer, 0, end)), default=0)
-        for low in (max(0, end - 4096), 0):  # it is nearly always close to the end
-            for cut in (find_cuts(buffer[low:end]) + low).tolist()[:0:-1]:
-                # not in a separator, nor before the last of the spaces that one follows
-                around = find(buffer, max(0, cut - longest), cut + longest + 1, overlapped=True)
-                if not any(match.start() - 1 <= cut < match.end() for match in around):
-                    return cut
-        return 0
-
-    waiting, size, enough = [], 0, BLOCK
+    be tokenized alone: cut after a separator or, if `chunked`, between separators where
+    `find_cuts` says so. What does not end with `ending` gets it."""
+    separator, longest = any_of(separators), max(map(len, map(utf8, separators)), default=0)
+    buffer, enough = bytearray(), BLOCK
     for piece in pieces:
-        waiting.append(piece)
-        size += len(piece)
-        if size >= enough:
-            buffer = b"".join(waiting)
-            if cut := last_cut(buffer):
-                yield buffer[:cut]
-            waiting, size = [buffer[cut:]], len(buffer) - cut
-            enough = max(BLOCK, 2 * size)
-    yield b"".join(waiting)
+        buffer += piece
+        if len(buffer) < enough:
+            continue
+        text, cut = bytes(buffer), 0
+        end = max(0, len(text) - longest)  # a separator that begins later may be incomplete
+        for low in (max(0, end - 4096), 0):  # the last cut is nearly always close to the end
+            if low and separator.search(text, max(0, low - longest), low + longest):
+                continue  # low may lie within a separator
+            cut = low
+            for match in separator.finditer(text, low):
+                if match.start() >= end:
+                    break
+                cut = match.end()
+            if chunked and cut < end:
+                cut += int(find_cuts(text[cut:end])[-1])
+            if cut > low:
+                break
+        if cut:
+            yield text[:cut]
+        buffer = bytearray(text[cut:])
+        enough = max(BLOCK, 2 * len(buffer))
+    yield bytes(buffer) if buffer.endswith(ending) else bytes(buffer + ending)
 
 
 def read_blocks(paths, separators=(EOT,), chunked=True):
@@ -327,15 +315,7 @@ def read_blocks(paths, separators=(EOT,), chunked=True):
     lines of a .jsonl, of which `line` is the number of the first, or a piece of `cut_stream` and
     0. Text that does not end with EOT gets one. Raises OSError, or ValueError for an empty file.
     """
-
-    def pieces(file):
-        end, tail = utf8(EOT), b""
-        while piece := file.read(BLOCK):
-            yield piece
-            tail = (tail + piece[-len(end) :])[-len(end) :]
-        if EOT in separators and tail != end:
-            yield end
-
+    ending = utf8(EOT) if EOT in separators else b""
     for path in map(os.fspath, paths):
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             try:
@@ -347,11 +327,10 @@ def read_blocks(paths, separators=(EOT,), chunked=True):
                         yield path, line, b"".join(lines)
                         line += len(lines)
                 else:
-                    for piece in cut_stream(pieces(file), separators, chunked):
+                    pieces = iter(lambda: file.read(BLOCK), b"")
+                    for piece in cut_stream(pieces, separators, chunked, ending):
                         yield path, 0, piece
-            except EOFError:
-                raise ValueError(f"{path} ends in the middle of its gzip stream") from None
-            except (gzip.BadGzipFile, zlib.error) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} is no gzip file, or a damaged one: {error}") from None
 
 
@@ -361,16 +340,16 @@ def to_documents(block, separators=(EOT,)):
     last separator. Raises ValueError for a line of a .jsonl that is not an object with a text.
     """
     path, line, raw = block
-    separator = rb"\n" if line else utf8(alternatives(separators))
     documents, invalid = [], 0
-    for number, document in enumerate(regex.split(separator, raw), line):
+    parts = raw.split(b"\n") if line else any_of(separators).split(raw)
+    for number, document in enumerate(parts, line):
         try:
             text = document.decode("utf-8")
         except UnicodeDecodeError:
-            text, old = document.decode("utf-8", "replace"), document
-            document = utf8(text)
-            made = text.count("\ufffd") - old.count(utf8("\ufffd"))
-            invalid += len(old) - (len(document) - 3 * made)
+            escaped = document.decode("utf-8", "surrogateescape")
+            invalid += len(regex.findall("[\udc80-\udcff]", escaped))
+            text = document.decode("utf-8", "replace")
+            document = text.encode("utf-8")
         if line:
             try:
                 document = utf8(json.loads(text)["text"]) if text.strip() else b""
@@ -381,78 +360,61 @@ def to_documents(block, separators=(EOT,)):
     return [*documents, b""] if line else documents, invalid
 
 
-def parallel(work, items, num_proc):
-    """Yield work(item) for each item, in order, computed by num_proc processes, each of which has
-    a copy of `work`. Raises what `work` raises, and ValueError if a process is killed."""
+def parallel(work, num_proc):
+    """Run the generators work(0, num_proc), ..., work(num_proc - 1, num_proc), each in a process
+    of its own, and yield what they yield in turn, until the first has no more. Raises what they
+    raise, and ValueError if a process is killed.
+
+    A process that is ahead of its turn waits, since pipes hold little.
+    """
     if num_proc == 1:
-        yield from map(work, items)
+        yield from work(0, 1)
         return
     # fork starts in no time and needs no importable __main__; elsewhere than on Linux it is unsafe
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    processes, idle, busy, done, asked, given = [], [], {}, {}, 0, 0
-
-    def talk(function, *args):
-        try:
-            return function(*args)
-        except (EOFError, OSError):
-            raise ValueError("a worker process was killed (out of memory?)") from None
-
+    processes, links = [], []
     try:
         hold_signals("SIG_BLOCK")  # Python drops an interrupt that arrives in the middle of a fork
-        for _ in range(num_proc):
-            link, far = context.Pipe()
-            process = context.Process(target=serve, args=(work, far, link), daemon=True)
-            process.start()
+        for first in range(num_proc):
+            link, far = context.Pipe(duplex=False)
+            args = work, first, num_proc, link, far
+            processes.append(context.Process(target=serve, args=args, daemon=True))
+            processes[-1].start()
             far.close()
-            processes.append(process)
-            idle.append(link)
+            links.append(link)
         hold_signals("SIG_UNBLOCK")
-        items = iter(items)
-        item = next(items, None)
-        while True:
-            # receive what is there, and wait only if the next result in order is not
-            wait = None if busy and given not in done else 0
-            for link in multiprocessing.connection.wait([*busy], wait):
-                done[busy.pop(link)] = talk(link.recv)
-                idle.append(link)
-            # a reader slower than the processes finds so many results at most
-            while idle and item is not None and asked < given + 3 * num_proc:
-                talk(idle[-1].send, item)
-                busy[idle.pop()], asked = asked, asked + 1
-                item = next(items, None)
-            if given in done:
-                if error := done[given][1]:
-                    raise error
-                yield done.pop(given)[0]  # without a name, which would keep it from being freed
-                given += 1
-            elif not busy:
+        for link in itertools.cycle(links):
+            try:
+                result, error = link.recv()
+            except (EOFError, OSError):
+                raise ValueError("a worker process was killed (out of memory?)") from None
+            if error:
+                raise error
+            if result is None:
                 return
+            yield result
     finally:
-        hold_signals("SIG_BLOCK")
         for process in processes:
-            process.kill()  # they hold nothing that others wait for, and it can not be put off
+            process.kill()  # they hold nothing that others wait for
         for process in processes:
             process.join()
-        hold_signals("SIG_UNBLOCK")
 
 
-def serve(work, link, far):
-    """The life of a process of `parallel`: receive an item, send (result, error)."""
+def serve(work, first, step, link, far):
+    """The life of a process of `parallel`: send (result, None) for each result, and in the end
+    (None, the error that was raised or None)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     hold_signals("SIG_UNBLOCK")
-    far.close()  # the parent's end, of which fork made a copy: without it we see the parent die
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            link.send(attempt(work, link.recv()))
-
-
-def attempt(work, item):
-    """-> (work(item), None), or (None, the error that it raised)."""
-    try:
-        return work(item), None
-    except Exception as error:
-        return None, error
+    link.close()  # the parent's end, of which fork made a copy: without it we see the parent die
+    error = None
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            for result in work(first, step):
+                far.send((result, None))
+        except Exception as caught:
+            error = caught
+        far.send((None, error))
 
 
 def hold_signals(how):
@@ -510,42 +472,40 @@ def replacing(path, mode="w"):
 
 def count_pretokens(first, step, paths, pattern, separators):
     """Count the pre-tokens in each `step`-th block of the files, so that `step` processes share
-    the work: all read everything, which is cheaper than to send blocks about. -> ({pre-token:
-    count}, number of invalid bytes)
+    the work: all read everything, which is cheaper than to send blocks about. Yields, once,
+    ({pre-token: count}, number of invalid bytes).
 
     Regular expressions are slow, so each distinct chunk is split once for many blocks, and its
     pre-tokens are counted as often as the chunk occurred.
     """
     split, chunked = regex.compile(pattern), pattern in PATTERNS.values()
-    counts, table, seen = collections.defaultdict(int), ChunkTable(), np.zeros(1, np.int64)
+    counts, table, seen = collections.defaultdict(int), ChunkTable(), np.zeros(0, int)
     progress, done, bad = Progress("counting", text_size(paths) / 1e6, "MB"), 0, 0
 
     def count_chunks():
-        for chunk, n in zip(table.chunks(1), seen[1:].tolist()):
+        for chunk, n in itertools.islice(zip(table, seen.tolist()), 1, None):
             for pretoken in split.findall(chunk.decode("utf-8")):
                 counts[pretoken] += n
 
-    for i, block in enumerate(read_blocks(paths, separators, chunked)):
-        done += len(block[2])
-        if first == 0:  # one process tells how far all are
-            progress(done / 1e6)
-        if i % step != first:
-            continue
+    blocks = read_blocks(paths, separators, chunked)
+    for block in itertools.islice(blocks, first, None, step):
         documents, invalid = to_documents(block, separators)
+        bad += invalid
         if chunked:
             numbers = table.lookup(b"\xff".join(documents))
-            # how often chunk n occurred
-            seen = np.append(seen, np.zeros(len(table.number) - len(seen), np.int64))
-            np.add.at(seen, numbers, 1)
-            if len(seen) > MAX_CHUNKS:
+            before, seen = seen, np.bincount(numbers, minlength=len(table))
+            seen[: len(before)] += before  # how often chunk n occurred
+            if len(table) > MAX_CHUNKS:
                 count_chunks()
-                table, seen = ChunkTable(), np.zeros(1, np.int64)
+                table, seen = ChunkTable(), np.zeros(0, int)
         else:
             for match in itertools.chain(*(split.finditer(d.decode("utf-8")) for d in documents)):
                 counts[match[0]] += 1
-        bad += invalid
+        done += step * len(block[2])
+        if first == 0:  # one process tells how far all are
+            progress(done / 1e6)
     count_chunks()
-    return dict(counts), bad
+    yield dict(counts), bad
 
 
 class Corpus:
@@ -579,14 +539,15 @@ class Corpus:
         self.next = np.arange(1, size + 1, dtype=np.int32)
         self.prev = np.arange(-1, size - 1, dtype=np.int32)
         self.pair = np.full(size, -1, np.int32)
-        self.count, self.start = np.zeros(0, np.int64), np.zeros(1, np.int64)
-        self.left, self.right, self.where = (np.zeros(0, np.int32) for _ in range(3))
-        self.n_pairs = self.n_where = 0
+        # Each merge takes away a position and enters up to two others, so 3 * size are enough.
+        # (What is not used takes no memory: the system hands out pages as they are written.)
+        self.count, self.start = np.zeros(3 * size, np.int64), np.zeros(3 * size + 1, np.int64)
+        self.left, self.right, self.where = (np.zeros(3 * size, np.int32) for _ in range(3))
+        self.n_pairs = 0
         self.add_pairs(np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0)))
 
     def add_pairs(self, positions):
-        """Enter the pairs that begin at these positions, all of them new -> slice of their
-        numbers."""
+        """Enter the pairs that begin at these positions, all of them new -> their numbers."""
         key = self.token[positions].astype(np.int64) << 32 | self.token[self.next[positions]]
         if self.n_pairs:
             order = np.argsort(key)
@@ -594,22 +555,15 @@ class Corpus:
             order = np.argsort((key >> 24 | key & 255).astype(np.uint16), kind="stable")
         key, positions = key[order], positions[order]
         edges = np.flatnonzero(np.diff(key, prepend=-1))  # where another pair begins
-        new = slice(self.n_pairs, self.n_pairs + len(edges))
-        listed = slice(self.n_where, self.n_where + len(positions))
-        self.n_pairs, self.n_where = new.stop, listed.stop
-        if new.stop >= len(self.count):
-            for name in ("count", "left", "right", "start"):
-                setattr(self, name, np.resize(getattr(self, name), 2 * new.stop + 1))
-        if listed.stop > len(self.where):
-            self.where = np.resize(self.where, 2 * listed.stop)
-        self.where[listed] = positions
-        self.start[new] = edges + listed.start
-        self.start[new.stop] = listed.stop
+        new = np.arange(self.n_pairs, self.n_pairs + len(edges))
+        first = self.start[self.n_pairs]
+        self.n_pairs += len(edges)
+        self.where[first : first + len(positions)] = positions
+        self.start[new], self.start[self.n_pairs] = first + edges, first + len(positions)
         self.left[new], self.right[new] = key[edges] >> 32, key[edges] & 0xFFFFFFFF
         if len(edges):
             self.count[new] = np.add.reduceat(self.weight[positions], edges)
-        numbers = np.arange(new.start, new.stop)
-        self.pair[positions] = np.repeat(numbers, np.diff(edges, append=len(key)))
+        self.pair[positions] = np.repeat(new, np.diff(edges, append=len(key)))
         return new
 
     def occurrences(self, pairs):
@@ -636,7 +590,7 @@ class Corpus:
 
     def merge(self, pairs, positions, owner, first_new):
         """Merge pairs at their positions into tokens first_new, first_new + 1, ... No token may
-        be the left one of one of the pairs and the right one of another. Returns the slice of
+        be the left one of one of the pairs and the right one of another. Returns the numbers of
         the pairs that arise."""
         token, next_, prev, pair = self.token, self.next, self.prev, self.pair
         if any(self.left[i] == self.right[i] for i in pairs):
@@ -668,75 +622,51 @@ def learn_merges(words, n_merges, progress=lambda done: None):
 
     words: {bytes: count}. Returns list[tuple[bytes, bytes]].
 
-    Three things make it fast. A merge changes only the words that hold the pair (`Corpus`). The
-    most frequent pair is on top of a heap; since counts only fall, an entry with an outdated
-    count can go back into the heap when it comes up. And merges are done many at a time, as
-    array operations: the next most frequent pairs b, c, ... can be merged together with a if
+    Three things make it fast. A merge changes only the words that hold the pair (`Corpus`). Only
+    pairs of at least `threshold` occurrences are looked at; it is lowered when they run out. And
+    merges are done many at a time, as array operations: the next most frequent pairs b, c, ...
+    can be merged together with a if
       - none begins with the token that another ends with, so that they do not overlap and do
         not change each other's counts, and
       - merging the earlier ones creates no pair as frequent as the later ones, which would have
         had to come first.
     """
-    corpus, tokens, keys, heap = Corpus(words), [], [], []
-    # Greater bytes come first among equal counts, but the heap wants the smallest first: so a
-    # token's key is its bytes inverted, and a last character above all, for "a" < "ab".
-    inverted = bytes(range(255, -1, -1))
-
-    def add_token(token):
-        tokens.append(token)
-        keys.append(token.translate(inverted).decode("latin-1") + "\u0100")
-
-    def push(pairs):
-        columns = (x[pairs].tolist() for x in (corpus.count, corpus.left, corpus.right))
-        for i, n, a, b in zip(pairs.tolist(), *columns):
-            heapq.heappush(heap, (-n, keys[a], keys[b], i))
-
-    for b in range(256):
-        add_token(bytes([b]))
-    # most pairs are never frequent enough: the heap holds those of at least `threshold`
-    threshold = int(corpus.count.max(initial=1)) + 1
-    merges, width = [], 1
+    corpus, tokens, merges = Corpus(words), [bytes([b]) for b in range(256)], []
+    frequent, threshold, width = np.zeros(0, int), int(corpus.count.max()) + 1, 1
     while len(merges) < n_merges:
-        # take pairs from the top for as long as they do not interfere
-        batch, lefts, rights = [], set(), set()
-        while len(batch) < min(width, n_merges - len(merges)):
-            if not heap:
-                if batch or threshold == 1:
-                    break
-                count, high = corpus.count[: corpus.n_pairs], threshold
-                threshold = max(1, threshold // 4)
-                push(np.flatnonzero((count >= threshold) & (count < high)))
-                continue
-            entry = heapq.heappop(heap)
-            count, i = int(corpus.count[entry[3]]), entry[3]
-            if count != -entry[0]:
-                if count >= threshold:
-                    heapq.heappush(heap, (-count, *entry[1:]))
-                continue
-            a, b = int(corpus.left[i]), int(corpus.right[i])
-            if b in lefts or a in rights:
-                heapq.heappush(heap, entry)
-                break
-            lefts.add(a)
-            rights.add(b)
-            batch.append(entry)
-        if not batch:
+        frequent = frequent[corpus.count[frequent] >= threshold]
+        while len(frequent) < width and threshold > 1:
+            threshold = max(1, threshold * 9 // 10)
+            frequent = np.flatnonzero(corpus.count[: corpus.n_pairs] >= threshold)
+        if not len(frequent):
             break  # every word is a single token
+        # the most frequent `width`, and those as frequent as the last of them, in order
+        top, count = frequent, corpus.count[frequent]
+        if len(top) > width:
+            top = top[count >= np.partition(count, -width)[-width]]
+        count, left, right = (x[top].tolist() for x in (corpus.count, corpus.left, corpus.right))
+        name = tokens.__getitem__
+        top = sorted(zip(count, map(name, left), map(name, right), top.tolist()), reverse=True)
+        # take them for as long as they do not interfere
+        batch, lefts, rights = [], set(), set()
+        for entry in top[: min(width, n_merges - len(merges))]:
+            if entry[2] in lefts or entry[1] in rights:
+                break
+            lefts.add(entry[1])
+            rights.add(entry[2])
+            batch.append(entry)
         pairs = [entry[3] for entry in batch]
         positions, owner = corpus.occurrences(pairs)
         bound = np.maximum.accumulate(corpus.largest_new_count(positions, owner, len(batch)))
         n = 1
-        while n < len(batch) and bound[n - 1] < -batch[n][0]:
+        while n < len(batch) and bound[n - 1] < batch[n][0]:
             n += 1
-        for entry in batch[n:]:
-            heapq.heappush(heap, entry)
         width = min(2 * n + 2, 256)  # about as many as went well the last time
-        for i in pairs[:n]:
-            merges.append((tokens[corpus.left[i]], tokens[corpus.right[i]]))
-            add_token(b"".join(merges[-1]))
         fits = owner < n
-        new = corpus.merge(pairs[:n], positions[fits], owner[fits], len(tokens) - n)
-        push(np.flatnonzero(corpus.count[new] >= threshold) + new.start)
+        new = corpus.merge(pairs[:n], positions[fits], owner[fits], len(tokens))
+        frequent = np.concatenate((frequent, new[corpus.count[new] >= threshold]))
+        merges += [entry[1:3] for entry in batch[:n]]
+        tokens += [entry[1] + entry[2] for entry in batch[:n]]
         progress(len(merges))
     return merges
 
@@ -767,11 +697,10 @@ def train_bpe(input_path, vocab_size, special_tokens=(EOT,), pattern="gpt2", num
     if n_merges < 0:
         raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} "
                          "special tokens")
-    num_proc = num_proc or default_processes(paths)
-    work = functools.partial(count_pretokens, step=num_proc, paths=paths, pattern=pattern,
+    work = functools.partial(count_pretokens, paths=paths, pattern=pattern,
                              separators=special_tokens)
     words, bad = collections.Counter(), 0
-    with contextlib.closing(parallel(work, range(num_proc), num_proc)) as results:
+    with contextlib.closing(parallel(work, num_proc or default_processes(paths))) as results:
         for counts, invalid in results:
             words.update(counts)
             bad += invalid
@@ -795,7 +724,9 @@ def train_char(paths):
 # -----------------------------------------------------------------------------
 # 7. The tokenizer.
 
-MAX_WORDS = 1 << 18  # whose ids are remembered; then all are forgotten
+MAX_WORDS = 1 << 18  # pre-tokens whose ids are remembered; then all are forgotten
+# what reading damaged JSON, or JSON of something else, raises besides ValueError
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error)
 SPECIAL_TOKENS = {  # of OpenAI's .tiktoken files, by the beginning of their names
     "gpt2": [EOT],
     "cl100k": {EOT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
@@ -812,22 +743,27 @@ def byte_characters():
     return [chr(b if b in itself else next(others)) for b in range(256)]
 
 
+# The "behavior" of a pre-tokenizer: is a piece of text joined to the one before it? That depends
+# on whether the pattern matched the one before and this one. (Matches are dropped if "Removed".)
+JOINED = {
+    "Isolated": lambda before, match: False,
+    "Removed": lambda before, match: False,
+    "Contiguous": lambda before, match: before == match,
+    "MergedWithPrevious": lambda before, match: match and not before,
+    "MergedWithNext": lambda before, match: before and not match,
+}
+
+
 def pre_tokenizer(part):
-    """The "pre_tokenizer" of a tokenizer.json -> list of steps, for `split_text`: (compiled
-    pattern, what becomes of matches, whether it becomes of what is between them instead, whether
-    each text is to begin with a space), or None, after which steps see the bytes of the text in
-    `byte_characters`. Raises ValueError for what is not supported."""
-    kind, behavior, prefix = part["type"], part.get("behavior", "Isolated"), False
+    """The "pre_tokenizer" of a tokenizer.json -> list of steps for `split_text`: (compiled
+    pattern, behavior, invert, whether each text is to begin with a space), or None, after which
+    the steps see bytes, written in `byte_characters`. Raises ValueError for unsupported ones."""
+    kind, prefix = part["type"], False
     if kind == "Sequence":
-        steps = []
-        for before, p in zip([{}, *part["pretokenizers"]], part["pretokenizers"]):
-            steps += [None] * (before.get("type") == "ByteLevel") + pre_tokenizer(p)
-        return steps
+        return [step for inner in part["pretokenizers"] for step in pre_tokenizer(inner)]
     if kind == "ByteLevel":
         prefix = part["add_prefix_space"]
-        if not part.get("use_regex", True) and not prefix:
-            return []
-        pattern = PATTERNS["gpt2"] if part.get("use_regex", True) else r"[\s\S]+"
+        pattern = PATTERNS["gpt2"] if part.get("use_regex", True) else r"[\s\S]+" * prefix
     elif kind == "Digits":
         pattern = r"\p{N}" if part["individual_digits"] else r"\p{N}+"
     elif kind == "Punctuation":
@@ -836,53 +772,41 @@ def pre_tokenizer(part):
         pattern = part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])
     else:
         raise ValueError(f"pre-tokenizer {kind} is not supported")
-    if behavior not in ("Isolated", "Removed", "Contiguous", "MergedWithPrevious",
-                        "MergedWithNext"):
+    behavior = part.get("behavior", "Isolated")
+    if behavior not in JOINED:
         raise ValueError(f"behavior {behavior} of pre-tokenizers is not supported")
-    return [(regex.compile(pattern), behavior, part.get("invert", False), prefix)]
-
-
-def arrange(parts, behavior, invert):
-    """Parts of a text, of which the pattern matched each second -> those that `behavior` makes.
-
-    >>> arrange(["a", "-", "", "-", "b"], "MergedWithPrevious", False)
-    ['a-', '-', 'b']
-    """
-    if behavior == "Isolated":
-        return parts
-    if behavior == "Removed":
-        return parts[invert::2]
-    out, before, backward = [], False, behavior == "MergedWithNext"
-    parts = [(part, i % 2 != invert) for i, part in enumerate(parts)
-             if part or i % 2 and parts[i - 1]]  # HF too leaves out what is empty after a match
-    for part, hit in reversed(parts) if backward else parts:
-        if out and (hit == before if behavior == "Contiguous" else hit > before):
-            out[-1] = part + out[-1] if backward else out[-1] + part
-        else:
-            out.append(part)
-        before = hit
-    return out[::-1] if backward else out
+    steps = [(regex.compile(pattern), behavior, part.get("invert", False), prefix)] * bool(pattern)
+    return [*steps, None] if kind == "ByteLevel" else steps
 
 
 def split_text(steps, text):
     """Cut a text by the steps of `pre_tokenizer`, one after the other -> list of str."""
-    pieces, char = [text], byte_characters() if None in steps else ()
+    pieces, characters = [text], None
     for step in steps:
         if step is None:
-            pieces = [utf8(piece).decode("latin-1").translate(char) for piece in pieces]
+            characters = byte_characters()
+            pieces = [utf8(piece).decode("latin-1").translate(characters) for piece in pieces]
             continue
         (pattern, behavior, invert, prefix), texts, pieces = step, pieces, []
+        joined = JOINED[behavior]
         for text in texts:
             if prefix and not text.startswith(" "):
                 text = " " + text
-            parts, at = [], 0
+            parts, at = [], 0  # each with whether it is a match (or is not one, if `invert`)
             for match in pattern.finditer(text):
-                parts += text[at : match.start()], match[0]
+                parts += (text[at : match.start()], invert), (match[0], not invert)
                 at = match.end()
-            pieces += arrange([*parts, text[at:]], behavior, invert)
-        pieces = [piece for piece in pieces if piece]
-    if char:  # parts of characters, as Falcon makes them, become surrogates: see `_bpe`
-        byte = {c: b for b, c in enumerate(char)}
+            before = None
+            for part, match in [*parts, (text[at:], invert)]:
+                if not part or match and behavior == "Removed":
+                    continue
+                if before is not None and joined(before, match):
+                    pieces[-1] += part
+                else:
+                    pieces.append(part)
+                before = match
+    if characters:  # parts of characters, as Falcon makes them, become surrogates: see `_bpe`
+        byte = {c: b for b, c in enumerate(characters)}
         pieces = [bytes(map(byte.get, p)).decode("utf-8", "surrogateescape") for p in pieces]
     return pieces
 
@@ -891,31 +815,26 @@ def from_names(names, merges, added=()):
     """The vocabulary and merges of a tokenizer.json or of vocab.json and merges.txt, in
     `byte_characters`, but for added tokens -> ({id: bytes}, list of pairs of bytes)."""
     to_byte = {c: b for b, c in enumerate(byte_characters())}
-    token = {}
-    for name, i in names.items():
-        if type(i) is not int or not 0 <= i < 1 << 31:
-            raise ValueError(f"token {name!r} has the id {i!r}")
-        written = name not in added and all(c in to_byte for c in name)
-        token[name] = bytes([to_byte[c] for c in name]) if written else utf8(name)
+    token = {name: utf8(name) if name in added or not to_byte.keys() >= {*name}
+             else bytes([to_byte[c] for c in name]) for name in names}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return {i: token[name] for name, i in names.items()}, [(token[a], token[b]) for a, b in pairs]
 
 
 def from_ranks(text):
-    """A .tiktoken file -> ({id: bytes}, merges). It has no list of merges: any two tokens merge
-    whose bytes together are a token, the first in the file first."""
-    rank = {}
-    for number, line in enumerate(filter(None, map(str.split, text.split("\n"))), 1):
-        if len(line) != 2:
-            raise ValueError(f"line {number} is not a token in base64 and its rank")
-        rank[base64.b64decode(line[0], validate=True)] = int(line[1])
+    """A .tiktoken file: in each line a token in base64 and its rank -> ({id: bytes}, merges).
+    It has no list of merges: any two tokens merge whose bytes together are a token, and those
+    that make the token of the lowest rank merge first."""
+    lines = (line.split() for line in text.split("\n") if line.strip())
+    rank = {base64.b64decode(token, validate=True): int(number) for token, number in lines}
     merges = [(token[:i], token[i:]) for token in sorted(rank, key=rank.get)
               for i in range(1, len(token)) if token[:i] in rank and token[i:] in rank]
     return {i: token for token, i in rank.items()}, merges
 
 
 def added_finder(tokens):
-    """Entries of "added_tokens" -> (their strings, a pattern with a group for each, their ids)."""
+    """Entries of "added_tokens" -> function of a text that cuts them out: list of str, and of
+    int, the ids of the tokens between; the longest wins."""
     tokens = sorted(tokens, key=lambda token: len(token["content"]), reverse=True)
     groups = []
     for token in tokens:
@@ -923,8 +842,16 @@ def added_finder(tokens):
         if token["single_word"]:
             found = rf"(?<!\w){found}(?!\w)"
         groups.append("(" + r"\s*" * token["lstrip"] + found + r"\s*" * token["rstrip"] + ")")
-    strings, ids = [t["content"] for t in tokens], [t["id"] for t in tokens]
-    return strings, regex.compile("|".join(groups)), ids
+    pattern = regex.compile("|".join(groups))
+    return functools.partial(cut_out, pattern, [(t["content"], t["id"]) for t in tokens])
+
+
+def cut_out(pattern, tokens, text):
+    parts, at = [], 0
+    for match in pattern.finditer(text) if any(string in text for string, _ in tokens) else ():
+        parts += text[at : match.start()], tokens[match.lastindex - 1][1]
+        at = match.end()
+    return [*parts, text[at:]]
 
 
 class Tokenizer:
@@ -952,15 +879,17 @@ class Tokenizer:
         self._id = {token: i for i, token in reversed(self.vocab.items())}
         self.special_tokens = {}
         for token in special_tokens or ():
-            i = self._id.get(utf8(token), max(self.vocab, default=-1) + 1)
-            i = special_tokens[token] if isinstance(special_tokens, dict) else i
+            if isinstance(special_tokens, dict):
+                i = special_tokens[token]
+            elif (i := self._id.get(utf8(token))) is None:
+                i = max(self.vocab, default=-1) + 1
             if not token or self.vocab.get(i, utf8(token)) != utf8(token):
-                raise ValueError(f"special token {token!r} " + (
-                    f"has the id {i} of another token" if token else "is empty"))
+                raise ValueError(f"special token {token!r} is empty, or has the id {i} of another")
             self.special_tokens[token], self.vocab[i] = i, utf8(token)
+        for i in self.vocab:
+            if not isinstance(i, (int, np.integer)) or not 0 <= i < 2**31 - 1:
+                raise ValueError(f"the id {i!r} is not a whole number from 0 to 2**31 - 2")
         self.vocab_size = max(self.vocab, default=-1) + 1
-        if not 0 <= min(self.vocab, default=0) <= self.vocab_size < 1 << 31:
-            raise ValueError("ids must be from 0 to 2**31 - 2")
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in a .bin
         ends = (EOT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
         ends = [self.special_tokens[s] for s in ends if s in self.special_tokens]
@@ -975,37 +904,41 @@ class Tokenizer:
             raise ValueError(f"merge {a!r} {b!r} needs {missing}, not in the vocabulary") from None
         self._byte_id = [self._id.get(bytes([b]), -1) for b in range(256)]  # -1: left out
 
-        pattern = PATTERNS.get(pattern, pattern)
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": pattern == PATTERNS["gpt2"]}
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-                 "invert": False}
-        steps = {"type": "Sequence", "pretokenizers": [split, level]}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        self.parts = parts or {
-            "added_tokens": [{"id": i, "content": token, **flags, "special": True}
-                             for token, i in self.special_tokens.items()],
-            "normalizer": None, "pre_tokenizer": level if level["use_regex"] else steps,
-            "post_processor": None, "decoder": level | {"use_regex": True},
-        }
-        form = self.parts["normalizer"] or {"type": "Sequence", "normalizers": []}
+        if parts is None:
+            pattern = PATTERNS.get(pattern, pattern)
+            level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                     "use_regex": pattern == PATTERNS["gpt2"]}
+            split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+                     "invert": False}
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            parts = {
+                "added_tokens": [{"id": i, "content": token, **flags, "special": True}
+                                 for token, i in self.special_tokens.items()],
+                "normalizer": None, "pre_tokenizer": level if level["use_regex"] else
+                {"type": "Sequence", "pretokenizers": [split, level]},
+                "post_processor": None, "decoder": level | {"use_regex": True},
+            }
+        self.parts, added = parts, parts["added_tokens"]
+        form = parts["normalizer"] or {"type": "Sequence", "normalizers": []}
         self.forms = [part["type"] for part in form.get("normalizers", [form])]
         if not {*self.forms} <= {"NFC", "NFD", "NFKC", "NFKD"}:
             raise ValueError(f"normalizer {self.forms} is not supported")
-        steps = pre_tokenizer(self.parts["pre_tokenizer"])
-        self.pattern = steps[0][0].pattern if len(steps) == 1 else None
-        self._split = functools.partial(split_text, steps)
         # Hugging Face looks for added tokens in the text as it is, then in the normalized text
-        added = self.parts["added_tokens"]
-        self._added = [added_finder([t for t in added if not t["normalized"]]),
-                       added_finder([t | {"content": self._normalize(t["content"])}
-                                     for t in added if t["normalized"]])]
-        # whether any text can be cut where `find_cuts` says
+        self._added = added_finder([t for t in added if not t["normalized"]])
+        self._added_normalized = added_finder([t | {"content": self._normalize(t["content"])}
+                                              for t in added if t["normalized"]])
+        steps = pre_tokenizer(parts["pre_tokenizer"])
+        if steps[-1:] == [None]:
+            del steps[-1]
+        self.pattern = steps[0][0].pattern if len(steps) == 1 else None
+        # whether a token depends on the text around it; whether any text can be cut where
+        # `find_cuts` says. (Nothing lies between the matches
+        # of these patterns, so it does not matter whether that is Removed.)
         whole = ("Isolated", False, False), ("Isolated", True, False), ("Removed", True, False)
+        self.context = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added)
         self.chunked = (self.pattern in PATTERNS.values() and steps[0][1:] in whole
-                        and not any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added))
-        if self.chunked:  # nothing lies between the matches of these patterns
-            self._split = steps[0][0].findall
+                        and not self.context)
+        self._split = steps[0][0].findall if self.chunked else functools.partial(split_text, steps)
         self._forget()
 
     def _forget(self):
@@ -1021,12 +954,12 @@ class Tokenizer:
         """str -> list of ids. Special tokens in the text are recognised: for text from a
         stranger use `encode_ordinary`."""
         ids = []
-        for part, token in self._find_added(utf8(text).decode("utf-8"), 0):
-            if token is not None:
-                ids.append(token)
+        for part in self._added(utf8(text).decode("utf-8")):
+            if isinstance(part, int):
+                ids.append(part)
                 continue
-            for piece, token in self._find_added(self._normalize(part), 1):
-                ids += self._encode(piece) if token is None else [token]
+            for piece in self._added_normalized(self._normalize(part)):
+                ids += [piece] if isinstance(piece, int) else self._encode(piece)
         return ids
 
     def encode_ordinary(self, text):
@@ -1037,9 +970,11 @@ class Tokenizer:
         """Ids of the concatenation of an iterable of strings, such as an open file, lazily.
 
         The same ids as of `encode` on the whole text, in constant memory (with a pattern that is
-        not in PATTERNS: in memory for the longest text between two special tokens).
+        not in PATTERNS: in memory for the longest text between two special tokens; with tokens that
+        depend on the text around them: in memory for all).
         """
-        for piece in cut_stream(map(utf8, iterable), self.special_tokens, self.chunked):
+        separators = () if self.context else self.special_tokens
+        for piece in cut_stream(map(utf8, iterable), separators, self.chunked):
             yield from self.encode(piece.decode("utf-8"))
 
     def encode_documents(self, documents):
@@ -1055,16 +990,19 @@ class Tokenizer:
             for document in documents:
                 ids += [*self._encode(document.decode("utf-8")), self.eot_id]
             return np.array(ids[:-1], np.int32)
-        if len(self._table.number) > MAX_CHUNKS:
+        if len(self._table) > MAX_CHUNKS:
             self._forget()
         numbers = self._table.lookup(b"\xff".join(documents))
-        if new := self._table.chunks(len(self._begin) - 1):
+        n_new = len(self._table) - len(self._begin) + 1
+        if n_new:
+            new = [*itertools.islice(reversed(self._table), n_new)][::-1]
             pretokens = [self._split(chunk.decode("utf-8")) for chunk in new]
-            ids, lengths = self._bpe_many(list(itertools.chain.from_iterable(pretokens)))
-            chunk = np.repeat(np.arange(len(new)), list(map(len, pretokens)))
-            ends = len(self._ids) + np.cumsum(np.bincount(chunk, lengths, len(new)))
+            ids, lengths = self._bpe_many([p for chunk in pretokens for p in chunk])
+            chunk = np.repeat(np.arange(n_new), list(map(len, pretokens)))
+            ends = len(self._ids) + np.cumsum(np.bincount(chunk, lengths, n_new))
             self._begin.frombytes(ends.astype(np.int64).tobytes())
             self._ids.frombytes(ids.astype(np.int32).tobytes())
+        # the ids of all chunks, one after the other: where each begins, and then what follows it
         begin = np.frombuffer(self._begin, np.int64)
         length = begin[1:].take(numbers)
         begin = begin.take(numbers)
@@ -1077,18 +1015,6 @@ class Tokenizer:
         for form in self.forms:
             text = unicodedata.normalize(form, text)
         return text
-
-    def _find_added(self, text, which):
-        """Yield (text, None) and (added token, its id), in order."""
-        strings, pattern, ids = self._added[which]
-        at = 0
-        for match in pattern.finditer(text) if any(s in text for s in strings) else ():
-            if match.start() > at:
-                yield text[at : match.start()], None
-            yield match[0], ids[match.lastindex - 1]
-            at = match.end()
-        if at < len(text):
-            yield text[at:], None
 
     def _encode(self, text):
         if self.chunked and len(text) > 1 << 14:
@@ -1139,8 +1065,8 @@ class Tokenizer:
             words = pretokens[i : i + 4096]
             if len(words) < 100 or max(map(len, words)) > 100:  # where arrays do not pay
                 found = list(map(self._bpe, words))
-                flat = list(itertools.chain.from_iterable(found))
-                done.append((np.array(flat, np.int64), list(map(len, found))))
+                ids = np.array([i for word in found for i in word], np.int64)
+                done.append((ids, list(map(len, found))))
             else:
                 done.append(self._lockstep([word.encode("utf-8") for word in words]))
         return map(np.concatenate, zip(*done))
@@ -1149,7 +1075,7 @@ class Tokenizer:
         """`_bpe` for a list of bytes, as array operations on the tokens of all words, which lie
         end to end: in each round every word makes one merge. -> as `_bpe_many`"""
         pairs, ranks, merged, byte_id = self._arrays
-        never = len(merged)
+        never = len(merged)  # the rank of pairs that do not merge
         length = np.fromiter(map(len, words), np.int64, len(words))
         word = np.repeat(np.arange(len(words)), length)
         ids = byte_id[np.frombuffer(b"".join(words), np.uint8)]
@@ -1212,17 +1138,14 @@ class Tokenizer:
     def to_json(self):
         """The text of a tokenizer.json, which `tokenizers` and `transformers` read."""
         char = byte_characters()
-        raw = {utf8(t["content"]): t["content"] for t in self.parts["added_tokens"]}
-
-        def name(token):
-            return raw.get(token) or "".join([char[b] for b in token])
-
+        names = {token: "".join([char[b] for b in token]) for token in self.vocab.values()}
+        names |= {utf8(t["content"]): t["content"] for t in self.parts["added_tokens"]}
         model = {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": self.ignore_merges,
-            "vocab": {name(self.vocab[i]): i for i in sorted(self.vocab)},
-            "merges": [f"{name(a)} {name(b)}" for a, b in self.merges],
+            "vocab": {names[token]: i for i, token in sorted(self.vocab.items())},
+            "merges": [f"{names[a]} {names[b]}" for a, b in self.merges],
         }
         parts = {"version": "1.0", "truncation": None, "padding": None, **self.parts}
         return json.dumps(parts | {"model": model}, ensure_ascii=False, indent=1)
@@ -1249,52 +1172,43 @@ class Tokenizer:
                      ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")}
             parts["added_tokens"] = parts["added_tokens"] or []
             added = {t["content"]: t["id"] for t in parts["added_tokens"]}
-            vocab, merges = from_names(model["vocab"], model["merges"], added)
-            return cls(vocab, merges, added, parts=parts,
+            return cls(*from_names(model["vocab"], model["merges"], added), added, parts=parts,
                        ignore_merges=bool(model.get("ignore_merges")))
-        except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        except MALFORMED as error:
             raise ValueError(f"{type(error).__name__} {error}") from None
-        except regex.error as error:
-            raise ValueError(f"regular expression: {error}") from None
 
     @classmethod
-    def from_file(cls, path, merges_path=None, special_tokens=None, pattern=None):
+    def from_file(cls, path, special_tokens=None, pattern=None):
         """Read a tokenizer: a tokenizer.json or a folder that holds one; GPT-2's vocab.json with
-        merges.txt beside it or at merges_path; or a .tiktoken file of ranks, for which `pattern`
-        and `special_tokens` (as of the constructor) are known if its name is one of OpenAI's.
+        merges.txt beside it; or a .tiktoken file of ranks. For the latter two `special_tokens`
+        and `pattern` (as of the constructor) are known if they are GPT-2's or OpenAI's.
 
         Raises ValueError or OSError.
         """
-        path = os.fspath(path)
-        if os.path.isdir(path):
-            path = os.path.join(path, "tokenizer.json")
+        path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else os.fspath(path)
         try:
-            with open(path, encoding="utf-8", newline="") as file:
+            with open(path, encoding="utf-8") as file:
                 text = file.read()
             if path.endswith(".tiktoken"):
-                vocab, merges = from_ranks(text)
                 family = os.path.basename(path).split("_")[0]
                 family = family if family in SPECIAL_TOKENS else "gpt2"
                 if special_tokens is None:
                     special_tokens = SPECIAL_TOKENS[family]
-                return cls(vocab, merges, special_tokens, pattern or family, ignore_merges=True)
+                return cls(*from_ranks(text), special_tokens, pattern or family,
+                           ignore_merges=True)
             names = json.loads(text)
-            if merges_path is None and isinstance(names.get("model"), dict):
+            if isinstance(names.get("model"), dict):
                 return cls.from_json(text)
-            merges_path = merges_path or os.path.join(os.path.dirname(path), "merges.txt")
-            if not os.path.exists(merges_path):
-                raise ValueError(f"there is no model in it, and no {merges_path}")
-            with open(merges_path, encoding="utf-8", newline="\n") as file:
-                lines = [line.rstrip("\r\n") for line in file]
-            if lines and lines[0].startswith("#version"):
-                del lines[0]
-            vocab, merges = from_names(names, filter(None, lines))
+            merges = os.path.join(os.path.dirname(path), "merges.txt")
+            if not os.path.exists(merges):
+                raise ValueError(f"there is no model in it, and no {merges}")
+            with open(merges, encoding="utf-8") as file:
+                lines = file.read().split("\n")
+            lines = filter(None, lines[lines[0].startswith("#version") :])
             if special_tokens is None and EOT in names:
                 special_tokens = [EOT]
-            return cls(vocab, merges, special_tokens, pattern or "gpt2")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not a tokenizer: it is not UTF-8") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return cls(*from_names(names, lines), special_tokens, pattern or "gpt2")
+        except (ValueError, *MALFORMED) as error:
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
 
 
@@ -1302,48 +1216,16 @@ class Tokenizer:
 # 8. .bin files: a header of 256 int32, then token ids.
 
 
-class BinWriter:
-    """Writes ids to a .bin, which is there once `stack`, a contextlib.ExitStack, is closed.
-
-    Header: [0] 20240520 and [1] 1 for uint16, or 20240801 and 7 for uint32 (as in llm.c);
-    [2] number of tokens, at most 2^31 - 1 (the size of the file is the truth); [3] vocabulary
-    size; [4] id of the end-of-text token; [5], [6] low and high half of the number of bytes of
-    text that the tokens stand for. The ids are uint32 if the vocabulary needs it.
-    """
-
-    def __init__(self, path, tokenizer, stack):
-        self.path, self.tokenizer, self.dtype = path, tokenizer, tokenizer.dtype
-        self.file = stack.enter_context(replacing(path, "w+b"))
-        sizes = (len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size))
-        self.sizes = np.fromiter(sizes, np.int32)  # how many bytes of text each id stands for
-        self.sizes[tokenizer.eot_id] = 0
-        self.tokens = self.text_bytes = 0
-        self.file.write(bytes(1024))
-        stack.callback(self.finish)
-
-    def write(self, ids):
-        """Append an array of ids."""
-        self.tokens += len(ids)
-        self.text_bytes += int(self.sizes.take(ids).sum())
-        self.file.write(np.ascontiguousarray(ids, self.dtype))
-
-    def take_tail(self, n):
-        """Remove the last n ids, and return them."""
-        begin = self.file.seek(-n * self.dtype.itemsize, os.SEEK_END)
-        ids = np.frombuffer(self.file.read(), self.dtype)
-        self.file.truncate(begin)
-        self.tokens -= n
-        self.text_bytes -= int(self.sizes.take(ids).sum())
-        return ids
-
-    def finish(self):
-        """Write the header."""
-        header = np.zeros(256, "<i4")
-        header[:2] = (20240520, 1) if self.dtype.itemsize == 2 else (20240801, 7)
-        header[2:5] = min(self.tokens, 2**31 - 1), len(self.sizes), self.tokenizer.eot_id
-        header[5:7] = np.array([self.text_bytes], "<u8").view("<i4")
-        self.file.seek(0)
-        self.file.write(header.tobytes())
+def bin_header(tokenizer, tokens, text_bytes):
+    """The header of a .bin: [0] 20240520 and [1] 1 for uint16, or 20240801 and 7 for uint32 if the
+    vocabulary needs it (as in llm.c); [2] number of tokens, at most 2^31 - 1 (the size of the
+    file is the truth); [3] vocabulary size; [4] id of the end-of-text token; [5], [6] low and
+    high half of the number of bytes of text that the tokens stand for."""
+    header = np.zeros(256, "<i4")
+    header[:2] = (20240520, 1) if tokenizer.dtype.itemsize == 2 else (20240801, 7)
+    header[2:5] = min(tokens, 2**31 - 1), tokenizer.vocab_size, tokenizer.eot_id
+    header[5:7] = np.array([text_bytes], "<u8").view("<i4")
+    return header.tobytes()
 
 
 def read_bin(path):
@@ -1360,11 +1242,14 @@ def read_bin(path):
     return ids, header if offset else None
 
 
-def encode_block(block, tokenizer):
-    """A block of `read_blocks` -> (array of ids, bytes of the file, of text, invalid ones)."""
-    documents, invalid = to_documents(block)
-    ids = tokenizer.encode_documents(documents).astype(tokenizer.dtype)
-    return ids, len(block[2]), sum(map(len, documents)), invalid
+def encode_blocks(first, step, paths, tokenizer):
+    """Encode each `step`-th block of the files (see `parallel`). Yields, for each, (array of ids,
+    number of bytes of the file, of text, and of invalid ones)."""
+    blocks = read_blocks(paths, chunked=tokenizer.chunked)
+    for block in itertools.islice(blocks, first, None, step):
+        documents, invalid = to_documents(block)
+        ids = tokenizer.encode_documents(documents).astype(tokenizer.dtype)
+        yield ids, len(block[2]), sum(map(len, documents)), invalid
 
 
 def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_proc=None):
@@ -1376,42 +1261,62 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
     """
     if tokenizer.eot_id is None:
         raise ValueError(f"the tokenizer has no {EOT} to end documents with")
+    sizes = np.zeros(tokenizer.vocab_size, np.int32)  # bytes of text that an id stands for
+    sizes[[*tokenizer.vocab]] = [len(token) for token in tokenizer.vocab.values()]
+    sizes[tokenizer.eot_id] = 0
     os.makedirs(out, exist_ok=True)
-    work, bad, lost = functools.partial(encode_block, tokenizer=tokenizer), 0, 0
     names = ("train.bin", "val.bin") if val_paths or val_fraction else ("train.bin",)
+    names = [os.path.join(out, name) for name in names]
+    tokens, text_bytes, lost, bad = [0, 0], [0, 0], 0, 0
     with contextlib.ExitStack() as stack:
-        bins = [BinWriter(os.path.join(out, name), tokenizer, stack) for name in names]
+        bins = [stack.enter_context(replacing(name, "w+b")) for name in names]
+        for file in bins:
+            file.write(bytes(1024))
+
+        def write(which, ids):
+            bins[which].write(ids)
+            tokens[which] += len(ids)
+            text_bytes[which] += int(sizes.take(ids).sum())
+
         for files, fraction in ((paths, 0 if val_paths else val_fraction), (val_paths, 1)):
             if not files:
                 continue
-            blocks = read_blocks(files, chunked=tokenizer.chunked)
             progress, done, seen = Progress("encoding", text_size(files) / 1e6, "MB"), 0, 0
-            results = parallel(work, blocks, num_proc or default_processes(files))
+            work = functools.partial(encode_blocks, paths=files, tokenizer=tokenizer)
+            results = parallel(work, num_proc or default_processes(files))
             stack.callback(results.close)  # ends the processes whatever happens
-            for ids, size, text_bytes, invalid in results:
+            for ids, size, decoded, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
                 ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
                 number = seen + np.arange(len(ends) + 1)
                 seen += len(ends)
                 chosen = np.floor((number + 1) * fraction) > np.floor(number * fraction)
                 chosen = np.repeat(chosen, np.diff(ends, prepend=0, append=len(ids)))
-                for file, mine in zip(bins, (~chosen, chosen)):
-                    file.write(ids[mine])
-                done, lost, bad = done + size, lost + text_bytes, bad + invalid
+                for which, mine in zip(range(len(bins)), (~chosen, chosen)):
+                    write(which, ids[mine])
+                done, lost, bad = done + size, lost + decoded, bad + invalid
                 progress(done / 1e6)
             if not seen:
                 raise ValueError("there is no text in " + ", ".join(map(str, files)))
-        if not bins[-1].tokens:
-            bins[1].write(bins[0].take_tail(max(1, int(bins[0].tokens * val_fraction))))
+        if len(bins) == 2 and not tokens[1]:  # too few documents
+            n = max(1, int(tokens[0] * val_fraction))
+            begin = bins[0].seek(-n * tokenizer.dtype.itemsize, os.SEEK_END)
+            write(1, np.frombuffer(bins[0].read(), tokenizer.dtype))
+            bins[0].truncate(begin)
+            tokens[0] -= n
+            text_bytes[0] -= text_bytes[1]
+        for file, *numbers in zip(bins, tokens, text_bytes):
+            file.seek(0)
+            file.write(bin_header(tokenizer, *numbers))
     if bad:
         print(f"{bad:,} bytes were not UTF-8 and became U+FFFD", file=sys.stderr)
-    lost -= sum(file.text_bytes for file in bins)
+    lost -= sum(text_bytes)
     if lost > 0 and not tokenizer.forms:
         print(f"{lost:,} bytes are in no token of this vocabulary and were left out",
               file=sys.stderr)
-    for file in bins:
-        print(f"{file.path}: {file.tokens:,} tokens, {file.text_bytes:,} bytes of text, "
-              f"{file.text_bytes / max(1, file.tokens):.2f} bytes per token")
+    for name, n, size in zip(names, tokens, text_bytes):
+        print(f"{name}: {n:,} tokens, {size:,} bytes of text, {size / max(1, n):.2f} bytes per "
+              "token")
 
 
 # -----------------------------------------------------------------------------
@@ -1450,7 +1355,7 @@ def show(text, tokenizer):
     print("\n".join(table))
 
 
-def train(out, paths, vocab_size, special_tokens, pattern, num_proc):
+def train(out, paths, vocab_size=4096, special_tokens=(EOT,), pattern="gpt2", num_proc=None):
     """The command: learn a tokenizer and save it."""
     start = time.monotonic()
     os.makedirs(out, exist_ok=True)
@@ -1470,23 +1375,14 @@ def train(out, paths, vocab_size, special_tokens, pattern, num_proc):
 def decode(tokenizer, path, max_tokens):
     """The command: a .bin as text on the standard output."""
     ids = read_bin(path)[0][:max_tokens]
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for i in range(0, len(ids), 1 << 16):
-        raw = tokenizer.decode_bytes(ids[i : i + (1 << 16)].tolist())
-        sys.stdout.buffer.write(utf8(decoder.decode(raw, i + (1 << 16) >= len(ids))))
+    raw = (tokenizer.decode_bytes(ids[i : i + 65536]) for i in range(0, len(ids), 65536))
+    for text in codecs.iterdecode(raw, "utf-8", "replace"):
+        sys.stdout.buffer.write(utf8(text))
     sys.stdout.buffer.flush()
 
 
-def interrupted(number, frame, last=[-1.0]):
-    """SIGTERM ends a run as Ctrl-C does. One more within a second changes nothing (`timeout` sends
-    each signal twice), so that the tidying up is not interrupted in its turn."""
-    before, last[0] = last[0], time.monotonic()
-    if last[0] > before + 1:
-        raise KeyboardInterrupt
-
-
-def main():
-    """Errors become one line, and exit code 1 or, for usage, 2."""
+def parse_args():
+    """The arguments of the command line. Exits with code 2 for wrong ones."""
     parser = argparse.ArgumentParser(
         description="Byte-level BPE: train a tokenizer, encode text files to .bin, and back. "
         "Without arguments: all of it, on Python's standard library, into data/stdlib.")
@@ -1529,27 +1425,13 @@ def main():
         "none one made of the standard library on the spot")
 
     args = parser.parse_args()
-    if getattr(args, "num_proc", None) is not None and args.num_proc < 1:
-        parser.error("--num_proc must be at least 1")
-    if args.command == "train" and args.vocab_size < (least := 256 + len({*args.special_tokens})):
-        parser.error(f"--vocab_size must be at least {least}: 256 bytes and the special tokens")
+    for name, least in (("num_proc", 1), ("max_tokens", 0)):
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}")
     if args.command == "encode" and not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
-    if args.command == "decode" and args.max_tokens is not None and args.max_tokens < 0:
-        parser.error("--max_tokens must be at least 0")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's & leave them
-            signal.signal(number, interrupted)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("\nbpe.py: stopped; no file was left half-written", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"bpe.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    return args
 
 
 def run(args):
@@ -1558,14 +1440,14 @@ def run(args):
     if args.command is None:
         files = stdlib_files()
         print(f"Python's standard library: {len(files):,} files")
-        encode_files(train(folder, files, 4096, [EOT], "gpt2", None), files, folder)
+        encode_files(train(folder, files), files, folder)
     elif args.command == "train":
         train(args.out, args.input, args.vocab_size, args.special_tokens, args.pattern,
               args.num_proc)
-    elif args.command == "show" and not args.tokenizer and not os.path.exists(
-            os.path.join(folder, "tokenizer.json")):
+    elif args.command == "show" and not (
+            args.tokenizer or os.path.exists(os.path.join(folder, "tokenizer.json"))):
         print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
-        show(args.text, Tokenizer(*train_bpe(stdlib_files(), 4096, [EOT]), [EOT]))
+        show(args.text, Tokenizer(*train_bpe(stdlib_files(), 4096), [EOT]))
     else:
         tokenizer = Tokenizer.from_file(args.tokenizer or folder)
         if args.command == "show":
@@ -1576,6 +1458,32 @@ def run(args):
             encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
                          args.num_proc)
             tokenizer.save(args.out)  # beside the .bin files, where the next stage looks for it
+
+
+def interrupted(number, frame):
+    """SIGTERM ends a run as Ctrl-C does. More of them change nothing (`timeout` sends two), so
+    that the tidying up is not interrupted in its turn."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main():
+    """Errors become one line, and exit code 1 or, for usage, 2."""
+    args = parse_args()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup and a shell's & leave them
+            signal.signal(signum, interrupted)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("\nbpe.py: stopped; no file was left half-written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"bpe.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
