@@ -89,7 +89,7 @@ def expect_fit(condition, **tensors):
 
 
 def warps_for(block):
-    """So many warps that a thread has about 16 numbers of a row, which fit into its registers."""
+    """So many warps that a thread has about 16 numbers of a block, which fit its registers."""
     return min(32, max(4, block // 512))
 
 
@@ -172,9 +172,8 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def product_tile(a, b, scales, c, M, N, K, am, ak, bk, bn,  # strides
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """c = a b, each column times its number in `scales` (N,), if given. a: (M, K); b: (K, N), of
-    a's dtype or of integers, converted in registers; c: (M, N), contiguous. A program: one
-    (BM, BN) tile."""
+    """c = a b, each column times its number in scales (N,), if given. a: (M, K); b: (K, N), maybe
+    integers, converted in registers; c: (M, N), contiguous. A program: one (BM, BN) tile."""
     m, n = tile_of(tl.program_id(0), M, N, BM, BN, 8)
     i, j = m * BM + tl.arange(0, BM).to(tl.int64), n * BN + tl.arange(0, BN).to(tl.int64)
     k = tl.arange(0, BK)
@@ -245,9 +244,8 @@ def matmul(a, b):
 
 @triton.jit
 def rms_norm_forward(x, residual, weight, y, total, inverse, n, eps, BLOCK: tl.constexpr):
-    """y = h / rms(h) * weight with h = x or, unless residual is None, h = x + residual, which is
-    stored in total; all (rows, n). 1 / rms, (rows,) float32, is stored in inverse. One program a
-    row."""
+    """y = h / rms(h) * weight with h = x or, given a residual, h = total = x + residual; all
+    (rows, n); inverse = 1 / rms, (rows,) float32. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < n
@@ -289,8 +287,7 @@ def rms_norm_backward(h, weight, inverse, g, g_total, dx, partial, rows, n, BLOC
 
 
 class RMSNorm(torch.autograd.Function):
-    """rms_norm of contiguous x: (..., n). With a residual, the sum h is the second output. Saved
-    are h, the weight and, for each row, 1 / rms."""
+    """rms_norm of contiguous x: (..., n) -> y, or with a residual y and h."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
@@ -1085,54 +1082,51 @@ def error(found, wanted):
     return max((a.double() - b).abs().max().item() for a, b in zip(found, wanted)) / size
 
 
-def errors(ours, plain, shapes, dtype):
-    """-> error of the outputs, and of the gradients, for random inputs and gradients."""
-    torch.manual_seed(0)
+def error_of(ours, plain, shapes, dtype):
+    """-> error of outputs or gradients, the larger, for random inputs and output gradients."""
     exact = [torch.randn(s).to(DEVICE, dtype).double().requires_grad_() for s in shapes]
     inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
     outs, refs = ((y if type(y) is tuple else (y,)) for y in (ours(*inputs), plain(*exact)))
     g = [torch.randn(y.shape).to(DEVICE, dtype) for y in refs]
     grads = torch.autograd.grad(outs, inputs, [a.to(y.dtype) for a, y in zip(g, outs)])
     exact_grads = torch.autograd.grad(refs, exact, [a.double() for a in g])
-    return error(outs, refs), error(grads, exact_grads)
+    return max(error(outs, refs), error(grads, exact_grads))
 
 
-def errors_of_adamw(dtype):
-    """-> error after 4 steps with tensors of odd sizes, and 0. (bfloat16 rounds at each step.)"""
-    torch.manual_seed(0)
+def error_of_adamw(dtype):
+    """-> error after 4 steps with tensors of odd sizes; bfloat16 is rounded at each of them."""
     params = [torch.randn(s).to(DEVICE, dtype) for s in ((3, 700), (1,), (1024,), (1025,), ())]
     exact = [p.double() for p in params]
     means = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
     optimizer = torch.optim.AdamW(exact, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     for t in range(1, 5):
-        grads = [torch.randn(p.shape).to(DEVICE, dtype) for p in params]
+        grads = [torch.randn_like(p) for p in params]
         adamw_step(params, grads, *means, t, 1e-2, (0.9, 0.95), 1e-8, 0.1)
         for p, g in zip(exact, grads):
             p.grad = g.double()
         optimizer.step()
-    return error(params, exact), 0.0
+    return error(params, exact)
 
 
 def check():
     """Compare all kernels with float64, print the largest errors -> number of failures."""
-    start, failures, runs = time.perf_counter(), 0, {"adamw_step": [("", errors_of_adamw)]}
+    torch.manual_seed(0)
+    start, failures, runs = time.perf_counter(), 0, {"adamw_step": [("", error_of_adamw)]}
     for name, flags, ours, plain, shapes, *_ in cases(**SMALL):
-        run = partial(errors, ours, plain, shapes)
+        run = partial(error_of, ours, plain, shapes)
         runs.setdefault(name, []).append((f"{shapes} {flags}", run))
-    print(f"{'kernel':24}{'dtype':10}{'cases':>6}{'largest error':>16}{'of gradients':>16}")
+    print(f"{'kernel':24}{'dtype':10}{'cases':>6}{'largest error':>16}")
     for name, dtype in ((name, dtype) for name in runs for dtype in TOLERANCE):
-        largest = 0.0, 0.0
-        for case, run in runs[name]:
-            found = run(dtype=dtype)
-            largest = tuple(map(max, largest, found))
-            if max(found) > TOLERANCE[dtype]:
+        found = {case: run(dtype=dtype) for case, run in runs[name]}
+        for case, size in found.items():
+            if size > TOLERANCE[dtype]:
                 failures += 1
-                print(f"FAILED {name}, {case}, {dtype}: {found[0]:.1e}, gradients {found[1]:.1e}")
-        print(f"{name:24}{str(dtype)[6:]:10}{len(runs[name]):6}{largest[0]:16.1e}"
-              f"{largest[1]:16.1e}", flush=True)
+                print(f"FAILED {name}, {case}, {dtype}: {size:.1e}")
+        largest = max(found.values())
+        print(f"{name:24}{str(dtype)[6:]:10}{len(found):6}{largest:16.1e}", flush=True)
     where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
-    print(f"{failures} failures, {time.perf_counter() - start:.0f} s, {where}; errors are relative"
-          " to the largest number")
+    print(f"{failures} failures, {time.perf_counter() - start:.0f} s, {where}; errors are of "
+          "outputs and gradients, relative to the largest number")
     return failures
 
 

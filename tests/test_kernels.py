@@ -34,14 +34,6 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
 
-def plain_norm(x, w):
-    return F.rms_norm(x, w.shape, w, 1e-5)
-
-
-def plain_swiglu(a, b):
-    return F.silu(a) * b
-
-
 def largest_error(f, reference, *inputs):
     """|a - b| / (1 + |b|) of outputs and gradients, a of f and b, in float64, of reference."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -61,8 +53,8 @@ def test_check_finds_no_error():
 def test_check_finds_errors(capsys, monkeypatch):
     """The check can fail: a norm without its eps."""
     monkeypatch.setattr(K, "cases", lambda **sizes: [
-        ("rms_norm", "", lambda x, w: K.rms_norm(x, w, 0.1), plain_norm, [(3, 8), (8,)], 0, 0),
-        ("swiglu", "", K.swiglu, plain_swiglu, [(3, 8), (3, 8)], 0, 0)])
+        ("rms_norm", "", lambda x, w: K.rms_norm(x, w, 0.1), K.plain_norm, [(3, 8), (8,)], 0, 0),
+        ("swiglu", "", K.swiglu, K.plain_swiglu, [(3, 8), (3, 8)], 0, 0)])
     assert K.check() >= 2
     out = capsys.readouterr().out
     assert "FAILED rms_norm" in out and "FAILED swiglu" not in out
@@ -121,8 +113,8 @@ def test_any_strides_are_taken():
     loss = partial(F.cross_entropy, target=targets)
     ours = partial(K.cross_entropy, targets=targets)
     for f, reference, inputs in (
-            (K.rms_norm, plain_norm, (x, w)), (K.softmax, lambda x: x.softmax(-1), (x,)),
-            (K.swiglu, plain_swiglu, (x, y)), (K.matmul, torch.matmul, (x, rand(7, 12).T)),
+            (K.rms_norm, K.plain_norm, (x, w)), (K.softmax, lambda x: x.softmax(-1), (x,)),
+            (K.swiglu, K.plain_swiglu, (x, y)), (K.matmul, torch.matmul, (x, rand(7, 12).T)),
             (ours, loss, (x,)), (partial(ours, inplace=True), loss, (x,))):
         assert largest_error(f, reference, *inputs) < 1e-5
 
@@ -152,6 +144,24 @@ def test_a_first_block_of_impossible_tokens():
     logits = torch.cat([torch.full((1, 5000), -math.inf), torch.zeros(1, 10)], 1).to(DEVICE)
     loss = K.cross_entropy(logits, torch.tensor([5005], device=DEVICE))
     assert abs(loss.item() - math.log(10)) < 1e-6
+
+
+def test_second_derivatives_are_refused():
+    """They would be wrong: autograd sees nothing of what the kernels of a backward pass do."""
+    x, w = rand(3, 8), rand(8)
+    (g,) = torch.autograd.grad(K.rms_norm(x, w).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+def test_without_gradients_the_loss_alone_is_computed():
+    x, targets = rand(6, 33), torch.arange(6, device=DEVICE)
+    before = x.detach().clone()
+    with torch.no_grad():
+        for loss in (K.cross_entropy(x, targets, inplace=True),
+                     K.linear_cross_entropy(x, torch.eye(33, device=DEVICE), targets, chunk=4)):
+            close(loss, F.cross_entropy(before, targets))
+    assert torch.equal(x, before)
 
 
 def test_a_scale_of_0_is_no_default():
