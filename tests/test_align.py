@@ -427,7 +427,8 @@ def test_formats_of_data(tmp_path, capsys):
         {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}]
     chats = A.read_conversations(str(write(tmp_path / "a.jsonl", rows)))
     said = [[m["content"] for m in chat] for chat in chats]
-    assert "1 of 6 rows" in capsys.readouterr().out and said == [["p", "r"], ["i\n\nx", "o"], ["i", "o"], ["u", "a"], ["u", "a"]]
+    assert said == [["p", "r"], ["i\n\nx", "o"], ["i", "o"], ["u", "a"], ["u", "a"]]
+    assert "1 of 6 rows" in capsys.readouterr().out
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert A.read_conversations(str(tmp_path / "a.json")) == chats
 
@@ -492,6 +493,9 @@ def test_problems_without_a_test_are_refused(tmp_path, tests):
     path = write(tmp_path / "p.jsonl", [{"prompt": "p", "tests": ["assert f() == 1"]},
                                         {"prompt": "p", "tests": tests}])
     with pytest.raises(ValueError, match="line 2: tests"):
+        A.read_problems(str(path))
+    write(path, [{"prompt": "p", "instruction_id_list": ["punctuation:no_comma"]}])
+    with pytest.raises(ValueError, match="kwargs"):
         A.read_problems(str(path))
 
 
@@ -1037,6 +1041,7 @@ def test_synthetic_data_from_a_checkpoint(tmp_path, trained, capsys):
     common = f"--ckpt {trained[0]} --data {trained[1]} --samples 6 --max_new_tokens 4 --device cpu"
     rows = synthesize(common)
     assert rows and all(A.grade_math(r["response"], r["answer"]) for r in rows)
+    assert "dropped" not in capsys.readouterr().out
     rows = synthesize(common + " --pairs")
     assert rows and all(A.grade_math(r["chosen"], r["answer"]) and
                         not A.grade_math(r["rejected"], r["answer"]) for r in rows)
