@@ -59,6 +59,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import zipfile
 import zlib
@@ -329,7 +330,8 @@ tab tabs accordion faq; top; blog news; signature sig
 """.split(";")]
 HIDDEN = 1 << len(PLACES)
 PLACE_BITS = {name: 1 << i for i, names in enumerate(PLACES) for name in names}
-PLACE_BITS["<noscript>"] = HIDDEN
+TAG_BITS = {"noscript": HIDDEN} | {
+    name.strip("<>"): bit for name, bit in PLACE_BITS.items() if name[0] == "<"}
 HIDING = re.compile(r"(?i)display\s*:\s*none|visibility\s*:\s*hidden")
 CUE_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
@@ -370,30 +372,24 @@ def drop_raw(html):
 
 
 def tokens(html):
-    """The matches of TOKEN, found a megabyte at a time: all at once would take too much memory,
-    and one at a time too long."""
+    """Yield lists of the matches of TOKEN, a megabyte of the page at a time: all at once would take
+    too much memory, and one at a time too long."""
     begin = 0
     while begin < len(html):
         end = html.find("<", begin + (1 << 20))
         end = end if end >= 0 else len(html)
-        yield from TOKEN.findall(html, begin, end)
+        yield TOKEN.findall(html, begin, end)
         begin = end
 
 
-class Blocks:
-    """A page cut into blocks. Lists with an entry per block: text (raw), tag, places (bits), node
-    (number of the element it lies in), linked (characters of text within links); and per node, in
-    the order of the page: parent, first, end (the blocks [first, end) lie in it), node_tag."""
-
-    def __init__(self):
-        self.text, self.tag, self.places, self.node, self.linked = [], [], [], [], []
-        self.parent, self.first, self.end, self.node_tag = [-1], [0], [0], ["body"]
-
-
 def scan(html):
-    """Cut HTML at its block tags: `Blocks`."""
+    """Cut HTML at its block tags. Returns a namespace of lists. With an entry per block: text
+    (raw), tag, places (bits), node (number of the element it lies in), linked (characters of text
+    within links). With an entry per element, in the order of the page: parent, first and end (the
+    blocks [first, end) lie in it), node_tag."""
     html = QUOTED_MARKUP.sub("", drop_raw(html.replace("\0", "")))
-    b = Blocks()
+    b = types.SimpleNamespace(text=[], tag=[], places=[], node=[], linked=[],
+                              parent=[-1], first=[0], end=[0], node_tag=["body"])
     node_places, is_open, stack = [0], collections.Counter(), [0]
     pieces, linked = [html.partition("<")[0]], 0  # of the block to come
     in_link, link_depth = False, 0
@@ -402,6 +398,8 @@ def scan(html):
     def flush():
         """End a block."""
         nonlocal pieces, linked
+        if not pieces:
+            return
         text = "".join(pieces)
         if text and not text.isspace():
             node = stack[-1]
@@ -421,7 +419,7 @@ def scan(html):
             is_open[b.node_tag[node]] -= 1
         in_link = in_link and depth >= link_depth
 
-    for name, attributes, text in tokens(html):
+    for name, attributes, text in itertools.chain.from_iterable(tokens(html)):
         if len(b.text) >= MAX_BLOCKS:
             break
         kind, tag, closing = TAGS.get(name.lower(), (None, None, None))
@@ -441,7 +439,7 @@ def scan(html):
             leaf, leaf_bits = "", 0
             if kind == LEAF:
                 if not closing:
-                    leaf, leaf_bits = tag, place_bits(attributes)
+                    leaf, leaf_bits = tag, place_bits(attributes) if attributes else 0
             elif closing:
                 if is_open[tag]:
                     # An end tag within a cell does not close what is open outside of it.
@@ -456,8 +454,8 @@ def scan(html):
                 if top == tag in ("li", "tr") or kind == CELL and top in ("td", "th"):
                     close(len(stack) - 1)
                 if len(stack) <= MAX_DEPTH:
-                    bits = node_places[stack[-1]] | PLACE_BITS.get(f"<{tag}>", 0)
-                    node_places.append(bits | place_bits(attributes))
+                    bits = node_places[stack[-1]] | TAG_BITS.get(tag, 0)
+                    node_places.append(bits | place_bits(attributes) if attributes else bits)
                     b.parent.append(stack[-1])
                     b.first.append(len(b.text))
                     b.end.append(0)
@@ -629,7 +627,7 @@ BLOCK_WEIGHTS = {f"{name} #{i}" if len(weights.split()) > 1 else name: float(wei
 
 
 def page_blocks(html):
-    """(Blocks, their texts) of HTML, str or bytes; each text has at least one character."""
+    """HTML, str or bytes -> (blocks as by `scan`, their texts, of at least one character each)."""
     if isinstance(html, (bytes, bytearray, memoryview)):
         html = decode_page(bytes(html))
     b = scan(html)
@@ -773,8 +771,9 @@ class LinearClassifier:
         model = cls(names, table, chars, words, scale)
         pairs = [(model.rows(text), names.index(label)) for text, label in zip(texts, labels)]
         pairs = [(rows, y) for rows, y in pairs if len(rows)]
-        for rows, y in pairs:
-            np.add.at(table[:, y], rows, 1)
+        for y in range(len(names)):
+            rows = [rows for rows, own in pairs if own == y] or [np.zeros(0, np.int64)]
+            table[:, y] = np.bincount(np.concatenate(rows), minlength=len(table))
         table += 0.1
         np.log(table / table.sum(0), out=table)
         table -= table.mean(1, keepdims=True)
@@ -1076,11 +1075,11 @@ PHONE_CUE = re.compile(
     r"(?i)(?:\b(?:phone|telephone|tel|tél|fax|call|contact|mobile|cell|whatsapp|hotline|dial|sms|"
     r"text|ring|toll[- ]free|reach (?:me|us|him|her|them)|(?:my|our|your|his|her|their) (?:\w+ )?"
     r"number)\b|☎|📞|电话|電話|手机)[^\d\n]{0,24}$")
-PHONE = re.compile(r"""(?x)
+PHONE = re.compile(r"""(?mx)
     (?<![\w.,/$€£\#+-]) (?<!\d[ :=]) (?:
         (?P<world> \+ \d{1,3} (?:[ .-]?\(\d{1,4}\))? (?:[ .-]?\d{1,5}){1,6} )
       | (?P<american> (?:1[ .-]?)? (?: \(\d{3}\)[ -]{0,2} | \d{3}(?P<sep>[ .-]) )
-                      \d{3} (?(sep)(?P=sep)|[ .-]?) \d{4} )
+                      \d{3} (?(sep)(?P=sep)|[ .-]?) \d{4} | ^\d{10}$ )
       | \d{10} | \(?0\d{1,4}\)? (?:[ -]?\d{2,8}){1,4} | \d{3}[-.]\d{4} | \d{3,4}[ -]\d{4}
     ) (?! [\w%] | [.,:/-]\d | [ ]\d{3,} | @ )""")
 IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
@@ -1108,12 +1107,14 @@ def mask_emails(text):
 def mask_phone_numbers(text):
     """(text with telephone numbers replaced by |||PHONE_NUMBER|||, how many).
 
-    International numbers begin with +, American ones have the form 3-3-4. Ten digits in a row, and
-    numbers of other national forms, count only after a word such as "call" or "tel".
+    International numbers begin with +, American ones have the form 3-3-4, or are a line of ten
+    digits. Ten digits in a row elsewhere, and numbers of other national forms, count only after a
+    word such as "call" or "tel".
     """
     def is_phone(match):
         before = text[max(0, match.start() - 60) : match.start()]
-        return 7 <= sum(map(str.isdigit, match.group())) <= 15 and (
+        digits = sum(map(str.isdigit, match.group()))
+        return 7 <= digits <= (15 if match["world"] else 12) and (
             match["world"] or match["american"] or PHONE_CUE.search(before))
 
     return mask_where(PHONE, text, "|||PHONE_NUMBER|||", is_phone)
