@@ -1081,8 +1081,8 @@ def verify(problem, response):
     return float(grade_math(response, problem["answer"]))
 
 
-# A learned verifier: a Transformer that says one number at each position, in place of logits. Read
-# at the last token it is a reward model, read at all tokens it is PPO's value function.
+# A learned verifier: a Transformer with one output per position in place of logits. Its value at
+# the last token is the score of a reward model; those at all tokens are PPO's value function.
 
 
 class ScalarModel(nn.Module):
@@ -1251,8 +1251,8 @@ def load_model(path, device, template=None):
 
 
 def batch_of(items, batch_size, step, seed):
-    """Batch number `step` of a fixed order, in which nothing comes twice before all has come once:
-    each epoch is another permutation. It depends on nothing else, so a run can be resumed."""
+    """Batch number `step`: epochs follow each other, each a permutation of the items that depends
+    on seed and epoch alone, so that a run can be resumed."""
     batch = []
     for at in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(at, len(items))
@@ -1264,7 +1264,7 @@ def batch_of(items, batch_size, step, seed):
 
 
 def scheduled(step, args):
-    """The learning rate of a step: up in a straight line, then level or down a cosine."""
+    """The learning rate of a step: linear warm-up, then constant or a cosine down to 0."""
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / (args.warmup_iters + 1)
     if args.schedule == "constant":
@@ -1461,8 +1461,7 @@ def encode_pairs(run, path):
 
 
 def preferences(chosen, rejected):
-    """Of two tensors (n,): how often the first is greater (equal ones are half right), by how
-    much."""
+    """Scores (n,), (n,) -> how often the chosen is greater (a tie is half), and by how much."""
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
     return {"accuracy": right.mean(), "margin": (chosen - rejected).mean()}
 
@@ -1709,10 +1708,10 @@ def run_rl(args):
 
 
 def in_chunks(items, size, what, work, path=None, key=None):
-    """[result for each item], work(chunk) giving those of a chunk. With a path, results are kept
-    there as they come, a chunk a line, and those of an interrupted run are not computed again, if
-    its `key`, all that the results depend on, was the same. "command" is the first of key.
-    Raises ValueError if the file at `path` is not from this command."""
+    """-> a result for each item; work(chunk) computes those of a chunk. With a path, results are
+    appended to that file, a chunk per line, below `key`: a dict, "command" first, of all that they
+    depend on. A run with the same key goes on where an interrupted one stopped; another key starts
+    anew. Raises ValueError if the file was not written by this command."""
     chunks = []
     if path:
         if os.path.exists(path):
@@ -1806,8 +1805,8 @@ def run_judge(args):
 
 
 def wilson(k, n, z=1.96):
-    """95% confidence interval of a share of which k of n were seen (Wilson 1927): unlike
-    p +- z s it does not leave 0 to 1, and is not empty for k = 0. -> (low, high)"""
+    """95% confidence interval of a proportion, k of n (Wilson 1927) -> (low, high). Unlike
+    p +- z s it stays within 0 and 1, and is not empty for k = 0."""
     if n == 0:
         return 0.0, 1.0
     p, denominator = k / n, 1 + z * z / n
@@ -1817,7 +1816,7 @@ def wilson(k, n, z=1.96):
 
 
 def share(hits):
-    """List of bool -> '0.5000 (0.0945 to 0.9055)': how many are true, and the interval."""
+    """List of bool -> the proportion of True and its interval: '0.5000 (0.0945 to 0.9055)'."""
     low, high = wilson(sum(hits), len(hits))
     return f"{sum(hits) / max(1, len(hits)):.4f} ({low:.4f} to {high:.4f})"
 
@@ -1848,9 +1847,9 @@ def encode_continuation(tokenizer, context, continuation):
 
 @torch.no_grad()
 def score(model, requests, batch_size=16):
-    """requests: list of (ids, n), of `encode_continuation` -> list of (log p of the last n ids
-    given those before, whether they are the likeliest all along). What is longer than block_size
-    loses its beginning. What differs in the last id only is read once."""
+    """requests: list of (ids, n), from `encode_continuation` -> list of (log p of the last n ids
+    given those before, whether each of them is the likeliest). Texts longer than block_size lose
+    their beginning. Texts that differ only in their last id are read once."""
     device, limit = model.embedding.weight.device, model.config.block_size
     rows, out = {}, [None] * len(requests)
     for i, (ids, n) in enumerate(requests):
@@ -1958,8 +1957,8 @@ def read_task(task, path, cot=False):
 
 
 def add_shots(items, shots, n):
-    """Put n solved examples before the context of each item, of its own subject if there are any,
-    and never the item itself."""
+    """Put n solved examples (of the same subject, in MMLU) before the context of each item, but
+    never the item itself."""
     for item in items:
         same = (s["context"] + s["target"] + "\n\n" for s in shots if
                 s.get("header") == item.get("header") and
