@@ -372,8 +372,8 @@ def drop_raw(html):
 
 
 def tokens(html):
-    """Yield lists of the matches of TOKEN, a megabyte of the page at a time: all at once would take
-    too much memory, and one at a time too long."""
+    """Yield lists of the matches of TOKEN, a megabyte of the page at a time: all at once would
+    take too much memory, and one at a time too long."""
     begin = 0
     while begin < len(html):
         end = html.find("<", begin + (1 << 20))
