@@ -759,8 +759,8 @@ class FlashAttention(torch.autograd.Function):
         (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
         o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
         sizes = T, S, H, H // K, *(n for x in (q, k, v) for n in x.stride()[:3])
-        options = {"D": D, "CAUSAL": causal, "WINDOW": window or 0,
-                   "LENGTH": triton.next_power_of_2(max(T, S))}
+        options = {"D": D, "CAUSAL": causal, "LENGTH": triton.next_power_of_2(max(T, S)),
+                   "WINDOW": window if window and window < S else 0}  # or it leaves nothing out
         if o.numel():
             flash_forward[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
                 q, k, v, o, lse, scale * math.log2(math.e), *sizes, **options)
@@ -789,7 +789,9 @@ def check_attention(q, k, v, causal, window):
     same_kind(q, k, v)
     expect_fit(q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and
                q.shape[3] == k.shape[3] and k.shape[1] and q.shape[1] % k.shape[1] == 0 and
-               0 < q.shape[3] <= 256 and q.shape[0] * q.shape[1] < 65536, q=q, k=k, v=v)
+               q.shape[0] * q.shape[1] < 65536, q=q, k=k, v=v)  # 65535: a launch's limit
+    if not 0 < q.shape[3] <= 256:
+        raise ValueError(f"head size {q.shape[3]} is not in 1 to 256")
     if window is not None and not (causal and window > 0):
         raise ValueError("a window is a positive number of keys, of causal attention")
 
