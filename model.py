@@ -1015,7 +1015,7 @@ class Transformer(nn.Module):
             return max(5, len(prompt).bit_length()) if can_pad else len(prompt)
 
         cache, logits = Cache(self, 0, length), []
-        distinct = sorted(set(map(tuple, prompts)), key=len)
+        distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
         for _, group in itertools.groupby(distinct, size):
             group = list(group)
             part, lengths = Cache(self, len(group), length), list(map(len, group))
@@ -1529,7 +1529,7 @@ def recognise_template(jinja_text):
 
 
 def read_tokenizer(text, most=math.inf):
-    """The text of a tokenizer.json -> bpe.Tokenizer of `most` tokens at most. Raises ValueError."""
+    """The text of a tokenizer.json -> bpe.Tokenizer of at most so many tokens, or ValueError."""
     from bpe import Tokenizer
 
     try:
