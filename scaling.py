@@ -78,9 +78,10 @@ def columns(runs):
         for i, run in enumerate(runs if keys else (), 1):
             # of several, the first that the run has: the budget it was given, or what it took
             value = next((run[key] for key in keys if run.get(key) is not None), None)
-            if not 0 < to_number(value) < math.inf:
+            number = to_number(value)
+            if not 0 < number < math.inf:
                 raise ValueError(f"run {i}: {keys[0]} is {value!r}: not positive")
-            table.setdefault(name, []).append(to_number(value))
+            table.setdefault(name, []).append(number)
     table = {name: np.array(values) for name, values in table.items()}
     if {"N", "D"} <= set(table):
         table.setdefault("C", 6 * table["N"] * table["D"])
@@ -170,8 +171,9 @@ def fit_power_law(x, y):
     x, y = logs(x, y)
     if len(np.unique(x)) < 2:
         raise ValueError(f"a power law needs at least 2 different points, not {len(np.unique(x))}")
-    exponent, intercept = np.polyfit(x, y, 1)
-    return PowerLaw(float(np.exp(intercept)), float(exponent))
+    d = x - x.mean()
+    exponent = float((d @ y) / (d @ d))
+    return PowerLaw(float(np.exp(y.mean() - exponent * x.mean())), exponent)
 
 
 def valley(x, loss, method="parabola"):
@@ -640,8 +642,9 @@ def grid_of(specs, draws=0, seed=0):
         for name, value in row.items():
             low, colon, high = value.partition(":")
             if colon:
-                ends = np.log([positive(low), positive(high)])
-                drawn = float(np.exp(rng.uniform(*ends)))
+                if not all(0 < to_number(end) < math.inf for end in (low, high)):
+                    raise ValueError(f"{value!r} is not low:high, two positive numbers")
+                drawn = math.exp(rng.uniform(math.log(float(low)), math.log(float(high))))
                 row[name] = str(round(drawn)) if (low + high).isdigit() else f"{drawn:.4g}"
         rows.append(row)
     return rows
@@ -709,6 +712,8 @@ def report_optimum(runs, of, against):
             optima.append({against: at, of: best, "loss": loss})
         except ValueError as error:
             print(f"left out: {against} = {at:.4g}: {error}", file=sys.stderr)
+    if not optima:
+        raise ValueError(f"no curve of loss by {of} has a bottom")
     law = fit_power_law([row[against] for row in optima], [row[of] for row in optima])
     return {"optima": optima, "law": as_dict(law, (), of, against)}
 
@@ -870,11 +875,17 @@ def study(args):
 COMMANDS = "run", "sweep", "isoflop", "fit", "study"
 
 
-def positive(text):
-    """A type for argparse: a number above 0, such as 1e12."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError(f"{text} is not a positive number")
-    return float(text)
+def number(kind, low=0, high=math.inf):
+    """A type for argparse: an int or a float from low to high, and finite."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    read.__name__ = kind.__name__  # for argparse's own messages
+    return read
 
 
 def parse_args(words):
@@ -884,14 +895,14 @@ def parse_args(words):
         prog=f"scaling.py {command}", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=command)
-    add = parser.add_argument
+    add, flops = parser.add_argument, number(float, 1)
     if command == "fit":
         add("file", help="runs: .jsonl, .json or .csv")
         add("--method", default="isoflop", choices=[*METHODS, "parametric", "kaplan", "optimum"])
-        add("--bootstrap", type=int, default=100, help="resamples (default 100)")
-        add("--compute", type=positive, nargs="+", metavar="C", help="FLOPs to predict for")
-        add("--inference_tokens", type=float, default=0.0, metavar="D", help="parametric: to be "
-            "served afterwards, out of the same compute")
+        add("--bootstrap", type=number(int), default=100, help="resamples (default 100)")
+        add("--compute", type=flops, nargs="+", metavar="C", help="FLOPs to predict for")
+        add("--inference_tokens", type=number(float), default=0.0, metavar="D", help="parametric: "
+            "to be served afterwards, out of the same compute")
         add("--of", default="learning_rate", help="optimum: of which hyperparameter")
         add("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
         add("--json", action="store_true", help="print JSON")
@@ -901,26 +912,27 @@ def parse_args(words):
     add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="finished runs")
     add("--data", default=DATA, help=f"folder of bpe.py (default: {DATA}, made of Python's "
         "standard library if it is not there)")
-    add("--budget", type=positive, metavar="C", help="FLOPs that all in FILE may take")
-    add("--jobs", type=int, help="runs at a time (default: 1 with a GPU, else as many as cores)")
+    add("--budget", type=flops, metavar="C", help="FLOPs that all in FILE may take")
+    add("--jobs", type=number(int, 1), help="runs at a time (default: 1 with a GPU, else as many "
+        "as cores)")
     if command == "sweep":
         add("--grid", nargs="+", required=True, metavar="NAME=A,B", help="all combinations")
-        add("--random", type=int, default=0, metavar="COUNT", help="so many random ones instead; "
-            "NAME=LOW:HIGH is drawn evenly in logarithms")
+        add("--random", type=number(int), default=0, metavar="COUNT", help="so many random "
+            "ones instead; NAME=LOW:HIGH is drawn evenly in logarithms")
     elif command != "run":
         add("--budgets", default="1e11,2e11,4e11,8e11", help="FLOPs of a run (%(default)s)")
         add("--sizes", default="16x2,32x2,48x2,64x2,80x2,96x2,128x2", metavar="WxL,WxL",
             help="n_embd x n_layer (%(default)s); study finds the learning rate at the middle "
             "one, whose depth is the target's")
     if command == "study":
-        add("--target", type=positive, metavar="C", help="FLOPs of the run that is predicted "
+        add("--target", type=flops, metavar="C", help="FLOPs of the run that is predicted "
             "(default: 10 times the largest budget)")
     args, rest = parser.parse_known_args(words)
     try:
         if not args.runs.endswith(".jsonl"):
             raise ValueError(f"--runs must end with .jsonl, unlike {args.runs}")
         if "sizes" in args:
-            args.budgets = sorted(positive(text) for text in args.budgets.split(","))
+            args.budgets = sorted(flops(text) for text in args.budgets.split(","))
             args.sizes = [parse_size(text) for text in args.sizes.split(",")]
             if command == "study" and len(args.budgets) < 2:
                 raise ValueError("--budgets: a law needs two at least")
@@ -930,7 +942,7 @@ def parse_args(words):
         if command == "sweep":
             args.asked = [parse_flags(as_words(args.flags | row))
                           for row in grid_of(args.grid, args.random)]
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     return args
 
