@@ -847,6 +847,7 @@ def added_finder(tokens):
 
 
 def cut_out(pattern, tokens, text):
+    """What `added_finder` returns. tokens: list of (string, id), one for each group."""
     parts, at = [], 0
     for match in pattern.finditer(text) if any(string in text for string, _ in tokens) else ():
         parts += text[at : match.start()], tokens[match.lastindex - 1][1]
@@ -931,11 +932,11 @@ class Tokenizer:
         if steps[-1:] == [None]:
             del steps[-1]
         self.pattern = steps[0][0].pattern if len(steps) == 1 else None
-        # whether a token depends on the text around it; whether any text can be cut where
-        # `find_cuts` says. (Nothing lies between the matches
-        # of these patterns, so it does not matter whether that is Removed.)
-        whole = ("Isolated", False, False), ("Isolated", True, False), ("Removed", True, False)
+        # whether any token depends on the text around it
         self.context = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added)
+        # Can any text be cut where `find_cuts` says? Nothing lies between the matches of these
+        # patterns, so it does not matter if that is Removed.
+        whole = ("Isolated", False, False), ("Isolated", True, False), ("Removed", True, False)
         self.chunked = (self.pattern in PATTERNS.values() and steps[0][1:] in whole
                         and not self.context)
         self._split = steps[0][0].findall if self.chunked else functools.partial(split_text, steps)
@@ -969,9 +970,9 @@ class Tokenizer:
     def encode_iterable(self, iterable):
         """Ids of the concatenation of an iterable of strings, such as an open file, lazily.
 
-        The same ids as of `encode` on the whole text, in constant memory (with a pattern that is
-        not in PATTERNS: in memory for the longest text between two special tokens; with tokens that
-        depend on the text around them: in memory for all).
+        The same ids as of `encode` on the whole text, in constant memory. (With a pattern that is
+        not in PATTERNS: in memory for the longest text between two special tokens. With added
+        tokens that depend on the text around them: in memory for all of the text.)
         """
         separators = () if self.context else self.special_tokens
         for piece in cut_stream(map(utf8, iterable), separators, self.chunked):
