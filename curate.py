@@ -423,7 +423,9 @@ def scan(html):
         if len(b.text) >= MAX_BLOCKS:
             break
         kind, tag, closing = TAGS.get(name.lower(), (None, None, None))
-        if kind == LINK:
+        if kind is None:  # most tags: their text goes on with the block
+            pass
+        elif kind == LINK:
             in_link, link_depth = not closing, len(stack)
         elif kind == BREAK:
             if pieces and pieces[-1] == "\v":
@@ -431,7 +433,7 @@ def scan(html):
             pieces.append("\v")
             if text.isspace():
                 continue
-        elif kind is not None:
+        else:
             if kind != CELL or not closing and sum(map(len, pieces)) > 200:
                 flush()
             elif pieces and not closing:
