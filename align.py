@@ -581,24 +581,48 @@ def extract_answer(text):
             if depth == 0:
                 return boxes[-1][:i].strip()
     for pattern in (r"(?s:<answer>((?:(?!<answer>).)*?)</answer>)", r"####([^\n]*)",
-                    r"(?i:answer\s+is:?|answer:)[ *]*([^\n]+)"):
+                    r"(?im)^.*(?:answer\s+is:?|answer:)[ *]*([^\n]+)"):
         if found := re.findall(pattern, text):
             # up to the end of the sentence
             return re.sub(r"(?<=\S)\.(?:\s.*)?$", "", found[-1].strip(), flags=re.S).strip("* ")
+    formula = re.search(r"(\$[^$]{1,300}\$|\\\(.{1,300}?\\\)|\\\[.{1,300}?\\\])[^\d$]*$",
+                        text, re.S)
+    if formula and re.search(r"[\\^=<>]", formula[1][2:-2]):
+        return formula[1]  # LaTeX, after which there is no other number
     found = re.findall(NUMBER, text)
     return found[-1].rstrip(",.") if found else None
 
 
+# What does not change a mathematical answer, and what takes its place. A left side goes where it is
+# a name, f(x) or arithmetic (x = 5, 3 + 4 = 7); but 2x + z = 1 is not 1.
+CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (
+    (r"\\!\s*|(?<=\d)\s*\{,\s*\}\s*(?=\d)", ""), ("−", "-"), (r"\\[cdt]frac", r"\\frac"),
+    (r"\\leq?(?![a-z])|≤", "<="), (r"\\geq?(?![a-z])|≥", ">="),
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?<!\\)\\(?:left|right|q?quad)(?![a-z])|(?<!\\)\\[,;:$ ()\[\]]", " "),
+    (r"\^\s*\{?\\circ\}?|[°$£€]", " "),
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # thousands
+    (r"^\s*[a-zA-Z]\s*\\in(?![a-z])", ""),
+    (r"^(?:\s*(?:\\?[a-zA-Z][\w' ]*(?:_\{\w+\})?(?:\([^()]*\))?|"
+     r"(?:\\[a-zA-Z]+|[^a-zA-Z=<>])+)=)+", ""),
+    (r"(?<=[\d.}%)])\s*[a-zA-Z]{2,}(?:[ /]+[a-zA-Z]+)*\s*$", ""),  # 5 apples
+    (r"\s+", " "))]
+
+
 def normalize_answer(text):
-    """Take off what does not change a mathematical answer: $, \\left, spaces, units, ..."""
-    text = text.strip().rstrip(".").replace("\\!", "").replace("−", "-")
-    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\(?:left|right|,|;|:|\$| |quad)|\^\s*\{?\\circ\}?|°|\$|£|€", " ", text)
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("{,}", ",")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # thousands
-    text = text.split("=")[-1]  # x = 5, 3 + 4 = 7
-    text = re.sub(r"(?<=[\d.}%)])\s*[a-zA-Z]{2,}(?:[ /]+[a-zA-Z]+)*\s*$", "", text)  # 5 apples
-    return re.sub(r"\s+", " ", text).strip()
+    """An answer without what does not change it: $, \\left, thousands separators, units, ...
+
+    >>> normalize_answer(r"$x = 1{,}200 \\text{ apples}$.")
+    '1200'
+    """
+    text = text.strip().rstrip(".")
+    for kind, rows in re.findall(r"(?s)\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", text):
+        tuples = [f"({row.replace('&', ',')})" for row in rows.strip().split(r"\\")]
+        text = text.replace(rf"\begin{{{kind}}}{rows}\end{{{kind}}}", f"({', '.join(tuples)})")
+    for pattern, new in CLEANING:
+        text = pattern.sub(new, text)
+    return text.strip()
 
 
 def to_python(text):
@@ -689,6 +713,9 @@ def same_answer(a, b):
     """Whether two normalized answers are equal: as text, as numbers, or element by element."""
     if a.replace(" ", "") == b.replace(" ", ""):
         return True
+    unions = a.split(r"\cup"), b.split(r"\cup")  # of intervals
+    if len(unions[0]) == len(unions[1]) > 1:
+        return all(same_answer(p.strip(), q.strip()) for p, q in zip(*unions))
     x, y = math_value(a), math_value(b)
     if x is not None and y is not None:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
@@ -723,7 +750,9 @@ def grade_math(answer, truth):
         truth = extract_answer(truth) or ""
     candidates = [extract_answer(answer) or ""]
     if len(answer) <= 200 and not re.search(r"\n|\\boxed|####|(?i:answer)", answer):
-        candidates.insert(0, answer)
+        # the last number of what is an expression as a whole is not its value: 3 + 4, 1/2
+        whole = math_value(normalize_answer(answer)) is not None
+        candidates = [answer] if whole else [answer, *candidates]
     wanted = normalize_answer(truth)
     for candidate in candidates:
         if not candidate or not wanted or len(candidate) > 1000:
@@ -781,13 +810,14 @@ def compare(count, k, number, relation="relation"):
 CONSTRAINTS = {
     "keywords:existence": lambda t, k: all(w.lower() in t.lower() for w in k["keywords"]),
     "keywords:frequency": lambda t, k: compare(
-        t.lower().count(k["keyword"].lower()), k, "frequency"),
+        t.lower().count(k["keyword"].strip().lower()), k, "frequency"),
     "keywords:forbidden_words": lambda t, k: not any(
         re.search(rf"\b{re.escape(w)}\b", t, re.I) for w in k["forbidden_words"]),
     "keywords:letter_frequency": lambda t, k: compare(
         t.lower().count(k["letter"].lower()), k, "let_frequency", "let_relation"),
     "length_constraints:number_sentences": lambda t, k: compare(
-        len(re.findall(r"[^.!?\s][^.!?]*(?:[.!?]+|$)", t)), k, "num_sentences"),
+        len(re.findall(r"[^.!?\s](?:[^.!?]|[.!?](?=\w))*(?:[.!?]+|$)",  # 0.5 is no end
+                       re.sub(r"(?m)^\s*\d+\.", "", t))), k, "num_sentences"),
     "length_constraints:number_words": lambda t, k: compare(
         len(re.findall(r"\w+", t)), k, "num_words"),
     "length_constraints:number_paragraphs": lambda t, k: (
@@ -861,6 +891,10 @@ memory, seconds, role = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 modules = {name: module for name, module in sys.modules.items() if "." not in name}
 kinds = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict, collections.deque,
                                           bytes, bytearray)}
+exact = {fractions.Fraction: fractions.Fraction, decimal.Decimal: decimal.Decimal,
+         datetime.date: datetime.date.fromisoformat,
+         datetime.datetime: datetime.datetime.fromisoformat}  # how to read what str() has written
+readers = {kind.__name__: read for kind, read in exact.items()}
 most = 1 << 24  # bytes of an answer
 told, tell = open(1, "rb"), open(1, "wb")  # the socket
 
@@ -905,6 +939,8 @@ def encode(x, number_of):  # for JSON: a plain value as it is, others as [kind, 
         return x
     if type(x) is complex:
         return ["complex", [x.real, x.imag]]
+    if type(x) in exact:
+        return [type(x).__name__, str(x)]
     for name, kind in kinds.items():
         if isinstance(x, kind):
             return [name, [encode(y, number_of) for y in (x.items() if kind is dict else x)]]
@@ -917,6 +953,8 @@ def decode(x, handle):
     kind, content = x
     if kind in kinds:
         return kinds[kind]([decode(y, handle) for y in content])
+    if kind in readers:
+        return readers[kind](content)
     return handle(content) if kind == "handle" else complex(*content)
 
 
@@ -932,8 +970,9 @@ def serve():
         return {name: x for name, x in vars(load("solution", source, {})).items() if
                 type(name) is str and name[:2] != "__" and not isinstance(x, types.ModuleType)}
 
-    operations = {"load": names_of, "getattr": getattr, "list": list, "len": len,
-                  "getitem": operator.getitem, "eq": operator.eq,
+    operations = {"load": names_of, "getattr": getattr, "setattr": setattr, "list": list,
+                  "len": len, "getitem": operator.getitem, "eq": operator.eq, "str": str,
+                  "repr": repr,
                   "call": lambda function, *args, **kwargs: function(*args, **kwargs)}
     for line in told:
         try:
@@ -973,12 +1012,15 @@ def request(operation, *args, **kwargs):
 
 class Handle:  # stands for a function or object in the process of the code
     def __init__(self, number):
-        self._number = number
+        object.__setattr__(self, "_number", number)
 
     def ask(self, operation, *args, **kwargs):
         return request(operation, self, *args, **kwargs)
 
     __getattr__ = functools.partialmethod(ask, "getattr")
+    __setattr__ = functools.partialmethod(ask, "setattr")
+    __str__ = functools.partialmethod(ask, "str")
+    __repr__ = functools.partialmethod(ask, "repr")
     __call__ = functools.partialmethod(ask, "call")
     __len__ = functools.partialmethod(ask, "len")
     __getitem__ = functools.partialmethod(ask, "getitem")

@@ -513,7 +513,14 @@ def test_problems_without_a_test_are_refused(tmp_path, tests):
     (r"first \boxed{1}, then \boxed{\frac{3}{4}}", "0.75"), ("<answer>7</answer>", "7"),
     ("**Answer: 12**", "12"), (r"\left( 1, \frac{1}{2} \right)", "(1, 0.5)"), ("3 + 4 = 7", "7"),
     ("It costs $1,250.", "1250"), ("−5", "-5"), ("The answer is 5 dollars per day", "5"),
-    ("so 72", "it is\n#### 72"), ("12\n", "12"), (r"2\pi", r"\pi 2")])
+    ("so 72", "it is\n#### 72"), ("12\n", "12"), (r"2\pi", r"\pi 2"),
+    (r"Final Answer: The final answer is $\frac12$. I hope it is correct.", "0.5"),
+    ("The answer is 5. Wait, the answer is 6.", "6"), (r"The answer is \(\cfrac{1}{3}\).", "1/3"),
+    (r"We get \[ x = \frac{3}{4}. \]", "0.75"), (r"\boxed{11,\! 111}", "11111"),
+    (r"\boxed{x \le 2}", r"x \leq 2"), (r"x \in [-2,7]", "[-2, 7]"), ("f(x)=2x", "2x"),
+    (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}",
+     r"\begin{pmatrix}1&0.5\\3&4\end{pmatrix}"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(-\infty,2)\cup(3,\infty)")])
 def test_equal_answers(answer, truth):
     assert A.grade_math(answer, truth)
 
@@ -526,7 +533,10 @@ def test_equal_answers(answer, truth):
     (r"\boxed{" * 3000, "1"), ("\\sqrt{" * 150 + "}" * 150, "1"),
     ("__import__('os').system('id')", "0"), ("nan", "1"), ("inf", "1"),
     ("1" + "0" * 900 + "^" + "9" * 90, "1"), ("(((2^60)^60)^60)^60", "1"), (None, "1"),
-    ("5", None), ("10^{400}", r"\pi"), ("5", r"\boxed{")])
+    ("5", None), ("10^{400}", r"\pi"), ("5", r"\boxed{"), (r"\frac{34}{16}", "16"), ("3 + 4", "4"),
+    ("x+2", "2"), (r"\frac{1+\sqrt{5}}{2}", "2"), (r"\boxed{a+3z=0}", "0"), ("2x = 6", "6"),
+    (r"\boxed{x_1 = 2, x_2 = 3}", "3"), ("=" * 20_000, "1"), ("$" * 20_000, "1"),
+    ("\\(" * 9_000, "1"), ("a_" * 9_000 + "=", "1"), ("{," * 400 + "1", "2")])
 def test_unequal_or_hostile_answers(answer, truth):
     begin = time.perf_counter()
     assert A.grade_math(answer, truth) is False
@@ -615,7 +625,12 @@ def test_code_that_is_right_passes():
          "    return x / 2, {x}",
          "assert list(g(3)) == [0, 1, 2]\nassert f('aab') == {'a': 2, 'b': 1}\n"
          "assert h(1) == (0.5, {1})\n"
-         "try:\n    h(-1)\nexcept ValueError: pass\nelse: assert False\nassert math.pi > 3")):
+         "try:\n    h(-1)\nexcept ValueError: pass\nelse: assert False\nassert math.pi > 3"),
+        ("class N:\n    next = None\n    def __repr__(self): return 'N()'\n"
+         "def length(n): return 1 + length(n.next) if n else 0\ndef half(x): return x / 2",
+         "n = N()\nn.next = N()\nassert length(n) == 2 and str(n) == repr(n) == 'N()'\n"
+         "assert half(fractions.Fraction(1, 3)) == fractions.Fraction(1, 6)\n"
+         "assert half(decimal.Decimal(3)) == decimal.Decimal('1.5')")):
         verdict = A.run_code(code, tests)
         assert verdict and verdict.error == "", verdict
 
