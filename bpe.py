@@ -284,13 +284,14 @@ def cut_stream(pieces, separators, chunked, ending=b""):
     be tokenized alone: cut after a separator or, if `chunked`, between separators where
     `find_cuts` says so. What does not end with `ending` gets it."""
     separator, longest = any_of(separators), max(map(len, map(utf8, separators)), default=0)
-    buffer, enough = bytearray(), BLOCK
+    waiting, size, enough = [], 0, BLOCK
     for piece in pieces:
-        buffer += piece
-        if len(buffer) < enough:
+        waiting.append(piece)
+        size += len(piece)
+        if size < enough:
             continue
-        text, cut = bytes(buffer), 0
-        end = max(0, len(text) - longest)  # a separator that begins later may be incomplete
+        text, cut = b"".join(waiting), 0
+        end = max(0, size - longest)  # a separator that begins later may be incomplete
         for low in (max(0, end - 4096), 0):  # the last cut is nearly always close to the end
             if low and separator.search(text, max(0, low - longest), low + longest):
                 continue  # low may lie within a separator
@@ -305,9 +306,10 @@ def cut_stream(pieces, separators, chunked, ending=b""):
                 break
         if cut:
             yield text[:cut]
-        buffer = bytearray(text[cut:])
-        enough = max(BLOCK, 2 * len(buffer))
-    yield bytes(buffer) if buffer.endswith(ending) else bytes(buffer + ending)
+        waiting, size = [text[cut:]], size - cut
+        enough = max(BLOCK, 2 * size)
+    rest = b"".join(waiting)
+    yield rest if rest.endswith(ending) else rest + ending
 
 
 def read_blocks(paths, separators=(EOT,), chunked=True):
