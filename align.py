@@ -616,13 +616,12 @@ def normalize_answer(text):
     >>> normalize_answer(r"$x = 1{,}200 \\text{ apples}$.")
     '1200'
     """
-    text = text.strip().rstrip(".")
     for kind, rows in re.findall(r"(?s)\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", text):
         tuples = [f"({row.replace('&', ',')})" for row in rows.strip().split(r"\\")]
         text = text.replace(rf"\begin{{{kind}}}{rows}\end{{{kind}}}", f"({', '.join(tuples)})")
     for pattern, new in CLEANING:
         text = pattern.sub(new, text)
-    return text.strip()
+    return text.lstrip().rstrip(" .")
 
 
 def to_python(text):
