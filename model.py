@@ -261,6 +261,11 @@ CHOICES = {
 }
 
 
+def option(default, help):
+    """A field of TransformerConfig, with the text that --help shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass
 class TransformerConfig:
     """Everything that decides a model's shapes and computation; it is part of each checkpoint.
@@ -268,38 +273,44 @@ class TransformerConfig:
     Raises ValueError for values that make no model.
     """
 
-    vocab_size: int = 4096
-    block_size: int = 256  # the longest sequence
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 0  # heads of keys and values, each shared by a group of queries; 0: n_head
-    n_embd: int = 256
-    head_size: int = 0  # 0: n_embd / n_head
-    d_ff: int = 0  # width inside the feed-forward part; 0: 8/3 n_embd to a multiple of 64, or 4x
-    activation: str = "swiglu"  # or relu, gelu, gelu_tanh (GPT-2's), relu2, silu, moe
-    position: str = "rope"  # or learned, sinusoidal, none
-    norm: str = "rmsnorm"  # or layernorm, none
-    norm_place: str = "pre"  # or post, res_post
-    attention: str = "full"  # or sliding, linear, latent, hyena; a,b,c: that pattern, repeated
-    window: int = 64  # sliding: positions a query attends to, its own included
-    kv_rank: int = 0  # latent: width of the compressed keys and values; 0: n_embd / 4
-    rope_size: int = 0  # latent: channels of a head that carry the position; 0: half a head
-    qk_norm: bool = False  # normalise queries and keys, each head by itself
-    qk_norm_joint: bool = False  # normalise them over all heads together, as OLMo 2 does
-    n_expert: int = 8  # moe: experts; d_ff is then the width of one
-    top_k: int = 2  # moe: experts that a token goes to
-    n_shared_expert: int = 0  # moe: further experts, which every token goes to
-    balance: str = "loss"  # moe: keep experts equally busy by a loss, by a bias, or none
-    balance_weight: float = 0.01  # moe: weight of that loss, or step of that bias (0.001 is usual)
-    router_z_weight: float = 0.001  # moe: weight of the loss that keeps the router's logits small
-    bias: bool = False  # in linear layers and layernorm
-    qkv_bias: bool = False  # in the projections to queries, keys and values
-    tie_embeddings: bool = False  # one matrix for the embedding and the output
-    logit_cap: float = 0.0  # keep logits between -cap and cap by tanh; 0: do not
-    dropout: float = 0.0
-    rope_theta: float = 10000.0
-    rope_scaling: str = ""  # for longer texts: linear:FACTOR, or llama3:FACTOR,LOW,HIGH,LENGTH
-    norm_eps: float = 1e-5
+    vocab_size: int = option(4096, "number of token ids")
+    block_size: int = option(256, "tokens of the longest sequence")
+    n_layer: int = option(4, "blocks, each of attention and a feed-forward part")
+    n_head: int = option(4, "attention heads")
+    n_kv_head: int = option(0, "heads of keys and values, each shared by a group of queries; "
+                               "0: n_head")
+    n_embd: int = option(256, "width of the residual stream")
+    head_size: int = option(0, "width of a head; 0: n_embd / n_head")
+    d_ff: int = option(0, "width inside the feed-forward part; 0: 8/3 n_embd to a multiple of 64, "
+                          "or 4 n_embd without swiglu")
+    activation: str = option("swiglu", "swiglu, relu, gelu, gelu_tanh (GPT-2's), relu2, silu, moe")
+    position: str = option("rope", "rope, learned, sinusoidal, none")
+    norm: str = option("rmsnorm", "rmsnorm, layernorm, none")
+    norm_place: str = option("pre", "pre, post, res_post")
+    attention: str = option("full", "full, sliding, linear, latent, hyena; a,b,c: that "
+                                    "pattern, repeated")
+    window: int = option(64, "sliding: positions a query attends to, its own included")
+    kv_rank: int = option(0, "latent: width of the compressed keys and values; 0: n_embd / 4")
+    rope_size: int = option(0, "latent: channels of a head that carry the position; 0: half of it")
+    qk_norm: bool = option(False, "normalise queries and keys, each head by itself")
+    qk_norm_joint: bool = option(False, "normalise them over all heads together, as OLMo 2 does")
+    n_expert: int = option(8, "moe: experts; d_ff is then the width of one")
+    top_k: int = option(2, "moe: experts that a token goes to")
+    n_shared_expert: int = option(0, "moe: further experts, which every token goes to")
+    balance: str = option("loss", "moe: keep experts equally busy by a loss, by a bias, or none")
+    balance_weight: float = option(0.01, "moe: weight of that loss, or step of that bias, for "
+                                         "which 0.001 is usual")
+    router_z_weight: float = option(0.001, "moe: weight of the loss that keeps the logits of the "
+                                           "router small")
+    bias: bool = option(False, "biases in linear layers and layernorm")
+    qkv_bias: bool = option(False, "biases in the projections to queries, keys and values")
+    tie_embeddings: bool = option(False, "one matrix for the embedding and the output")
+    logit_cap: float = option(0.0, "keep logits between -cap and cap by tanh; 0: do not")
+    dropout: float = option(0.0, "share of activations set to 0 in training")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rope_scaling: str = option("", "for longer texts: linear:FACTOR, or "
+                                   "llama3:FACTOR,LOW,HIGH,LENGTH")
+    norm_eps: float = option(1e-5, "added to the mean square in norms")
 
     def __post_init__(self):
         def refuse(wrong, why):
@@ -2011,7 +2022,8 @@ def main():
     add("--num_samples", type=positive, default=1)
     add("--max_new_tokens", type=positive, default=200, help="tokens to add (default 200)")
     add("--temperature", type=number(float), default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=positive, help="draw from the k likeliest tokens")
+    add("--top_k", type=positive, help="draw from the k likeliest tokens; info: "
+        "experts that a token goes to")
     add("--top_p", type=number(float, 1e-9, 1), help="draw from the likeliest tokens that have "
         "this probability together")
     add("--min_p", type=number(float, 0, 1), help="draw from tokens with at least this fraction "
@@ -2029,7 +2041,8 @@ def main():
         how = {"action": "store_true"} if field.type is bool else {"type": field.type,
                                                                    "metavar": "X"}
         if field.name != "top_k":  # the flag is there already
-            add(f"--{field.name}", default=None, **how)
+            add(f"--{field.name}", default=None, **how,
+                help=f"{field.metadata['help']} (default {field.default!r})")
     add("--batch_size", type=positive, default=32, help="sequences (default 32)")
     add("--tflops", type=number(float, 1e-9), default=0.1, help="of the device (default 0.1)")
     args = parser.parse_args()
