@@ -523,28 +523,30 @@ def seen(i, j, offset, causal, window):
 
 class FlashAttentionTorch(torch.autograd.Function):
     """The algorithm in PyTorch, tile by tile, to be read before the kernels. q: (B, H, T, D); k,
-    v: (B, H, S, D) -> (B, H, T, D), all float32. Saved: these, and lse: (B, H, T)."""
+    v: (B, H, S, D) -> (B, H, T, D), all float32; also without H. Saved: these, and lse, the
+    logsumexp of the scores: (B, H, T)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, window, scale):
-        queries, keys = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+    def forward(ctx, q, k, v, causal=False, window=None, scale=None):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        queries, keys = (torch.arange(x.shape[-2], device=x.device) for x in (q, k))
         o, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
         for i in queries.split(64):
-            qi, acc = q[:, :, i] * scale, torch.zeros_like(q[:, :, i])
+            qi, acc = q[..., i, :] * scale, torch.zeros_like(q[..., i, :])
             l = torch.zeros_like(acc[..., :1])
             m = torch.full_like(l, -math.inf)
             for j in keys.split(64):
                 mask = seen(i, j, len(keys) - len(queries), causal, window)
                 if mask.any():
-                    s = (qi @ k[:, :, j].mT).masked_fill(~mask, -math.inf)
+                    s = (qi @ k[..., j, :].mT).masked_fill(~mask, -math.inf)
                     larger = torch.maximum(m, s.amax(-1, keepdim=True))
                     base = larger.masked_fill(larger == -math.inf, 0.0)  # nothing seen so far
                     p, shrink = torch.exp(s - base), torch.exp(m - base)
                     l = l * shrink + p.sum(-1, keepdim=True)
-                    acc = acc * shrink + p @ v[:, :, j]
+                    acc = acc * shrink + p @ v[..., j, :]
                     m = larger
-            o[:, :, i] = acc / l.masked_fill(l == 0, 1.0)
-            lse[:, :, i] = (m + torch.log(l))[..., 0]  # -inf where nothing was seen
+            o[..., i, :] = acc / l.masked_fill(l == 0, 1.0)
+            lse[..., i] = (m + torch.log(l))[..., 0]  # -inf where nothing was seen
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.options = queries, keys, causal, window, scale
         return o
@@ -560,12 +562,12 @@ class FlashAttentionTorch(torch.autograd.Function):
             for i in queries.split(64):
                 mask = seen(i, j, len(keys) - len(queries), causal, window)
                 if mask.any():
-                    p = torch.exp(q[:, :, i] @ k[:, :, j].mT * scale - lse[:, :, i, None])
+                    p = torch.exp(q[..., i, :] @ k[..., j, :].mT * scale - lse[..., i, None])
                     p = p.masked_fill(~mask, 0.0)  # also in rows that see nothing: lse is -inf
-                    dv[:, :, j] += p.mT @ g[:, :, i]
-                    ds = p * (g[:, :, i] @ v[:, :, j].mT - delta[:, :, i]) * scale
-                    dq[:, :, i] += ds @ k[:, :, j]
-                    dk[:, :, j] += ds.mT @ q[:, :, i]
+                    dv[..., j, :] += p.mT @ g[..., i, :]
+                    ds = p * (g[..., i, :] @ v[..., j, :].mT - delta[..., i, :]) * scale
+                    dq[..., i, :] += ds @ k[..., j, :]
+                    dk[..., j, :] += ds.mT @ q[..., i, :]
         return dq, dk, dv, None, None, None
 
 
@@ -674,7 +676,8 @@ def flash_forward(q, k, v, o, lse, scale, T, S, H, group, qb, qh, qt, kb, kh, kt
                        CAUSAL, WINDOW, True)
     l = tl.where(l == 0, 1.0, l)  # saw nothing: acc is 0, and m -inf
     store_tile(o + bh * T * D, i, T, acc / l[:, None], D)
-    tl.store(lse + bh * T + i, m + tl.log2(l), mask=i < T)  # in base 2, as the scores are
+    # scores are in base 2 here, lse is natural: times ln(2)
+    tl.store(lse + bh * T + i, (m + tl.log2(l)) * 0.6931471805599453, mask=i < T)
 
 
 @tuned([config(8, 2, BM=64, BN=128), *BACKWARD], KEY, room=3072)
@@ -692,7 +695,7 @@ def flash_backward_queries(q, k, v, o, g, lse, delta, dq, scale, T, S, H, group,
     oi = load_tile(o + bh * T * D, i, T, D, D)
     delta_i = tl.sum(oi.to(tl.float32) * gi.to(tl.float32), 1)
     tl.store(delta + bh * T + i, delta_i, mask=i < T)
-    lse_i = tl.load(lse + bh * T + i, mask=i < T, other=0.0)
+    lse_i = tl.load(lse + bh * T + i, mask=i < T, other=0.0) * 1.4426950408889634
     qi = load_tile(q + b * qb + h * qh, i, T, qt, D)
     acc = tl.zeros((BM, D), tl.float32)
     lo, hi = 0, S
@@ -739,7 +742,7 @@ def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, H, group, q
             i = start + tl.arange(0, BM)
             qi = load_tile(q + b * qb + h * qh, i, T, qt, D)
             gi = load_tile(g + bh * T * D, i, T, D, D)
-            lse_i = tl.load(lse + bh * T + i, mask=i < T, other=0.0)
+            lse_i = tl.load(lse + bh * T + i, mask=i < T, other=0.0) * 1.4426950408889634
             delta_i = tl.load(delta + bh * T + i, mask=i < T, other=0.0)
             s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
             p = tl.where(visible(i, j, T, S, CAUSAL, WINDOW), tl.exp2(s - lse_i[:, None]), 0.0)
@@ -752,10 +755,13 @@ def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, H, group, q
 
 
 class FlashAttention(torch.autograd.Function):
-    """As FlashAttentionTorch, by the kernels; lse is in base 2."""
+    """As FlashAttentionTorch, by the kernels, with k and v (B, H / n, S, D). D: 16, 32, 64, 128 or
+    256; the last dimension of q, k and v contiguous."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, window, scale):
+    def forward(ctx, q, k, v, causal=False, window=None, scale=None):
+        shape, scale = q.shape, q.shape[-1] ** -0.5 if scale is None else scale
+        q, k, v = (x[:, None] if x.ndim == 3 else x for x in (q, k, v))
         (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
         o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
         sizes = T, S, H, H // K, *(n for x in (q, k, v) for n in x.stride()[:3])
@@ -764,9 +770,9 @@ class FlashAttention(torch.autograd.Function):
         if o.numel():
             flash_forward[lambda meta: (triton.cdiv(T, meta["BM"]), B * H)](
                 q, k, v, o, lse, scale * math.log2(math.e), *sizes, **options)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse.view(shape[:-1]))
         ctx.options = scale, sizes, options
-        return o
+        return o.view(shape)
 
     @staticmethod
     @once_differentiable
@@ -781,6 +787,8 @@ class FlashAttention(torch.autograd.Function):
                 q, k, v, o, g, lse, delta, dq, scale, *sizes, **options)
             flash_backward_keys[lambda meta: (triton.cdiv(S, meta["BN"]), B * K)](
                 q, k, v, g, lse, delta, dk, dv, scale, *sizes, **options)
+        if g.ndim == 3:
+            dq, dk, dv = dq[:, 0], dk[:, 0], dv[:, 0]
         return dq, dk, dv, None, None, None
 
 

@@ -93,14 +93,32 @@ def test_attention_saves_the_output_and_one_number_a_row():
     q, k, v = rand(1, 2, 50, 16), rand(1, 1, 50, 16), rand(1, 1, 50, 16)
     hidden = torch.ones(50, 50, device=DEVICE).triu(1).bool()
     scores = (q @ k.mT / 4).masked_fill(hidden, -math.inf)
-    for f, base in ((K.flash_attention, 2), (K.flash_attention_torch, math.e)):
+    for f in (K.flash_attention, K.flash_attention_torch):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             out = f(q, k, v)
         (lse,) = [x for x in saved if x.shape not in (q.shape, k.shape)]
         assert len(saved) == 5 and lse.shape == (1, 2, 50)
         assert sum(x.shape == out.shape and torch.equal(x, out) for x in saved) == 1
-        close(lse, torch.logsumexp(scores, -1) / math.log(base), atol=1e-4, rtol=1e-4)
+        close(lse, torch.logsumexp(scores, -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("function", [K.FlashAttention, K.FlashAttentionTorch])
+def test_attention_functions_of_one_head(function, causal):
+    q, k, v, g = (rand(3, 40, 16) for _ in range(4))
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = function.apply(*inputs, causal)
+    (lse,) = [x for x in out.grad_fn.saved_tensors if x.shape == (3, 40)]
+    mask = torch.ones(40, 40, device=DEVICE).tril().bool() | (not causal)
+    scores = (q @ k.mT / 4).masked_fill(~mask, -math.inf)
+    close(lse, torch.logsumexp(scores, -1), atol=1e-4, rtol=1e-4)
+    one_head = [x[:, None].clone().requires_grad_() for x in (q, k, v)]
+    expected = attention(*one_head, mask=mask)
+    close(out, expected[:, 0], atol=1e-4, rtol=1e-4)
+    for a, b in zip(torch.autograd.grad(out, inputs, g),
+                    torch.autograd.grad(expected, one_head, g[:, None])):
+        close(a, b[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_any_strides_are_taken():
