@@ -1003,10 +1003,16 @@ C4_POLICY = re.compile("javascript|terms of use|(privacy|cookie) policy|uses? co
 
 
 def c4_lines(text):
-    """The lines of a text that C4 keeps (Raffel et al. 2020): at least five words, punctuation at
-    the end, nothing about JavaScript, cookies and terms of use."""
-    return [line for line in lines_of(text)
-            if (len(line.split()) >= 5 or len(NO_SPACES.findall(line)) >= 10)
+    """The lines of a text that C4 keeps (Raffel et al. 2020), by the numbers of its released code:
+    at least five words, none over 1,000 characters, punctuation at the end, nothing about
+    JavaScript, cookies and terms of use. Marks of citations ([1], [edit]) are taken out."""
+    def long_enough(line):
+        words = line.split()
+        return len(words) >= 5 and max(map(len, words)) <= 1000 or \
+            len(NO_SPACES.findall(line)) >= 10
+
+    text = re.sub(r"\[(?:\d*|edit|citation needed)\]", "", text)
+    return [line for line in lines_of(text) if long_enough(line)
             and line.endswith(TERMINAL) and not line.endswith(("...", "…"))
             and not C4_POLICY.search(line.lower())]
 
@@ -1017,7 +1023,7 @@ def c4_reason(text):
     sentences = re.findall(r"[.!?](?=[\s\"'”’)\]]|$)|[。！？।؟]", "\n".join(c4_lines(text)))
     return first_broken({"curly bracket": "{" in text,
                          "lorem ipsum": "lorem ipsum" in text.lower(),
-                         "under 5 sentences": len(sentences) < 5})
+                         "under 3 sentences": len(sentences) < 3})
 
 
 def c4_filter(text) -> bool:
