@@ -495,8 +495,8 @@ def count_pretokens(first, step, paths, pattern, separators):
         bad += invalid
         if chunked:
             numbers = table.lookup(b"\xff".join(documents))
-            before, seen = seen, np.bincount(numbers, minlength=len(table))
-            seen[: len(before)] += before  # how often chunk n occurred
+            seen = np.append(seen, np.zeros(len(table) - len(seen), int))
+            np.add.at(seen, numbers, 1)  # how often chunk n occurred
             if len(table) > MAX_CHUNKS:
                 count_chunks()
                 table, seen = ChunkTable(), np.zeros(0, int)
