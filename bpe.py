@@ -234,10 +234,6 @@ class ChunkTable(dict):
         self[b"\xff"] = 0
         self.slots = [np.zeros(1 << 18, dtype) for dtype in (np.uint64, np.uint64, np.int64)]
 
-    def __missing__(self, chunk):
-        self[chunk] = number = len(self)
-        return number
-
     def lookup(self, block):
         """Numbers of the chunks of a block (bytes, see `find_cuts`), int64, in order."""
         starts = find_cuts(block)
@@ -258,8 +254,9 @@ class ChunkTable(dict):
             miss = (heads.take(slot) != head) | (tails.take(slot) != tail) | (length > longest)
             miss = np.flatnonzero(miss)
             ends = (start + length)[miss].tolist()
-            missed = [block[i:j] for i, j in zip(start[miss].tolist(), ends)]
-            number[miss] = [*map(self.__getitem__, missed)]
+            number_of = self.setdefault
+            number[miss] = [number_of(block[i:j], len(self))
+                            for i, j in zip(start[miss].tolist(), ends)]
             miss = miss[length[miss] <= longest]
             for slots, new in zip(self.slots, (head, tail, number)):
                 slots[slot[miss]] = new[miss]
