@@ -325,8 +325,11 @@ pagination pager paging prev next; toc; card cards; product products;
 price prices cart shop checkout buy; review reviews rating ratings; description desc;
 summary excerpt teaser intro; item items list listing; button buttons btn;
 thread topic message discussion; question answer answers;
-docs documentation markdown markdownbody wiki mw; event events; single page; mobile;
-tab tabs accordion faq; top; blog news; signature sig
+docs documentation markdown markdownbody wiki mw; event events;
+tab tabs accordion faq; top; blog news; signature sig;
+caption captions credit credits attachment figcaption; info infobox box hint;
+gallery images image photo photos slideshow carousel slider; cta donate donation support;
+headline title heading titles
 """.split(";")]
 HIDDEN = 1 << len(PLACES)
 PLACE_BITS = {name: 1 << i for i, names in enumerate(PLACES) for name in names}
@@ -480,7 +483,7 @@ def scan(html):
 # Words in short blocks that tell what they are for, each cue named by its first.
 TEXT_CUES = [words.split() for words in """
 © copyright rights reserved; cookie cookies privacy terms gdpr consent;
-subscribe newsletter signup email e-mail inbox;
+subscribe newsletter signup email e-mail inbox abonnieren abonner suscríbete donate;
 more learn see show view all click continue load read;
 share facebook twitter linkedin pinterest whatsapp instagram tweet;
 comment comments reply replies respond; login log sign account password register;
@@ -488,7 +491,10 @@ related recommended popular trending latest also;
 posted published updated by min ago author written;
 skip menu navigation search close toggle open; add cart stock buy shipping checkout price sale;
 next previous prev page back; contact phone address call tel;
-advertisement sponsored ad advertise
+advertisement sponsored ad advertise anzeige werbung publicidad reklama;
+kommentare kommentar kommentieren commentaires comentarios komentarze antworten;
+mehr lesen auch weitere thema themen lire aussi leer también czytaj więcej leggi anche lees ook;
+artikel beitrag article articles artículo post eintrag story
 """.split(";")]
 TEXT_CUE_BITS = {word: 1 << i for i, words in enumerate(TEXT_CUES) for word in words}
 BLOCK_TAGS = ("p div li tr td h1 h2 h3 h4 h5 pre blockquote figcaption button label "
@@ -526,8 +532,8 @@ def describe(b, texts):
     f["linked"], f["all linked"] = link, link > 0.9
     f |= {"says " + cue[0]: cues >> i & 1 for i, cue in enumerate(TEXT_CUES)}
     f |= {"tag " + name: tag == i for i, name in enumerate(BLOCK_TAGS)}
-    inside = {place[0]: places >> i & 1 for i, place in enumerate(PLACES)}
-    f |= {"in " + name: bit for name, bit in inside.items()}
+    bits = (places >> np.arange(len(PLACES))[:, None] & 1).astype(np.float64)
+    inside = {place[0]: bit for place, bit in zip(PLACES, bits)}
 
     # The elements around: the one the block lies in, the next that holds more than that, ...
     sums = np.zeros((5, n + 1))
@@ -570,9 +576,10 @@ def describe(b, texts):
     f["after <h1>"] = np.clip(index - h1, 0, 50) / 50
 
     # The page as a whole, and what that means for this block.
-    share = {name: inside[name] @ length / total for name in (
-        "<main> <article> comment post product card thread question docs reply".split())}
-    has_main, has_article = share.pop("<main>") > 0.05, share.pop("<article>") > 0.05
+    # A place that holds all of the page tells nothing about a block.
+    share = dict(zip(inside, bits @ length / total))
+    f |= {"in " + name: bit * (1 - share[name]) for name, bit in inside.items()}
+    has_main, has_article = share["<main>"] > 0.05, share["<article>"] > 0.05
     articles = b.node_tag.count("article")
     f["outside of <main>"] = has_main * (1 - inside["<main>"])
     f["outside of <article>"] = has_article * (1 - inside["<article>"])
@@ -580,47 +587,48 @@ def describe(b, texts):
     page = {"log text": np.log(total), "log sentences": np.log(total_sentence),
             "sentences": total_sentence / total, "linked": sums[1, -1] / total,
             "has <main>": has_main, "has <article>": has_article, "<article> > 3": articles > 3}
-    page |= {"in " + name: value for name, value in share.items()}
+    page |= {"in " + name: share[name] for name in (
+        "comment post product card thread question docs reply".split())}
     f |= {"page: " + name: np.full(n, value) for name, value in page.items()}
     return list(f), np.stack(list(f.values()), 1).astype(np.float32)
 
 
 # Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression).
 # Several numbers are the weights of `name #0`, `name #1` and so on.
-BLOCK_BIAS = 3.457
+BLOCK_BIAS = 4.878
 BLOCK_WEIGHTS = """
-log length -0.42; words <= 3 -0.26; words <= 8 -0.46; words >= 20 0.40; words >= 50 0.35;
-ends a sentence 0.42; ends in a colon 0.63; commas 0.08; upper case first 0.17; digits -2.10;
-linked -0.77; all linked 0.19; says © -2.22; says cookie -0.71; says subscribe -1.11;
-says more -0.34; says share -1.06; says comment -0.39; says login -1.11; says related -0.05;
-says posted -0.36; says skip -0.96; says add -0.54; says next -0.32; says contact -0.20;
-says advertisement -0.16; tag p 0.72; tag div 0.07; tag li 1.10; tag tr 0.75; tag td 0.50;
-tag h1 -1.22; tag h2 1.05; tag h3 0.71; tag h4 0.58; tag h5 1.26; tag pre 0.64;
-tag blockquote -0.25; tag figcaption -0.81; tag button -1.35; tag label -1.55; tag section -0.80;
-in <nav> -0.38; in <header> -0.69; in <footer> -2.38; in <aside> -1.23; in <article> -0.16;
-in <main> 0.15; in <form> -0.79; in <table> 0.06; in <td> 1.13; in <ul> 0.24; in <dl> 0.04;
-in <figure> -1.08; in <blockquote> 1.34; in nav -0.18; in footer -0.48; in header -0.65;
-in sidebar -0.06; in widget -0.77; in comment -2.33; in reply 0.63; in post 0.98; in entry 0.50;
-in article -0.37; in content -0.05; in main 0.43; in text 0.42; in breadcrumb 0.55;
-in share -0.53; in related -0.87; in author -1.71; in date 0.05; in tag 0.29; in cookie -2.43;
-in newsletter -1.83; in modal -0.62; in ad -0.54; in copyright -5.48; in login -1.82;
-in search 0.62; in pagination -0.46; in toc 1.64; in card -0.50; in product 0.42; in price 0.09;
-in review 0.18; in description 0.19; in summary -0.77; in item 0.19; in button -0.04;
-in thread 0.00; in question 0.89; in docs 1.33; in event -0.20; in single 0.01; in mobile 0.23;
-in tab -0.29; in top -0.28; in blog -0.54; in signature -2.02;
-around: linked -0.44 -0.29 0.81 0.09; around: in <p> 0.11 -0.47 1.23 -1.17;
-around: sentences 0.01 -0.38 0.40 1.17; around: share of text 0.23 -0.08 0.30 0.50;
-around: share of sentences 1.26 0.63 -0.15 0.10; around: log blocks 0.06 -0.19 0.06 -0.14;
-around: log text per block 0.12 0.24 -0.27 -0.14; at: log length 0.08 0.09 0.06 0.00 0.09 0.05;
-at: linked -0.20 -0.08 -0.25 -0.29 0.06 -0.15;
-at: ends a sentence -0.04 -0.01 -0.05 0.23 -0.00 -0.08; within: log text -0.48 0.22;
-within: linked 0.40 -0.39; within: sentences 0.56 -0.02; position 1.13; text before -2.13;
-sentences before -0.17; blocks to the end 1.21; before <h1> -1.56; after <h1> 0.25;
-outside of <main> -0.44; outside of <article> -0.99; in the only <article> 0.64;
-page: log text 0.12; page: log sentences -0.40; page: sentences -0.07; page: linked -0.43;
-page: has <main> -0.20; page: has <article> -0.05; page: <article> > 3 0.47;
-page: in comment 1.12; page: in post -0.98; page: in product -1.41; page: in card 0.60;
-page: in thread 0.22; page: in question -1.27; page: in docs -0.03; page: in reply -1.11
+log length 0.01; words <= 3 -0.49; words <= 8 -0.44; words >= 20 0.82; words >= 50 0.40;
+ends a sentence 0.35; ends in a colon 0.03; commas 0.06; upper case first -0.09; digits -0.96;
+linked -0.83; all linked 0.26; says © -2.64; says cookie -0.61; says subscribe -2.32;
+says more -0.15; says share -0.34; says comment -0.24; says login -0.92; says related -0.25;
+says posted -0.41; says skip -0.53; says add -0.05; says next -0.42; says contact -0.32;
+says advertisement -0.40; says kommentare -7.13; says mehr -0.79; says artikel -1.94; tag p 0.64;
+tag div -0.05; tag li 0.69; tag tr -0.65; tag td 1.41; tag h1 -0.99; tag h2 0.93; tag h3 0.65;
+tag h4 0.11; tag h5 0.82; tag pre 0.53; tag blockquote -0.88; tag figcaption -0.89;
+tag button -0.87; tag label -1.63; tag section -2.64; around: linked -0.19 -0.02 0.08 0.20;
+around: in <p> -0.04 -0.01 0.47 -0.79; around: sentences 0.37 -0.30 0.49 0.95;
+around: share of text 1.20 -0.14 0.37 0.03; around: share of sentences 0.65 0.15 -0.02 -0.05;
+around: log blocks 0.02 -0.07 -0.12 -0.01; around: log text per block -0.03 -0.06 -0.31 -0.03;
+at: log length 0.11 0.06 0.10 0.07 0.08 0.06; at: linked -0.26 -0.29 -0.41 -0.44 -0.20 -0.12;
+at: ends a sentence -0.20 0.00 0.07 0.18 -0.04 -0.14; within: log text -0.16 -0.32;
+within: linked 0.16 -0.15; within: sentences 0.09 0.21; position 0.93; blocks to the end 1.23;
+text before -1.39; sentences before -0.80; before <h1> -1.52; after <h1> 0.24; in <nav> -0.07;
+in <header> -0.21; in <footer> -1.92; in <aside> -1.43; in <article> -0.07; in <main> -0.58;
+in <form> -2.10; in <table> 1.93; in <td> -1.04; in <ul> 0.84; in <dl> 0.18; in <figure> -0.56;
+in <blockquote> 1.29; in nav -0.74; in footer -2.89; in header -0.76; in sidebar -1.47;
+in widget -1.91; in comment -2.53; in reply -0.53; in post 1.52; in entry 0.92; in article -0.38;
+in content -0.19; in main 0.51; in text 0.31; in breadcrumb -0.85; in share -2.10;
+in related -2.98; in author -2.77; in date -0.81; in tag -0.28; in cookie -9.97;
+in newsletter -3.13; in modal -2.31; in ad -0.98; in copyright -7.48; in login -2.60;
+in search -0.72; in pagination -0.96; in toc 2.37; in card -0.34; in product 0.92; in price -0.99;
+in review -0.67; in description -0.36; in summary -0.81; in item -0.20; in button -0.67;
+in thread -0.83; in question 0.20; in docs 0.29; in event -1.35; in tab 0.31; in top -0.09;
+in blog -0.29; in signature -1.80; in caption -2.22; in info -1.22; in gallery -0.62;
+in cta -1.08; in headline -0.38; outside of <main> -0.58; outside of <article> -0.68;
+in the only <article> 0.67; page: log text 0.10; page: log sentences -0.23; page: sentences -0.90;
+page: linked -0.18; page: has <main> 0.13; page: has <article> -0.30; page: <article> > 3 0.35;
+page: in comment -0.52; page: in post -0.14; page: in product -0.42; page: in card 0.89;
+page: in thread 0.46; page: in question 0.04; page: in docs 1.32; page: in reply -0.57
 """
 BLOCK_WEIGHTS = {f"{name} #{i}" if len(weights.split()) > 1 else name: float(weight)
                  for name, weights in re.findall(r"(\S.*?)((?: -?\d+\.\d+)+)(?:;|$)",

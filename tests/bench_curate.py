@@ -16,10 +16,14 @@ curate.py beside the tools people use, on the same data. Run by hand:
 and, to learn the weights of the block classifier anew from pages with known main text (prints the
 table for curate.py, and F1 by cross-validation, sites kept together):
 
-    python tests/bench_curate.py fit_blocks --wcxb $D/html/wcxb --readability DIR
+    python tests/bench_curate.py fit_blocks --wcxb $D/html/wcxb --segments DIR \\
+        --readability $D/html/mozilla_readability
 
-wcxb is a folder with ground-truth.json and html/*.html.gz; readability the test pages of Mozilla's
-Readability. Speeds are per CPU-second of one thread. Peers that are not installed are skipped.
+wcxb and news are folders with ground-truth.json and html/*.html.gz (news: scrapinghub's
+article-extraction-benchmark); readability the test pages of Mozilla's Readability; segments the
+folder `tests` of trafilatura's repository, pages with texts that must and must not be found:
+fit_blocks learns from those of one half of the sites, extract measures on the other. Speeds are
+per CPU-second of one thread. Peers that are not installed are skipped.
 """
 
 import argparse
@@ -71,6 +75,45 @@ def load_pages(args):
             with open(folder + "source.html", "rb") as file, \
                     open(folder + "expected.html", encoding="utf-8") as gold:
                 yield folder, "readability", file.read(), all_text(gold.read())
+    if args.segments:
+        with open(os.path.join(args.segments, "evaldata.json"), encoding="utf-8") as file:
+            truth = json.load(file)
+        for url, entry in truth.items():
+            site = urlparse(url).netloc.removeprefix("www.")
+            paths = [os.path.join(args.segments, folder, entry["file"])
+                     for folder in ("eval", "cache")]
+            path = next(filter(os.path.exists, paths), None)
+            if path and hash_of(site) // 7 % 2 == (args.what == "extract"):
+                with open(path, "rb") as file:
+                    yield site, "segments", file.read(), (entry["with"], entry["without"])
+    if args.news:
+        with open(os.path.join(args.news, "ground-truth.json"), encoding="utf-8") as file:
+            truth = json.load(file)
+        for key, entry in truth.items():
+            with gzip.open(os.path.join(args.news, "html", f"{key}.html.gz")) as file:
+                yield (urlparse(entry["url"]).netloc.removeprefix("www."), "news", file.read(),
+                       entry["articleBody"])
+
+
+def hash_of(site):
+    return int(hashlib.md5(site.encode()).hexdigest(), 16)
+
+
+def score_text(text, gold):
+    """Token F1, or if gold is (texts wanted, texts not wanted) the numbers of hits, false hits and
+    misses."""
+    if isinstance(gold, str):
+        return token_f1(text, gold)
+    hits, false_hits = (sum(part in text for part in parts) for parts in gold)
+    return np.array([hits, false_hits, len(gold[0]) - hits])
+
+
+def mean_score(scores):
+    """Of what `score_text` gave for some pages."""
+    if np.ndim(scores[0]) == 0:
+        return statistics.mean(scores)
+    hits, false_hits, misses = sum(scores)
+    return 2 * hits / (2 * hits + false_hits + misses)
 
 
 def all_text(html):
@@ -110,7 +153,8 @@ def extract(args):
     import logging
     logging.disable(logging.CRITICAL)
     pages = list(load_pages(args))
-    kinds = sorted({kind for _, kind, _, _ in pages} - {"readability"})
+    others = ["readability", "segments", "news"]
+    kinds = sorted({kind for _, kind, _, _ in pages} - set(others))
     print(f"{len(pages)} pages; mean token F1 per kind")
     for name, function in peers(args.peers).items():
         scores, seconds = collections.defaultdict(list), 0.0
@@ -121,16 +165,27 @@ def extract(args):
             except Exception:  # a tool that fails on a page has no text for it
                 text = ""
             seconds += time.process_time() - start
-            scores[kind].append(token_f1(text, gold))
+            scores[kind].append(score_text(text, gold))
         wcxb = [s for kind in kinds for s in scores[kind]]
-        row = {"wcxb": wcxb, **{kind: scores[kind] for kind in kinds},
-               "readability": scores["readability"]}
+        row = {"wcxb": wcxb, **{kind: scores[kind] for kind in kinds + others}}
         print(f"{name:<18}{len(pages) / seconds:>6.0f} pages/CPU-s  " + "  ".join(
-            f"{kind} {statistics.mean(s):.3f}" for kind, s in row.items() if s), flush=True)
+            f"{kind} {mean_score(s):.3f}" for kind, s in row.items() if s), flush=True)
 
 
-def label_blocks(texts, gold):
-    """For each block, whether most of its 3-grams of words (or it, if shorter) are in the gold."""
+def label_blocks(texts, length, gold):
+    """For each block, whether most of its 3-grams of words (or it, if shorter) are in the gold;
+    and how much it counts, 1 in all for a page. If gold is (texts wanted, texts not wanted), only
+    the blocks that hold one of these count, 2 in all: there are as many errors to learn from."""
+    if not isinstance(gold, str):
+        labels, weight = np.zeros(len(texts), bool), np.zeros(len(texts))
+        for label, parts in enumerate(gold[::-1]):
+            for part in parts:
+                part = " ".join(part.split())
+                found = [i for i, text in enumerate(texts) if part in text]
+                for i in found if len(found) <= 3 else ():
+                    labels[i] = label
+                    weight[i] += 2 / len(found) / sum(map(len, gold))
+        return labels, weight
     words = WORD.findall(gold.lower())
     trigrams, whole = set(zip(words, words[1:], words[2:])), f" {' '.join(words)} "
     labels = []
@@ -139,7 +194,7 @@ def label_blocks(texts, gold):
         grams = list(zip(own, own[1:], own[2:]))
         labels.append(sum(g in trigrams for g in grams) / len(grams) if len(grams) > 1 else
                       float(bool(own) and f" {' '.join(own)} " in whole))
-    return np.array(labels) > 0.5
+    return np.array(labels) > 0.5, length / (length.sum() + 1)
 
 
 def logistic_regression(x, y, weight, strength, steps=12):
@@ -164,8 +219,7 @@ def fit_blocks(args):
             names, x = C.describe(b, texts)
             shown = np.array([not places & C.HIDDEN for places in b.places])
             length = np.array([len(t.encode()) for t in texts]) * shown
-            rows.append((site, kind, b, texts, x, label_blocks(texts, gold),
-                         length / (length.sum() + 1), gold))
+            rows.append((site, kind, b, texts, x, *label_blocks(texts, length, gold), gold))
 
     sentences = names.index("page: sentences")
 
@@ -175,10 +229,10 @@ def fit_blocks(args):
         weights, bias = logistic_regression(x, y, w / w.mean(), args.strength)
         # Where there is much running text, what is doubtful had better go; where little, stay.
         weights[sentences] -= args.margin
-        return weights, bias + 0.2 * args.margin
+        return weights, bias + 0.5 * args.margin
 
     scores = collections.defaultdict(list)
-    fold = lambda site: int(hashlib.md5(site.encode()).hexdigest(), 16) % 5
+    fold = lambda site: hash_of(site) % 5
     for k in range(5):
         weights, bias = fit([r for r in rows if fold(r[0]) != k])
         model = dict(zip(names, weights))
@@ -186,10 +240,10 @@ def fit_blocks(args):
             if fold(site) == k:
                 keep = C.keep_blocks(b, texts, model, bias)
                 text = "\n".join(t for t, one in zip(texts, keep) if one)
-                scores[kind].append(token_f1(text, gold))
-                scores["wcxb" if kind != "readability" else "all readability"].append(
-                    scores[kind][-1])
-    print("cross-validated F1: " + "  ".join(f"{k} {statistics.mean(s):.4f}"
+                scores[kind].append(score_text(text, gold))
+                if kind not in ("readability", "segments"):
+                    scores["wcxb"].append(scores[kind][-1])
+    print("cross-validated F1: " + "  ".join(f"{k} {mean_score(s):.4f}"
                                              for k, s in sorted(scores.items())))
     weights, bias = fit(rows)
     print(f"BLOCK_BIAS = {bias:.3f}\n")
@@ -430,8 +484,10 @@ def main():
                                          "toxicity", "pipeline", "experiment"])
     parser.add_argument("--wcxb", metavar="DIR")
     parser.add_argument("--readability", metavar="DIR")
+    parser.add_argument("--segments", metavar="DIR")
+    parser.add_argument("--news", metavar="DIR")
     parser.add_argument("--peers", nargs="*", help="only these")
-    parser.add_argument("--strength", type=float, default=100.0, help="of the penalty on weights")
+    parser.add_argument("--strength", type=float, default=300.0, help="of the penalty on weights")
     parser.add_argument("--margin", type=float, default=0.7, help="see fit_blocks")
     parser.add_argument("--documents", nargs="+", metavar="FILE")
     parser.add_argument("--pairs", type=int, default=1000)
