@@ -148,7 +148,6 @@ def softmax(x, dim=-1):
     return e / e.sum(dim, keepdim=True)
 
 
-@functools.lru_cache
 def rope_frequencies(head_size, theta=10000.0, scaling="", device="cpu"):
     """Radians per position of the D / 2 pairs of channels of a head: theta^(-2 i / D).
 
@@ -182,7 +181,8 @@ def rope_angles(positions, head_size, theta=10000.0, scaling=""):
     """cos and sin of the angles of rotary embedding (Su et al. 2021), each (..., T, D / 2),
     float32. positions: (..., T). Pair i of a head turns by position * frequency i: fast for small
     i, slow for large ones, like the hands of a clock."""
-    angles = positions[..., None] * rope_frequencies(head_size, theta, scaling, positions.device)
+    frequencies = rope_frequencies(head_size, theta, scaling, positions.device)
+    angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -190,12 +190,15 @@ def apply_rope(x, cos, sin, interleaved=False):
     """Rotate pairs of channels of queries or keys by angles that grow with position, so that the
     dot product of two tokens depends only on their distance.
 
-    x: (..., T, D); cos, sin: (T, D / 2) from `rope_angles`, or (T, D) from `whole_heads`.
+    x: (..., T, D); cos, sin: (T, D / 2) from `rope_angles`, or (T, D) from `whole_heads`; or
+    (B, T, ...), for x: (B, H, T, D) or (B, T, D) with positions of its own in each sequence.
     Which channels form pair i is a convention, and the wrong one ruins a model without any error:
     here i and i + D / 2, as in Hugging Face's Llama and GPT-NeoX. The paper and Meta's own weights
     pair 2 i and 2 i + 1: `interleaved`.
     """
     h = upcast(x)  # bfloat16 can not tell position 1000 from 1001
+    if 2 < cos.ndim < x.ndim:  # the same for all heads
+        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
     if interleaved:
         a, b = h[..., 0::2], h[..., 1::2]
         out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -223,12 +226,13 @@ def scaled_dot_product_attention(q, k, v, mask=None):
     their keys match it (Vaswani et al. 2017).
 
     q: (..., T, D), k: (..., S, D), v: (..., S, E) -> (..., T, E)
-    mask: (..., T, S) of bool, True where a query may attend to a key; a query that may attend to
-    nothing gets 0.
+    mask: (..., T, S) of bool (or 1 and 0), True where a query may attend to a key; a query that
+    may attend to nothing gets 0.
     """
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is None:
         return softmax(scores) @ v
+    mask = mask.bool()
     # the lowest number, not -inf: a row without any key would be NaN, in the backward pass, too
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min))
     return weights.masked_fill(~mask, 0.0) @ v
@@ -1055,7 +1059,11 @@ class Transformer(nn.Module):
         on_token: called with (number of the text, id) for each new id. Of texts longer than
         block_size the model sees the end. Raises ValueError for an empty text.
         """
-        texts = ids.tolist() if torch.is_tensor(ids) else [list(map(int, text)) for text in ids]
+        texts = ids.tolist() if torch.is_tensor(ids) else ids
+        try:
+            texts = [list(map(int, text)) for text in texts]
+        except TypeError:
+            raise ValueError("ids must be (B, T) or a list of texts; of one text, [ids]") from None
         if not all(texts):
             raise ValueError("an empty prompt can not be continued: give it one token at least")
 
@@ -1291,7 +1299,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         few = 0 < x.numel() <= 32 * self.d_in  # for more, turning weights into floats is worth it
-        if few and self.fits and x.device.type == "cpu":
+        if few and self.fits and x.device.type == "cpu" and has_kernel(self.kind):
             y = self.kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1).to(x.dtype)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.rows().to(x.dtype), self.bias)
@@ -1302,6 +1310,17 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def forward(self, ids):  # (...) int64 -> (..., d)
         return self.rows(ids)
+
+
+@functools.lru_cache
+def has_kernel(kind):
+    """Whether this PyTorch has the kernel, which is undocumented, and its results are right."""
+    try:
+        with torch.random.fork_rng([]):
+            linear, x = QuantizedLinear(nn.Linear(64, 32, bias=False), kind), torch.randn(2, 64)
+            return (linear.kernel(x) - x @ linear.rows().T).abs().max().item() < 0.1
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def quantize(model, kind):
@@ -1344,6 +1363,7 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
 
     optimizer: anything with state_dict(), or a list of such; rng: dict of RNG states; args: dict
     of plain values; tokenizer: the text of its tokenizer.json; template: see `chat_template`.
+    A module without a config is saved without one: see `into` of `load_checkpoint`.
     Whatever happens meanwhile, `path` is a whole checkpoint, the old or the new. Raises OSError.
     """
     if isinstance(optimizer, (list, tuple)):
@@ -1351,11 +1371,13 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
     elif optimizer:
         optimizer = optimizer.state_dict()
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+    config = getattr(model, "config", None)
     checkpoint = {
-        "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-        "optimizer": optimizer, "step": step, "best_val_loss": best_val_loss, "rng": rng,
-        "args": args, "tokenizer": tokenizer, "template": template, "quantize": model.quantized}
-    temporary = f"{path}.tmp"
+        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None,
+        "model": model.state_dict(), "optimizer": optimizer, "step": step,
+        "best_val_loss": best_val_loss, "rng": rng, "args": args, "tokenizer": tokenizer,
+        "template": template, "quantize": getattr(model, "quantized", None)}
+    temporary = f"{os.fspath(path)}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
@@ -1370,8 +1392,10 @@ def save_checkpoint(path, model, optimizer=None, step=0, best_val_loss=math.inf,
         raise
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", into=None):
     """Read a checkpoint -> (Transformer in eval mode, the dict of `save_checkpoint`).
+
+    into: a module of any kind that is to get the weights, and is returned in place of a new one.
 
     Only tensors and plain Python values are read, so a file from a stranger can not run code.
     Raises OSError, or ValueError for a file that is no checkpoint or contradicts itself.
@@ -1388,6 +1412,11 @@ def load_checkpoint(path, device="cpu"):
         if type(checkpoint) is not dict:
             raise ValueError("it holds no dict")
         state, kind, template = checkpoint["model"], *map(checkpoint.get, ("quantize", "template"))
+        if into is not None:
+            into.load_state_dict(state)
+            return into, checkpoint
+        if checkpoint["config"] is None:
+            raise ValueError("it is of another kind of module: see `into`")
         if template is not None and not (
                 type(template) is dict and set(template) == {*ROLES, "begin", "default_system"}
                 and all(type(text) is str for text in template.values())
@@ -1409,8 +1438,9 @@ def load_checkpoint(path, device="cpu"):
 def empty_model(config, n_tensors):
     """A Transformer of shapes without numbers, for a file of so many tensors. Raises ValueError
     at once if these are too few: a small file must not cost minutes."""
-    if config.n_layer > n_tensors:
-        raise ValueError(f"{config.n_layer} layers need more than its {n_tensors} tensors")
+    parts = config.n_layer * (config.n_expert if config.activation == "moe" else 1)
+    if parts > n_tensors:
+        raise ValueError(f"{parts} layers or experts need more than its {n_tensors} tensors")
     with torch.device("meta"):
         return Transformer(config)
 
@@ -2054,6 +2084,7 @@ def main():
         parser.error("prune needs a size to come down to: --n_layer, --n_embd or --d_ff")
     try:
         run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough

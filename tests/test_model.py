@@ -109,6 +109,17 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
         check_close(qs[0], q)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_of_positions_of_each_sequence(interleaved):
+    x, positions = torch.randn(2, 3, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [7, 1, 0, 9, 2]])
+    for at in (positions, positions.double(), positions[:1]):
+        y = M.apply_rope(x, *M.rope_angles(at, 8), interleaved)
+        for i in range(2):
+            row = M.rope_angles(at[i % len(at)], 8)
+            check_close(y[i], M.apply_rope(x[i], *row, interleaved), 0)
+        check_close(M.apply_rope(x[:, 0], *M.rope_angles(at, 8), interleaved), y[:, 0], 0)
+
+
 def test_mistake_3_rotary_layouts_are_not_the_same():
     """Half-split and interleaved pair other channels; they agree after a permutation of them."""
     x = torch.randn(2, 5, 8)
@@ -132,6 +143,14 @@ def test_attention_equals_pytorch():
     check_close(ours[:, :, rows], F.scaled_dot_product_attention(q, k, v, mask)[:, :, rows])
     assert (ours[:, :, 2] == 0).all()
     check_close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_masks_of_ones_and_zeros(dtype):
+    q, k, v = torch.randn(3, 2, 5, 8)
+    mask = M.causal_mask(5) & (torch.rand(2, 5, 5) > 0.3)
+    check_close(M.scaled_dot_product_attention(q, k, v, mask.to(dtype)),
+                M.scaled_dot_product_attention(q, k, v, mask), 0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -631,6 +650,9 @@ def test_prompts_of_other_types():
     for make in (torch.tensor, np.array):
         out = model.generate([make([1, 2]), make([3])], 3, temperature=0)
         assert out == plain and all(type(i) is int for text in out for i in text)
+    for ids in ([1, 2], torch.tensor([1, 2]), torch.zeros(1, 1, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="of one text, "):
+            model.generate(ids, 3)
     for shape in ((2, 3), (1, 0), (0, 3), (3,)):
         with pytest.raises(ValueError, match="one text"):
             M.speculate(model, model, torch.zeros(shape, dtype=torch.int64), 3)
@@ -716,6 +738,18 @@ def test_checkpoint_round_trip(tmp_path):
     assert again.head.weight is again.embedding.weight
     assert not any(name.startswith(("_orig_mod.", "module.")) for name in checkpoint["model"])
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_checkpoints_of_other_modules(tmp_path):
+    model, again = (torch.nn.Sequential(M.Linear(3, 4), torch.nn.Tanh()) for _ in range(2))
+    M.save_checkpoint(tmp_path / "c.pt", model, torch.optim.AdamW(model.parameters()), 7)
+    found, checkpoint = M.load_checkpoint(tmp_path / "c.pt", into=again)
+    assert found is again and torch.equal(again[0].weight, model[0].weight)
+    assert (checkpoint["config"], checkpoint["step"]) == (None, 7) and checkpoint["optimizer"]
+    with pytest.raises(ValueError, match="Missing key"):
+        M.load_checkpoint(tmp_path / "c.pt", into=M.Linear(3, 4))
+    with pytest.raises(ValueError, match="another kind of module"):
+        M.load_checkpoint(tmp_path / "c.pt")
 
 
 def broken_checkpoint(**changes):
@@ -857,6 +891,21 @@ def test_quantized_models_are_saved_loaded_and_generate(tmp_path, kind, changes)
         M.quantize(tiny(), "int3")
     if changes.get("tie_embeddings"):
         assert again.embedding.weight.data_ptr() == again.head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("result", [None, AttributeError("no such kernel")])
+def test_quantized_weights_without_kernels(monkeypatch, result):
+    def kernel(self, x):
+        if result:
+            raise result
+        return torch.zeros(len(x), 32)
+
+    monkeypatch.setattr(M.QuantizedLinear, "kernel", kernel)
+    M.has_kernel.cache_clear()
+    for kind in ("int8", "int4"):
+        quantized, x = M.QuantizedLinear(M.Linear(64, 32), kind), torch.randn(2, 64)
+        check_close(quantized(x), x @ quantized.rows().T)
+    M.has_kernel.cache_clear()
 
 
 # ---- chat
@@ -1219,6 +1268,22 @@ def test_command_line_info_of_gpt2(tmp_path):
     result = run("info", *sizes.split(), *flags.split(), cwd=tmp_path)
     # nanoGPT's 124 million: without biases, 124,337,664 of them
     assert result.returncode == 0 and "124,337,664" in result.stdout
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "model.py", "info"], stdout=write,
+                          stderr=subprocess.PIPE, cwd=ROOT, env=environment)
+    os.close(write)
+    assert done.returncode <= 1 and not done.stderr
+
+
+def test_help_says_what_every_size_means(tmp_path):
+    shown = "".join(run("--help", cwd=tmp_path).stdout.split())
+    for field in dataclasses.fields(M.TransformerConfig):
+        assert field.name == "top_k" or "".join(field.metadata["help"].split()) in shown
 
 
 @pytest.mark.parametrize("args, code, message", [
