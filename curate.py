@@ -595,40 +595,40 @@ def describe(b, texts):
 
 # Weights of the features, learned by `tests/bench_curate.py fit_blocks` (logistic regression).
 # Several numbers are the weights of `name #0`, `name #1` and so on.
-BLOCK_BIAS = 4.878
+BLOCK_BIAS = 3.421
 BLOCK_WEIGHTS = """
-log length 0.01; words <= 3 -0.49; words <= 8 -0.44; words >= 20 0.82; words >= 50 0.40;
-ends a sentence 0.35; ends in a colon 0.03; commas 0.06; upper case first -0.09; digits -0.96;
-linked -0.83; all linked 0.26; says © -2.64; says cookie -0.61; says subscribe -2.32;
-says more -0.15; says share -0.34; says comment -0.24; says login -0.92; says related -0.25;
-says posted -0.41; says skip -0.53; says add -0.05; says next -0.42; says contact -0.32;
-says advertisement -0.40; says kommentare -7.13; says mehr -0.79; says artikel -1.94; tag p 0.64;
-tag div -0.05; tag li 0.69; tag tr -0.65; tag td 1.41; tag h1 -0.99; tag h2 0.93; tag h3 0.65;
-tag h4 0.11; tag h5 0.82; tag pre 0.53; tag blockquote -0.88; tag figcaption -0.89;
-tag button -0.87; tag label -1.63; tag section -2.64; around: linked -0.19 -0.02 0.08 0.20;
-around: in <p> -0.04 -0.01 0.47 -0.79; around: sentences 0.37 -0.30 0.49 0.95;
-around: share of text 1.20 -0.14 0.37 0.03; around: share of sentences 0.65 0.15 -0.02 -0.05;
-around: log blocks 0.02 -0.07 -0.12 -0.01; around: log text per block -0.03 -0.06 -0.31 -0.03;
-at: log length 0.11 0.06 0.10 0.07 0.08 0.06; at: linked -0.26 -0.29 -0.41 -0.44 -0.20 -0.12;
-at: ends a sentence -0.20 0.00 0.07 0.18 -0.04 -0.14; within: log text -0.16 -0.32;
-within: linked 0.16 -0.15; within: sentences 0.09 0.21; position 0.93; blocks to the end 1.23;
-text before -1.39; sentences before -0.80; before <h1> -1.52; after <h1> 0.24; in <nav> -0.07;
-in <header> -0.21; in <footer> -1.92; in <aside> -1.43; in <article> -0.07; in <main> -0.58;
-in <form> -2.10; in <table> 1.93; in <td> -1.04; in <ul> 0.84; in <dl> 0.18; in <figure> -0.56;
-in <blockquote> 1.29; in nav -0.74; in footer -2.89; in header -0.76; in sidebar -1.47;
-in widget -1.91; in comment -2.53; in reply -0.53; in post 1.52; in entry 0.92; in article -0.38;
-in content -0.19; in main 0.51; in text 0.31; in breadcrumb -0.85; in share -2.10;
-in related -2.98; in author -2.77; in date -0.81; in tag -0.28; in cookie -9.97;
-in newsletter -3.13; in modal -2.31; in ad -0.98; in copyright -7.48; in login -2.60;
-in search -0.72; in pagination -0.96; in toc 2.37; in card -0.34; in product 0.92; in price -0.99;
-in review -0.67; in description -0.36; in summary -0.81; in item -0.20; in button -0.67;
-in thread -0.83; in question 0.20; in docs 0.29; in event -1.35; in tab 0.31; in top -0.09;
-in blog -0.29; in signature -1.80; in caption -2.22; in info -1.22; in gallery -0.62;
-in cta -1.08; in headline -0.38; outside of <main> -0.58; outside of <article> -0.68;
-in the only <article> 0.67; page: log text 0.10; page: log sentences -0.23; page: sentences -0.90;
-page: linked -0.18; page: has <main> 0.13; page: has <article> -0.30; page: <article> > 3 0.35;
-page: in comment -0.52; page: in post -0.14; page: in product -0.42; page: in card 0.89;
-page: in thread 0.46; page: in question 0.04; page: in docs 1.32; page: in reply -0.57
+log length -0.07; words <= 3 -0.40; words <= 8 -0.51; words >= 20 0.71; words >= 50 0.16;
+ends a sentence 0.35; ends in a colon 0.19; commas 0.05; upper case first -0.03; digits -0.69;
+linked -0.72; all linked 0.30; says © -2.46; says cookie -0.79; says subscribe -1.81;
+says more -0.27; says share -0.27; says comment -0.65; says login -0.75; says related -0.16;
+says posted -0.29; says skip -0.35; says add -0.29; says next -0.44; says contact -0.06;
+says advertisement -1.20; says kommentare -8.43; says mehr -0.89; says artikel -1.51; tag p 0.85;
+tag div 0.21; tag li 0.91; tag tr 0.75; tag td 1.10; tag h1 -0.58; tag h2 1.05; tag h3 0.87;
+tag h4 0.45; tag h5 0.70; tag pre 1.01; tag blockquote 0.30; tag figcaption -0.70;
+tag button -0.38; tag label -0.94; tag section -2.21; around: linked -0.25 -0.13 0.28 -0.10;
+around: in <p> 0.02 -0.13 0.67 -0.76; around: sentences 0.25 -0.35 0.34 0.49;
+around: share of text 1.02 0.42 0.59 0.15; around: share of sentences 0.95 -0.26 -0.15 0.14;
+around: log blocks -0.05 -0.09 -0.11 -0.06; around: log text per block -0.02 -0.02 -0.28 -0.04;
+at: log length 0.12 0.05 0.08 0.06 0.06 0.06; at: linked -0.16 -0.17 -0.28 -0.37 -0.19 -0.09;
+at: ends a sentence -0.19 0.00 0.01 0.16 -0.05 -0.11; within: log text -0.22 -0.21;
+within: linked 0.19 -0.21; within: sentences 0.32 0.12; position 1.20; blocks to the end 1.16;
+text before -1.76; sentences before -0.48; before <h1> -1.68; after <h1> 0.12; in <nav> 0.34;
+in <header> -0.40; in <footer> -1.92; in <aside> -1.25; in <article> -0.33; in <main> -0.28;
+in <form> -1.98; in <table> 0.68; in <td> 0.18; in <ul> 0.76; in <dl> -0.09; in <figure> -0.55;
+in <blockquote> 0.94; in nav -0.78; in footer -2.60; in header -0.75; in sidebar -1.46;
+in widget -1.89; in comment -2.27; in reply 0.44; in post 0.81; in entry 0.96; in article -0.40;
+in content 0.03; in main 0.29; in text 0.18; in breadcrumb -0.86; in share -1.93;
+in related -2.60; in author -2.67; in date -0.75; in tag -0.25; in cookie -7.36;
+in newsletter -3.05; in modal -2.68; in ad -0.10; in copyright -4.63; in login -2.66;
+in search -0.35; in pagination -0.94; in toc 1.81; in card -0.30; in product 0.55; in price -0.92;
+in review -1.54; in description -0.23; in summary -0.65; in item -0.28; in button -0.48;
+in thread -1.26; in question -0.27; in docs -0.64; in event -0.68; in tab 0.07; in top -0.12;
+in blog -0.34; in signature -1.71; in caption -2.11; in info -0.95; in gallery -0.66;
+in cta -1.20; in headline -0.25; outside of <main> -1.03; outside of <article> -0.68;
+in the only <article> 0.62; page: log text 0.14; page: log sentences -0.19; page: sentences -0.60;
+page: linked 0.39; page: has <main> 0.28; page: has <article> -0.23; page: <article> > 3 0.26;
+page: in comment -0.32; page: in post 0.00; page: in product -0.11; page: in card 0.84;
+page: in thread 0.62; page: in question 0.07; page: in docs 1.05; page: in reply -0.25
 """
 BLOCK_WEIGHTS = {f"{name} #{i}" if len(weights.split()) > 1 else name: float(weight)
                  for name, weights in re.findall(r"(\S.*?)((?: -?\d+\.\d+)+)(?:;|$)",

@@ -16,14 +16,16 @@ curate.py beside the tools people use, on the same data. Run by hand:
 and, to learn the weights of the block classifier anew from pages with known main text (prints the
 table for curate.py, and F1 by cross-validation, sites kept together):
 
-    python tests/bench_curate.py fit_blocks --wcxb $D/html/wcxb --segments DIR \\
-        --readability $D/html/mozilla_readability
+    python tests/bench_curate.py fit_blocks --wcxb $D/html/wcxb --more DIR \\
+        --readability $D/html/mozilla_readability --segments DIR --newspaper DIR
 
 wcxb and news are folders with ground-truth.json and html/*.html.gz (news: scrapinghub's
 article-extraction-benchmark); readability the test pages of Mozilla's Readability; segments the
 folder `tests` of trafilatura's repository, pages with texts that must and must not be found:
-fit_blocks learns from those of one half of the sites, extract measures on the other. Speeds are
-per CPU-second of one thread. Peers that are not installed are skipped.
+fit_blocks learns from those of one half of the sites, extract measures on the other. more is the
+repository of WCXB (of its dev pages those that wcxb has not), newspaper the folder tests/data of
+that of newspaper. Speeds are per CPU-second of one thread. Peers that are not installed are
+skipped.
 """
 
 import argparse
@@ -50,6 +52,7 @@ sys.path.insert(0, ROOT)
 import curate as C
 
 WORD = re.compile(r"\w+")
+OTHERS = ["readability", "segments", "news", "more", "newspaper"]  # kinds outside of wcxb
 
 
 def token_f1(text, gold):
@@ -62,6 +65,7 @@ def token_f1(text, gold):
 
 def load_pages(args):
     """(site, kind, html bytes, gold text) of all pages given."""
+    truth = {}
     if args.wcxb:
         with open(os.path.join(args.wcxb, "ground-truth.json"), encoding="utf-8") as file:
             truth = json.load(file)
@@ -70,6 +74,22 @@ def load_pages(args):
                 yield (urlparse(entry["url"]).netloc.removeprefix("www."),
                        entry["_internal"]["page_type"]["primary"], file.read(),
                        entry["ground_truth"].get("main_content") or "")
+    if args.more:
+        with open(os.path.join(args.more, "metadata.json"), encoding="utf-8") as file:
+            pages = json.load(file)["files"]
+        for path in sorted(glob.glob(os.path.join(args.more, "dev", "ground-truth", "*.json"))):
+            key = os.path.basename(path).removesuffix(".json")
+            html = os.path.join(args.more, "dev", "html", f"{key}.html.gz")
+            if key not in truth and os.path.exists(html):
+                with open(path, encoding="utf-8") as gold, gzip.open(html) as file:
+                    yield (pages[key]["domain"] or key, "more", file.read(),
+                           json.load(gold)["ground_truth"].get("main_content") or "")
+    for path in sorted(glob.glob(os.path.join(args.newspaper or "", "html", "*.html"))):
+        name = os.path.basename(path).removesuffix(".html")
+        text = os.path.join(args.newspaper or "", "text", f"{name}.txt")
+        if args.newspaper and os.path.exists(text):
+            with open(path, "rb") as file, open(text, encoding="utf-8", errors="replace") as gold:
+                yield name.rstrip("0123456789"), "newspaper", file.read(), gold.read()
     for folder in sorted(glob.glob(os.path.join(args.readability or "", "*", ""))):
         if args.readability:
             with open(folder + "source.html", "rb") as file, \
@@ -153,8 +173,7 @@ def extract(args):
     import logging
     logging.disable(logging.CRITICAL)
     pages = list(load_pages(args))
-    others = ["readability", "segments", "news"]
-    kinds = sorted({kind for _, kind, _, _ in pages} - set(others))
+    kinds = sorted({kind for _, kind, _, _ in pages} - set(OTHERS))
     print(f"{len(pages)} pages; mean token F1 per kind")
     for name, function in peers(args.peers).items():
         scores, seconds = collections.defaultdict(list), 0.0
@@ -167,7 +186,7 @@ def extract(args):
             seconds += time.process_time() - start
             scores[kind].append(score_text(text, gold))
         wcxb = [s for kind in kinds for s in scores[kind]]
-        row = {"wcxb": wcxb, **{kind: scores[kind] for kind in kinds + others}}
+        row = {"wcxb": wcxb, **{kind: scores[kind] for kind in kinds + OTHERS}}
         print(f"{name:<18}{len(pages) / seconds:>6.0f} pages/CPU-s  " + "  ".join(
             f"{kind} {mean_score(s):.3f}" for kind, s in row.items() if s), flush=True)
 
@@ -219,7 +238,10 @@ def fit_blocks(args):
             names, x = C.describe(b, texts)
             shown = np.array([not places & C.HIDDEN for places in b.places])
             length = np.array([len(t.encode()) for t in texts]) * shown
-            rows.append((site, kind, b, texts, x, *label_blocks(texts, length, gold), gold))
+            labels, weight = label_blocks(texts, length, gold)
+            if kind == "newspaper":
+                weight = weight / 2  # its gold texts are a tool's output
+            rows.append((site, kind, b, texts, x, labels, weight, gold))
 
     sentences = names.index("page: sentences")
 
@@ -241,7 +263,7 @@ def fit_blocks(args):
                 keep = C.keep_blocks(b, texts, model, bias)
                 text = "\n".join(t for t, one in zip(texts, keep) if one)
                 scores[kind].append(score_text(text, gold))
-                if kind not in ("readability", "segments"):
+                if kind not in OTHERS:
                     scores["wcxb"].append(scores[kind][-1])
     print("cross-validated F1: " + "  ".join(f"{k} {mean_score(s):.4f}"
                                              for k, s in sorted(scores.items())))
@@ -484,7 +506,8 @@ def main():
                                          "toxicity", "pipeline", "experiment"])
     parser.add_argument("--wcxb", metavar="DIR")
     parser.add_argument("--readability", metavar="DIR")
-    parser.add_argument("--segments", metavar="DIR")
+    for name in ("--segments", "--more", "--newspaper"):
+        parser.add_argument(name, metavar="DIR")
     parser.add_argument("--news", metavar="DIR")
     parser.add_argument("--peers", nargs="*", help="only these")
     parser.add_argument("--strength", type=float, default=300.0, help="of the penalty on weights")
