@@ -81,16 +81,16 @@ def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
     return x
 
 
-def reduce_scatter(x, sizes, group=None):
+def reduce_scatter(x, sizes, group=None, dtype=None):
     """Sum over ranks, of which rank r gets its part of sizes[r] numbers: (sum of sizes,) ->
     (own,). Gloo's own sends as much as an all-reduce; an exchange and a sum of what came send the
-    least. The order of the sum is that of the ranks, the same everywhere."""
+    least. The order of the sum is that of the ranks, the same everywhere. dtype: of the sum."""
     own, W = sizes[rank(group)], world(group)
     if W == 1:
-        return x
+        return x.to(dtype or x.dtype)
     parts = x.new_empty(W * own)
     dist.all_to_all_single(parts, x, [own] * W, sizes, group=group)
-    return parts.view(W, own).sum(0)
+    return parts.view(W, own).sum(0, dtype=dtype)
 
 
 def all_gather(x, group=None):
@@ -98,7 +98,8 @@ def all_gather(x, group=None):
     if world(group) == 1:
         return x.clone()
     out = x.new_empty(world(group) * len(x))
-    dist.all_gather_single(out, x.contiguous(), group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # (old name)
+    gather(out, x.contiguous(), group=group)
     return out
 
 
@@ -146,7 +147,7 @@ class Buckets:
 
     def add(self, params):
         """Take in further parameters. A bucket has one dtype."""
-        room = 0
+        room = -1
         for p in reversed([p for p in params if p.requires_grad]):
             if p.nbytes > room or p.dtype != self.buckets[-1][0].dtype:
                 self.buckets.append([])
@@ -254,6 +255,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.local = optimizer_cls(params, **kwargs)
         super().__init__(self.local.param_groups, self.local.defaults)
         self.param_groups, self.state = self.local.param_groups, self.local.state
+        for p, r in self.owner.items():  # (Adagrad has made all of it already)
+            if r != rank(group):
+                self.state.pop(p, None)
 
     def add_param_group(self, param_group):
         """Take in further parameters; each goes to the rank that has the least so far."""
@@ -296,10 +300,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if r != rank(self.group):
                 p.grad = None
         self.local.step()
-        if world(self.group) > 1:
-            for work in [dist.broadcast(p.detach(), group=self.group, group_src=r, async_op=True)
-                         for p, r in self.owner.items()]:
-                work.wait()
+        parts = {}  # all of an owner travel together
+        for p, r in self.owner.items():
+            parts.setdefault((r, p.dtype), []).append(p)
+        for (r, _), part in parts.items() if world(self.group) > 1 else ():
+            flat = flatten(part)
+            dist.broadcast(flat, group=self.group, group_src=r)
+            torch._foreach_copy_(part, unflatten(flat, part))
         return loss
 
 
@@ -324,8 +331,8 @@ def gather_weight(shard, dtype, group=None):
     """Shards of all ranks -> the whole matrix; its gradient, averaged, goes back into shards."""
     def scatter(g):
         flat = F.pad(g.reshape(-1), (0, len(shard) * world(group) - g.numel()))
-        own = reduce_scatter(flat, [len(shard)] * world(group), group) / world(group)
-        return own.to(shard.dtype)
+        sizes = [len(shard)] * world(group)
+        return reduce_scatter(flat, sizes, group, shard.dtype) / world(group)
 
     return Collective.apply(shard, lambda x: shard.to_whole(x.to(dtype)), scatter)
 
@@ -338,7 +345,9 @@ def whole(p, x):
 class FSDP(DDP):
     """Wrap a module so that each rank keeps 1/W of every Linear's and Embedding's weight, as a
     flat parameter; gathers it just ahead of its use, in the forward pass and again in the backward
-    pass, and frees it afterwards. Other parameters are small: they stay whole, as in DDP.
+    pass, and frees it afterwards. Other parameters are small: they stay whole, as in DDP. Linear
+    and Embedding are any classes of these names, and what inherits from one. Raises ValueError if
+    there is none.
 
     compute_dtype: bfloat16 or float16, of gathered weights and their gradients; the shards stay as
     they are (float32 masters). Optimizers are given FSDP's parameters(): AdamW, which looks at
@@ -348,21 +357,30 @@ class FSDP(DDP):
     def __init__(self, module, compute_dtype=None, group=None):
         shards = {}  # whole parameter -> its shard; of tied ones there is one
         for part in module.modules():
-            if type(part) in (nn.Linear, nn.Embedding, model_py.Linear, model_py.Embedding):
-                p = part.weight
+            names = {cls.__name__ for cls in type(part).__mro__}
+            p = part._parameters.get("weight")
+            # (nn.MultiheadAttention's output layer is not called: its weight is read)
+            if p is not None and p.ndim == 2 and names & {"Linear", "Embedding"} and \
+                    "NonDynamicallyQuantizableLinear" not in names:
                 if p not in shards:
                     broadcast([p], group)
                     shards[p] = shard_parameter(p, group)
                 part.weight = shards[p]
                 part.forward = functools.partial(self._run, part, part.forward)
+        if not shards:
+            raise ValueError("FSDP finds nothing to shard: no Linear or Embedding whose weight is "
+                             "a matrix")
         others = [p for p in module.parameters() if not hasattr(p, "to_whole")]
         super().__init__(module, math.inf, False, group, others)
         self.compute_dtype = compute_dtype
 
     def _run(self, part, forward, *args, **kwargs):
         """Call a Linear or an Embedding with its whole weight."""
-        shard = part.weight
+        shard, kind = part.weight, part.weight.device.type
         dtype = self.compute_dtype or shard.dtype
+        if dtype == torch.float32 and torch.is_autocast_enabled(kind) and any(
+                torch.is_tensor(x) and x.is_floating_point() for x in args):  # (no Embedding's)
+            dtype = torch.get_autocast_dtype(kind)  # or the graph would keep a copy in this dtype
         full = gather_weight(shard, dtype, self.group)
         address, numel = full.data_ptr(), full.numel()
 
@@ -375,7 +393,7 @@ class FSDP(DDP):
                 return x
             return shard.to_whole(shard.detach().to(dtype)).as_strided(*x)
 
-        lower = torch.autocast(full.device.type, dtype, enabled=dtype != shard.dtype)
+        lower = contextlib.nullcontext() if dtype == shard.dtype else torch.autocast(kind, dtype)
         part.__dict__["weight"] = full  # found before the parameter of this name
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, unpack), lower:
@@ -951,8 +969,9 @@ def setup(args):
             device = "cpu"
         try:
             store, number, W = next(dist.rendezvous("env://"))
-        except ValueError as error:
-            raise ValueError(f"{error}: start me with torchrun") from None
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{reason}: start me with torchrun") from None
         # after a restart the store may still have the addresses of those that have died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=number,
@@ -1272,6 +1291,10 @@ def main():
         run(train.parse_args(parser, fresh))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if world() > 1:
+            os._exit(1)  # (see below)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):  # of torch.distributed, when another process has died
             if not dist.is_initialized() or "onnection" not in str(error):

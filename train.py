@@ -366,7 +366,7 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
     """Learning rate of step `it`, counted from 0: up in a straight line for warmup_iters, then
     down to min_lr at max_iters, by half a period of a cosine, or (wsd: warm-up, stable, decay; Hu
     et al. 2024) level, and straight down over the last decay_fraction of the steps; or constant.
-    """
+    As in nanoGPT the first step has learning_rate / (warmup_iters + 1), not 0, and moves."""
     if schedule not in ("cosine", "wsd", "constant"):
         raise ValueError(f"schedule must be cosine, wsd or constant, not {schedule}")
     if it < warmup_iters:
@@ -852,9 +852,10 @@ def build_parser():
     add = parser.add_argument_group("model (see TransformerConfig in model.py)").add_argument
     add("--vocab_size", type=positive, help="for .bin files without a tokenizer beside them")
     for field in dataclasses.fields(TransformerConfig)[1:]:
-        how = dict(action="store_true") if type(field.default) is bool else \
-            dict(type=type(field.default), metavar="X", help=f"default {field.default or 'none'}")
-        add(f"--{field.name}", default=None, **how)
+        how = dict(action="store_true") if field.type is bool else \
+            dict(type=field.type, metavar="X")
+        add(f"--{field.name}", default=None, **how,
+            help=f"{field.metadata['help']} (default {field.default!r})")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=positive, default=8, help="sequences at a time (default 8)")
@@ -923,6 +924,8 @@ def main():
         run(parse_args(build_parser()))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -187,6 +188,16 @@ def sharded_optimizer(rank, world):
     assert again.local.state.keys() == optimizer.local.state.keys()
     for p, state in optimizer.local.state.items():
         torch.testing.assert_close(again.local.state[p], state)
+    # Adagrad, which makes its state before the first step; a parameter that is not contiguous,
+    # and an empty one
+    params = nn.Parameter(torch.ones(0)), nn.Parameter(torch.ones(3, 5).T), nn.Parameter(
+        torch.ones(15))
+    adagrad = D.ShardedOptimizer(params, torch.optim.Adagrad, lr=1.0, shard_gradients=True)
+    assert sum(p.numel() for p in adagrad.state) == (15 if rank < 2 else 0)
+    sum(p.sum() for p in params).backward()
+    adagrad.reduce_gradients()
+    adagrad.step()
+    assert all((p == 0).all() for p in params)
     # a schedule, and further parameters
     for group in optimizer.param_groups:
         group["lr"] = 0.5
@@ -244,6 +255,90 @@ def fully_sharded(rank, world):
 def test_fully_sharded(tmp_path):
     assert spawn(tmp_path, 2, fully_sharded) == [0, 1]
     assert spawn(tmp_path, 3, fully_sharded) == [0, 1, 2]
+
+
+class Linear(nn.Module):
+    """Somebody else's."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in))
+
+    def forward(self, x):
+        return torch.einsum("...i,oi->...o", x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, ids):
+        return self.weight[ids]
+
+
+class Paths(nn.Module):
+    """Layers in the order that is asked for, with or without activation checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Embedding(6, 6), *(Linear(6, 6) for _ in range(4))])
+        self.layers[4].weight = self.layers[0].weight
+
+    def forward(self, ids, order, checkpointing):
+        x = self.layers[0](ids)
+        for i in order:
+            layer = self.layers[int(i)]
+            x = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+            x = torch.tanh(x)
+        return x
+
+
+def foreign_layers(rank, world):
+    torch.manual_seed(0)
+    module, ids = Paths().double(), torch.tensor([0, 5, 2])
+    wrapped = D.FSDP(copy.deepcopy(module))
+    assert all(layer.weight.ndim == 1 for layer in wrapped.module.layers)
+    models = [(x, torch.optim.SGD(x.parameters(), lr=0.1)) for x in (module, wrapped)]
+    for orders, checkpointing in (("1234", False), ("4321", False), ("1 4", False),
+                                  ("123 32", False), ("1123", True)):
+        losses = []
+        for x, optimizer in models:
+            for order in orders.split():  # several backward passes add up
+                out = x(ids, order, checkpointing)
+                losses.append(out.square().sum())
+                losses[-1].backward()
+        wrapped.finish_gradient_synchronization()
+        for x, optimizer in models:
+            optimizer.step()
+            optimizer.zero_grad()
+        half = len(losses) // 2
+        equal(torch.stack(losses[half:]), torch.stack(losses[:half]))
+        close(wrapped.gather_full_params(), module.state_dict(), torch.float64)
+    with pytest.raises(ValueError, match="nothing to shard"):
+        D.FSDP(nn.LayerNorm(3))
+
+
+def test_fully_sharded_layers_of_any_origin_in_any_order(tmp_path):
+    assert spawn(tmp_path, 2, foreign_layers) == [0, 1]
+
+
+def under_autocast(rank, world):
+    """As one process would compute; the whole matrices are not kept for the backward pass."""
+    torch.manual_seed(0)
+    module, ids, gathered, all_gather = Odd(), torch.randint(11, (3, 6)), [], D.all_gather
+    D.all_gather = lambda x, group: gathered.append(x.dtype) or all_gather(x, group)
+    wrapped = D.FSDP(copy.deepcopy(module))
+    for x in (module, wrapped):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = x(ids)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+    wrapped.finish_gradient_synchronization()
+    assert gathered == [torch.float32] + 8 * [torch.bfloat16]  # the embedding; 4 layers, twice
+    for a, b in zip(module.parameters(), wrapped.module.parameters()):
+        if a.grad is not None:
+            equal(a.grad, b.to_whole(b.grad) if hasattr(b, "to_whole") else b.grad, 1e-6)
+
+
+def test_fully_sharded_under_autocast(tmp_path):
+    assert spawn(tmp_path, 2, under_autocast) == [0, 1]
 
 
 CONFIG = dict(vocab_size=24, block_size=12, n_layer=4, n_head=4, n_kv_head=2, n_embd=16, d_ff=32)
@@ -501,6 +596,16 @@ def test_plan(monkeypatch, capsys):
     assert rows["ddp", "64", "1", "1"][4:7] == ["14.0", "14.0", "84.0"]  # GB: 2, 2, 12 bytes each
     largest = [float(rows[scheme, "64", "1", "1"][-1]) for scheme in ("ddp", "zero1", "fsdp")]
     assert largest == sorted(largest) and 2e9 < largest[0] < 80e9 / 16
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as out:
+        monkeypatch.setattr(sys, "argv", ["ddp.py", "plan"])
+        monkeypatch.setattr(sys, "stdout", out)
+        D.main()
+    assert not capsys.readouterr().err
 
 
 def test_plain_python_is_a_world_of_one(data, alone, tmp_path):
