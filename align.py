@@ -35,6 +35,8 @@ import copy
 import csv
 import functools
 import gzip
+import inspect
+import io
 import itertools
 import json
 import math
@@ -189,7 +191,7 @@ def read_pairs(path):
 
 def read_problems(path):
     """Data for reinforcement learning -> list of rows with "messages" added. Of GSM8K's answers
-    only what follows #### is kept."""
+    only what follows #### is kept. Rows with an instruction not in CONSTRAINTS are dropped."""
     problems = []
     for where, row in read_rows(path):
         if not {"answer", "tests", "instruction_id_list", "answerKey"} & set(row):
@@ -205,15 +207,22 @@ def read_problems(path):
                 field(row, where, "answer")
             row["answer"] = str(row["answer"]).split("####")[-1].strip()
         problems.append(row | {"messages": prompt_of(row, where), "n": 4})
-    return problems
+    known = [set(row.get("instruction_id_list", ())) <= set(CONSTRAINTS) for row in problems]
+    return keep(problems, known, f"problems of {path}", "an instruction is not known")
 
 
 def check_instructions(row, where):
-    """Raise ValueError unless a row has IFEval's instructions, and arguments for each."""
+    """Raise ValueError unless a row has IFEval's instructions, and arguments that fit each."""
     names = field(row, where, "instruction_id_list", kind=list)
     if not all(type(name) is str for name in names) or \
             len(names) != len(field(row, where, "kwargs", kind=list)):
         raise ValueError(f"{where}: it needs names of instructions, and as many kwargs")
+    for name, arguments in zip(names, row["kwargs"]):
+        try:
+            if name in CONSTRAINTS:
+                check_constraint(name, arguments or {}, "text")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def make_template(name, tokenizer):
@@ -274,10 +283,13 @@ def tokenize_prompts_and_responses(prompts, responses, tokenizer):
     where T is one less than the longest prompt with its response; see `collate`. The row of an
     empty response has no True. The tokenizer is ours or one of Hugging Face's."""
     encode = getattr(tokenizer, "encode_ordinary", tokenizer.encode)
+    # Hugging Face's may begin each text with a special token: a response is not a text of its own
+    special = "add_special_tokens" in inspect.signature(encode).parameters
+    encode_response = functools.partial(encode, add_special_tokens=False) if special else encode
     pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "eot_id")]
     examples = []
     for prompt, response in zip(prompts, responses, strict=True):
-        a, b = encode(prompt), encode(response)
+        a, b = encode(prompt), encode_response(response)
         examples.append((a + b, [0] * len(a) + [1] * len(b)))
     return collate(examples, next((i for i in pads if i is not None), 0))
 
@@ -559,7 +571,8 @@ def ppo_loss(log_probs, old_log_probs, advantages, response_mask, values=None, o
 # can not read as wrong.
 
 MAX_BITS = 4096  # of an exact number; 9^9^9^9 would fill any memory
-NUMBER = r"-?\$?(?:\d[\d,]*\.?\d*|\.\d+)(?:\s?/\s?\d+)?(?:\\?%)?"
+NUMBER = (r"-?\$?(?:\d+ \d+/\d+|(?:\d[\d,]*\.?\d*|\.\d+)(?:\s?/\s?\d+)?)(?:\\?%)?"
+          r"(?: (?:hundred|thousand|million|billion)\b)?")
 TOKEN = (r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+\b)?|\\[a-zA-Z]+|\\%|\*\*|"
          r"[-+*/^(){}\[\]%√π]|[a-zA-Z]")
 PYTHON = {"{": "(", "}": ")", "^": "**", "\\times": "*", "\\cdot": "*", "\\div": "/",
@@ -580,33 +593,40 @@ def extract_answer(text):
             depth += (c == "{") - (c == "}")
             if depth == 0:
                 return boxes[-1][:i].strip()
+        return None  # it was cut off
     for pattern in (r"(?s:<answer>((?:(?!<answer>).)*?)</answer>)", r"####([^\n]*)",
                     r"(?im)^.*(?:answer\s+is:?|answer:)[ *]*([^\n]+)"):
         if found := re.findall(pattern, text):
             # up to the end of the sentence
             return re.sub(r"(?<=\S)\.(?:\s.*)?$", "", found[-1].strip(), flags=re.S).strip("* ")
-    formula = re.search(r"(\$[^$]{1,300}\$|\\\(.{1,300}?\\\)|\\\[.{1,300}?\\\])[^\d$]*$",
-                        text, re.S)
-    if formula and re.search(r"[\\^=<>]", formula[1][2:-2]):
-        return formula[1]  # LaTeX, after which there is no other number
+    for left, right in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        head, _, after = text.replace("$$", "$").rpartition(right)
+        _, begun, formula = head.rpartition(left)
+        if begun and re.search(r"[\\^=<>]", formula) and not re.search(r"[\d$]", after):
+            return formula  # LaTeX, after which there is no other number
     found = re.findall(NUMBER, text)
     return found[-1].rstrip(",.") if found else None
 
 
-# What does not change a mathematical answer, and what takes its place. A left side goes where it is
-# a name, f(x) or arithmetic (x = 5, 3 + 4 = 7); but 2x + z = 1 is not 1.
+# What does not change a mathematical answer, and what takes its place. A left side is taken off if
+# it is a name, f(x) or arithmetic (x = 5, 3 + 4 = 7); but 2x + z = 1 is not 1.
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"\\!\s*|(?<=\d)\s*\{,\s*\}\s*(?=\d)", ""), ("−", "-"), (r"\\[cdt]frac", r"\\frac"),
     (r"\\leq?(?![a-z])|≤", "<="), (r"\\geq?(?![a-z])|≥", ">="),
-    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"\\approx|≈", "="),
+    (r"\\(?:text(?:bf|normal)?|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<!\\)\\(?:left|right|q?quad)(?![a-z])|(?<!\\)\\[,;:$ ()\[\]]", " "),
     (r"\^\s*\{?\\circ\}?|[°$£€]", " "),
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""),  # thousands
+    (r"(?<=\d)[, ](?=\d{3}(?!\d))", ""),  # 1,000 and 1 000
+    (r"(?<=\d) ?hundred\b", "*10^2"), (r"(?<=\d) ?thousand\b", "*10^3"),
+    (r"(?<=\d) ?million\b", "*10^6"), (r"(?<=\d) ?billion\b", "*10^9"),
     (r"^\s*[a-zA-Z]\s*\\in(?![a-z])", ""),
-    (r"^(?:\s*(?:\\?[a-zA-Z][\w' ]*(?:_\{\w+\})?(?:\([^()]*\))?|"
-     r"(?:\\[a-zA-Z]+|[^a-zA-Z=<>])+)=)+", ""),
-    (r"(?<=[\d.}%)])\s*[a-zA-Z]{2,}(?:[ /]+[a-zA-Z]+)*\s*$", ""),  # 5 apples
+    (r"^(?:\s*(?:\\?[a-zA-Z][\w' ]*(?:_\{\w+\})?(?:\([^()]*\))?\s*|"
+     r"(?:\\[a-zA-Z]+|[^a-zA-Z=<>])*)(?<!!)=)+", ""),
+    # 5 apples, 5 cm; but 2xy and 2 sin x are no units
+    (r"(?<=[\d.}%)])(?:\s*(?:[ckm]m|[km]g|m[lLi]|ft|in|lbs?|oz|hrs?|[ap]m|st|nd|rd|th)\b|"
+     r"\s*(?!sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|(?<=\s)[a-zA-Z]{3}\b))"
+     r"(?:[ /]+[a-zA-Z]+)*\s*$", ""),
     (r"\s+", " "))]
 
 
@@ -630,6 +650,7 @@ def to_python(text):
     >>> to_python(r"2\\frac{1}{3}"), to_python("2x^{3}"), to_python(r"\\sqrt[3]8")
     ('frac[2](1)(3)', '2*x**(3)', 'sqrt[3](8)')
     """
+    text = re.sub(r"(?<![\d.])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"(?<![\d.])(\d+)\s*\\frac", r"\\frac[\1]", text)  # a mixed number: 2 1/3
     # \frac12 is \frac{1}{2}
     text = re.sub(r"((?:\\frac|\\sqrt|√)(?:\[\d+\])?)\s*(\\pi|\w)", r"\1{\2}", text)
@@ -637,7 +658,7 @@ def to_python(text):
                   r"\1{\2}", text)
     tokens = re.findall(TOKEN, text)
     if len(text) > 1000 or "".join(tokens) != "".join(text.split()) or \
-            re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}", text):  # words
+            re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}|\d\s+\d", text):  # words, two numbers
         raise ValueError("not an expression")
     out = ""
     for token, before in zip(tokens, ["", *tokens]):
@@ -678,7 +699,7 @@ def evaluate(node):
         case ast.Name("π"):
             x = math.pi
         case ast.Name(letter) if len(letter) == 1:
-            x = Fraction(ord(letter) * 7919 % 1009 + 2, 97)
+            x = Fraction(ord(letter) ** 5 % 100_003 + 2, 97)
         case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
             x = evaluate(operand) * (1 if isinstance(sign, ast.UAdd) else -1)
         case ast.BinOp(left, sign, right) if type(sign) in OPERATORS:
@@ -710,7 +731,7 @@ def math_value(text):
 
 def same_answer(a, b):
     """Whether two normalized answers are equal: as text, as numbers, or element by element."""
-    if a.replace(" ", "") == b.replace(" ", ""):
+    if len({re.sub(r" (?!\d)|(?<!\d) ", "", text) for text in (a, b)}) == 1:
         return True
     unions = a.split(r"\cup"), b.split(r"\cup")  # of intervals
     if len(unions[0]) == len(unions[1]) > 1:
@@ -749,8 +770,9 @@ def grade_math(answer, truth):
         truth = extract_answer(truth) or ""
     candidates = [extract_answer(answer) or ""]
     if len(answer) <= 200 and not re.search(r"\n|\\boxed|####|(?i:answer)", answer):
-        # the last number of what is an expression as a whole is not its value: 3 + 4, 1/2
-        whole = math_value(normalize_answer(answer)) is not None
+        # the last number of what is an expression as a whole is not its value: 3 + 4, x > 5
+        whole = math_value(normalize_answer(answer)) is not None or \
+            not re.search(r"(?<![\w\\}])[a-zA-Z]{2}|[^\W\d_a-zA-Zπ]", answer)
         candidates = [answer] if whole else [answer, *candidates]
     wanted = normalize_answer(truth)
     for candidate in candidates:
@@ -760,9 +782,9 @@ def grade_math(answer, truth):
         pairs = [(found, wanted)]
         if ("%" in found) != ("%" in wanted):  # "how many percent": 20 and 20%
             pairs.append([re.sub(r"\\?%", "", text) for text in (found, wanted)])
-        numbers = re.findall(NUMBER, found)
-        if len(numbers) == 1 and math_value(found) is None and math_value(wanted) is not None:
-            pairs.append((normalize_answer(numbers[0]), wanted))  # words around one number
+        if number := re.fullmatch(r"(?:.* (?:is|are|equals) )?(?:[^\W\d_]|[ ,:])*(?<![a-zA-Zπ])"
+                                  rf"({NUMBER})(?![a-zA-Zπ])(?:[^\W\d_]|[ ,])*", found):
+            pairs.append((normalize_answer(number[1]), wanted))  # words around one number
         if any(same_answer(*pair) for pair in pairs):
             return True
     return False
@@ -816,7 +838,7 @@ CONSTRAINTS = {
         t.lower().count(k["letter"].lower()), k, "let_frequency", "let_relation"),
     "length_constraints:number_sentences": lambda t, k: compare(
         len(re.findall(r"[^.!?\s](?:[^.!?]|[.!?](?=\w))*(?:[.!?]+|$)",  # 0.5 is no end
-                       re.sub(r"(?m)^\s*\d+\.", "", t))), k, "num_sentences"),
+                       re.sub(r"(?m)^[^\S\n]*\d+\.", "", t))), k, "num_sentences"),
     "length_constraints:number_words": lambda t, k: compare(
         len(re.findall(r"\w+", t)), k, "num_words"),
     "length_constraints:number_paragraphs": lambda t, k: (
@@ -831,15 +853,15 @@ CONSTRAINTS = {
         {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(
             k["postscript_marker"], re.escape(k["postscript_marker"].lower())), t.lower())),
     "detectable_format:number_bullet_lists": lambda t, k: (
-        len(re.findall(r"^\s*(?:\*[^*]|-)", t, re.M)) == k["num_bullets"]),
+        len(re.findall(r"^[^\S\n]*(?:\*[^*]|-)", t, re.M)) == k["num_bullets"]),
     "detectable_format:constrained_response": lambda t, k: bool(
         re.search(r"My answer is (yes|no|maybe)\.", t)),
     "detectable_format:number_highlighted_sections": lambda t, k: k["num_highlights"] <= len(
-        re.findall(r"\*\*[^\n*]*[^\n*\s][^\n*]*\*\*|\*[^\n*]*[^\n*\s][^\n*]*\*", t)),
+        re.findall(r"\*\*[^\S\n]*[^\s*][^\n*]*\*\*|\*[^\S\n]*[^\s*][^\n*]*\*", t)),
     "detectable_format:multiple_sections": lambda t, k: k["num_sections"] <= len(
         re.findall(rf"{re.escape(k['section_spliter'])}\s?\d+", t)),
     "detectable_format:json_format": lambda t, k: is_json(t),
-    "detectable_format:title": lambda t, k: bool(re.search(r"<<[^\n>]*[^\n>\s][^\n>]*>>", t)),
+    "detectable_format:title": lambda t, k: bool(re.search(r"<<[^\S\n]*[^\s>][^\n>]*>>", t)),
     "combination:two_responses": lambda t, k: (
         len(parts := blocks(t, "******")) == 2 and all(parts) and parts[0] != parts[1]),
     "combination:repeat_prompt": lambda t, k: t.strip().lower().startswith(
@@ -971,8 +993,8 @@ def serve():
 
     operations = {"load": names_of, "getattr": getattr, "setattr": setattr, "list": list,
                   "len": len, "getitem": operator.getitem, "eq": operator.eq, "str": str,
-                  "repr": repr,
-                  "call": lambda function, *args, **kwargs: function(*args, **kwargs)}
+                  "repr": repr, "bool": bool,
+                  "call": lambda function, /, *args, **kwargs: function(*args, **kwargs)}
     for line in told:
         try:
             operation, *request = json.loads(line)
@@ -989,7 +1011,7 @@ def number_of(x):
     return x._number
 
 
-def request(operation, *args, **kwargs):
+def request(operation, /, *args, **kwargs):
     # in the process of the tests: have the code do something
     send(operation, encode(args, number_of), encode(kwargs, number_of))
     line = told.readline(most)
@@ -1009,12 +1031,13 @@ def request(operation, *args, **kwargs):
     return result
 
 
+def ask(handle, operation, /, *args, **kwargs):
+    return request(operation, handle, *args, **kwargs)
+
+
 class Handle:  # stands for a function or object in the process of the code
     def __init__(self, number):
         object.__setattr__(self, "_number", number)
-
-    def ask(self, operation, *args, **kwargs):
-        return request(operation, self, *args, **kwargs)
 
     __getattr__ = functools.partialmethod(ask, "getattr")
     __setattr__ = functools.partialmethod(ask, "setattr")
@@ -1022,17 +1045,15 @@ class Handle:  # stands for a function or object in the process of the code
     __repr__ = functools.partialmethod(ask, "repr")
     __call__ = functools.partialmethod(ask, "call")
     __len__ = functools.partialmethod(ask, "len")
+    __bool__ = functools.partialmethod(ask, "bool")
     __getitem__ = functools.partialmethod(ask, "getitem")
     __hash__ = object.__hash__
 
     def __iter__(self):
-        return iter(self.ask("list"))
-
-    def __bool__(self):
-        return True
+        return iter(ask(self, "list"))
 
     def __eq__(self, other):  # never equal to a value from here, whatever it claims
-        return type(other) is Handle and self.ask("eq", other) is True
+        return type(other) is Handle and ask(self, "eq", other) is True
 
 
 if role == "tests":
@@ -1321,15 +1342,15 @@ def optimizers_for(model, args):
         muon = args.optimizer == "muon" and name.startswith("blocks.") and "router" not in name
         if p.requires_grad:
             (vectors if p.ndim < 2 else hidden if muon and p.ndim == 2 else matrices).append(p)
-    optimizers = [torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}], args.learning_rate, (0.9, 0.95))]
-    if hidden:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError("--optimizer muon needs PyTorch 2.9 or later")
-        optimizers.append(torch.optim.Muon(hidden, args.learning_rate, args.weight_decay, 0.95,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                               {"params": vectors, "weight_decay": 0.0}],
+                              args.learning_rate, (0.9, 0.95))
+    if not hidden:
+        return [adamw]
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError("--optimizer muon needs PyTorch 2.9 or later")
+    return [torch.optim.Muon(hidden, args.learning_rate, args.weight_decay, 0.95,
+                             adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 class Run:
@@ -1468,7 +1489,7 @@ def run_sft(args):
     def load(path):
         examples = [encode_conversation(run.tokenizer, run.template, chat)
                     for chat in read_conversations(path)]
-        return keep(examples, [len(ids) - 1 <= limit for ids, _ in examples],
+        return keep(examples, [0 < len(ids) - 1 <= limit for ids, _ in examples],
                     f"examples of {path}", f"longer than {limit} tokens")
 
     def tokens(examples):  # how many are to be learned
@@ -1920,7 +1941,7 @@ def read_mmlu(path):
         names = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".csv")]
     for name in names:
         subject = re.sub(r"_(dev|val|test)\.csv$", "", os.path.basename(name)).replace("_", " ")
-        lines = read_text(name).splitlines(keepends=True)
+        lines = io.StringIO(read_text(name), newline="")  # cells can hold any other line break
         rows += [(f"{name}, row {i}", {"subject": subject, "cells": cells})
                  for i, cells in enumerate(csv.reader(lines), 1)]
     if not rows:
@@ -2100,7 +2121,7 @@ def summarize_answers(items, results):
     votes = []
     for problem, texts in zip(problems, results):
         said = [find_choice(text, problem["n"]) if "answerKey" in problem else
-                normalize_answer(extract_answer(text) or "") for text in texts]
+                normalize_answer((extract_answer(text) or "")[:1000]) for text in texts]
         most = Counter(filter(None, said)).most_common(1)
         votes.append(bool(most) and verify(problem, most[0][0]) >= 1)
     return values | {f"majority@{n}": share(votes)}
@@ -2386,8 +2407,11 @@ def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     try:
-        args = parse_args(sys.argv[1:])
-        COMMANDS[args.command][0](args)
+        try:
+            args = parse_args(sys.argv[1:])
+            COMMANDS[args.command][0](args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough

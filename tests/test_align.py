@@ -1,6 +1,7 @@
 """align.py: losses against the published formulae, masks, verifiers, evaluation, whole runs."""
 
 import csv
+import functools
 import gzip
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
 
@@ -115,6 +117,15 @@ def test_tokenize_prompts_and_responses():
     for row, prompt, response in zip(range(3), ["ab", "c", "a"], ["cd", "defg", ""]):
         said = out["labels"][row][out["response_mask"][row]].tolist()
         assert tokenizer.decode(said) == response
+
+    class WithBegin:  # as Hugging Face's Llama tokenizers
+        pad_token_id, eos_token_id = None, 2
+
+        def encode(self, text, add_special_tokens=True):
+            return [1] * add_special_tokens + [ord(c) for c in text]
+
+    assert A.tokenize_prompts_and_responses(["a"], ["b"], WithBegin())["labels"].tolist() == \
+        [[97, 98]]
 
 
 def test_response_log_probs():
@@ -520,7 +531,11 @@ def test_problems_without_a_test_are_refused(tmp_path, tests):
     (r"We get \[ x = \frac{3}{4}. \]", "0.75"), (r"\boxed{11,\! 111}", "11111"),
     (r"\boxed{x \le 2}", r"x \leq 2"), (r"x \in [-2,7]", "[-2, 7]"), ("f(x)=2x", "2x"),
     (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}",
-     r"\begin{pmatrix}1&0.5\\3&4\end{pmatrix}"),
+     r"\begin{pmatrix}1&0.5\\3&4\end{pmatrix}"), ("1 1/2", "1.5"), ("It takes 2 1/3 cups.", "7/3"),
+    (r"\boxed{1\,000}", "1000"), ("That is $5 million.", "5,000,000"), ("2xy", "2 xy"),
+    ("5cm", "5"), (r"\boxed{f(x) = 2x}", "2x"), ("= 5", "5"), (r"Then $$x = \frac12$$", "0.5"),
+    ("The answer is about 5", "5"), ("答案是6个", "6"), (r"\boxed{6个}", "6"),
+    ("Final answer: The maximum of $f(x)$ is 19", "19"),
     (r"(-\infty, 2) \cup (3, \infty)", r"(-\infty,2)\cup(3,\infty)")])
 def test_equal_answers(answer, truth):
     assert A.grade_math(answer, truth)
@@ -537,7 +552,15 @@ def test_equal_answers(answer, truth):
     ("5", None), ("10^{400}", r"\pi"), ("5", r"\boxed{"), (r"\frac{34}{16}", "16"), ("3 + 4", "4"),
     ("x+2", "2"), (r"\frac{1+\sqrt{5}}{2}", "2"), (r"\boxed{a+3z=0}", "0"),
     (r"\boxed{x_1 = 2, x_2 = 3}", "3"), ("=" * 20_000, "1"), ("$" * 20_000, "1"),
-    ("\\(" * 9_000, "1"), ("a_" * 9_000 + "=", "1"), ("{," * 400 + "1", "2")])
+    ("\\(" * 9_000, "1"), ("a_" * 9_000 + "=", "1"), ("{," * 400 + "1", "2"),
+    (r"\(\)" * 2500 + "a" * 9_000 + "5", "1"), (r"\boxed{5!}", "5"), (r"\boxed{\ln 2}", "2"),
+    (r"\boxed{x > 5}", "5"), ("x != 5", "5"), (r"\boxed{\pm 5}", "5"), ("x+y=5", "5"),
+    ("10:05", "5"), (r"\boxed{(-\infty,5]}", "5"), ("1 000 000", "0"), ("2 3", "6"),
+    (r"\boxed{2 3}", "23"), (r"\boxed{3π}", "3"), ("3π", "3"),
+    ("\\boxed{" + "人 " * 400 + "/", "2"),
+    ("1 1/2", "1/2"), ("It takes 1 1/2 cups", "1/2"), ("2", "2xy"), ("2ab", "2"), ("3pi", "3"),
+    (r"\boxed{2 \sin x}", "2"), ("a+d", "b+c"), ("x+z", "2y"), ("5 million", "5"),
+    (r"so \boxed{\frac{1}{2", "2")])
 def test_unequal_or_hostile_answers(answer, truth):
     begin = time.perf_counter()
     assert A.grade_math(answer, truth) is False
@@ -612,6 +635,24 @@ def test_constraints_are_complete_and_checked():
                             ("keywords:existence", {"keywords": 3})):
         with pytest.raises(ValueError, match=name):
             A.check_constraint(name, arguments, "x")
+    arguments = {k: v for _, arguments, *_ in CONSTRAINT_CASES for k, v in arguments.items()}
+    begin = time.perf_counter()
+    for text in ("<" * 4000, "*" + "a" * 9000, "a" + "\n" * 9000 + "a"):
+        for name in A.CONSTRAINTS:
+            A.check_constraint(name, arguments, text)
+    assert time.perf_counter() - begin < 3
+
+
+def test_unknown_instructions_are_dropped_and_arguments_checked(tmp_path, capsys):
+    row = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]}
+    unknown = row | {"instruction_id_list": ["language:response_language"]}
+    path = write(tmp_path / "p.jsonl", [row, unknown])
+    assert len(A.read_problems(str(path))) == 1 and "1 of 2 problems" in capsys.readouterr().out
+    assert len(A.read_task("ifeval", str(path))) == 2
+    write(path, [row, row | {"instruction_id_list": ["length_constraints:number_words"]}])
+    for read in (A.read_problems, functools.partial(A.read_task, "ifeval")):
+        with pytest.raises(ValueError, match="line 2: the arguments of length"):
+            read(str(path))
 
 
 def test_code_that_is_right_passes():
@@ -631,7 +672,12 @@ def test_code_that_is_right_passes():
          "def length(n): return 1 + length(n.next) if n else 0\ndef half(x): return x / 2",
          "n = N()\nn.next = N()\nassert length(n) == 2 and str(n) == repr(n) == 'N()'\n"
          "assert half(fractions.Fraction(1, 3)) == fractions.Fraction(1, 6)\n"
-         "assert half(decimal.Decimal(3)) == decimal.Decimal('1.5')")):
+         "assert half(decimal.Decimal(3)) == decimal.Decimal('1.5')"),
+        ("def f(operation, self, function): return operation + self + function\n"
+         "class S:\n    x = ()\n    def ask(self, x): return x\n"
+         "    def __len__(self): return len(self.x)",
+         "assert f(operation=1, self=2, function=3) == 6\ns = S()\n"
+         "assert not s and s.ask(3) == 3")):
         verdict = A.run_code(code, tests)
         assert verdict and verdict.error == "", verdict
 
@@ -654,6 +700,11 @@ FORGERIES = {
     "writes handles": "import os\nos.write(1, b'[\"ok\", [\"list\", [[\"dict\", [[\"tuple\", "
     "[\"f\", [\"handle\", 0]]]]]]]]\\n' * 9)\ndef f(x): return 1",
     "stops": "def f(x): raise StopIteration",
+    "lies about its class": "class E:\n    __class__ = int\n    def __eq__(s, o): return True\n"
+    "def f(x): return E()",
+    "huge decimal": "import decimal\ndef f(x): return decimal.Decimal('1e999999999')",
+    "forged fraction": "import sys\nm = sys.modules['__main__']\ndef f(x):\n    m.tell.write("
+    "b'[\"ok\", [\"list\", [[\"Fraction\", \"1e999999999\"]]]]\\n')\n    m.tell.flush()",
     "crafted": "import sys\nc = (lambda: 0).__code__.replace(co_code=b'00')\ndef f(x): return 2",
     "frames": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        frame.f_locals.update(error=None)\n        frame = frame.f_back\n    return 1",
@@ -787,7 +838,7 @@ def test_tasks_are_read_as_published(tmp_path):
             item["label"] == 2)
     folder = tmp_path / "mmlu"
     folder.mkdir()
-    (folder / "high_school_art_dev.csv").write_text('"Q, one?",w,x,y,z,C\nQ2,w,x,y,z,A\n')
+    (folder / "high_school_art_dev.csv").write_text('"Q, one?",w,x,y,z,C\nQ2\u2028,w,x,y,z,A\n', "utf-8")
     items = A.read_task("mmlu", str(folder))
     A.add_shots(items, [dict(i) for i in items], 1)
     head = "The following are multiple choice questions (with answers) about high school art.\n\n"
@@ -1082,6 +1133,15 @@ def test_a_judge_that_only_likes_a_place_decides_nothing(monkeypatch):
 
         monkeypatch.setattr(model, "forward", forward)
         assert A.judge_pair(model, tokenizer, template, "which {a}?", "good", "bad") == verdict
+
+
+def test_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, A.__file__, "--help"], stdout=write,
+                          stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == b""
 
 
 def test_usage(tmp_path, base, capsys):
