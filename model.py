@@ -148,6 +148,7 @@ def softmax(x, dim=-1):
     return e / e.sum(dim, keepdim=True)
 
 
+@functools.lru_cache
 def rope_frequencies(head_size, theta=10000.0, scaling="", device="cpu"):
     """Radians per position of the D / 2 pairs of channels of a head: theta^(-2 i / D).
 
@@ -181,8 +182,9 @@ def rope_angles(positions, head_size, theta=10000.0, scaling=""):
     """cos and sin of the angles of rotary embedding (Su et al. 2021), each (..., T, D / 2),
     float32. positions: (..., T). Pair i of a head turns by position * frequency i: fast for small
     i, slow for large ones, like the hands of a clock."""
-    frequencies = rope_frequencies(head_size, theta, scaling, positions.device)
-    angles = positions.float()[..., None] * frequencies
+    # (torch.compile warns of caches)
+    of = rope_frequencies.__wrapped__ if torch.compiler.is_compiling() else rope_frequencies
+    angles = positions.float()[..., None] * of(head_size, theta, scaling, positions.device)
     return angles.cos(), angles.sin()
 
 
