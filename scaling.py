@@ -24,6 +24,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import csv
+import fcntl
 import functools
 import glob
 import hashlib
@@ -134,8 +135,19 @@ def write(path, data):
 
 def append(path, record):
     """Add a run to a .jsonl, whose last line goes if it was cut short."""
-    runs = load_runs(path) if os.path.exists(path) else []
-    write(path, "".join(json.dumps(run) + "\n" for run in [*runs, record]).encode())
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # other processes may add theirs
+        file.seek(0)
+        last = file.read().rpartition(b"\n")[2]
+        try:
+            json.loads(last)
+            line = b"\n" + line  # nothing but its newline is missing
+        except ValueError:
+            file.truncate(file.tell() - len(last))
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # -----------------------------------------------------------------------------
@@ -352,7 +364,9 @@ def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0):
     for _ in range(10):  # two or three are enough
         data = x[kept], y[kept], z[kept], np.ones(len(kept)), delta
         first = np.argsort(evaluate(grid, *data)[0])[:60]
-        theta, objective, gradient = minimize_huber(grid[first], *data)
+        theta, objective, _ = minimize_huber(grid[first], *data, iterations=300)
+        # where the valley is long and bent, that is not enough
+        theta, objective, gradient = minimize_huber(theta[np.argsort(objective)[:5]], *data, 10000)
         best = objective.argmin()
         _, r, share = evaluate(theta[best : best + 1], x, y, z, 1, delta)
         spread = max(1.4826 * np.median(np.abs(r[0, kept])), delta)
@@ -360,6 +374,8 @@ def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0):
         if np.array_equal(near, kept) or len(near) < 6:
             break
         kept = near
+    else:
+        raise ValueError("the fit did not converge: it takes ever other runs for outliers")
     if not gradient[best] <= 1e-6 * delta * len(kept):
         raise ValueError(f"the fit did not converge: its gradient is still {gradient[best]:.1e}")
     largest = share[:, 0, kept].max(1)
@@ -450,12 +466,13 @@ def interrupted(number, frame):
     raise KeyboardInterrupt
 
 
-def start(script, words, threads):
-    """Run one of the other scripts, on so many threads -> what it printed. Raises ValueError with
-    the last line of its errors."""
+def start(script, words, threads, keep=()):
+    """Run one of the other scripts, on so many threads -> what it printed. keep: file descriptors
+    that it inherits. Raises ValueError with the last line of its errors."""
     with subprocess.Popen([sys.executable, os.path.join(ROOT, script), *words], text=True,
                           env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          pass_fds=keep) as process:
         CHILDREN.append(process)
         out, err = process.communicate()
     if process.returncode:
@@ -542,7 +559,16 @@ def train(flags, data, folder, threads):
                      | {"max_iters": plan["iters"], "data": data, "out_dir": folder,
                         "eval_interval": max(100, plan["iters"] // 4), "eval_iters": 1})
     words += ["--resume"] * os.path.exists(os.path.join(folder, "ckpt.pt"))
-    start("train.py", words, threads if plan["parameters"] > 5e5 else 1)  # too small to share
+    os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # held by train.py too, which lives on if we are killed
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        start("train.py", words, threads if plan["parameters"] > 5e5 else 1,  # too small to share
+              keep=[lock])
+    except BlockingIOError:
+        raise ValueError(f"another process is still training it, in {folder}") from None
+    finally:
+        os.close(lock)
     with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     record = {"key": key_of(flags, data), **plan, "loss": float(last["val_loss"]),
@@ -714,8 +740,11 @@ def report_optimum(runs, of, against):
             print(f"left out: {against} = {at:.4g}: {error}", file=sys.stderr)
     if not optima:
         raise ValueError(f"no curve of loss by {of} has a bottom")
-    law = fit_power_law([row[against] for row in optima], [row[of] for row in optima])
-    return {"optima": optima, "law": as_dict(law, (), of, against)}
+    result = {"optima": optima}
+    if len(optima) > 1:
+        law = fit_power_law([row[against] for row in optima], [row[of] for row in optima])
+        result["law"] = as_dict(law, (), of, against)
+    return result
 
 
 def as_text(value):
@@ -907,7 +936,10 @@ def parse_args(words):
         add("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
         add("--json", action="store_true", help="print JSON")
         add("--out", metavar="DIR", help="leave JSON, and PNG if matplotlib is installed")
-        return parser.parse_args(words)
+        args = parser.parse_args(words)
+        if args.inference_tokens and args.method != "parametric":
+            parser.error("--inference_tokens is for --method parametric")
+        return args
 
     add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="finished runs")
     add("--data", default=DATA, help=f"folder of bpe.py (default: {DATA}, made of Python's "
@@ -947,27 +979,35 @@ def parse_args(words):
     return args
 
 
+def run(args):
+    """Do what the command line asks for."""
+    if args.command == "fit":
+        return fit_command(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
+    if args.data == DATA and not os.path.exists(os.path.join(DATA, "val.bin")):
+        make_data(args.data)
+    if args.command == "study":
+        return study(args)
+    if args.command == "isoflop":
+        args.asked = isoflop_runs(args.flags, args)
+    best = min(run_all(args.asked, args), key=lambda r: r["loss"])
+    print("best:", *as_words(best["flags"]))
+    print(*(f"{name}: {best[name]}" for name in RESULTS), sep="\n")
+
+
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     args = parse_args(sys.argv[1:])
     try:
-        if args.command == "fit":
-            return fit_command(args)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupted)
-        if args.data == DATA and not os.path.exists(os.path.join(DATA, "val.bin")):
-            make_data(args.data)
-        if args.command == "study":
-            return study(args)
-        if args.command == "isoflop":
-            args.asked = isoflop_runs(args.flags, args)
-        best = min(run_all(args.asked, args), key=lambda r: r["loss"])
-        print("best:", *as_words(best["flags"]))
-        print(*(f"{name}: {best[name]}" for name in RESULTS), sep="\n")
+        run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; finished runs are kept, and the rest goes on when asked again",
               file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"scaling.py: error: {error}", file=sys.stderr)
         sys.exit(1)
