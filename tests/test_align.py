@@ -838,7 +838,8 @@ def test_tasks_are_read_as_published(tmp_path):
             item["label"] == 2)
     folder = tmp_path / "mmlu"
     folder.mkdir()
-    (folder / "high_school_art_dev.csv").write_text('"Q, one?",w,x,y,z,C\nQ2\u2028,w,x,y,z,A\n', "utf-8")
+    (folder / "high_school_art_dev.csv").write_text(
+        '"Q, one?",w,x,y,z,C\nQ2\u2028,w,x,y,z,A\n', "utf-8")
     items = A.read_task("mmlu", str(folder))
     A.add_shots(items, [dict(i) for i in items], 1)
     head = "The following are multiple choice questions (with answers) about high school art.\n\n"
