@@ -145,7 +145,7 @@ def test_a_scaling_fit_stops_early_or_keeps_outliers():
             near = fit[:5] * np.exp(scale * rng.standard_normal(5))
             assert objective(*near) >= fit.objective * (1 - 1e-12)
     long = S.fit_parametric(*points(120, 0.002, law=(2.24, 52.0, 488.0, 0.511, 0.486)))
-    assert long.objective == pytest.approx(0.0001415201468, rel=1e-9)  # after some thousand iterations
+    assert long.objective == pytest.approx(0.0001415201468, rel=1e-9)  # thousands of iterations
     spoilt = loss.copy()
     spoilt[[3, 50, 100, 150, 200]] *= 1.6, 1.5, 1.4, 1.8, 1.3
     again = S.fit_parametric(N, D, spoilt)
