@@ -229,11 +229,13 @@ def scaled_dot_product_attention(q, k, v, mask=None):
 
     q: (..., T, D), k: (..., S, D), v: (..., S, E) -> (..., T, E)
     mask: (..., T, S) of bool (or 1 and 0), True where a query may attend to a key; a query that
-    may attend to nothing gets 0.
+    may attend to nothing gets 0. Raises ValueError for masks that are to be added.
     """
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is None:
         return softmax(scores) @ v
+    if mask.is_floating_point() and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("the mask must be True or 1 where a query attends, not added to scores")
     mask = mask.bool()
     # the lowest number, not -inf: a row without any key would be NaN, in the backward pass, too
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min))

@@ -151,6 +151,8 @@ def test_masks_of_ones_and_zeros(dtype):
     mask = M.causal_mask(5) & (torch.rand(2, 5, 5) > 0.3)
     check_close(M.scaled_dot_product_attention(q, k, v, mask.to(dtype)),
                 M.scaled_dot_product_attention(q, k, v, mask), 0)
+    with pytest.raises(ValueError, match="mask"):
+        M.scaled_dot_product_attention(q, k, v, torch.zeros(5, 5).masked_fill(~mask[0], -math.inf))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
