@@ -303,10 +303,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         parts = {}  # all of an owner travel together
         for p, r in self.owner.items():
             parts.setdefault((r, p.dtype), []).append(p)
-        for (r, _), part in parts.items() if world(self.group) > 1 else ():
-            flat = flatten(part)
-            dist.broadcast(flat, group=self.group, group_src=r)
-            torch._foreach_copy_(part, unflatten(flat, part))
+        if world(self.group) > 1:
+            for (r, _), part in parts.items():
+                flat = flatten(part)
+                dist.broadcast(flat, group=self.group, group_src=r)
+                torch._foreach_copy_(part, unflatten(flat, part))
         return loss
 
 

@@ -162,10 +162,10 @@ def rope_frequencies(head_size, theta=10000.0, scaling="", device="cpu"):
     kind, _, numbers = scaling.partition(":")
     try:
         values = [float(x) for x in numbers.split(",") if x]
-        if not all(0 < x < 1e30 for x in values) or kind not in ("", "linear", "llama3"):
+        if not all(0 < x < 1e30 for x in values) or scaling and kind not in ("linear", "llama3"):
             raise ValueError
         if kind != "llama3":
-            factor, = values or [1.0]
+            (factor,) = values if scaling else [1.0]
             return frequencies / factor
         factor, low, high, length = values
         if low >= high:

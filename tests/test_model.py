@@ -780,7 +780,8 @@ TABLE = torch.zeros(50, 32)
     changed(block_size=2**24, head_size=64), changed(attention="latent", rope_size=2**24),
     changed(n_head=10**400),
     changed(activation="moe", n_expert=2**24), changed(n_embd=2**24), changed(norm_eps="x"),
-    changed(attention=5), changed(rope_theta=math.nan), changed(rope_scaling="llama3:8,4,4,9"),
+    changed(attention=5), changed(rope_theta=math.nan), changed(rope_scaling=":2"),
+    changed(rope_scaling="llama3:8,4,4,9"),
     # tensors of other kinds, or of more numbers than bytes
     *(broken_checkpoint(model=tiny().state_dict() | {"embedding.weight": x})
       for x in (5, TABLE.long(), TABLE.to_sparse(), torch.zeros(1, 1).expand(50, 32))),
