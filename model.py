@@ -11,13 +11,11 @@ The Transformer language model, written from its parts, and everything needed to
     python model.py import DIR --out theirs.pt       # a folder in Hugging Face's format
     python model.py export DIR --ckpt out/ckpt.pt    # a folder that transformers opens
 
-The default is a pre-norm decoder as in Llama (Touvron et al. 2023): RMSNorm, rotary positions,
-SwiGLU, no biases. Every part has alternatives: see TransformerConfig.
-
-Names are nanoGPT's; a course may say d_model for n_embd, num_layers for n_layer, num_heads for
-n_head, context_length for block_size. In comments: B batch, T time (position in the sequence), S
-all positions up to now (T and those in the cache), C channels (n_embd), H heads, D head size, V
-vocabulary.
+The default is Llama's decoder (Touvron et al. 2023): RMSNorm before each part, rotary positions,
+SwiGLU, no biases. Every part has alternatives: see TransformerConfig. Names are nanoGPT's; a course
+may say d_model for n_embd, num_layers for n_layer, num_heads for n_head, context_length for
+block_size. In comments: B batch, T time (position in the sequence), S all positions up to now (T
+and those in the cache), C channels (n_embd), H heads, D head size, V vocabulary.
 """
 
 import signal
@@ -214,8 +212,7 @@ class TransformerConfig:
 
 
 def build(part, config):
-    """An instance of part, from those fields of the config that its __init__ (or a parent's) has
-    as arguments."""
+    """An instance of part, whose arguments are the config's fields of the same names."""
     names = {name for kind in part.__mro__ for name in inspect.signature(kind.__init__).parameters}
     return part(**{name: value for name, value in vars(config).items() if name in names})
 
@@ -232,16 +229,15 @@ class Where:
     token each, at position 0. config: of rotary positions; None: there are none."""
 
     def __init__(self, T, S=0, positions=None, config=None, device="cpu"):
-        S = S or T
-        self.plain, self.T, self.config = positions is None, T, config
-        self.ropes, self.masks = {}, {}
+        self.plain, self.T, self.config, S = positions is None, T, config, S or T
         self.at = torch.arange(S - T, S, device=device) if self.plain else positions[:, -T:]
         self.text = None if self.plain else (positions == 0).cumsum(1)  # the number of its text
+        self.ropes, self.masks = {}, {}
 
     def rotate(self, x):
         """Rotary positions for queries or keys x: (..., H, T, D)."""
         D, c = x.shape[-1], self.config
-        if c is None or c.position != "rope":
+        if not c or c.position != "rope":
             return x
         if D not in self.ropes:
             at = self.at if self.plain else self.at[:, None]  # the same for all heads
@@ -262,20 +258,18 @@ class Where:
         return self.masks[S, window]
 
     def without_padding(self, x):
-        """x: (B, H, T, D) with 0 for padding, for layers that sum up all that came before, and can
-        not tell several texts in a row apart: then it raises ValueError."""
-        if self.plain:
-            return x
-        last = self.text[:, -self.T :] == self.text[:, -1:]
-        if (self.at * ~last).any():
+        """x: (B, H, T, D), with 0 for padding, for layers that sum up all that came before. They
+        can not tell several texts in a row apart: ValueError."""
+        last = None if self.plain else self.text[:, -self.T :] == self.text[:, -1:]
+        if last is not None and (self.at * ~last).any():
             raise ValueError("linear and hyena attention take one text in a row: no packing")
-        return x * last[:, None, :, None]
+        return x if last is None else x * last[:, None, :, None]
 
 
 def keep(cache, name, new, most=2**40):
-    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). Of these
-    it keeps the last `most`. They are a view of a buffer with room for 64 more: to copy them all
-    for every token would take longer than attention does."""
+    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D), of which
+    it keeps the last `most`, in a buffer with room for 64 more: to copy all of them for every token
+    would take longer than attention does."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
@@ -300,13 +294,11 @@ class CausalSelfAttention(nn.Module):
         n_kv_head, D = n_kv_head or n_head, head_size or n_embd // n_head
         self.D, self.n_kv_head, self.dropout, width = D, n_kv_head, dropout, n_head * D
         self.join = not qk_norm and n_embd * (width + 2 * n_kv_head * D) <= 2**20
-        self.q_proj = Linear(n_embd, width, bias or qkv_bias)
-        self.k_proj = Linear(n_embd, n_kv_head * D, bias or qkv_bias)
-        self.v_proj = Linear(n_embd, n_kv_head * D, bias or qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (
+            Linear(n_embd, D * n, bias or qkv_bias) for n in (n_head, n_kv_head, n_kv_head))
         self.o_proj = Linear(width, n_embd, bias)
         # scores of normalised queries and keys can not grow freely (Henry et al. 2020)
-        self.q_norm = RMSNorm(D, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, norm_eps) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (RMSNorm(D, norm_eps) if qk_norm else nn.Identity() for _ in "qk")
 
     def heads(self, x, rotate, cache=None):
         """x -> q: (..., H, T, D); k, v: (..., n_kv_head, T, D); q and k rotated"""
@@ -318,24 +310,22 @@ class CausalSelfAttention(nn.Module):
             w, b = zip(*((part.weight, part.bias) for part in parts))
             cache["qkv"] = torch.cat(w), None if b[0] is None else torch.cat(b)
         y = F.linear(x, *cache["qkv"]).unflatten(-1, (-1, self.D)).transpose(-3, -2)
-        qk = rotate(y[:, : -n])
-        return qk[:, : -n], qk[:, -n:], y[:, -n:]
+        qk = rotate(y[:, :-n])
+        return qk[:, :-n], qk[:, -n:], y[:, -n:]
 
     def forward(self, x, where=None, cache=None):  # (..., T, C) -> (..., T, C)
         where = where or Where(x.shape[-2], device=x.device)
         q, k, v = self.heads(x, where.rotate, cache)
         k, v = (keep(cache, name, a, self.window + SLACK) for name, a in (("k", k), ("v", v)))
         T, S, dropout = q.shape[-2], k.shape[-2], self.dropout if self.training else 0.0
-        alone = where.plain and T == S  # no cache, one text
+        alone, kind = where.plain and T == S, q.dtype  # alone: no cache, one text
+        mask = None if alone and self.window >= T else where.mask(S, self.window)
         if alone and kernels and not dropout:
-            window = self.window if self.window < T else None
-            y = kernels.flash_attention(q, k, v, causal=True, window=window)
-        else:
-            mask = None if alone and self.window >= T else where.mask(S, self.window)
-            kind, enabled = q.dtype, torch.is_autocast_enabled(x.device.type)
-            if kind == torch.bfloat16 and x.device.type == "cpu" and self.D < 64:
-                q, k, v, enabled = q.float(), k.float(), v.float(), False  # bfloat16 is slow here
-            with torch.autocast(x.device.type, enabled=enabled):
+            y = kernels.flash_attention(q, k, v, True, None if mask is None else self.window)
+        else:  # (with small heads, the backward pass in bfloat16 is slow on CPUs)
+            slow = kind == torch.bfloat16 and x.device.type == "cpu" and self.D < 64
+            q, k, v = (a.float() if slow else a for a in (q, k, v))
+            with torch.autocast(x.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(
                     q, k, v, mask, dropout, is_causal=mask is None and alone,
                     enable_gqa=q.shape[-3] != k.shape[-3]).to(kind)
@@ -346,8 +336,7 @@ SLACK = 16  # what a sliding cache keeps beyond the window: `speculate` takes ba
 
 
 class SlidingWindowAttention(CausalSelfAttention):
-    """Attention to the last `window` positions, one's own included (Beltagy et al. 2020), and a
-    cache of no more than these."""
+    """Attention to the last `window` positions only (Beltagy et al. 2020), as is the cache."""
 
     def __init__(self, n_embd, n_head, window=64, **more):
         super().__init__(n_embd, n_head, **more)
@@ -356,12 +345,10 @@ class SlidingWindowAttention(CausalSelfAttention):
 
 def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
     """Attention with phi(q) . phi(k), phi = elu + 1, in place of exp(q . k) (Katharopoulos et al.
-    2020). The sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state
-    of fixed size: with chunk=1 this is a recurrent network. Larger chunks compute the same, with a
-    matrix of scores inside each.
-
-    q, k: phi of queries and keys; rq, rk: these rotated, for the numerator alone (Su et al. 2021),
-    since a rotated sum could be 0; v: values; all (..., T, D) -> y: (..., T, D), S, z."""
+    2020). Sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state of
+    fixed size: with chunk=1 this is a recurrent network. Larger chunks compute the same. q, k: phi
+    of queries and keys; rq, rk: these rotated, for the numerator alone (Su et al. 2021), as a
+    rotated sum could be 0; v: values; all (..., T, D) -> y: (..., T, D), S, z."""
     out, S = [], S + rk[..., :0, :].mT @ v[..., :0, :]
     for q, k, v, rq, rk in zip(*(x.split(chunk, -2) for x in (q, k, v, rq, rk))):
         norm = (q * (z + k.cumsum(-2))).sum(-1, keepdim=True)
@@ -385,10 +372,9 @@ class LinearAttention(CausalSelfAttention):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are
-    projected up from one small vector per token, and only that vector is cached. A rotation can
-    not be moved past this projection, so `rope_size` further channels carry the position; all
-    heads share their key."""
+    """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are made
+    from one small vector per token, and only that is cached. A rotation can not be moved past this
+    projection, so `rope_size` further channels carry the position; all heads share their key."""
 
     def __init__(self, n_embd, n_head, head_size, kv_rank, rope_size, bias=False, dropout=0.0,
                  norm_eps=1e-5):
@@ -414,9 +400,9 @@ class LatentAttention(nn.Module):
                     for up in (self.k_up, self.v_up))
             k = torch.cat((k, k_rope.expand_as(q_rope)), -1)
         k, v = (a.expand(*q.shape[:-2], -1, -1) for a in (k, v))
-        y = F.scaled_dot_product_attention(
-            torch.cat((q, q_rope), -1), k, v, where.mask(k.shape[-2], 2**40),
-            self.dropout * self.training, scale=(D + R) ** -0.5)
+        mask, dropout = where.mask(k.shape[-2], 2**40), self.dropout * self.training
+        y = F.scaled_dot_product_attention(torch.cat((q, q_rope), -1), k, v, mask, dropout,
+                                           scale=(D + R) ** -0.5)
         if cache is not None:  # and the sum of p (V l) is V (sum of p l)
             y = y @ self.v_up.weight.unflatten(0, (-1, D)).mT
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
@@ -499,10 +485,10 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Several feed-forward parts, the experts. A router sends each token to top_k of them: more
-    parameters at the same cost (Shazeer et al. 2017). The output is their sum, weighted by the
-    router's probabilities, scaled to add up to 1. A loss keeps them equally busy (Fedus et al.
-    2021): E sum_i f_i P_i, f_i the share of tokens and P_i the mean probability of expert i."""
+    """Experts: a router sends each token to top_k of several feed-forward parts, so that there are
+    more parameters at the same cost (Shazeer et al. 2017), and adds what they say, weighted by its
+    probabilities. A loss keeps them equally busy (Fedus et al. 2021): E sum_i f_i P_i, f_i the
+    share of tokens and P_i the mean probability of expert i."""
 
     def __init__(self, n_embd, d_ff, n_expert, top_k=2, balance_weight=0.01, bias=False):
         super().__init__()
@@ -528,9 +514,8 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward part; each adds to what is there. pre: x + part(norm(x)),
-    where nothing stands in the way of the gradient; post, as in 2017: norm(x + part(x)), which
-    makes deep models hard to train (Xiong et al. 2020)."""
+    """Attention, then the feed-forward part; each adds to what is there. pre: x + part(norm(x));
+    post, as in 2017: norm(x + part(x)), which trains less well (Xiong et al. 2020)."""
 
     def __init__(self, config, kind="full"):
         super().__init__()
@@ -549,16 +534,15 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What the layers keep of the `length` tokens that a model has read: a dict of tensors each,
-    whose first dimension is the row of the batch."""
+    """What the layers keep of the `length` tokens read so far: a dict of (B, ...) tensors each."""
 
     def __init__(self, model):
         self.layers, self.length = [{} for _ in model.blocks], 0
 
     def change(self, f):
         """Replace all tensors x by f(x); joined weights stay."""
-        self.layers = [{name: f(x) if torch.is_tensor(x) else x for name, x in layer.items()}
-                       for layer in self.layers]
+        for layer in self.layers:
+            layer.update({name: f(x) for name, x in layer.items() if torch.is_tensor(x)})
 
     def cut(self, length):
         """Take back the tokens after the first `length`; keys and values only, no states."""
@@ -635,13 +619,12 @@ class Transformer(nn.Module):
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(),
                  generator=None, on_token=None):
         """Continue texts, token by token. prompts: lists of ids, or (B, T) int64 -> list of lists.
-        max_new_tokens: a number, or one for each text. temperature, top_k, top_p, generator: see
-        `sample`. stop: an id, or several, that end a text. on_token: called with (number of the
-        text, id) for each new id. Of texts longer than block_size the model sees the end. Raises
-        ValueError for an empty text."""
+        max_new_tokens: a number, or a list of one for each. temperature, top_k, top_p, generator:
+        see `sample`. stop: an id, or several, that end a text. on_token: called with (number of the
+        text, id) for each new one. Of texts longer than block_size the model sees the end."""
         texts, limit = [list(map(int, text)) for text in prompts], self.config.block_size
         if not all(texts):
-            raise ValueError("an empty text can not be continued: give it one id at least")
+            raise ValueError("a text without an id can not be continued")
         device, was_training, cache = self.embedding.weight.device, self.training, None
         most = max_new_tokens if type(max_new_tokens) is list else [max_new_tokens] * len(texts)
         ends = [len(text) + n for text, n in zip(texts, most)]
@@ -688,7 +671,7 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     p = softmax(logits)
-    if top_p:  # the fewest ids that together have at least this probability (Holtzman et al. 2020)
+    if top_p:
         ordered, order = p.sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the likelier ids are enough
         p = p.masked_fill(drop.scatter(-1, order, drop), 0.0)
@@ -698,10 +681,8 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next ids. logits: (B, V) -> (B,) int64. temperature: logits are divided by it; 0
     takes the likeliest id. top_k: only the k likeliest ids; top_p: only the fewest that together
-    have this probability. Raises ValueError."""
+    have this probability (Holtzman et al. 2020). Raises ValueError."""
     p = token_probabilities(logits, temperature, top_k, top_p)
-    if temperature < 1e-6:
-        return p.argmax(-1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
@@ -709,13 +690,12 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
               stop=(), generator=None, on_token=None):
     """Continue a text with exactly the distribution of target.generate, in fewer calls of the
-    target (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma
-    tokens, and one call of the target judges all of them, since it gives p for every position at
-    once. A proposal x drawn from q is kept with probability min(1, p(x) / q(x)); in place of the
-    first one rejected, an id is drawn from max(0, p - q), normalised. If all are kept, the call
-    gives one further token. Where the window of either is full, the target goes on alone.
-    text: list of ids -> (text, continued; {"proposed", "accepted", "calls" of the target}); both
-    models end in eval mode. Raises ValueError for a state, which can not take guesses back."""
+    target (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma tokens,
+    and one call of the target gives p for all of their places. A proposal x drawn from q is kept
+    with probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from
+    max(0, p - q), normalised; if all are kept, one from the last p. Where the window of either is
+    full, the target goes on alone. text: list of ids -> (text, continued; {"proposed", "accepted",
+    "calls" of the target}). Raises ValueError for a state, which can not take guesses back."""
     if {"linear", "hyena"} & {*target.kinds, *draft.kinds} or not 0 < gamma < SLACK:
         raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
     text, how, end = list(text), (temperature, top_k, top_p), len(text) + max_new_tokens
@@ -741,11 +721,10 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
             kept += 1
         last = draw((p[kept] - q[kept]).clamp(min=0) if kept < n else p[n])
         for token in guesses[:kept] + [last]:
-            text.append(token)
-            if on_token:
-                on_token(0, token)
-            if done := token in stop:
-                break
+            if not done:
+                text.append(token)
+                done = token in stop
+                on_token and on_token(0, token)
         for cache in caches:
             cache.cut(min(cache.length, len(text) - 1))
         counts.update(proposed=n, accepted=kept, calls=1)
@@ -884,21 +863,18 @@ def replacing(path, mode="wb", **how):
             os.remove(temporary)
 
 
-def save_checkpoint(path, model, optimizer=None, **more):
-    """Write a model, an optimizer or a list of them, and what else there is: step, rng, args,
-    tokenizer (the text of its tokenizer.json), template, stop, begin, names. Model and optimizers
-    can be their state dicts, the model's with its config. Raises OSError, RuntimeError."""
+def save_checkpoint(path, model, optimizers=(), **more):
+    """Write a model, its optimizers, and what else there is: step, rng, args, tokenizer (the text
+    of its tokenizer.json), template, stop, begin, names. Models and optimizers can be state dicts;
+    then the model's `config` is given, too. Raises OSError, RuntimeError."""
     def state(x):
-        if type(x) in (list, tuple):
-            return list(map(state, x))
-        return x.state_dict() if hasattr(x, "state_dict") else x
+        return x if isinstance(x, dict) else x.state_dict()
 
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     config = more.pop("config", getattr(model, "config", None))
     with replacing(path) as file:
         torch.save({"config": dataclasses.asdict(config) if config else None, "model": state(model),
-                    "quantize": getattr(model, "quantized", None), "optimizer": state(optimizer),
-                    **more}, file)
+                    "quantize": getattr(model, "quantized", None),
+                    "optimizer": [state(optimizer) for optimizer in optimizers], **more}, file)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -908,12 +884,11 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"there is no checkpoint {path}: python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        state, kind = checkpoint["model"], checkpoint.get("quantize")
-        model = empty_model(TransformerConfig(**checkpoint["config"]), len(state))
+        state, config = checkpoint["model"], TransformerConfig(**checkpoint["config"])
         for name, x in state.items():
             if x.untyped_storage().nbytes() < x.nbytes:  # strides of 0: gigabytes in a small file
                 raise ValueError(f"{name} has fewer bytes than numbers")
-        return fill(quantize(model, kind) if kind else model, state, device), checkpoint
+        return from_state(config, state, device, checkpoint.get("quantize")), checkpoint
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError,
             EOFError, pickle.UnpicklingError) as error:
         why = re.split(r"\n|\. ", str(error) or "it ends too early")[0]
@@ -921,19 +896,16 @@ def load_checkpoint(path, device="cpu"):
                          "Face's format: python model.py import FOLDER") from None
 
 
-def empty_model(config, n_tensors=2**20):
-    """A Transformer of shapes without numbers, to be filled with so many tensors: a small file
-    that claims a million layers must not cost minutes. Raises ValueError."""
-    if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > n_tensors:
-        raise ValueError(f"{config.n_layer} layers can not come of {n_tensors} tensors")
-    with torch.device("meta"):
-        return Transformer(config)
-
-
-def fill(model, state, device="cpu"):
-    """Give it the tensors of a state dict -> the model, in eval mode."""
+def from_state(config, state, device="cpu", quantized=None):
+    """A Transformer in eval mode with the tensors of a state dict, which it keeps. Raises
+    ValueError or RuntimeError if they are not those of such a model."""
+    if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > len(state):
+        raise ValueError("it has too few tensors")  # a small file must not cost minutes
+    with torch.device("meta"):  # shapes without numbers
+        model = Transformer(config)
+    model = quantize(model, quantized) if quantized else model
     model.load_state_dict(state, assign=True)
-    if model.config.tie_embeddings and not model.quantized:
+    if config.tie_embeddings and not quantized:
         model.head.weight = model.embedding.weight
     return model.to(device).eval()
 
@@ -974,8 +946,8 @@ QWEN = LLAMA | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "ma
                 28, "use_sliding_window": False, "sliding_window": 4096}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}, LLAMA),
-    "mistral": ("MistralForCausalLM", {}, LLAMA | {
-        "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
+    "mistral": ("MistralForCausalLM", {}, LLAMA | {"max_position_embeddings": 131072,
+                                                   "num_key_value_heads": 8, "sliding_window": 4096}),
     "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}, QWEN),
     "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}, QWEN | {"head_dim": 128}),
     "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "bias": True,
@@ -986,8 +958,6 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "scal
          True, "partial_rotary_factor": 1.0, "activation_function": "gelu_new",
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # as ours is
 ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "bos_token_id",
-         "eos_token_id", "pad_token_id")  # settings that a checkpoint keeps for export
 
 
 def their_name(ours, family):
@@ -1013,17 +983,18 @@ def config_from(theirs):
             ours[name] = theirs[key]
     if kind == "llama3":
         ours["rope_scaling"] = ",".join(str(float(rope[key])) for key in ROPE)
-    if theirs.get("sliding_window") and theirs.get("use_sliding_window", True):
+    window = theirs["sliding_window"] if "sliding_window" in FAMILIES[family][2] else None
+    if window and theirs.get("use_sliding_window", True):
         n, full = ours["n_layer"], theirs.get("max_window_layers", 0)
         kinds = theirs.get("layer_types") or ["full"] * min(n, full) + ["sliding"] * (n - full)
-        ours["attention"] = ",".join(kind.removesuffix("_attention") for kind in kinds)
-        ours["window"] = theirs["sliding_window"]
+        ours |= {"window": window, "attention": ",".join(kinds).replace("_attention", "")}
     return TransformerConfig(**ours), family
 
 
 def read_safetensors(path):
     """-> {name: tensor} of the floating-point tensors. Raises ValueError, KeyError, OSError."""
     size, found = os.path.getsize(path), {}
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
         if n > size - 8:
@@ -1031,28 +1002,12 @@ def read_safetensors(path):
         header = json.loads(file.read(n))
     data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + n :]  # memory-mapped
     for name, part in header.items():
-        kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(
-            part.get("dtype"))
-        if kind:  # (not __metadata__, nor the masks in GPT-2's files)
+        if kind := kinds.get(part.get("dtype")):  # (not __metadata__, nor the masks of GPT-2)
             (begin, end), shape = part["data_offsets"], part["shape"]
             if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
                 raise ValueError(f"{path} has no room for {name}")
             found[name] = data[begin:end].clone().view(kind).view(shape)
     return found
-
-
-def write_safetensors(path, tensors):
-    """{name: tensor} as float32."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, x in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(x.shape),
-                        "data_offsets": [end, end := end + 4 * x.numel()]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for x in tensors.values():
-            file.write(x.float().contiguous().cpu().numpy().data)
 
 
 def read_json(*path):
@@ -1063,9 +1018,9 @@ def read_json(*path):
 
 
 def import_folder(folder):
-    """A folder as transformers writes it -> (Transformer in eval mode, float32; what else
-    `save_checkpoint` is to keep: see `settings_from`). GPT-2, Llama 1 to 3 (SmolLM2 is one),
-    Mistral, Qwen 2, 2.5 and 3. Raises ValueError, KeyError, RuntimeError, OSError."""
+    """A folder as transformers writes it: GPT-2, Llama 1 to 3 (SmolLM2 is one), Mistral, Qwen 2,
+    2.5 and 3 -> (Transformer in eval mode, float32; what else `save_checkpoint` is to keep: see
+    `settings_from`). Raises ValueError, KeyError, RuntimeError, OSError."""
     config, family = config_from(read_json(folder, "config.json"))
     index, theirs, state = read_json(folder, "model.safetensors.index.json"), {}, {}
     for name in sorted(set(index.get("weight_map", {"": "model.safetensors"}).values())):
@@ -1075,36 +1030,35 @@ def import_folder(folder):
     if config.tie_embeddings:  # a head of its own in the file wins
         embedding = theirs[their_name("embedding.weight", family)]
         config.tie_embeddings = torch.equal(theirs.setdefault("lm_head.weight", embedding), embedding)
-    model = empty_model(config, len(theirs))
-    for ours in model.state_dict():
-        x = theirs[their_name(ours, family)]
+    with torch.device("meta"):
+        names = {ours: their_name(ours, family) for ours in Transformer(config).state_dict()}
+    for ours, name in names.items():
+        x, part = theirs[name], re.search("attn.([qkv])_proj", ours)
         if family == "gpt2" and "blocks." in ours:
-            part = re.search("attn.([qkv])_proj", ours)
             x = x.chunk(3, -1)["qkv".index(part[1])] if part else x
             x = x.t() if x.ndim == 2 else x
         state[ours] = x.float().contiguous()
-    left = {*theirs} - {their_name(ours, family) for ours in state}
-    if left := [x for x in left if not re.search(r"inv_freq$|attn\.(masked_)?bias$", x)]:
+    left = [x for x in {*theirs} - {*names.values()} if not re.search(r"inv_freq$|attn\.\w*bias$", x)]
+    if left:
         raise ValueError(f"{folder} has tensors without a place in a {family}: {left[:3]}")
-    return fill(model, state), settings_from(folder)
+    return from_state(config, state), settings_from(folder)
 
 
 def settings_from(folder):
     """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template:
     in Jinja, stop: ids that end a text, begin: the id that begins one, or None, names: settings
-    that templates read and export writes back}. Raises ValueError."""
+    that templates read and export writes back}."""
     from bpe import Tokenizer
 
-    files, said = ("config.json", "tokenizer_config.json", "generation_config.json"), {}
-    for name in files:  # the later wins
-        said |= read_json(folder, name)
-    names = {key: said[key] for key in NAMES if said.get(key) is not None}
-    names = {key: x["content"] if isinstance(x, dict) else x for key, x in names.items()}
+    said = {}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        said |= read_json(folder, name)  # the later wins
+    names = {key: x["content"] if isinstance(x, dict) else x for key, x in said.items()
+             if x is not None and re.fullmatch("(add_bos|(bos|eos|pad|unk)_token(_id)?)", key)}
     template, path = said.get("chat_template"), os.path.join(folder, "chat_template.jinja")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
-    if os.path.exists(path):
-        template = open(path, encoding="utf-8").read()
+    template = open(path, encoding="utf-8").read() if os.path.exists(path) else template
     path = os.path.join(folder, "tokenizer.json")
     try:  # (without that file: vocab.json and merges.txt)
         tokenizer = Tokenizer.from_file(path if os.path.exists(path) else folder)
@@ -1112,10 +1066,10 @@ def settings_from(folder):
         print(f"its tokenizer is not taken over: {error}", file=sys.stderr)
         return {"template": template, "names": names}
     text = open(path, encoding="utf-8").read() if os.path.exists(path) else tokenizer.to_json()
-    special, stop = tokenizer.special_tokens, names.get("eos_token_id", [])
+    special, stop, bos = tokenizer.special_tokens, names.get("eos_token_id", []), names.get("bos_token")
     stop = {*(stop if isinstance(stop, list) else [stop]), special.get(names.get("eos_token"))}
-    bos, after = names.get("bos_token"), json.dumps(read_json(path).get("post_processor"))
-    begins = names.get("add_bos_token") or bos and json.dumps(bos) in after
+    begins = names.get("add_bos_token") or bos and json.dumps(bos) in json.dumps(
+        json.loads(text).get("post_processor"))
     return {"tokenizer": text, "template": template, "stop": sorted(stop - {None}),
             "begin": special.get(bos) if begins else None, "names": names}
 
@@ -1123,35 +1077,44 @@ def settings_from(folder):
 def export_folder(model, folder, checkpoint):
     """Write a model, and what its checkpoint has beside it, as a new folder that transformers
     opens -> its family there. Raises ValueError if there is no such family, OSError."""
-    c, tensors = model.config, collections.defaultdict(list)
+    c, kinds = model.config, model.kinds
     family = ("gpt2" if c.position == "learned" else "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias
-              else "mistral" if c.attention == "sliding" else "llama")
+              else "mistral" if {*kinds} == {"sliding"} else "llama")
     theirs = {"model_type": family, "architectures": [FAMILIES[family][0]], "dtype": "float32"}
     for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
         theirs[key] = getattr(c, name)
     if c.rope_scaling:
-        theirs["rope_scaling"] = {"rope_type": "llama3"} | dict(
-            zip(ROPE, map(float, c.rope_scaling.split(","))))
-    if "sliding" in model.kinds:
-        kinds = [f"{kind}_attention" for kind in model.kinds]
-        theirs |= {"sliding_window": c.window, "use_sliding_window": True, "layer_types": kinds}
+        numbers = map(float, c.rope_scaling.split(","))
+        theirs["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(ROPE, numbers))
+        theirs["rope_scaling"][ROPE[-1]] = int(theirs["rope_scaling"][ROPE[-1]])
+    if "sliding" in kinds:
+        theirs |= {"sliding_window": c.window, "use_sliding_window": True,
+                   "layer_types": [f"{kind}_attention" for kind in kinds]}
     back = config_from(theirs)[0]  # it has to be the same, but for what is of no matter here
-    back.attention = c.attention if "sliding" in model.kinds else back.attention
     free = {"dropout", "window", "kv_rank", "rope_size", "n_expert", "top_k", "balance_weight"}
-    wrong = [name for name, value in vars(c).items()
-             if getattr(back, name) != value and name not in free]
-    if wrong or model.quantized:
-        raise ValueError(f"it is no {family}: {model.quantized or ', '.join(wrong)}")
+    wrong = [name for name, value in vars(c).items() if name not in free | {"attention"}
+             and getattr(back, name) != value]
+    if wrong or model.quantized or (back.attention.split(",") * c.n_layer)[: c.n_layer] != kinds:
+        raise ValueError(f"it is no {family}: {model.quantized or ', '.join(wrong) or c.attention}")
+    tensors, header, end = {}, {"__metadata__": {"format": "pt"}}, 0
     for ours, x in model.state_dict().items():
         if ours != "head.weight" or not c.tie_embeddings:
-            turn = family == "gpt2" and "blocks." in ours and x.ndim == 2
-            tensors[their_name(ours, family)].append(x.t() if turn else x)
+            name, turn = their_name(ours, family), family == "gpt2" and "blocks." in ours
+            x = (x.t() if turn and x.ndim == 2 else x).float().cpu()
+            tensors[name] = torch.cat((tensors[name], x), -1) if name in tensors else x
+    for name, x in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(x.shape),
+                        "data_offsets": [end, end := end + 4 * x.numel()]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
     names = checkpoint.get("names") or {"eos_token_id": checkpoint.get("stop")}
     ids = {key: value for key, value in names.items() if key.endswith("_id")}
     tokens = {key: value for key, value in names.items() if key not in ids}
     os.makedirs(temporary := f"{folder}.{os.getpid()}.tmp")
-    write_safetensors(os.path.join(temporary, "model.safetensors"),
-                      {name: torch.cat(parts, -1) for name, parts in tensors.items()})
+    with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for x in tensors.values():
+            file.write(x.contiguous().numpy().data)
     for name, content in (
             ("config", theirs | ids), ("generation_config", ids), ("tokenizer_config", tokens | {
                 "chat_template": checkpoint.get("template")}),
@@ -1169,10 +1132,11 @@ def export_folder(model, folder, checkpoint):
 def count(config):
     """-> ({part: parameters}, {part: FLOPs per token}) of a forward pass over block_size tokens;
     training takes three times that. A multiplication and its addition are two FLOPs. Counted are
-    the products with weights (of experts, those a token meets) and what attention does beside
-    them: scores and sums of values over the half (or the window) that the mask leaves."""
-    c, model = config, empty_model(config)
-    parameters, flops = collections.Counter(), collections.Counter()
+    products with weights (of the experts a token meets), and scores and sums of values, over the
+    half (or the window) that the mask leaves."""
+    c, parameters, flops = config, collections.Counter(), collections.Counter()
+    with torch.device("meta"):  # shapes without numbers
+        model = Transformer(c)
     for name, p in model.named_parameters(remove_duplicate=False):
         part = name.split(".")[2 if name.startswith("blocks.") else 0].replace("ffn", "feed-forward")
         part = "norms" if part.endswith("norm") else part.replace("attn", "attention")
@@ -1194,16 +1158,16 @@ def info(config, batch_size):
     """Print what a model of this config costs."""
     (parameters, flops), c = count(config), config
     n, kept = parameters.total(), c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd
+    kept = 4 * batch_size * c.block_size * (kept + 2 * c.vocab_size)
     memory = {"weights": 4 * n, "gradients": 4 * n, "optimizer (AdamW)": 8 * n,
-              f"activations of {batch_size} texts, about": 4 * batch_size * c.block_size
-              * (kept + 2 * c.vocab_size)}
+              f"activations of {batch_size} texts, about": kept}
     for title, table in (("parameters", parameters), ("FLOPs per token, forward", flops),
                          ("bytes for training in float32", memory)):
         total = sum(table.values())
-        print(f"\n{title:40}{total:18,.0f}")
-        for part, value in table.items():
+        for part, value in ((title, total), *table.items()):
             print(f"  {part:38}{value:18,.0f}{value / total:8.1%}")
-    print(f"\nFLOPs per token, training: {3 * flops.total():,.0f} (6 x parameters: {6 * n:,})")
+        print()
+    print(f"FLOPs per token, training: {3 * flops.total():,.0f} (6 x parameters: {6 * n:,})")
 
 
 # -----------------------------------------------------------------------------
@@ -1222,8 +1186,8 @@ MARK = "\U000f0000"  # a private character, put into what looks like a special t
 def compiled(template):
     """Jinja's sandbox, set up as transformers does it."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals["strftime_now"] = time.strftime
     # {% generation %}, around what the assistant says, has no effect on the text
@@ -1311,7 +1275,7 @@ SWITCH = {"type": lambda text: bool(json.loads(text.lower())), "nargs": "?", "co
 
 
 def add_config_flags(add):
-    """--n_layer and so on, for all of TransformerConfig; None where one is not given."""
+    """--n_layer and so on, as TransformerConfig has them; None where one is not given."""
     for field in dataclasses.fields(TransformerConfig):
         how = SWITCH if field.type is bool else {"type": field.type, "metavar": "X"}
         add(f"--{field.name}", **how, help=f"default {field.default}")
@@ -1345,29 +1309,25 @@ def main():
     args = parser.parse_args()
     if (args.command in ("import", "export")) != bool(args.folder):
         parser.error("import and export, and no other command, take a folder")
-    sizes = {f.name: getattr(args, f.name) for f in dataclasses.fields(TransformerConfig)
-             if getattr(args, f.name) is not None}
     if args.command == "info":
-        saved = {} if sizes else dataclasses.asdict(load_checkpoint(args.ckpt)[0].config)
+        sizes = {f: getattr(args, f) for f in vars(TransformerConfig()) if getattr(args, f) is not None}
+        saved = {} if sizes else vars(load_checkpoint(args.ckpt)[0].config)
         return info(TransformerConfig(**saved | sizes), args.batch_size)
     out = args.out or os.path.join("out", f"{args.command}.pt")
-    if args.command in ("import", "prune", "quantize"):
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     if args.command == "import":
         model, more = import_folder(args.folder)
         save_checkpoint(out, model, **more)
         return print(f"{out}: weights, " + ", ".join(key for key in more if more[key]))
-
     device = pick_device(args.device)
     model, checkpoint = load_checkpoint(args.ckpt, device)
     if args.command == "export":
         return print(f"{args.folder}: a {export_folder(model, args.folder, checkpoint)}")
     from bpe import Tokenizer
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"] or "{}")
-    names, eot = checkpoint.get("names"), tokenizer.eot_id
-    if names is None:
-        name = tokenizer.decode([] if eot is None else [eot])
-        names = {"bos_token": name, "eos_token": name}
+    eot = tokenizer.eot_id
+    end = {"eos_token": tokenizer.decode([eot])} if eot is not None else {}
+    names = checkpoint.get("names") or end
     stop = {*(checkpoint.get("stop") or ()), eot}
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,
                max_new_tokens=args.max_new_tokens,
@@ -1377,17 +1337,15 @@ def main():
     if args.command == "chat":
         template = TEMPLATES.get(args.template) or checkpoint.get("template") or TEMPLATES["plain"]
         return chat(model, tokenizer, template, names, args.system, **how)
+    if args.command == "prune":  # measured on what the model itself writes
+        texts = model.generate([ids] * 16, model.config.block_size - len(ids))
+        model = prune(model, torch.tensor(texts, device=device), args.n_layer, args.d_ff)
+    if args.quantize or args.command == "quantize":
+        quantize(model, args.quantize or "int8")
     if args.command in ("prune", "quantize"):
-        if args.command == "prune":  # measured on what the model itself writes
-            texts = model.generate([ids] * 16, model.config.block_size - len(ids))
-            model = prune(model, torch.tensor(texts, device=device), args.n_layer, args.d_ff)
-        else:
-            quantize(model, args.quantize or "int8")
         keys = {*checkpoint} - {"config", "model", "quantize", "optimizer"}
         save_checkpoint(out, model, **{key: checkpoint[key] for key in keys})
         return print(f"{out}: {os.path.getsize(out):,} bytes")
-    if args.quantize:
-        quantize(model, args.quantize)
     draft = load_checkpoint(args.draft, device)[0] if args.draft else None
     for i in range(args.num_samples):
         print("---------------\n" * (i > 0) + args.prompt, end="", flush=True)
