@@ -282,7 +282,7 @@ def open_bin(path):
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2]))
     if dtype and len(header) == 256:
         return np.memmap(path, dtype, "r", header.nbytes), header
-    data = np.memmap(path, "<u2", "r")
+    data = np.memmap(path, "<u2", "r", shape=os.path.getsize(path) // 2)
     wide = len(data) > 3 and not data[1 : 2**20 : 2].any()  # every second one is 0
     if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
         raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's files do")
@@ -423,7 +423,9 @@ def parse_args(parser, words):
     args, checkpoint = parser.parse_args(words), None
     if args.resume or args.init_from == "resume":
         checkpoint, out_dir = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt")), args.out_dir
-        was = checkpoint[1].get("args") or []
+        was = checkpoint[1].get("args")
+        if not isinstance(was, list):
+            raise ValueError("the checkpoint says of no command line how to go on")
         words = [str(word) for word in was] + words
         optimizer, args = parser.parse_args(words[: len(was)]).optimizer, parser.parse_args(words)
         args.out_dir, args.resume = out_dir, True
@@ -533,7 +535,7 @@ def main():
                     rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" if bits else ""}
                 if not math.isfinite(loss):
                     raise ValueError("the validation loss is not finite; the checkpoint before stays")
-            if not all(p.isfinite().all() for p in model.parameters()):
+            if not all(p.norm().isfinite() for p in model.parameters()):
                 raise ValueError("weights are not finite; the checkpoint before stays")
             with replacing(log_path, "w", newline="") as file:
                 names = "step tokens seconds loss val_loss val_bpb learning_rate grad_norm".split()
