@@ -320,7 +320,7 @@ def run(data, tmp_path, monkeypatch, capsys):
             T.main()
         except (SystemExit, Killed) as stop:
             code = getattr(stop, "code", -9)
-        except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as why:
+        except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as why:
             code, error = 1, str(why)
         out, err = capsys.readouterr()
         return code, out, error or err
