@@ -50,8 +50,8 @@ kernels = None  # kernels.py, when its Triton kernels are to compute: see train.
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. weight: (d_out, d_in), truncated normal of variance 2 / (d_in + d_out)
-    (Glorot & Bengio 2010), cut at three standard deviations."""
+    """y = x W^T + b. weight: (d_out, d_in), normal of variance 2 / (d_in + d_out) (Glorot & Bengio
+    2010), cut at three standard deviations."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
@@ -82,8 +82,7 @@ def upcast(x):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). Squares are too much for
-    bfloat16, so it computes in float32. weight: (d,)"""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in float32. weight: (d,)"""
 
     def __init__(self, d, eps=1e-5):
         super().__init__()
@@ -99,12 +98,11 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config):
-    """The norm that the config asks for: LayerNorm (Ba et al. 2016) as in GPT-2, or RMSNorm."""
-    if config.norm == "none":
-        return nn.Identity()
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
-    return RMSNorm(config.n_embd, config.norm_eps)
+    """The norm that the config asks for: RMSNorm, or LayerNorm (Ba et al. 2016) as in GPT-2."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    layernorm = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return layernorm if config.norm == "layernorm" else nn.Identity()
 
 
 def softmax(x, dim=-1):
@@ -249,8 +247,7 @@ class Where:
             i, j = (torch.arange(-m, 0, device=self.at.device) for m in (self.T, S))
             seen = (j <= i[:, None]) & (i[:, None] - j < window)
             if not self.plain:
-                same = self.text[:, -self.T :, None] == self.text[:, None, -S:]
-                seen = (seen & same)[:, None]
+                seen = (seen & (self.text[:, -self.T :, None] == self.text[:, None, -S:]))[:, None]
             self.masks[S, window] = seen
         return self.masks[S, window]
 
@@ -264,9 +261,8 @@ class Where:
 
 
 def keep(cache, name, new, most=2**40):
-    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D), of which
-    it keeps the last `most`, in a buffer with room for 64 more: to copy all of them for every token
-    would take longer than attention does."""
+    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). It keeps
+    the last `most`, in a buffer with room for 64 more: copies for every token would take long."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
@@ -561,7 +557,6 @@ class Transformer(nn.Module):
             self.positions = Embedding(config.block_size, config.n_embd, self.std)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in self.kinds)
-        # (post: the last block ends with a norm)
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
@@ -901,10 +896,8 @@ def from_state(config, state, device="cpu", quantized=None):
 
 def pick_device(name="auto"):
     """The best device there is, or the one asked for."""
-    if name != "auto":
-        return name
-    mps = torch.backends.mps.is_available()
-    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    return name if name != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
 
 
 # -----------------------------------------------------------------------------
@@ -1007,9 +1000,8 @@ def read_text(*path):
 
 
 def import_folder(folder):
-    """A folder as transformers writes it: GPT-2, Llama 1 to 3 (SmolLM2 is one), Mistral, Qwen 2,
-    2.5 and 3 -> (Transformer in eval mode, float32; what else `save_checkpoint` is to keep: see
-    `settings_from`). Raises ValueError, KeyError, RuntimeError, OSError."""
+    """A folder as transformers writes it, of one of the FAMILIES -> (Transformer in eval mode,
+    float32; what `settings_from` finds). Raises ValueError, KeyError, RuntimeError, OSError."""
     config, family = config_from(json.loads(read_text(folder, "config.json") or "{}"))
     index = json.loads(read_text(folder, "model.safetensors.index.json") or "{}")
     theirs, state = {}, {}
@@ -1035,9 +1027,9 @@ def import_folder(folder):
 
 
 def settings_from(folder):
-    """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template:
-    in Jinja, stop: ids that end a text, begin: the id that begins one, or None, names: settings
-    that templates read and export writes back}."""
+    """What a folder says beside its weights, for save_checkpoint -> {tokenizer: the text of
+    tokenizer.json, template: in Jinja, stop: ids that end a text, begin: the id that begins one or
+    None, names: settings that templates read and export writes back}."""
     from bpe import Tokenizer
 
     said = {}
@@ -1080,7 +1072,7 @@ def export_folder(model, folder, checkpoint):
         theirs |= {"sliding_window": c.window, "use_sliding_window": True,
                    "layer_types": [f"{kind}_attention" for kind in kinds]}
     back = config_from(theirs)[0]  # it has to be the same, but for what is of no matter here
-    free = {"dropout", "window", "kv_rank", "rope_size", "n_expert", "top_k", "balance_weight"}
+    free = "dropout window kv_rank rope_size n_expert top_k balance_weight".split()
     back.attention = back.attention.replace(",".join(kinds), c.attention)
     wrong = [name for name in vars(c) if getattr(back, name) != getattr(c, name) and name not in free]
     if wrong or model.quantized:
@@ -1103,10 +1095,10 @@ def export_folder(model, folder, checkpoint):
         file.write(len(header).to_bytes(8, "little") + header)
         for x in tensors.values():
             file.write(x.contiguous().numpy().data)
-    for name, content in (
-            ("config", theirs | ids), ("generation_config", ids), ("tokenizer_config", tokens | {
-                "chat_template": checkpoint.get("template")}),
-            ("tokenizer", json.loads(checkpoint.get("tokenizer") or "{}"))):
+    tokens["chat_template"] = checkpoint.get("template")
+    contents = {"config": theirs | ids, "generation_config": ids, "tokenizer_config": tokens,
+                "tokenizer": json.loads(checkpoint.get("tokenizer") or "{}")}
+    for name, content in contents.items():
         with open(os.path.join(temporary, f"{name}.json"), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
     os.rename(temporary, folder)
@@ -1145,17 +1137,17 @@ def count(config):
 def info(config, batch_size):
     """Print what a model of this config costs."""
     (parameters, flops), c = count(config), config
-    n, kept = parameters.total(), c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd
-    kept = 4 * batch_size * c.block_size * (kept + 2 * c.vocab_size)
-    memory = {"weights": 4 * n, "gradients": 4 * n, "optimizer (AdamW)": 8 * n,
-              f"activations of {batch_size} texts, about": kept}
+    kept = c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd + 2 * c.vocab_size  # a token
+    memory = {"weights": 4, "gradients": 4, "optimizer (AdamW)": 8}
+    memory = {part: n * parameters.total() for part, n in memory.items()}
+    memory["activations, about"] = 4 * batch_size * c.block_size * kept
     for title, table in (("parameters", parameters), ("FLOPs per token, forward", flops),
-                         ("bytes for training in float32", memory)):
+                         (f"bytes to train on {batch_size} texts in float32", memory)):
         total = sum(table.values())
-        for part, value in ((title, total), *table.items()):
-            print(f"  {part:38}{value:18,.0f}{value / total:8.1%}")
-        print()
-    print(f"FLOPs per token, training: {3 * flops.total():,.0f} (6 x parameters: {6 * n:,})")
+        print(f"{title:40}{total:20,.0f}")
+        for part, value in table.items():
+            print(f"  {part:38}{value:20,.0f}{value / total:8.1%}")
+    print(f"FLOPs per token, training: {3 * flops.total():,.0f}")
 
 
 # -----------------------------------------------------------------------------
@@ -1178,7 +1170,7 @@ def compiled(template):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals["strftime_now"] = time.strftime
-    # {% generation %}, around what the assistant says, has no effect on the text
+    # ({% generation %}, around what the assistant says, has no effect on the text)
     return sandbox.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
 
 
@@ -1313,8 +1305,7 @@ def main():
     from bpe import Tokenizer
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"] or "{}")
     eot = tokenizer.eot_id
-    end = {"eos_token": tokenizer.decode([eot])} if eot is not None else {}
-    names = checkpoint.get("names") or end
+    names = checkpoint.get("names") or {"eos_token": tokenizer.vocab.get(eot, b"").decode()}
     stop = {*(checkpoint.get("stop") or ()), eot}
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,
                max_new_tokens=args.max_new_tokens,
