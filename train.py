@@ -359,6 +359,7 @@ def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=
 # -----------------------------------------------------------------------------
 # The command line.
 
+COLUMNS = "step tokens seconds loss val_loss val_bpb learning_rate grad_norm".split()  # log.csv's
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
 
 
@@ -470,7 +471,7 @@ def main():
         for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
             settings = optimizer.state_dict()["param_groups"]  # from the flags, not the file
             optimizer.load_state_dict({"state": state["state"], "param_groups": settings})
-        set_rng(device, saved["rng"])
+        random_state(device, dict(saved["rng"]))
         with open(log_path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         seconds = float(rows[-1]["seconds"]) if rows else 0.0
@@ -494,33 +495,34 @@ def main():
     since, counted = time.perf_counter(), step
     while True:
         # evaluate, and save all that is needed to go on
-        done = step >= args.max_iters
-        if args.eval_only or done or stop or (step % args.eval_interval == 0 and step):
-            evaluated = rows and int(rows[-1]["step"]) == step and rows[-1].get("val_loss")
-            if args.eval_only or not (stop or evaluated):
-                try:
-                    loss = evaluate(model, val_data, args.batch_size, T, device, autocast,
-                                    0 if done or args.eval_only else args.eval_iters)
-                except ValueError as error:
-                    stop.append(error)
-                    continue
+        done, evaluated = step >= args.max_iters, rows and rows[-1].get("val_loss")
+        due = args.eval_only or done or (step > 0 and step % args.eval_interval == 0)
+        try:
+            batches = [] if done else [
+                get_batch(train_data, args.batch_size, T, device, i, args.seed, config.vocab_size)
+                for i in range(step * n, (step + 1) * n)]
+            if due and not stop and not (evaluated and int(rows[-1]["step"]) == step):
+                loss = evaluate(model, val_data, args.batch_size, T, device, autocast,
+                                0 if done or args.eval_only else args.eval_iters)
                 best, bits = min(best, loss), loss / math.log(2) / (bytes_per_token or math.inf)
                 print(f"step {step:6d} | val loss {loss:.4f}"
                       + (f" | {bits:.4f} bits per byte" if bits else ""), flush=True)
-                if args.eval_only:
-                    return
                 if rows:
                     rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" if bits else ""}
+        except ValueError as error:  # a file that is damaged, or has become shorter
+            stop.append(error)
+        if args.eval_only:
+            break
+        if due or stop:
             # (weights of 1e20 are finite, and their norm is not)
             if not all(math.isfinite(x) for x in (loss, *(p.norm() for p in model.parameters()))):
                 raise ValueError("the loss or the weights are not finite; the checkpoint stays as it was")
             with replacing(log_path, "w", newline="") as file:
-                names = "step tokens seconds loss val_loss val_bpb learning_rate grad_norm".split()
-                writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
             save_checkpoint(path, model, optimizers, step=step, best_val_loss=best, args=words,
-                            rng=get_rng(device), tokenizer=tokenizer)
+                            rng=random_state(device), tokenizer=tokenizer)
             since, counted = time.perf_counter(), step
         if done or stop:
             break
@@ -532,12 +534,6 @@ def main():
 
         # the gradient of the mean loss over all targets of n batches: the sum is divided once, by
         # the number of all, since a mean of the batches' means would weigh tokens unequally
-        try:
-            batches = [get_batch(train_data, args.batch_size, T, device, i, args.seed,
-                                 config.vocab_size) for i in range(step * n, (step + 1) * n)]
-        except ValueError as error:
-            stop.append(error)
-            continue
         if args.noise_scale and n == 1:  # two sizes of batch: the halves, and the whole
             batches = [half for x, y in batches for half in zip(x.chunk(2), y.chunk(2))]
         targets, loss, before = sum(int((y != -100).sum()) for _, y in batches), 0.0, 0.0
@@ -579,13 +575,13 @@ def main():
 
         if step % args.log_interval == 0 or step % args.eval_interval == 0 or step == args.max_iters:
             now = time.perf_counter()
-            rate, seconds = (step - counted) * tokens_per_step / (now - since), seconds + now - since
+            seconds, rate = seconds + now - since, (step - counted) * tokens_per_step / (now - since)
             mfu = f" | mfu {rate * flops_per_token / peak / 1e12:.1%}" if peak else ""
             left = (args.max_iters - step) * tokens_per_step / rate / 60
             print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} "
                   f"| {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
-            rows.append({"step": step, "tokens": step * tokens_per_step, "seconds": f"{seconds:.2f}",
-                         "loss": f"{loss:.6f}", "learning_rate": f"{lr:.6g}", "grad_norm": f"{norm:.4f}"})
+            values = step, step * tokens_per_step, f"{seconds:.2f}", f"{loss:.6f}", "", "", f"{lr:.6g}"
+            rows.append(dict(zip(COLUMNS, (*values, f"{norm:.4f}"))))
             since, counted = now, step
 
     if stop and isinstance(stop[0], ValueError):
@@ -593,23 +589,19 @@ def main():
     if small_norms:
         scale = gradient_noise_scale(small_norms, big_norms, 1 / max(2, n), 1)
         print(f"noise_scale_tokens: {scale * tokens_per_step:.0f}")
-    plot_log(os.path.join(args.out_dir, "loss.png"), rows)
-    print(f"{path}: step {step} of {args.max_iters}" + (", go on with --resume" if stop else ""))
+    if not args.eval_only:
+        plot_log(os.path.join(args.out_dir, "loss.png"), rows)
+        print(f"{path}: step {step} of {args.max_iters}" + ", go on with --resume" * bool(stop))
     sys.exit(stop[0] if stop else 0)
 
 
-def get_rng(device):
-    """The state of the random numbers that dropout draws: {"cpu": ..., "cuda" or "mps": ...}"""
-    more = {} if device.type == "cpu" else {
-        device.type: torch.get_device_module(device).get_rng_state()}
-    return {"cpu": torch.get_rng_state(), **more}
-
-
-def set_rng(device, state):
-    """Take up what `get_rng` has left, as far as this device is the same."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type != "cpu" and device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type].cpu())
+def random_state(device, new=None):
+    """The state of the random numbers that dropout draws, {"cpu": ..., "cuda" or "mps": ...}; new:
+    what it was, to be taken up again."""
+    parts = {device.type: torch.get_device_module(device), "cpu": torch}
+    for name in parts.keys() & (new or {}):
+        parts[name].set_rng_state(new[name].cpu())
+    return {name: part.get_rng_state() for name, part in parts.items()}
 
 
 def move_state(optimizer, device):

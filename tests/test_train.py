@@ -436,7 +436,7 @@ def test_a_new_run_moves_the_old_checkpoint_aside_and_a_shrunken_bin_keeps_the_l
     aside, = [name for name in os.listdir("a") if name.startswith("ckpt-")]
     assert aside in out and torch.equal(M.load_checkpoint(f"a/{aside}")[0].head.weight, old)
     assert code == 1 and "has become shorter" in error
-    assert M.load_checkpoint("a/ckpt.pt")[1]["step"] == 5
+    assert M.load_checkpoint("a/ckpt.pt")[1]["step"] == 6
 
 
 def test_nothing_changes_the_losses_that_should_not(run):
