@@ -11,11 +11,10 @@ The Transformer language model, written from its parts, and everything needed to
     python model.py import DIR --out theirs.pt       # a folder in Hugging Face's format
     python model.py export DIR --ckpt out/ckpt.pt    # a folder that transformers opens
 
-The default is Llama's decoder (Touvron et al. 2023): RMSNorm before each part, rotary positions,
-SwiGLU, no biases. Every part has alternatives: see TransformerConfig. Names are nanoGPT's; a course
-may say d_model for n_embd, num_layers for n_layer, num_heads for n_head, context_length for
-block_size. In comments: B batch, T time (position in the sequence), S all positions up to now (T
-and those in the cache), C channels (n_embd), H heads, D head size, V vocabulary.
+The default is Llama's decoder (Touvron et al. 2023); every part has alternatives, which
+TransformerConfig lists. Names are nanoGPT's; a course may say d_model for n_embd, num_layers for
+n_layer, num_heads for n_head, context_length for block_size. In comments: B batch, T time (position
+in the sequence), S all positions up to now, C channels (n_embd), H heads, D head size, V vocabulary.
 """
 
 import signal
@@ -261,8 +260,8 @@ class Where:
 
 
 def keep(cache, name, new, most=2**40):
-    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). It keeps
-    the last `most`, in a buffer with room for 64 more: copies for every token would take long."""
+    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). The last
+    `most` stay, in a buffer with room for 64 more, so that few tokens make it copy all."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
@@ -310,8 +309,8 @@ class CausalSelfAttention(nn.Module):
         where = where or Where(x.shape[-2], device=x.device)
         q, k, v = self.heads(x, where.rotate, cache)
         k, v = (keep(cache, name, a, self.window + SLACK) for name, a in (("k", k), ("v", v)))
-        T, S, dropout = q.shape[-2], k.shape[-2], self.dropout if self.training else 0.0
-        alone, kind = where.plain and T == S, q.dtype  # alone: no cache, one text
+        T, S, kind, dropout = q.shape[-2], k.shape[-2], q.dtype, self.dropout * self.training
+        alone = where.plain and T == S  # no cache, one text
         mask = None if alone and self.window >= T else where.mask(S, self.window)
         if alone and kernels and not dropout:
             y = kernels.flash_attention(q, k, v, True, None if mask is None else self.window)
@@ -339,9 +338,9 @@ class SlidingWindowAttention(CausalSelfAttention):
 def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
     """Attention with phi(q) . phi(k), phi = elu + 1, in place of exp(q . k) (Katharopoulos et al.
     2020). Sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state of
-    fixed size: with chunk=1 this is a recurrent network. Larger chunks compute the same. q, k: phi
-    of queries and keys; rq, rk: these rotated, for the numerator alone (Su et al. 2021), as a
-    rotated sum could be 0; v: values; all (..., T, D) -> y: (..., T, D), S, z."""
+    fixed size: with chunk=1 this is a recurrent network, and larger chunks compute the same. q, k:
+    phi of them; rq, rk: these rotated, for the numerator alone, as a rotated sum could be 0 (Su et
+    al. 2021); v: values; all (..., T, D) -> y: (..., T, D), S, z."""
     out, S = [], S + rk[..., :0, :].mT @ v[..., :0, :]
     for q, k, v, rq, rk in zip(*(x.split(chunk, -2) for x in (q, k, v, rq, rk))):
         norm = (q * (z + k.cumsum(-2))).sum(-1, keepdim=True)
@@ -393,8 +392,8 @@ class LatentAttention(nn.Module):
             k = torch.cat((k, k_rope.expand_as(q_rope)), -1)
         k, v = (a.expand(*q.shape[:-2], -1, -1) for a in (k, v))
         q, mask = torch.cat((q, q_rope), -1), where.mask(k.shape[-2], 2**40)
-        dropout, scale = self.dropout if self.training else 0.0, (D + R) ** -0.5
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout * self.training,
+                                           scale=(D + R) ** -0.5)
         if cache is not None:  # and the sum of p (V l) is V (sum of p l)
             y = y @ self.v_up.weight.unflatten(0, (-1, D)).mT
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
@@ -405,22 +404,19 @@ class Hyena(nn.Module):
     y = o(x0 * (h conv (x1 * v))), in O(T log T). The filter h is as long as the text, and not
     stored: a small network computes it, times a decay that is slower from channel to channel."""
 
-    BANDS, WIDTH = 8, 32  # frequencies that describe a position; units of the filter's network
-
     def __init__(self, n_embd, block_size, bias=False):
         super().__init__()
         self.block_size = block_size
         self.in_proj = nn.ModuleList(Linear(n_embd, n_embd, bias) for _ in range(3))
         self.short = nn.Parameter(torch.randn(3, 3 * n_embd, 1) / 3)  # three taps for each channel
-        self.filter_in = Linear(2 * self.BANDS + 1, self.WIDTH, bias=True)
-        self.filter_out = Linear(self.WIDTH, n_embd)
+        self.filter_in, self.filter_out = Linear(17, 32, bias=True), Linear(32, n_embd)
         self.skip = nn.Parameter(torch.ones(n_embd))
         self.o_proj = Linear(n_embd, n_embd, bias)
 
     def filter(self, T):
         """h: (T, C)"""
         t = torch.arange(T, device=self.skip.device)[:, None] / self.block_size
-        angles = 2 * math.pi * t * torch.linspace(1e-4, self.BANDS - 1, self.BANDS).to(t)
+        angles = 2 * math.pi * t * torch.linspace(1e-4, 7, 8).to(t)  # a position in 8 frequencies
         x = torch.cat((t, angles.cos(), angles.sin()), 1).type_as(self.skip)
         h = self.filter_out(torch.sin(10 * self.filter_in(x)))  # high frequencies, or too smooth
         decay = torch.linspace(0, math.log(5e-4), len(self.skip)).to(t).exp()
@@ -477,10 +473,9 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Experts: a router sends each token to top_k of several feed-forward parts, so that there are
-    more parameters at the same cost (Shazeer et al. 2017), and adds what they say, weighted by its
-    probabilities. A loss keeps them equally busy (Fedus et al. 2021): E sum_i f_i P_i, f_i the
-    share of tokens and P_i the mean probability of expert i."""
+    """A router sends each token to top_k of several feed-forward parts, and adds what they say by
+    its probabilities (Shazeer et al. 2017). A loss keeps these experts equally busy (Fedus et al.
+    2021): E sum_i f_i P_i, f_i the share of tokens and P_i the mean probability of expert i."""
 
     def __init__(self, n_embd, d_ff, n_expert, top_k=2, balance_weight=0.01, bias=False):
         super().__init__()
@@ -568,9 +563,8 @@ class Transformer(nn.Module):
 
     def forward(self, ids, cache=None, positions=None, last=0, hidden=False):
         """ids: (B, T) int64 -> logits: (B, T, V). cache: a `Cache` of the tokens before these, and
-        afterwards of these as well. positions: (B, S), those before included: see `Where`. last:
-        logits of only so many last positions; 0: all. hidden: the head's input instead. Raises
-        ValueError for more than block_size tokens."""
+        afterwards of these, too. positions: (B, S), those before included: see `Where`. last: of so
+        many last positions only; 0: all. hidden: the head's input instead. Raises ValueError."""
         T, S = ids.shape[1], ids.shape[1] + (cache.length if cache else 0)
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens are more than block_size {self.config.block_size}")
@@ -636,8 +630,7 @@ class Transformer(nn.Module):
                 texts[i].append(token)
                 if on_token:
                     on_token(i, token)
-            alive = [j for j, i in enumerate(rows)
-                     if len(texts[i]) < ends[i] and texts[i][-1] not in stop]
+            alive = [j for j, i in enumerate(rows) if len(texts[i]) < ends[i] and ids[j] not in stop]
             if len(alive) < len(rows):
                 cache.change(lambda x: x[alive])
                 rows, pad = [rows[j] for j in alive], None if pad is None else pad[alive]
@@ -668,9 +661,8 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw the next ids. logits: (B, V) -> (B,) int64. temperature: logits are divided by it; 0
-    takes the likeliest id. top_k: only the k likeliest ids; top_p: only the fewest that together
-    have this probability (Holtzman et al. 2020). Raises ValueError."""
+    """Draw the next ids. logits: (B, V) -> (B,) int64. Logits are divided by temperature; 0 takes
+    the likeliest id. top_k: only the k likeliest ids; top_p: the fewest with this probability."""
     p = token_probabilities(logits, temperature, top_k, top_p)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -678,10 +670,10 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 @torch.no_grad()
 def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
               stop=(), generator=None, on_token=None):
-    """Continue a text with exactly the distribution of target.generate, in fewer calls of the
-    target (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma tokens,
-    and one call of the target gives p for all of their places. A proposal x drawn from q is kept
-    with probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from
+    """Continue a text with the distribution of target.generate, in fewer calls of the target
+    (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma tokens; one
+    call of the target gives p for all of their places. A proposal x drawn from q is kept with
+    probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from
     max(0, p - q), normalised; if all are kept, one from the last p. It ends where the window of
     either is full. text: list of ids -> (text, continued; {"proposed", "accepted", "calls" of the
     target}). Raises ValueError for a state, which can not take guesses back."""
@@ -689,8 +681,8 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
     text, how = list(text), (temperature, top_k, top_p)
     end = min(len(text) + max_new_tokens, target.config.block_size, draft.config.block_size)
-    stop, done = {stop} if type(stop) is int else set(stop or ()), False
-    caches, counts = (Cache(target.eval()), Cache(draft.eval())), collections.Counter()
+    stop, done, counts = {stop} if type(stop) is int else {*(stop or ())}, False, collections.Counter()
+    caches = Cache(target.eval()), Cache(draft.eval())
 
     def draw(p):
         return torch.multinomial(p, 1, generator=generator).item()
@@ -712,8 +704,9 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         for token in guesses[:kept] + [last]:
             if not done:
                 text.append(token)
-                done = token in stop
-                on_token and on_token(0, token)
+                if on_token:
+                    on_token(0, token)
+            done = done or token in stop
         for cache in caches:
             cache.cut(min(cache.length, len(text) - 1))
         counts.update(proposed=n, accepted=kept, calls=1)
@@ -728,10 +721,9 @@ GROUP = 32  # int4: weights that share a scale
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear whose weights are integers: weight = scale * integer + low. Not trainable. int8:
-    -127 to 127, a scale for each row, no `low`; weight: (d_out, d_in) int8. int4: 0 to 15, scale
-    and low for each GROUP weights of a row, the last group padded with zeros; weight: (d_out,
-    d_in / 2) uint8, two in a byte, the first in its low half."""
+    """A Linear whose weights are scale * integer + low. int8: -127 to 127, a scale for each row, no
+    `low`; weight: (d_out, d_in). int4: 0 to 15, scale and low for each GROUP weights of a row, its
+    end padded with zeros; weight: (d_out, d_in / 2) uint8, two in a byte, the first in its low half."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -775,8 +767,8 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize(model, kind):
-    """Make the weights of a Transformer's linear layers int8 or int4, in place -> the model. The
-    head, where errors matter most, becomes int8 in any case; embeddings and routers stay."""
+    """Make a Transformer's linear layers int8 or int4, in place -> the model. The head, where errors
+    matter most, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
     if model.quantized or kind not in ("int8", "int4"):
         raise ValueError(f"{kind}, of {model.quantized or 'floats'}: it is int8 or int4, once")
     kept = ("router", "k_up", "v_up", "filter_in", "filter_out")
@@ -829,8 +821,8 @@ def prune(model, ids, n_layer=0, d_ff=0):
 
 @contextlib.contextmanager
 def replacing(path, mode="wb", **how):
-    """A file to write that takes the place of `path` once it is whole and on the disk. Its name is
-    this process's own; what processes that were killed have left is removed."""
+    """A file of this process's own that takes the place of `path` once it is whole and on the disk;
+    what writers that were killed have left is removed."""
     for name in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
         try:
             os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
@@ -852,14 +844,11 @@ def save_checkpoint(path, model, optimizers=(), **more):
     """Write a model, its optimizers, and what else there is: step, rng, args, tokenizer (the text
     of its tokenizer.json), template, stop, begin, names. Models and optimizers can be state dicts;
     then the model's `config` is given, too. Raises OSError, RuntimeError."""
-    def state(x):
-        return x if isinstance(x, dict) else x.state_dict()
-
     config = more.pop("config", getattr(model, "config", None))
+    parts = [x if isinstance(x, dict) else x.state_dict() for x in (model, *optimizers)]
     with replacing(path) as file:
-        torch.save({"config": dataclasses.asdict(config) if config else None, "model": state(model),
-                    "quantize": getattr(model, "quantized", None),
-                    "optimizer": [state(optimizer) for optimizer in optimizers], **more}, file)
+        torch.save({"config": vars(config) if config else None, "model": parts[0], "optimizer":
+                    parts[1:], "quantize": getattr(model, "quantized", None), **more}, file)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -881,8 +870,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def from_state(config, state, device="cpu", quantized=None):
-    """A Transformer in eval mode with the tensors of a state dict, which it keeps. Raises
-    ValueError or RuntimeError if they are not those of such a model."""
+    """A Transformer in eval mode with the tensors of a state dict. Raises ValueError, RuntimeError."""
     if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > len(state):
         raise ValueError("it has too few tensors")  # a small file must not cost minutes
     with torch.device("meta"):  # shapes without numbers
@@ -904,7 +892,7 @@ def pick_device(name="auto"):
 # Models from outside, and models for others: folders in the format of Hugging Face's transformers,
 # with config.json, model.safetensors (or several) and tokenizer.json.
 
-# {ours: theirs}, of numbers in config.json and, replaced one after the other, in names of tensors
+# {ours: theirs}, of numbers in config.json, and of parts of names of tensors
 NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer":
            "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
            "n_embd": "hidden_size", "head_size": "head_dim", "d_ff": "intermediate_size", "norm_eps":
@@ -960,9 +948,8 @@ def config_from(theirs):
     wrong = [f"{key} {theirs[key]}" for key in FIXED if theirs.get(key, FIXED[key]) != FIXED[key]]
     if wrong or kind not in ("default", "llama3"):
         raise ValueError(f"a {family} with {', '.join(wrong) or 'rope ' + kind} can't be imported")
-    for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
-        if theirs[key] is not None:
-            ours[name] = theirs[key]
+    numbers = GPT2_NUMBERS if family == "gpt2" else NUMBERS
+    ours |= {name: theirs[key] for name, key in numbers.items() if theirs[key] is not None}
     if kind == "llama3":
         ours["rope_scaling"] = ",".join(str(float(rope[key])) for key in ROPE)
     window = theirs["sliding_window"] if "sliding_window" in FAMILIES[family][2] else None
@@ -1005,7 +992,7 @@ def import_folder(folder):
     config, family = config_from(json.loads(read_text(folder, "config.json") or "{}"))
     index = json.loads(read_text(folder, "model.safetensors.index.json") or "{}")
     theirs, state = {}, {}
-    for name in sorted(set(index.get("weight_map", {"": "model.safetensors"}).values())):
+    for name in {*index.get("weight_map", {"": "model.safetensors"}).values()}:
         theirs |= read_safetensors(os.path.join(folder, os.path.basename(name)))
     if family == "gpt2" and "wte.weight" in theirs:  # OpenAI's own files lack the prefix
         theirs = {f"transformer.{name}": x for name, x in theirs.items()}
@@ -1027,9 +1014,8 @@ def import_folder(folder):
 
 
 def settings_from(folder):
-    """What a folder says beside its weights, for save_checkpoint -> {tokenizer: the text of
-    tokenizer.json, template: in Jinja, stop: ids that end a text, begin: the id that begins one or
-    None, names: settings that templates read and export writes back}."""
+    """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template: in
+    Jinja, stop: ids that end a text, begin: the id that begins one, names: what templates read}."""
     from bpe import Tokenizer
 
     said = {}
@@ -1111,9 +1097,8 @@ def export_folder(model, folder, checkpoint):
 
 def count(config):
     """-> ({part: parameters}, {part: FLOPs per token}) of a forward pass over block_size tokens;
-    training takes three times that. A multiplication and its addition are two FLOPs. Counted are
-    products with weights (of the experts a token meets), and scores and sums of values, over the
-    half (or the window) that the mask leaves."""
+    training takes three times that. Counted are products with weights (of the experts a token
+    meets), and scores and sums of values over the half (or the window) that the mask leaves."""
     c, parameters, flops = config, collections.Counter(), collections.Counter()
     with torch.device("meta"):  # shapes without numbers
         model = Transformer(c)
@@ -1223,24 +1208,25 @@ def chat_stops(tokenizer, template, **names):
 
 def chat(model, tokenizer, template, names, system, max_new_tokens, stop, **how):
     """Talk, line by line from standard input, until its end."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] * bool(system)
     stop, first = {*stop, *chat_stops(tokenizer, template, **names)}, len(messages)
     for line in sys.stdin:
         messages.append({"role": "user", "content": line.strip()})
-        ids = encode_chat(tokenizer, template, messages, **names)
-        while len(ids) + max_new_tokens > model.config.block_size and len(messages) > first + 1:
-            del messages[first : first + 2]  # forget what was said first
+        while True:
             ids = encode_chat(tokenizer, template, messages, **names)
-        text, = model.generate([ids], max_new_tokens, stop=stop,
-                               on_token=printer(tokenizer, stop), **how)
+            if len(ids) + max_new_tokens <= model.config.block_size or len(messages) < first + 3:
+                break
+            del messages[first : first + 2]  # forget what was said first
+        show = printer(tokenizer, stop)
+        text, = model.generate([ids], max_new_tokens, stop=stop, on_token=show, **how)
         print()
         reply = tokenizer.decode([i for i in text[len(ids) :] if i not in stop])
         messages.append({"role": "assistant", "content": reply.strip()})
 
 
 def printer(tokenizer, stop):
-    """-> a function for `on_token` that prints ids as they come. A token can be half of a
-    character, which waits for the rest; ids that only fill up a vocabulary have no text."""
+    """-> a function for `on_token` that prints ids as they come; half a character waits for the
+    rest, and ids that only fill up a vocabulary have no text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return lambda _, i: i in stop or print(
         decoder.decode(tokenizer.vocab.get(i, b"")), end="", flush=True)
