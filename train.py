@@ -7,10 +7,9 @@ Train a Transformer language model.
     python train.py --eval_only --init_from out/ckpt.pt
 
 Data is a folder with train.bin, val.bin and tokenizer.json, as bpe.py leaves it, or nanoGPT's or
-llm.c's .bin files. A run leaves in --out_dir: ckpt.pt (all that is needed to sample, or to go on),
-log.csv, and loss.png if matplotlib is installed. It can be stopped at any time, by Ctrl-C, SIGTERM
-or the power cord: --resume goes on from the last checkpoint, and gives bit for bit (on a CPU) the
-losses of a run that was never stopped.
+llm.c's .bin files. A run leaves ckpt.pt (all that is needed to sample, or to go on), log.csv, and
+loss.png if matplotlib is installed. It can be stopped at any time, by Ctrl-C or the power cord:
+--resume then gives bit for bit (on a CPU) the losses of a run that was never stopped.
 """
 
 import signal
@@ -56,7 +55,7 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
 def distillation_loss(logits, teacher_logits, targets, temperature=1.0):
     """Sum over tokens of KL(teacher || student), both at a temperature, times its square, which
     keeps the gradient's size (Hinton et al. 2015). Shapes as in `cross_entropy`."""
-    log_p, log_q = (torch.log_softmax(upcast(x) / temperature, -1) for x in (teacher_logits, logits))
+    log_p, log_q = ((upcast(x) / temperature).log_softmax(-1) for x in (teacher_logits, logits))
     losses = (log_p.exp() * (log_p - log_q)).sum(-1)
     return temperature**2 * losses.masked_fill(targets == -100, 0.0).sum()
 
@@ -195,11 +194,10 @@ def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
     the hidden matrices, which map vectors to vectors, and AdamW what is left: embeddings, head and
     routers (their rows belong to tokens or experts, and each should move by its own frequency),
     and, without weight decay, gains and biases. mup: the width at which the learning rate was
-    found, to hold at this one, too (Yang et al. 2022). Adam moves every weight by about the learning
-    rate. A unit adds up its inputs' moves, which all go the way that the loss wants: from n inputs,
-    n times as far. So matrices of n inputs learn mup / n times as fast, with the same decay; Muon's,
-    whose steps have one size in all directions, sqrt(mup / n) times. An embedding's row is one
-    input. Raises ValueError for mup where it has no rule."""
+    found, to hold at this one, too (Yang et al. 2022). Adam moves every weight by about that rate,
+    and a unit adds up its inputs' moves, which all go the way that the loss wants: from n inputs, n
+    times as far. So matrices of n inputs learn mup / n times as fast, with the same decay; Muon's,
+    whose steps have one size in all directions, sqrt(mup / n) times. Raises ValueError."""
     if mup and (kind in ("soap", "sgd") or model.config.tie_embeddings):
         raise ValueError("mup is for adamw and muon, and a head of its own")
     scale = mup / model.config.n_embd if mup else 1.0
@@ -215,9 +213,9 @@ def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
     others = [group for group in others if group["params"]]
     if kind == "sgd":
         return [SGD(others, lr, momentum)]
-    more = {"adamw": [], "muon": [Muon([matrices], lr, 0.0, momentum)] if matrices["params"] else [],
-            "soap": [SOAP([matrices], lr)] if matrices["params"] else []}
-    return [AdamW(others, lr, betas), *more[kind]]
+    more = {"muon": lambda: [Muon([matrices], lr, 0.0, momentum)],
+            "soap": lambda: [SOAP([matrices], lr)], "adamw": list}[kind]()
+    return [AdamW(others, lr, betas), *more]
 
 
 @torch.no_grad()
@@ -253,9 +251,8 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
 def has_fast_bfloat16(device):
     """Whether matrix products in bfloat16 are faster than in float32: on NVIDIA's cards since
     Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.device(device).type == "cpu" and (
+    kind = torch.device(device).type
+    return kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or kind == "cpu" and (
         torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
@@ -273,7 +270,7 @@ def open_bin(path):
     data = np.memmap(path, "<u2", "r", shape=os.path.getsize(path) // 2)
     wide = len(data) > 3 and not data[1 : 2**20 : 2].any()  # every second one is 0
     if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
-        raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's files do")
+        raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's do")
     return data, None
 
 
@@ -325,8 +322,8 @@ def window_order(n, block_size, seed, epoch):
 
 def get_batch(data, batch_size, block_size, device="cpu", number=None, seed=1337, vocab_size=2**32):
     """Batch `number` of a fixed order, which depends on the seed alone, so that a run can be taken
-    up at any step; None: windows drawn at random -> ids and targets, two tensors (batch_size,
-    block_size) of int64. Raises ValueError if data is not longer than block_size."""
+    up at any step; None: drawn at random -> ids and targets, two tensors (batch_size, block_size)
+    of int64. Raises ValueError."""
     if len(data) <= block_size:
         raise ValueError(f"data of {len(data):,} tokens is too short for block_size {block_size}")
     starts, epoch, at = [], 0, (number or 0) * batch_size  # windows counted through all epochs
@@ -343,12 +340,12 @@ def get_batch(data, batch_size, block_size, device="cpu", number=None, seed=1337
 def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=0):
     """Mean loss in nats over fixed windows that together are all of data (or, of more than
     max_batches, that many evenly spaced), each predicted from its own beginning."""
-    starts, total, n = np.arange(0, len(data) - 1, block_size), 0.0, 0
+    starts, total, n, V = np.arange(0, len(data) - 1, block_size), 0.0, 0, model.config.vocab_size
     if max_batches and len(starts) > max_batches * batch_size:
         starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
     model.eval()
     for i in range(0, len(starts), batch_size):
-        x, y = windows(data, starts[i : i + batch_size], block_size, device, model.config.vocab_size)
+        x, y = windows(data, starts[i : i + batch_size], block_size, device, V)
         with autocast():
             total += cross_entropy(model(x), y, reduction="sum").item()
         n += int((y != -100).sum())
@@ -364,7 +361,7 @@ PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 1
 
 
 def build_parser(name="train.py"):
-    """The command line. Flags of the architecture have no default here: a checkpoint has its own."""
+    """The command line. The architecture's flags have no default here: a checkpoint has its own."""
     parser = argparse.ArgumentParser(description="Train a Transformer language model.")
     parser.error = lambda message: parser.exit(2, f"{name}: error: {message}\n")
     add = parser.add_argument
@@ -377,17 +374,17 @@ def build_parser(name="train.py"):
     add("--eval_only", **SWITCH, help="print the validation loss and stop")
     for name, default, text in (
             ("batch_size", 8, "sequences at a time"), ("gradient_accumulation_steps", 1, "batches"),
-            ("max_iters", 450, "steps"), ("learning_rate", 3e-3, "the highest"),
-            ("min_lr", 0.0, "the last"), ("warmup_iters", -1, "steps; -1: a twentieth of all"),
-            ("decay_fraction", 0.2, "of the steps: wsd's end"), ("weight_decay", 0.1, "of matrices"),
-            ("momentum", 0.95, "of muon, sgd"), ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"),
-            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("seed", 1337, "of all that is drawn"),
-            ("eval_interval", 100, "steps; saves, too"), ("log_interval", 10, "steps"),
-            ("eval_iters", 20, "batches of val.bin; 0: all"), ("device", "auto", "cpu, cuda or mps"),
-            ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("peak_flops", 0.0, "TFLOP/s, for MFU"),
+            ("max_iters", 450, "steps"), ("learning_rate", 3e-3, "the highest"), ("min_lr", 0.0, "last"),
+            ("warmup_iters", -1, "steps; -1: a twentieth of all"), ("weight_decay", 0.1, "of matrices"),
+            ("decay_fraction", 0.2, "of the steps: wsd's end"), ("momentum", 0.95, "of muon, sgd"),
+            ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"), ("seed", 1337, "of what is drawn"),
+            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("log_interval", 10, "steps"),
+            ("eval_interval", 100, "steps; saves, too"), ("device", "auto", "cpu, cuda or mps"),
+            ("eval_iters", 20, "batches of val.bin; 0: all"), ("z_loss", 0.0, "weight; PaLM's is 1e-4"),
+            ("peak_flops", 0.0, "TFLOP/s, for MFU"), ("teacher_weight", 0.5, "in the loss"),
             ("mup", 0, "n_embd at which the rate is best, to be it at any; 0: off"),
             ("teacher", "", "distillation: a checkpoint whose predictions to learn from"),
-            ("teacher_weight", 0.5, "in the loss"), ("teacher_temperature", 1.0, "of both")):
+            ("teacher_temperature", 1.0, "of both")):
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     for name, values in (("optimizer", "adamw muon soap sgd"), ("schedule", "wsd cosine constant"),
                          ("dtype", "auto float32 bfloat16"),
@@ -404,21 +401,18 @@ def build_parser(name="train.py"):
 
 
 def parse_args(parser, words):
-    """The words of a command line -> (Namespace, those words, the checkpoint to resume or None).
-    For a run that is resumed they come after its own. Exits with 2, raises ValueError."""
+    """The words of a command line -> (Namespace, words, the checkpoint to resume or None). For a
+    run that is resumed, they come after its own. Exits with 2, raises ValueError, TypeError."""
     args, checkpoint = parser.parse_args(words), None
     if args.resume or args.init_from == "resume":
         checkpoint, out_dir = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt")), args.out_dir
-        was = checkpoint[1].get("args")
-        if not isinstance(was, list):
-            raise ValueError("the checkpoint says of no command line how to go on")
-        words = [str(word) for word in was] + words
-        optimizer, args = parser.parse_args(words[: len(was)]).optimizer, parser.parse_args(words)
+        was = [str(word) for word in checkpoint[1]["args"]]
+        optimizer, args = parser.parse_args(was).optimizer, parser.parse_args(words := was + words)
         args.out_dir, args.resume = out_dir, True
         if args.optimizer != optimizer:
             raise ValueError(f"a run of {optimizer} can't go on with {args.optimizer}")
     if args.config or args.lr_decay_iters not in (None, args.max_iters):
-        parser.error("there are no config files; the rate ends at --max_iters: see --help for flags")
+        parser.error("there are no config files, and the rate ends at --max_iters: see --help")
     return args, words, checkpoint
 
 
@@ -447,7 +441,7 @@ def main():
         if args.mup:  # or the first logits would differ with the width
             torch.nn.init.zeros_(model.head.weight)
     model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
-    if wrong := [f"{k} {v}" for k, v in given.items() if v != getattr(config, k) and model]:
+    if wrong := [f"{k} {v}" for k, v in given.items() if v != getattr(config, k)]:
         raise ValueError(f"the checkpoint's model has not {', '.join(wrong)}")
     theirs = saved.get("tokenizer") or tokenizer
     if tokenizer and Tokenizer.from_json(theirs).vocab != Tokenizer.from_json(tokenizer).vocab:
@@ -505,10 +499,10 @@ def main():
                 loss = evaluate(model, val_data, args.batch_size, T, device, autocast,
                                 0 if done or args.eval_only else args.eval_iters)
                 best, bits = min(best, loss), loss / math.log(2) / (bytes_per_token or math.inf)
-                print(f"step {step:6d} | val loss {loss:.4f}"
-                      + (f" | {bits:.4f} bits per byte" if bits else ""), flush=True)
+                print(f"step {step:6d} | val loss {loss:.4f}" + f" | {bits:.4f} bits per byte"
+                      * bool(bits), flush=True)
                 if rows:
-                    rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" if bits else ""}
+                    rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" * bool(bits)}
         except ValueError as error:  # a file that is damaged, or has become shorter
             stop.append(error)
         if args.eval_only:
@@ -516,7 +510,7 @@ def main():
         if due or stop:
             # (weights of 1e20 are finite, and their norm is not)
             if not all(math.isfinite(x) for x in (loss, *(p.norm() for p in model.parameters()))):
-                raise ValueError("the loss or the weights are not finite; the checkpoint stays as it was")
+                raise ValueError("loss or weights are not finite; the checkpoint stays as it was")
             with replacing(log_path, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
                 writer.writeheader()
@@ -573,15 +567,15 @@ def main():
                 move_state(optimizer, "cpu")
         step += 1
 
-        if step % args.log_interval == 0 or step % args.eval_interval == 0 or step == args.max_iters:
+        if not step % args.log_interval or not step % args.eval_interval or step == args.max_iters:
             now = time.perf_counter()
-            seconds, rate = seconds + now - since, (step - counted) * tokens_per_step / (now - since)
+            rate, seconds = (step - counted) * tokens_per_step / (now - since), seconds + now - since
             mfu = f" | mfu {rate * flops_per_token / peak / 1e12:.1%}" if peak else ""
             left = (args.max_iters - step) * tokens_per_step / rate / 60
-            print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} "
-                  f"| {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
-            values = step, step * tokens_per_step, f"{seconds:.2f}", f"{loss:.6f}", "", "", f"{lr:.6g}"
-            rows.append(dict(zip(COLUMNS, (*values, f"{norm:.4f}"))))
+            print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+                  f" | {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
+            rows.append(dict(zip(COLUMNS, (step, step * tokens_per_step, f"{seconds:.2f}",
+                                           f"{loss:.6f}", "", "", f"{lr:.6g}", f"{norm:.4f}"))))
             since, counted = now, step
 
     if stop and isinstance(stop[0], ValueError):
@@ -596,8 +590,7 @@ def main():
 
 
 def random_state(device, new=None):
-    """The state of the random numbers that dropout draws, {"cpu": ..., "cuda" or "mps": ...}; new:
-    what it was, to be taken up again."""
+    """The state of the random numbers that dropout draws, of CPU and device; new: one to take up."""
     parts = {device.type: torch.get_device_module(device), "cpu": torch}
     for name in parts.keys() & (new or {}):
         parts[name].set_rng_state(new[name].cpu())
