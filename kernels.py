@@ -11,10 +11,9 @@ one bfloat16 number, its tensor cores do some 600 operations. In eager PyTorch e
 its inputs from memory and writes its output back. A fused kernel reads once, does everything in
 registers, and writes once. To use a kernel in a project of your own, copy this file.
 
-In the comments: B batch, H heads, T queries, S keys, D head size, V vocabulary; N rows of
-anything. A launch starts many programs, each of which computes its own block of the output; an
-argument marked tl.constexpr is known to the compiler, which makes a new kernel for each value.
-All tensors are contiguous: a kernel is given an address, and counts from there.
+A launch starts many programs, each of which computes its own block of the output. A kernel is given
+addresses of contiguous tensors, and counts from there; for each value of an argument marked
+tl.constexpr a new one is compiled. B batch, H heads, T queries, S keys, D head size, V vocabulary.
 """
 
 import argparse
@@ -62,22 +61,21 @@ def ready(*tensors, fit=True):
 def tuned(key, *settings):
     """Decorator: when a kernel first meets values of the arguments `key`, or a dtype, it is timed
     with each setting, and the fastest kept; one for which the GPU has too little shared memory is
-    passed over. A setting: warps (groups of 32 threads) in a program, loads kept in flight, and
-    the sizes BM, BN, BK of its tiles. float32 takes the last and smallest: no tensor core
-    multiplies it exactly, and without one larger tiles compile for a minute."""
+    passed over. A setting: warps (of 32 threads) in a program, loads in flight, and the sizes BM,
+    BN, BK of tiles. float32 takes the last: no tensor core multiplies it exactly, and without one
+    large tiles compile for a minute."""
     def choose(configs, args, **more):
         return configs[-1:] if next(iter(args.values())).dtype == torch.float32 else configs
 
     configs = [triton.Config(dict(zip(("BM", "BN", "BK"), sizes)), num_warps=warps,
                              num_stages=stages) for warps, stages, *sizes in settings]
-    if INTERPRETED:
-        return triton.autotune(configs[:1], key)
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": choose})
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key,
+                           prune_configs_by={"early_config_prune": choose})
 
 
 def by_rows(kernel, x, *args, programs=None):
-    """Launch one program for each row of x (..., n), or `programs` of them. A block is a row; with
-    16 numbers of it to a thread, it fits the registers."""
+    """Launch one program for each row of x (..., n), or `programs` of them. A block is a row; most
+    rows give a thread 16 numbers."""
     if x.numel():
         block = triton.next_power_of_2(x.shape[-1])
         kernel[(programs or x.numel() // x.shape[-1],)](
@@ -90,24 +88,20 @@ def by_rows(kernel, x, *args, programs=None):
 
 
 @triton.jit
-def softmax_forward(x, y, n, BLOCK: tl.constexpr):
-    """y = softmax(x), x and y: (rows, n). One program a row; BLOCK: n or more."""
+def softmax_kernel(x, g, out, n, BLOCK: tl.constexpr):
+    """out = softmax(x) or, with g the gradient of y = softmax(...) and x = y, the gradient y (g -
+    sum(y g)); all (rows, n). One program a row; BLOCK: n or more."""
     row = tl.program_id(0).to(tl.int64)  # a row number times n can be more than 2^31
     i = tl.arange(0, BLOCK)  # a power of two, so the end of the row has to be masked
-    v = tl.load(x + row * n + i, mask=i < n, other=-float("inf")).to(tl.float32)
-    e = tl.exp(v - tl.max(v, 0))
-    tl.store(y + row * n + i, (e / tl.sum(e, 0)).to(y.dtype.element_ty), mask=i < n)
-
-
-@triton.jit
-def softmax_backward(y, g, dx, n, BLOCK: tl.constexpr):
-    """dx = y (g - sum(y g)) with g the gradient of y; all (rows, n). One program a row."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    p = tl.load(y + row * n + i, mask=i < n, other=0.0).to(tl.float32)
-    d = tl.load(g + row * n + i, mask=i < n, other=0.0).to(tl.float32)
-    d = p * (d - tl.sum(p * d, 0))
-    tl.store(dx + row * n + i, d.to(dx.dtype.element_ty), mask=i < n)
+    v = tl.load(x + row * n + i, mask=i < n, other=-float("inf") if g is None else 0.0)
+    v = v.to(tl.float32)
+    if g is None:
+        v = tl.exp(v - tl.max(v, 0))
+        v = v / tl.sum(v, 0)
+    else:
+        d = tl.load(g + row * n + i, mask=i < n, other=0.0).to(tl.float32)
+        v = v * (d - tl.sum(v * d, 0))
+    tl.store(out + row * n + i, v.to(out.dtype.element_ty), mask=i < n)
 
 
 class Softmax(torch.autograd.Function):
@@ -118,7 +112,7 @@ class Softmax(torch.autograd.Function):
     def forward(ctx, x):
         (rows,) = ready(x)
         y = torch.empty_like(rows)
-        by_rows(softmax_forward, rows, y, x.shape[-1])
+        by_rows(softmax_kernel, rows, None, y, x.shape[-1])
         ctx.save_for_backward(y)
         return y.to(x.dtype)
 
@@ -127,7 +121,7 @@ class Softmax(torch.autograd.Function):
     def backward(ctx, g):
         (y,), (g,) = ctx.saved_tensors, ready(g)
         dx = torch.empty_like(y)
-        by_rows(softmax_backward, y, g, dx, y.shape[-1])
+        by_rows(softmax_kernel, y, g, dx, y.shape[-1])
         return dx
 
 
@@ -241,7 +235,8 @@ def rms_norm_backward(x, weight, inverse, g, dx, partial, rows, n, BLOCK: tl.con
 
 
 class RMSNorm(torch.autograd.Function):
-    """See `rms_norm`. x and the inverse of its root mean square, one number a row, are saved."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of up to 65,536. x: (..., n),
+    weight: (n,) -> (..., n). x and the inverse of the root, one number a row, are saved."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -256,18 +251,14 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (x, weight, inverse), (g,) = ctx.saved_tensors, ready(g)
-        rows, cores, dx = inverse.numel(), 1, torch.empty_like(x)
-        if x.is_cuda:
-            cores = torch.cuda.get_device_properties(x.device).multi_processor_count
-        partial = x.new_empty((min(rows, 4 * cores), x.shape[-1]), dtype=torch.float32)
-        by_rows(rms_norm_backward, x, weight, inverse, g, dx, partial, rows, x.shape[-1],
-                programs=len(partial))
+        n, rows, dx = x.shape[-1], inverse.numel(), torch.empty_like(x)
+        partial = x.new_empty((min(rows, 512), n), dtype=torch.float32)  # some 4 a multiprocessor
+        by_rows(rms_norm_backward, x, weight, inverse, g, dx, partial, rows, n, programs=len(partial))
         return dx, partial.sum(0), None
 
 
 def rms_norm(x, weight, eps=1e-5):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of up to 65,536. x: (..., n),
-    weight: (n,) -> (..., n)"""
+    """See RMSNorm."""
     return RMSNorm.apply(x, weight, eps)
 
 
@@ -277,24 +268,19 @@ def rms_norm(x, weight, eps=1e-5):
 
 
 @triton.jit
-def swiglu_forward(a, b, y, n, BLOCK: tl.constexpr):
-    """y = silu(a) b of n numbers. A program: BLOCK of them."""
+def swiglu_kernel(a, b, g, y, da, db, n, BLOCK: tl.constexpr):
+    """y = silu(a) b or, with g the gradient of y, da = g b silu'(a) and db = g silu(a), of n
+    numbers. A program: BLOCK of them."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(a + i, mask=i < n).to(tl.float32)
     v = tl.load(b + i, mask=i < n).to(tl.float32)
-    tl.store(y + i, (u * tl.sigmoid(u) * v).to(y.dtype.element_ty), mask=i < n)
-
-
-@triton.jit
-def swiglu_backward(a, b, g, da, db, n, BLOCK: tl.constexpr):
-    """da = g b silu'(a), db = g silu(a), of n numbers. A program: BLOCK of them."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(a + i, mask=i < n).to(tl.float32)
-    v = tl.load(b + i, mask=i < n).to(tl.float32)
-    d = tl.load(g + i, mask=i < n).to(tl.float32)
     s = tl.sigmoid(u)
-    tl.store(da + i, (d * v * s * (1 + u * (1 - s))).to(da.dtype.element_ty), mask=i < n)
-    tl.store(db + i, (d * u * s).to(db.dtype.element_ty), mask=i < n)
+    if g is None:
+        tl.store(y + i, (u * s * v).to(y.dtype.element_ty), mask=i < n)
+    else:
+        d = tl.load(g + i, mask=i < n).to(tl.float32)
+        tl.store(da + i, (d * v * s * (1 + u * (1 - s))).to(da.dtype.element_ty), mask=i < n)
+        tl.store(db + i, (d * u * s).to(db.dtype.element_ty), mask=i < n)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -306,7 +292,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = ready(gate, up, fit=gate.shape == up.shape)
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        swiglu_forward[(triton.cdiv(n, 1024),)](gate, up, y, n, 1024)
+        swiglu_kernel[(triton.cdiv(n, 1024),)](gate, up, None, y, None, None, n, 1024)
         return y.to(dtype)
 
     @staticmethod
@@ -314,7 +300,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, g):
         (gate, up), (g,) = ctx.saved_tensors, ready(g)
         da, db, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        swiglu_backward[(triton.cdiv(n, 1024),)](gate, up, g, da, db, n, 1024)
+        swiglu_kernel[(triton.cdiv(n, 1024),)](gate, up, g, None, da, db, n, 1024)
         return da, db
 
 
@@ -331,38 +317,35 @@ swiglu = SwiGLU.apply
 def cross_entropy_kernel(logits, grad, targets, losses, V, scale, ignore_index,
                          BLOCK: tl.constexpr, GRAD: tl.constexpr):
     """losses = logsumexp(logits) - logits[target], (rows,), and with GRAD grad = (softmax(logits)
-    - onehot) scale, (rows, V), which may be the logits themselves. One program a row."""
+    - onehot) scale, (rows, V), maybe the logits themselves. A program: one row."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     counts = target != ignore_index
-    stop = tl.where(counts, V, 0)  # of a row that does not count, no logit is read
     logits += row * V
     grad += row * V
     # read first: if the gradient is written in place, another thread may soon do so
     at_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
     # online: when a larger maximum comes, what was summed before shrinks by the difference
-    m = tl.full((), -3e38, tl.float32)  # finite: -inf - -inf is no number
-    total = tl.where(counts, 0.0, 1.0)
-    for start in range(0, stop, BLOCK):
+    m, total = -3e38, 0.0  # finite: -inf - -inf is no number
+    for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)
         v = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
         larger = tl.maximum(m, tl.max(v, 0))
         total = total * tl.exp(m - larger) + tl.sum(tl.exp(v - larger), 0)
         m = larger
-    lse = tl.where(counts, m + tl.log(total), 0.0)
-    tl.store(losses + row, lse - at_target)
+    lse = m + tl.log(total)
+    tl.store(losses + row, tl.where(counts, lse - at_target, 0.0))
     if GRAD:
-        scale = tl.where(counts, scale, 0.0)
         for start in range(0, V, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            v = tl.load(logits + i, mask=i < stop, other=-float("inf")).to(tl.float32)
-            p = tl.exp(v - lse) - tl.where(i == target, 1.0, 0.0)
-            tl.store(grad + i, (p * scale).to(grad.dtype.element_ty), mask=i < V)
+            v = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
+            d = tl.where(counts, (tl.exp(v - lse) - tl.where(i == target, 1.0, 0.0)) * scale, 0.0)
+            tl.store(grad + i, d.to(grad.dtype.element_ty), mask=i < V)
 
 
 class CrossEntropy(torch.autograd.Function):
     """Loss of logits x: (..., V) or, with a weight (V, C), of x weight^T for x: (..., C), `chunk`
-    rows at a time. Only the gradients are saved."""
+    rows at a time. The gradients are saved."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, reduction, chunk, grad):
@@ -370,26 +353,25 @@ class CrossEntropy(torch.autograd.Function):
         if (((targets < 0) | (targets >= V)) & counts).any():  # other memory would be read
             raise IndexError(f"a target is not in 0 to {V - 1}, nor ignore_index {ignore_index}")
         n = {"mean": max(1, int(counts.sum())), "sum": 1}[reduction]
-        need_x, need_weight = (need and grad for need in ctx.needs_input_grad[:2])
         rows, w = ready(x.detach(), x if weight is None else weight,
                         fit=targets.shape == x.shape[:-1])
         rows, targets = rows.view(-1, x.shape[-1]), targets.long().contiguous().view(-1)
-        dx = torch.empty_like(rows) if need_x else rows
-        dw = torch.zeros_like(w, dtype=torch.float32) if need_weight else None
         losses = rows.new_empty(len(rows), dtype=torch.float32)
+        dx, dw = torch.empty_like(rows) if grad else rows, None
+        if grad and weight is not None:
+            dw = torch.zeros_like(w, dtype=torch.float32)
         block = min(4096, triton.next_power_of_2(max(1, V)))
         for part in (slice(i, i + chunk) for i in range(0, len(rows), chunk)):
             logits, dlogits = rows[part], dx[part]
             if weight is not None:  # all there ever is of the logits: (chunk, V)
                 logits = dlogits = rows[part] @ w.T
             cross_entropy_kernel[(len(logits),)](
-                logits, dlogits, targets[part], losses[part], V, 1 / n, ignore_index, block,
-                need_x or need_weight, num_warps=max(4, block // 256))
-            if need_weight:
+                logits, dlogits, targets[part], losses[part], V, 1 / n, ignore_index, block, grad,
+                num_warps=max(4, block // 256))
+            if dw is not None:
                 dw += dlogits.T @ rows[part]
-            if need_x and weight is not None:
                 dx[part] = dlogits @ w
-        ctx.save_for_backward(dx.view(x.shape) if need_x else None, dw)
+        ctx.save_for_backward(dx.view(x.shape) if grad else None, dw)
         return losses.sum() / n
 
     @staticmethod
@@ -400,11 +382,9 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
-    """Negative log-likelihood of the targets in nats: their mean, or "sum".
-
-    logits: (..., V); targets: (...) int64. Targets of ignore_index do not count; with none that
-    counts the loss is 0. Raises IndexError for a target that is no id.
-    """
+    """Negative log-likelihood of the targets in nats: their mean, or "sum". logits: (..., V);
+    targets: (...) int64. Targets of ignore_index do not count; with none that counts the loss is
+    0. Raises IndexError for a target that is no id."""
     return CrossEntropy.apply(logits, None, targets, ignore_index, reduction,
                               max(1, targets.numel()), torch.is_grad_enabled())
 
@@ -412,10 +392,8 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
 def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean", chunk=None):
     """cross_entropy(x @ weight.T, targets), of which the logits are never all in memory: they are
     made, and turned into gradients, `chunk` rows at a time (Wijmans et al. 2024; Hsu et al. 2024).
-
     x: (..., C), weight: (V, C), targets: (...) int64. chunk: by default so many rows that their
-    logits take as much memory as x does, and at least 64.
-    """
+    logits take as much memory as x does, and at least 64."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):  # cast as for any product, but once for all chunks
         x, weight = (a.to(torch.get_autocast_dtype(kind)) for a in (x, weight))
@@ -431,16 +409,15 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
 # online softmax: m the maximum so far, l the sum). For the backward pass only the output and the
 # logarithm of the sum, one number a row, are saved; the probabilities are computed again.
 #
-# Query i has position i + S - T among the keys: if there are fewer queries than keys, they are the
-# last. A causal query sees keys up to its own position, with a window only the last `window` of
-# them. A query that sees no key has output 0 and moves nothing: its lse is -3e38, its p 0.
+# Query i is at position i + S - T of the S keys. Causal: it sees keys up to its own position; with
+# a window the last `window` of them. One that sees nothing has output 0, lse -3e38 and p 0.
 
 
 def masked_scores(q, k, tile, causal, window, scale):
     """Scores of all queries and a slice of the keys; -inf where a query does not see a key."""
-    (T, S), device = (q.shape[-2], k.shape[-2]), q.device
-    positions = torch.arange(S - T, S, device=device)[:, None]
-    distance = positions - torch.arange(S, device=device)[tile]
+    T, S = q.shape[-2], k.shape[-2]
+    positions = torch.arange(min(0, S - T), S, device=q.device)
+    distance = positions[-T:, None] - positions[-S:][tile]
     hidden = distance >= (math.inf if window is None else window)
     if causal:
         hidden |= distance < 0
@@ -485,12 +462,10 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 
 # The same in Triton. A mask is a range of distances between query and key, low to high - 1: low
-# is 0 if causal, high the window, and both are out of reach otherwise. Of the tiles, q (BM, D) and
-# the accumulator (BM, D), in float32, stay in registers: with BM = D = 128 these are 128 x 128 x 6
-# bytes = 96 kB of a multiprocessor's 256 kB, which leaves room for the scores (BM, BN). Tiles of k
-# and v wait in shared memory: 2 stages x 2 x BN x D x 2 bytes are 64 kB for BN = 64, of an H100's
-# 228 kB. The backward pass holds two accumulators (dk and dv) and two tiles more: smaller tiles.
-# Compiled for an H100 in bfloat16 the settings that fit spill next to nothing for D up to 128.
+# is 0 if causal, high the window, and both are out of reach otherwise. A tile of q and its float32
+# accumulator stay in registers: BM x D x 6 bytes, for BM = D = 128 96 of a multiprocessor's 256 kB,
+# which leaves room for the scores (BM, BN). Tiles of k and v wait in shared memory: 2 stages x 2 x
+# BN x D x 2 bytes, for BN = 64 64 of an H100's 228 kB. The backward pass has more of them, smaller.
 
 
 @triton.jit
@@ -623,28 +598,23 @@ class FlashAttention(torch.autograd.Function):
     def backward(ctx, g):
         (q, k, v, o, lse), (g,) = ctx.saved_tensors, ready(g)
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-        flash_backward_queries[
-            lambda meta: (triton.cdiv(q.shape[-2], meta["BM"]), q.shape[:-2].numel())](
+        T, S, heads, kv_heads = *ctx.sizes[1:3], q.shape[:-2].numel(), k.shape[:-2].numel()
+        flash_backward_queries[lambda meta: (triton.cdiv(T, meta["BM"]), heads)](
             q, k, v, o, g, lse, delta, dq, *ctx.sizes)
-        flash_backward_keys[
-            lambda meta: (triton.cdiv(k.shape[-2], meta["BN"]), k.shape[:-2].numel())](
+        flash_backward_keys[lambda meta: (triton.cdiv(S, meta["BN"]), kv_heads)](
             q, k, v, g, lse, delta, dk, dv, *ctx.sizes)
         return dq, dk, dv, None, None, None
 
 
 def flash_attention(q, k, v, causal=True, window=None, scale=None):
-    """softmax(q k^T scale) v in memory proportional to T.
-
-    q: (B, H, T, D); k, v: (B, H / n, S, D), each serving n heads of queries -> (B, H, T, D).
-    causal: query i sees keys up to i + S - T; window: only the last so many of them. scale:
-    default 1 / sqrt(D). Any T and S, D up to 256, padded to a power of two.
-    """
+    """softmax(q k^T scale) v in memory proportional to T. q: (B, H, T, D); k, v: (B, H / n, S, D),
+    each serving n heads of queries -> (B, H, T, D). causal: query i sees keys up to i + S - T;
+    window: only the last so many of them. scale: default 1 / sqrt(D). Any T and S; D up to 256."""
     D, kind = q.shape[-1], q.device.type
     if torch.is_autocast_enabled(kind):  # as for any product
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-    if pad := max(16, triton.next_power_of_2(D)) - D:
-        scale = D**-0.5 if scale is None else scale
-        q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
+    pad, scale = max(16, triton.next_power_of_2(D)) - D, D**-0.5 if scale is None else scale
+    q, k, v = (F.pad(x, (0, pad)) if pad else x for x in (q, k, v))
     return FlashAttention.apply(q, k, v, causal, window, scale)[..., :D]
 
 
@@ -661,8 +631,7 @@ def flash_attention_torch(q, k, v, causal=True, window=None, scale=None):
 
 
 @triton.jit
-def adamw_kernel(p, g, m, v, n, lr, beta1, beta2, eps, decay, correction1, correction2,
-                 BLOCK: tl.constexpr):
+def adamw_kernel(p, g, m, v, n, lr, rate, beta1, beta2, eps, decay, root, BLOCK: tl.constexpr):
     """One step for n numbers in place; p and g of one dtype, m and v float32. A program: BLOCK."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(p + i, mask=i < n).to(tl.float32)
@@ -670,7 +639,7 @@ def adamw_kernel(p, g, m, v, n, lr, beta1, beta2, eps, decay, correction1, corre
     first, second = tl.load(m + i, mask=i < n), tl.load(v + i, mask=i < n)
     first += (1 - beta1) * (d - first)
     second += (1 - beta2) * (d * d - second)
-    x -= lr * (decay * x + first / correction1 / (tl.sqrt(second) / correction2 + eps))
+    x -= lr * decay * x + rate * first / (tl.sqrt(second) / root + eps)
     tl.store(p + i, x.to(p.dtype.element_ty), mask=i < n)
     tl.store(m + i, first, mask=i < n)
     tl.store(v + i, second, mask=i < n)
@@ -681,14 +650,13 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
                weight_decay=0.01):
     """One step of AdamW for lists of tensors, in place. params and grads of one dtype, the two
     running means in float32, params and means contiguous; step counts from 1."""
-    corrections = 1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step)
+    rate, root = lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)  # both means begin at 0
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        fit = p.shape == g.shape == m.shape == v.shape and all(
-            x.is_contiguous() for x in (p, m, v))
-        ready(m, v, fit=fit and m.dtype == torch.float32)
-        _, g = ready(p, g)
+        ready(m, v, fit=p.shape == g.shape == m.shape == v.shape and m.dtype == torch.float32 and
+              all(x.is_contiguous() for x in (p, m, v)))
+        g = ready(p, g)[1]
         adamw_kernel[(triton.cdiv(p.numel(), 1024),)](
-            p, g, m, v, p.numel(), lr, *betas, eps, weight_decay, *corrections, 1024)
+            p, g, m, v, p.numel(), lr, rate, *betas, eps, weight_decay, root, 1024)
 
 
 # -----------------------------------------------------------------------------
@@ -760,22 +728,16 @@ def int8_matmul(x, weight, scale):
 
 
 def int4_matmul(x, weight, scale, low):
-    """x @ w.T with w = integer * scale + low, where each 32 numbers of a row share these two.
-
-    x: (..., K); weight: (N, groups * 16) uint8, the first of each two integers of 0 to 15 in the
-    low half of its byte; scale, low: (N, groups) float32, groups = K / 32 rounded up.
-    """
+    """x @ w.T with w = integer * scale + low, where each 32 numbers of a row share these two. x:
+    (..., K); weight: (N, groups * 16) uint8, the first of each two integers of 0 to 15 in the low
+    half of its byte; scale, low: (N, groups) float32, groups = K / 32 rounded up."""
     return IntegerMatMul.apply(x, weight, scale, low)
 
 
 # -----------------------------------------------------------------------------
-# check: every kernel beside the same in PyTorch, in float64.
-
-
-def plain_loss(x, weight=None, *, targets, reduction="mean"):
-    """As linear_cross_entropy or, without a weight, cross_entropy."""
-    logits = x if weight is None else x @ weight.T
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+# check: every kernel beside the same in PyTorch, in float64. bench: how far from the roofline it is
+# (Williams et al. 2009): it takes at least the time its bytes need at the memory's speed, and the
+# time its operations need at the processor's. profile: where the time of a training step goes.
 
 
 def plain_attention(q, k, v, causal=True, window=None):
@@ -788,47 +750,49 @@ def plain_attention(q, k, v, causal=True, window=None):
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-def steps_of_adamw(p, g, ours):
-    """p after two steps with one gradient, by adamw_step or by PyTorch."""
+def first_adamw_step(p, g):
+    """p after the first step, which is known in closed form: p (1 - lr decay) - lr g / |g|."""
     p, (m, v) = p.detach().clone(), torch.zeros(2, *p.shape, device=p.device)
-    p.grad, optimizer = g.detach(), torch.optim.AdamW([p], lr=1e-2)
-    for t in (1, 2):
-        if ours:
-            adamw_step([p], [p.grad], [m], [v], t, lr=1e-2)
-        else:
-            optimizer.step()
+    adamw_step([p], [g.detach()], [m], [v], step=1)
     return p
 
 
-def cases(rows, losses, attention, products, integers, dtype=torch.float64, device=DEVICE):
+def cases(large, dtype=torch.float64, device=DEVICE):
     """Yield (kernel, function, the same in PyTorch, shapes of its inputs, FLOPs of the forward
-    pass, of both passes) for these sizes. dtype: of the integers' values, for PyTorch."""
-    for shape in rows:
+    pass, of both passes). dtype: of the integers' values, for PyTorch."""
+    for shape in ((32768, 1024), (32768, 8192)) if large else ((3, 3, 7), (3, 129), (5, 5000)):
         n, a = shape[-1], math.prod(shape)
         yield "softmax", softmax, partial(torch.softmax, dim=-1), [shape], 5 * a, 9 * a
         yield "swiglu", swiglu, lambda a, b: F.silu(a) * b, [shape, shape], 5 * a, 15 * a
         yield ("rms_norm", rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), [shape, (n,)],
                4 * a, 12 * a)
-        yield ("adamw_step", partial(steps_of_adamw, ours=True),
-               partial(steps_of_adamw, ours=False), [shape, shape])
-    for *lead, C, V, reduction, chunk in losses:
-        N, targets = math.prod(lead), torch.randint(V, lead, device=device)
-        targets.view(-1)[:2] = -100
-        options = {"targets": targets, "reduction": reduction}
-        plain = partial(plain_loss, **options)
-        yield ("cross_entropy", partial(cross_entropy, **options), plain, [(*lead, V)],
-               4 * N * V, 7 * N * V)
-        yield ("linear_cross_entropy", partial(linear_cross_entropy, chunk=chunk, **options), plain,
-               [(*lead, C), (V, C)], 2 * N * C * V, 6 * N * C * V)
-    for B, H, K, T, S, D, *mask in attention:
+        yield ("adamw_step", first_adamw_step,
+               lambda p, g: p * (1 - 1e-5) - 1e-3 * g / (g.abs() + 1e-8), [shape, shape])
+    for N, C, V in ((8192, 2048, 32768), (8192, 2048, 131072)) if large else (
+            (8, 24, 7), (100, 24, 129), (8, 24, 5000)):
+        targets = torch.randint(V, (N,), device=device)
+        targets[:2] = -100
+        yield ("cross_entropy", partial(cross_entropy, targets=targets),
+               partial(F.cross_entropy, target=targets), [(N, V)], 4 * N * V, 7 * N * V)
+        yield ("linear_cross_entropy", partial(linear_cross_entropy, targets=targets),
+               lambda x, w: F.cross_entropy(x @ w.T, targets), [(N, C), (V, C)], 2 * N * C * V,
+               6 * N * C * V)
+    for B, H, K, T, S, D, *mask in (  # K: heads of keys and values; mask: causal, window
+            (4, 16, 16, 4096, 4096, 64, True, None), (1, 16, 16, 16384, 16384, 64, True, None),
+            (4, 16, 16, 8192, 8192, 128, True, None)) if large else (
+            (2, 2, 1, 70, 70, 16, True, None), (1, 3, 1, 299, 299, 64, True, None),
+            (1, 2, 2, 65, 65, 80, False, None), (1, 1, 1, 37, 101, 32, True, None),
+            (1, 2, 1, 101, 37, 24, True, None), (1, 1, 1, 150, 150, 128, True, 2),
+            (1, 2, 1, 130, 190, 16, True, 70), (1, 1, 1, 33, 33, 256, True, None)):
         n = 4 * B * H * T * S * D / (1 + mask[0])  # a causal mask leaves half
-        for f in (flash_attention, flash_attention_torch):
-            yield (f.__name__, lambda *x, f=f, mask=mask: f(*x, *mask),
-                   lambda *x, mask=mask: plain_attention(*x, *mask),
-                   [(B, H, T, D), *[(B, K, S, D)] * 2], *([n, 3.5 * n] * (f is flash_attention)))
-    for M, K, N in products:
+        yield ("flash_attention", lambda *x: flash_attention(*x, *mask),
+               lambda *x: plain_attention(*x, *mask),
+               [(B, H, T, D), (B, K, S, D), (B, K, S, D)], n, 3.5 * n)
+    for M, K, N in ((4096, 4096, 4096), (8192, 8192, 8192)) if large else (
+            (1, 1, 1), (64, 64, 64), (65, 33, 130), (5, 200, 17)):
         yield "matmul", matmul, torch.matmul, [(M, K), (K, N)], 2 * M * N * K, 6 * M * N * K
-    for M, K, N in integers:
+    for M, K, N in ((1, 4096, 14336), (16, 4096, 14336)) if large else (
+            (1, 32, 1), (5, 70, 50), (70, 128, 64)):
         w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
         w4 = torch.randint(256, (N, triton.cdiv(K, 32) * 16), dtype=torch.uint8, device=device)
         scale, low = torch.rand(2, N, triton.cdiv(K, 32), device=device) + 0.5
@@ -838,28 +802,9 @@ def cases(rows, losses, attention, products, integers, dtype=torch.float64, devi
             yield f.__name__, partial(f, **parts), plain, [(M, K)], 2 * M * N * K
 
 
-SMALL = {
-    "rows": [(3, 3, n) for n in (1, 7, 129, 1000)],
-    "losses": [(2, 4, 24, 7, "mean", None), (2, 4, 24, 129, "sum", 3), (8, 24, 1000, "mean", 3)],
-    "attention": [  # B, H, heads of k and v, T, S, D, causal, window
-        (2, 2, 1, 70, 70, 16, True, None), (1, 3, 1, 129, 129, 32, True, None),
-        (1, 2, 2, 65, 65, 80, False, None), (1, 1, 1, 37, 101, 64, True, None),
-        (1, 2, 1, 101, 37, 24, True, None), (1, 1, 1, 150, 150, 32, True, 1),
-        (1, 2, 1, 130, 190, 16, True, 70), (1, 1, 1, 33, 33, 256, True, None)],
-    "products": [(1, 1, 1), (64, 64, 64), (65, 33, 130), (5, 200, 17)],
-    "integers": [(M, K, N) for K, N in ((32, 1), (70, 50), (128, 64)) for M in (1, 5, 70)]}
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
-if not INTERPRETED:  # which is too slow for these
-    SMALL["rows"] += [(3, 3, 5000), (3, 3, 32768)]
-    SMALL["losses"] += [(8, 24, 131072, "mean", None)]
-    SMALL["attention"] += [(2, 16, 4, 1023, 1023, 128, True, None),
-                           (1, 8, 8, 2048, 2048, 64, True, 500)]
-    TOLERANCE[torch.bfloat16] = 4e-2
-
-
 def error_of(ours, plain, shapes, dtype):
-    """For random inputs and a random gradient of the output: the largest error of the output and
-    the inputs' gradients, relative to the largest number of each, or 0.01."""
+    """The largest error of the output and of the inputs' gradients, relative to the largest number
+    of each, or 0.01. Inputs, and the gradient of the output, are random."""
     exact = [torch.randn(s).to(DEVICE, dtype).double().requires_grad_() for s in shapes]
     inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
     found, wanted = [ours(*inputs)], [plain(*exact)]
@@ -874,104 +819,80 @@ def error_of(ours, plain, shapes, dtype):
 
 
 def check():
-    """Compare all kernels with float64, print the largest errors -> number of failures."""
+    """Compare all kernels with float64, print the errors -> number of failures."""
     torch.manual_seed(0)
-    start, failures, runs = time.perf_counter(), 0, {}
-    for name, ours, plain, shapes, *_ in cases(**SMALL):
-        runs.setdefault(name, []).append((shapes, partial(error_of, ours, plain, shapes)))
-    print(f"{'kernel':24}{'dtype':10}{'cases':>6}{'largest error':>16}")
-    for name, dtype in ((name, dtype) for name in runs for dtype in TOLERANCE):
-        print(f"{name:24}{str(dtype)[6:]:10}{len(runs[name]):6}", end="", flush=True)
-        errors = [(run(dtype), shapes) for shapes, run in runs[name]]
-        print(f"{max(errors)[0]:16.1e}", flush=True)
-        for error, shapes in errors:
-            if error > TOLERANCE[dtype]:
-                failures += 1
-                print(f"FAILED {name}, {shapes}, {dtype}: {error:.1e}")
+    failures, start = 0, time.perf_counter()
+    print("errors of output and gradients, relative to the largest number of each:")
+    for name, ours, plain, shapes, *_ in cases(large=False):
+        print(f"{name:21}{str(shapes[:2])[1:-1]:35}", end="", flush=True)
+        for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)):
+            error = error_of(ours, plain, shapes, dtype)
+            failures += error > limit
+            print(f"{str(dtype)[6:]:>9}{error:8.1e}{' FAILED' * (error > limit)}", end="")
+        print(flush=True)
     where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
-    print(f"{failures} failures, {time.perf_counter() - start:.0f} s, {where}; errors are of "
-          "outputs and gradients, relative to the largest number of each")
+    print(f"{failures} failures, {time.perf_counter() - start:.0f} s, {where}")
     return failures
-
-
-# -----------------------------------------------------------------------------
-# bench: how far from the roofline (Williams et al. 2009). A kernel takes at least the time its
-# bytes need at the memory's speed, and at least the time its operations need at the processor's.
-
-LARGE = {
-    "rows": [(32768, 1024), (32768, 8192)],
-    "losses": [(8192, 2048, V, "mean", None) for V in (32768, 131072)],
-    "attention": [(B, 16, 16, T, T, D, True, None)
-                  for B, T, D in ((4, 4096, 64), (1, 16384, 64), (4, 8192, 128))],
-    "products": [(4096, 4096, 4096), (8192, 8192, 8192)],
-    "integers": [(1, 4096, 14336), (16, 4096, 14336)]}
 
 
 def bench():
     """Print what each kernel has to move and to compute and, on a GPU, how fast it does."""
-    device, half, time_of = DEVICE, torch.bfloat16, triton.testing.do_bench  # milliseconds
-    if device == "cuda":
+    gpu, half, time_of = DEVICE == "cuda", torch.bfloat16, triton.testing.do_bench  # milliseconds
+    device = "cuda" if gpu else "meta"
+    if gpu:
         x = torch.empty(2**30, device=device, dtype=torch.uint8)
         a = torch.randn(8192, 8192, device=device, dtype=half)
         memory, compute = 2 * x.numel() / time_of(x.clone), 2 * 8192**3 / time_of(lambda: a @ a)
         print(f"{torch.cuda.get_device_name()}: a copy moves {memory / 1e9:.2f} TB/s, a product "
               f"in bfloat16 does {compute / 1e9:.0f} TFLOP/s: the roofline")
     else:
-        device = "meta"
         print("no GPU: these are the bytes and FLOPs of each kernel in bfloat16, not times")
-    for name, ours, plain, shapes, *flops in cases(**LARGE, dtype=half, device=device):
+    for name, ours, plain, shapes, *flops in cases(True, half, device):
         inputs = [torch.randn(s, device=device, dtype=half, requires_grad=True) for s in shapes]
         # forward: inputs and weights are read, the output is written; backward: inputs and the
         # output's gradient are read, the inputs' gradients written
         x, y = sum(x.nbytes for x in inputs), plain(*inputs).nbytes
-        w = sum(w.nbytes for w in getattr(ours, "keywords", {}).values() if torch.is_tensor(w))
-        size = ", ".join(" x ".join(map(str, s)) for s in dict.fromkeys(shapes))
+        w = sum(w.nbytes for w in getattr(ours, "keywords", {}).values())
         for backward, n, b in zip((False, True), flops, (x + y + w, 3 * x + 2 * y + w)):
-            print(f"{name:21}{size:27}{b / 1e6:9,.1f} MB{n / 1e9:10,.1f} GFLOP{n / b:10,.1f} "
-                  f"FLOP/byte  forward{' + backward' if backward else ''}", flush=True)
+            print(f"{name} {str(shapes[:2])[1:-1]} forward{' + backward' * backward}: "
+                  f"{b / 1e6:,.1f} MB, {n / 1e9:,.1f} GFLOP, {n / b:,.1f} FLOP/byte", flush=True)
             torch.compiler.reset()  # or a second size would be compiled for all sizes
             rivals = {"ours": ours, "eager": plain, "compiled": torch.compile(plain)}
-            for rival, f in rivals.items() if device == "cuda" else ():
+            for rival, f in rivals.items() if gpu else ():
                 def run():
                     with torch.set_grad_enabled(backward):
                         y = f(*inputs)
                         if backward:
                             torch.autograd.grad(y, inputs, torch.ones_like(y))
                 ms = time_of(run)  # the first calls, which compile and try settings, are not timed
-                print(f"    {rival:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s{n / ms / 1e9:7.0f} "
-                      f"TFLOP/s{max(b / memory, n / compute) / ms:6.0%} of the roofline", flush=True)
-
-
-# -----------------------------------------------------------------------------
-# profile: where the time of a training step goes.
+                print(f"    {rival:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s{n / ms / 1e9:7.0f} TFLOP/s"
+                      f"{max(b / memory, n / compute) / ms:6.0%} of the roofline", flush=True)
 
 
 def profile():
     """Print where the time of a training step of model.py goes, with and without these kernels."""
     import model as M
-    B, T, layers, C, V = (8, 1024, 12, 768, 32768) if DEVICE == "cuda" else (1, 32, 1, 64, 1024)
+    gpu = DEVICE == "cuda"
+    B, T, layers, C, V = (8, 1024, 12, 768, 32768) if gpu else (1, 32, 1, 64, 1024)
     x, y = torch.randint(V, (2, B, T), device=DEVICE)
     for title, M.kernels in ("without", None), ("with", sys.modules[__name__]):
         torch.manual_seed(0)
         model = M.Transformer(M.TransformerConfig(block_size=T, n_layer=layers, n_embd=C,
                                                   n_head=C // 64, vocab_size=V)).to(DEVICE)
-        params = list(model.parameters())
-        means = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-        optimizer = torch.optim.AdamW(params)
-        for t in (1, 2):  # the first compiles, and tries settings
+        optimizer = torch.optim.AdamW(model.parameters(), fused=gpu)
+        for _ in range(2):  # the first compiles, and tries settings
             with torch.profiler.profile() as result:
-                with torch.autocast(DEVICE, torch.bfloat16, DEVICE == "cuda"):
-                    loss = (linear_cross_entropy(model(x, hidden=True), model.head.weight, y)
-                            if M.kernels else plain_loss(model(x), targets=y))
+                with torch.autocast(DEVICE, torch.bfloat16, gpu):
+                    if M.kernels:
+                        loss = linear_cross_entropy(model(x, hidden=True), model.head.weight, y)
+                    else:
+                        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
                 loss.backward()
-                if M.kernels:
-                    adamw_step(params, [p.grad for p in params], *means, t)
-                else:
-                    optimizer.step()
+                optimizer.step()
                 optimizer.zero_grad()
                 loss = loss.item()
         print(f"{title} these kernels, loss {loss:.4f}\n" + result.key_averages().table(
-            f"self_{DEVICE.replace('cuda', 'device')}_time_total", 12, max_name_column_width=48))
+            f"self_{'device' if gpu else 'cpu'}_time_total", 12, max_name_column_width=48))
 
 
 def main():
@@ -983,9 +904,10 @@ def main():
         sys.exit(1 if commands[parser.parse_args().command]() else 0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head`: what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, KeyError, RuntimeError) as problem:
-        print(f"kernels.py: error: {problem}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"kernels.py: error: {problem}")
 
 
 if __name__ == "__main__":
