@@ -11,9 +11,9 @@ one bfloat16 number, its tensor cores do some 600 operations. In eager PyTorch e
 its inputs from memory and writes its output back. A fused kernel reads once, does everything in
 registers, and writes once. To use a kernel in a project of your own, copy this file.
 
-A launch starts many programs, each of which computes its own block of the output. A kernel is given
-addresses of contiguous tensors, and counts from there; for each value of an argument marked
-tl.constexpr a new one is compiled. B batch, H heads, T queries, S keys, D head size, V vocabulary.
+A launch starts many programs, each of which computes its own block of the output. A kernel gets
+addresses of contiguous tensors, and is compiled anew for each value of a tl.constexpr argument. In
+the comments: B batch, H heads, T queries, S keys, D head size, V vocabulary.
 """
 
 import argparse
@@ -49,13 +49,12 @@ def ready(*tensors, fit=True):
     float32 instead. Raises for shapes that do not fit, of which a kernel would read past the end,
     and for dtypes that differ or that it would round without a word."""
     if not fit:
-        raise ValueError(f"shapes do not fit: {', '.join(str(tuple(x.shape)) for x in tensors)}")
+        raise ValueError(f"do not fit: {', '.join(f'{x.dtype} {tuple(x.shape)}' for x in tensors)}")
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
         raise TypeError(f"one dtype of float32, float16 and bfloat16 is needed, not {dtypes}")
-    if INTERPRETED:
-        tensors = [x.float() if x.dtype == torch.bfloat16 else x for x in tensors]
-    return [x.contiguous() for x in tensors]
+    wrong = INTERPRETED and torch.bfloat16 in dtypes
+    return [(x.float() if wrong else x).contiguous() for x in tensors]
 
 
 def tuned(key, *settings):
@@ -74,8 +73,7 @@ def tuned(key, *settings):
 
 
 def by_rows(kernel, x, *args, programs=None):
-    """Launch one program for each row of x (..., n), or `programs` of them. A block is a row; most
-    rows give a thread 16 numbers."""
+    """Launch one program for each row of x (..., n), or `programs` of them. A block is a row."""
     if x.numel():
         block = triton.next_power_of_2(x.shape[-1])
         kernel[(programs or x.numel() // x.shape[-1],)](
@@ -198,7 +196,7 @@ matmul = MatMul.apply
 
 
 # -----------------------------------------------------------------------------
-# RMSNorm (Zhang & Sennrich 2019): eager PyTorch reads x once for the mean, and once more to divide.
+# RMSNorm (Zhang & Sennrich 2019): eager PyTorch reads x for the mean, and once more to divide.
 
 
 @triton.jit
@@ -216,9 +214,9 @@ def rms_norm_forward(x, weight, y, inverse, n, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def rms_norm_backward(x, weight, inverse, g, dx, partial, rows, n, BLOCK: tl.constexpr):
-    """dx = r g w - x r^3 mean(g w x) with r = 1 / rms; all (rows, n). The gradient of the weight is
-    a sum over rows: each program adds up its rows in one row of partial, (programs, n) float32,
-    and those are summed afterwards. Without atomic additions the result is the same every time."""
+    """dx = r g w - x r^3 mean(g w x) with r = 1 / rms; all (rows, n). The weight's gradient is a sum
+    over rows: each program adds up its rows in one row of partial, (programs, n) float32, and those
+    are summed afterwards. Without atomic additions the result is the same every time."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     i = tl.arange(0, BLOCK)
     w = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
@@ -240,12 +238,11 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        dtype, n = x.dtype, x.shape[-1]
-        x, weight = ready(x, weight, fit=weight.shape == (n,))
-        y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        by_rows(rms_norm_forward, x, weight, y, inverse, n, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return y.to(dtype)
+        h, weight = ready(x, weight, fit=weight.shape == x.shape[-1:])
+        y, inverse = torch.empty_like(h), h.new_empty(x.shape[:-1], dtype=torch.float32)
+        by_rows(rms_norm_forward, h, weight, y, inverse, x.shape[-1], eps)
+        ctx.save_for_backward(h, weight, inverse)
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -253,7 +250,8 @@ class RMSNorm(torch.autograd.Function):
         (x, weight, inverse), (g,) = ctx.saved_tensors, ready(g)
         n, rows, dx = x.shape[-1], inverse.numel(), torch.empty_like(x)
         partial = x.new_empty((min(rows, 512), n), dtype=torch.float32)  # some 4 a multiprocessor
-        by_rows(rms_norm_backward, x, weight, inverse, g, dx, partial, rows, n, programs=len(partial))
+        by_rows(rms_norm_backward, x, weight, inverse, g, dx, partial, rows, n,
+                programs=len(partial))
         return dx, partial.sum(0), None
 
 
@@ -288,19 +286,18 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up):
-        dtype, n = gate.dtype, gate.numel()
-        gate, up = ready(gate, up, fit=gate.shape == up.shape)
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        swiglu_kernel[(triton.cdiv(n, 1024),)](gate, up, None, y, None, None, n, 1024)
-        return y.to(dtype)
+        a, b = ready(gate, up, fit=gate.shape == up.shape)
+        y, n = torch.empty_like(a), a.numel()
+        swiglu_kernel[(triton.cdiv(n, 1024),)](a, b, None, y, None, None, n, 1024)
+        ctx.save_for_backward(a, b)
+        return y.to(gate.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (gate, up), (g,) = ctx.saved_tensors, ready(g)
-        da, db, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        swiglu_kernel[(triton.cdiv(n, 1024),)](gate, up, g, None, da, db, n, 1024)
+        (a, b), (g,) = ctx.saved_tensors, ready(g)
+        da, db, n = torch.empty_like(a), torch.empty_like(b), a.numel()
+        swiglu_kernel[(triton.cdiv(n, 1024),)](a, b, g, None, da, db, n, 1024)
         return da, db
 
 
@@ -463,15 +460,15 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 # The same in Triton. A mask is a range of distances between query and key, low to high - 1: low
 # is 0 if causal, high the window, and both are out of reach otherwise. A tile of q and its float32
-# accumulator stay in registers: BM x D x 6 bytes, for BM = D = 128 96 of a multiprocessor's 256 kB,
-# which leaves room for the scores (BM, BN). Tiles of k and v wait in shared memory: 2 stages x 2 x
-# BN x D x 2 bytes, for BN = 64 64 of an H100's 228 kB. The backward pass has more of them, smaller.
+# accumulator stay in registers: BM x D x 6 bytes, for BM = D = 128 96 of a multiprocessor's 256 kB.
+# Tiles of k and v wait in shared memory: 2 stages x 2 x BN x D x 2 bytes, for BN = 64 64 of an
+# H100's 228 kB. The backward pass has two more of both: smaller tiles.
 
 
 @triton.jit
 def scores(qi, kj, row, column, T, S, scale, low, high):
-    """Scores of the queries from `row` on, qi: (BM, D), and the keys from `column` on, kj: (BN, D),
-    in base 2, which is what the hardware exponentiates; -inf where a query does not see a key."""
+    """Scores of queries from `row` on, qi: (BM, D), and keys from `column` on, kj: (BN, D), in base
+    2, which is what the hardware exponentiates; -inf where a query does not see a key."""
     s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
     BM: tl.constexpr = qi.shape[0]
     BN: tl.constexpr = kj.shape[0]
@@ -610,11 +607,9 @@ def flash_attention(q, k, v, causal=True, window=None, scale=None):
     """softmax(q k^T scale) v in memory proportional to T. q: (B, H, T, D); k, v: (B, H / n, S, D),
     each serving n heads of queries -> (B, H, T, D). causal: query i sees keys up to i + S - T;
     window: only the last so many of them. scale: default 1 / sqrt(D). Any T and S; D up to 256."""
-    D, kind = q.shape[-1], q.device.type
-    if torch.is_autocast_enabled(kind):  # as for any product
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-    pad, scale = max(16, triton.next_power_of_2(D)) - D, D**-0.5 if scale is None else scale
-    q, k, v = (F.pad(x, (0, pad)) if pad else x for x in (q, k, v))
+    D, scale = q.shape[-1], q.shape[-1] ** -0.5 if scale is None else scale
+    if pad := max(16, triton.next_power_of_2(D)) - D:
+        q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
     return FlashAttention.apply(q, k, v, causal, window, scale)[..., :D]
 
 
@@ -650,7 +645,7 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
                weight_decay=0.01):
     """One step of AdamW for lists of tensors, in place. params and grads of one dtype, the two
     running means in float32, params and means contiguous; step counts from 1."""
-    rate, root = lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)  # both means begin at 0
+    rate, root = lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)  # means begin at 0
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         ready(m, v, fit=p.shape == g.shape == m.shape == v.shape and m.dtype == torch.float32 and
               all(x.is_contiguous() for x in (p, m, v)))
@@ -689,16 +684,9 @@ def integer_kernel(x, w, scales, lows, y, M, N, K, BM: tl.constexpr, BN: tl.cons
     store_tile(y, i, M, j, N, acc)
 
 
-def dequantize(weight, scale, low=None):
-    """The numbers that integers stand for, (N, K) float32: see `int8_matmul`, `int4_matmul`."""
-    if low is None:
-        return weight * scale[:, None]
-    weight = torch.stack((weight & 15, weight >> 4), -1).flatten(1).unflatten(1, (-1, 32))
-    return (weight * scale[..., None] + low[..., None]).flatten(1)
-
-
 class IntegerMatMul(torch.autograd.Function):
-    """x (..., K) times integers (N, K): int8 without `low`, else int4; x alone has a gradient."""
+    """x (..., K) times integers (N, K): int8 without `low`, else int4. Without a backward pass: the
+    weights are fixed, and generation needs none; PyTorch raises."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, low):
@@ -711,15 +699,7 @@ class IntegerMatMul(torch.autograd.Function):
         M, y = x.shape[:-1].numel(), rows.new_empty(*x.shape[:-1], N)
         integer_kernel[lambda meta: (triton.cdiv(N, meta["BN"]), triton.cdiv(M, meta["BM"]))](
             rows, *parts, *([None] if low is None else []), y, M, N, K)
-        ctx.save_for_backward(weight, scale, low)
-        ctx.columns = K
         return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):  # the weights are fixed, but what came before them may be trained
-        dx = g @ dequantize(*ctx.saved_tensors).to(g.dtype)
-        return dx[..., : ctx.columns], None, None, None
 
 
 def int8_matmul(x, weight, scale):
@@ -735,9 +715,9 @@ def int4_matmul(x, weight, scale, low):
 
 
 # -----------------------------------------------------------------------------
-# check: every kernel beside the same in PyTorch, in float64. bench: how far from the roofline it is
-# (Williams et al. 2009): it takes at least the time its bytes need at the memory's speed, and the
-# time its operations need at the processor's. profile: where the time of a training step goes.
+# check: every kernel beside the same in PyTorch, in float64. bench: how far it is from the roofline
+# (Williams et al. 2009): it takes at least the time that its bytes need at the memory's speed, and
+# its operations at the processor's. profile: where the time of a training step goes.
 
 
 def plain_attention(q, k, v, causal=True, window=None):
@@ -794,21 +774,24 @@ def cases(large, dtype=torch.float64, device=DEVICE):
     for M, K, N in ((1, 4096, 14336), (16, 4096, 14336)) if large else (
             (1, 32, 1), (5, 70, 50), (70, 128, 64)):
         w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
-        w4 = torch.randint(256, (N, triton.cdiv(K, 32) * 16), dtype=torch.uint8, device=device)
+        w4 = torch.randint(256, (N, triton.cdiv(K, 32), 16), dtype=torch.uint8, device=device)
         scale, low = torch.rand(2, N, triton.cdiv(K, 32), device=device) + 0.5
-        for f, parts in ((int8_matmul, {"weight": w8, "scale": scale[:, 0]}),
-                         (int4_matmul, {"weight": w4, "scale": scale, "low": low})):
-            plain = partial(F.linear, weight=dequantize(**parts)[:, :K].to(dtype))
-            yield f.__name__, partial(f, **parts), plain, [(M, K)], 2 * M * N * K
+        plain = partial(F.linear, weight=w8.to(dtype) * scale[:, :1].to(dtype))
+        yield ("int8_matmul", partial(int8_matmul, weight=w8, scale=scale[:, 0]), plain, [(M, K)],
+               2 * M * N * K)
+        w = torch.stack((w4 & 15, w4 >> 4), -1).flatten(2) * scale[..., None] + low[..., None]
+        plain = partial(F.linear, weight=w.to(dtype).flatten(1)[:, :K])
+        yield ("int4_matmul", partial(int4_matmul, weight=w4.flatten(1), scale=scale, low=low),
+               plain, [(M, K)], 2 * M * N * K)
 
 
-def error_of(ours, plain, shapes, dtype):
+def error_of(ours, plain, shapes, backward, dtype):
     """The largest error of the output and of the inputs' gradients, relative to the largest number
     of each, or 0.01. Inputs, and the gradient of the output, are random."""
     exact = [torch.randn(s).to(DEVICE, dtype).double().requires_grad_() for s in shapes]
     inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
     found, wanted = [ours(*inputs)], [plain(*exact)]
-    if found[0].requires_grad:
+    if backward:
         g = torch.randn(wanted[0].shape).to(DEVICE, dtype)
         found += torch.autograd.grad(found, inputs, g.to(found[0].dtype))
         wanted += torch.autograd.grad(wanted, exact, g.double())
@@ -823,15 +806,14 @@ def check():
     torch.manual_seed(0)
     failures, start = 0, time.perf_counter()
     print("errors of output and gradients, relative to the largest number of each:")
-    for name, ours, plain, shapes, *_ in cases(large=False):
+    for name, ours, plain, shapes, *flops in cases(large=False):
         print(f"{name:21}{str(shapes[:2])[1:-1]:35}", end="", flush=True)
         for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)):
-            error = error_of(ours, plain, shapes, dtype)
+            error = error_of(ours, plain, shapes, len(flops) == 2, dtype)
             failures += error > limit
             print(f"{str(dtype)[6:]:>9}{error:8.1e}{' FAILED' * (error > limit)}", end="")
         print(flush=True)
-    where = "in the interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
-    print(f"{failures} failures, {time.perf_counter() - start:.0f} s, {where}")
+    print(f"{failures} failures, {time.perf_counter() - start:.0f} s on {DEVICE}")
     return failures
 
 
@@ -865,8 +847,8 @@ def bench():
                         if backward:
                             torch.autograd.grad(y, inputs, torch.ones_like(y))
                 ms = time_of(run)  # the first calls, which compile and try settings, are not timed
-                print(f"    {rival:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s{n / ms / 1e9:7.0f} TFLOP/s"
-                      f"{max(b / memory, n / compute) / ms:6.0%} of the roofline", flush=True)
+                print(f"    {rival:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s{n / ms / 1e9:7.0f} "
+                      f"TFLOP/s{max(b / memory, n / compute) / ms:6.0%} of roofline", flush=True)
 
 
 def profile():
