@@ -49,7 +49,7 @@ def ready(*tensors, fit=True):
     float32 instead. Raises for shapes that do not fit, of which a kernel would read past the end,
     and for dtypes that differ or that it would round without a word."""
     if not fit:
-        raise ValueError(f"do not fit: {', '.join(f'{x.dtype} {tuple(x.shape)}' for x in tensors)}")
+        raise ValueError(f"shapes do not fit: {', '.join(str(tuple(x.shape)) for x in tensors)}")
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
         raise TypeError(f"one dtype of float32, float16 and bfloat16 is needed, not {dtypes}")
@@ -59,10 +59,9 @@ def ready(*tensors, fit=True):
 
 def tuned(key, *settings):
     """Decorator: when a kernel first meets values of the arguments `key`, or a dtype, it is timed
-    with each setting, and the fastest kept; one for which the GPU has too little shared memory is
-    passed over. A setting: warps (of 32 threads) in a program, loads in flight, and the sizes BM,
-    BN, BK of tiles. float32 takes the last: no tensor core multiplies it exactly, and without one
-    large tiles compile for a minute."""
+    with each setting, and the fastest kept; one that asks for more shared memory than there is is
+    passed over. A setting: warps (of 32 threads), loads in flight, and BM, BN, BK of tiles. float32
+    takes the last: no tensor core multiplies it exactly, and large tiles compile for a minute."""
     def choose(configs, args, **more):
         return configs[-1:] if next(iter(args.values())).dtype == torch.float32 else configs
 
@@ -166,30 +165,24 @@ def matmul_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.c
     store_tile(c, i, M, j, N, acc)
 
 
-def product(a, b):
-    """a b by the kernel, of a: (M, K) and b: (K, N), both contiguous."""
-    (M, K), N = a.shape, b.shape[1]
-    c = a.new_empty(M, N)
-    matmul_kernel[lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)](
-        a, b, c, M, N, K)
-    return c
-
-
 class MatMul(torch.autograd.Function):
     """a b for a: (M, K), b: (K, N), summed in float32. da = g b^T, db = a^T g."""
 
     @staticmethod
     def forward(ctx, a, b):
-        fit, dtype = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0], a.dtype
-        a, b = ready(a, b, fit=fit)
-        ctx.save_for_backward(a, b)
-        return product(a, b).to(dtype)
+        x, y = ready(a, b, fit=a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0])
+        (M, K), N = x.shape, y.shape[1]
+        c = x.new_empty(M, N)
+        matmul_kernel[lambda meta: (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)](
+            x, y, c, M, N, K)
+        ctx.save_for_backward(x, y)
+        return c.to(a.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         (a, b), (g,) = ctx.saved_tensors, ready(g)
-        return product(g, b.T.contiguous()), product(a.T.contiguous(), g)
+        return matmul(g, b.T), matmul(a.T, g)
 
 
 matmul = MatMul.apply
@@ -214,9 +207,9 @@ def rms_norm_forward(x, weight, y, inverse, n, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def rms_norm_backward(x, weight, inverse, g, dx, partial, rows, n, BLOCK: tl.constexpr):
-    """dx = r g w - x r^3 mean(g w x) with r = 1 / rms; all (rows, n). The weight's gradient is a sum
-    over rows: each program adds up its rows in one row of partial, (programs, n) float32, and those
-    are summed afterwards. Without atomic additions the result is the same every time."""
+    """dx = r g w - x r^3 mean(g w x) with r = 1 / rms; all (rows, n). The weight's gradient is a
+    sum over rows: each program adds up its rows in one row of partial, (programs, n) float32, to
+    be summed afterwards. Without atomic additions the result is the same every time."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     i = tl.arange(0, BLOCK)
     w = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
@@ -354,9 +347,8 @@ class CrossEntropy(torch.autograd.Function):
                         fit=targets.shape == x.shape[:-1])
         rows, targets = rows.view(-1, x.shape[-1]), targets.long().contiguous().view(-1)
         losses = rows.new_empty(len(rows), dtype=torch.float32)
-        dx, dw = torch.empty_like(rows) if grad else rows, None
-        if grad and weight is not None:
-            dw = torch.zeros_like(w, dtype=torch.float32)
+        dx = torch.empty_like(rows) if grad else rows
+        dw = torch.zeros_like(w, dtype=torch.float32) if grad and weight is not None else None
         block = min(4096, triton.next_power_of_2(max(1, V)))
         for part in (slice(i, i + chunk) for i in range(0, len(rows), chunk)):
             logits, dlogits = rows[part], dx[part]
@@ -459,16 +451,15 @@ class FlashAttentionTorch(torch.autograd.Function):
 
 
 # The same in Triton. A mask is a range of distances between query and key, low to high - 1: low
-# is 0 if causal, high the window, and both are out of reach otherwise. A tile of q and its float32
-# accumulator stay in registers: BM x D x 6 bytes, for BM = D = 128 96 of a multiprocessor's 256 kB.
-# Tiles of k and v wait in shared memory: 2 stages x 2 x BN x D x 2 bytes, for BN = 64 64 of an
-# H100's 228 kB. The backward pass has two more of both: smaller tiles.
+# is 0 if causal, high the window, and else out of reach. A tile of q and its float32 accumulator
+# stay in registers: BM x D x 6 bytes, 96 of 256 kB at BM = D = 128. Tiles of k and v are in shared
+# memory: 2 stages x 2 x BN x D x 2 bytes, 64 of an H100's 228 kB at BN = 64. Backward needs more.
 
 
 @triton.jit
 def scores(qi, kj, row, column, T, S, scale, low, high):
-    """Scores of queries from `row` on, qi: (BM, D), and keys from `column` on, kj: (BN, D), in base
-    2, which is what the hardware exponentiates; -inf where a query does not see a key."""
+    """Scores of queries from `row` on, qi: (BM, D), and keys from `column` on, kj: (BN, D), in
+    base 2, which is what the hardware exponentiates; -inf where a query does not see a key."""
     s = tl.dot(qi, tl.trans(kj), input_precision="ieee") * (scale * 1.4426950408889634)
     BM: tl.constexpr = qi.shape[0]
     BN: tl.constexpr = kj.shape[0]
@@ -573,8 +564,7 @@ def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, group, low,
 
 
 class FlashAttention(torch.autograd.Function):
-    """As FlashAttentionTorch, by the kernels, with k and v (B, H / n, S, D). D: 16, 32, 64, 128 or
-    256."""
+    """As FlashAttentionTorch, by the kernels; k and v: (B, H / n, S, D), D: 16, 32 ... or 256."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal=False, window=None, scale=None):
@@ -621,8 +611,7 @@ def flash_attention_torch(q, k, v, causal=True, window=None, scale=None):
 
 # -----------------------------------------------------------------------------
 # AdamW (Loshchilov & Hutter 2019): eager PyTorch moves each tensor about ten times, this kernel
-# once. One launch for each tensor: the 148 of GPT-2 small take some 10 microseconds each to start,
-# 1.5 ms, where a step of half a million tokens takes an H100 about a second.
+# once. GPT-2's 148 launches take some 1.5 ms, of the second for a step of half a million tokens.
 
 
 @triton.jit
@@ -685,8 +674,8 @@ def integer_kernel(x, w, scales, lows, y, M, N, K, BM: tl.constexpr, BN: tl.cons
 
 
 class IntegerMatMul(torch.autograd.Function):
-    """x (..., K) times integers (N, K): int8 without `low`, else int4. Without a backward pass: the
-    weights are fixed, and generation needs none; PyTorch raises."""
+    """x (..., K) times integers (N, K): int8 without `low`, else int4. Such a model generates and
+    is not trained: there is no backward pass, and PyTorch raises if it is asked for one."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, low):
@@ -715,9 +704,9 @@ def int4_matmul(x, weight, scale, low):
 
 
 # -----------------------------------------------------------------------------
-# check: every kernel beside the same in PyTorch, in float64. bench: how far it is from the roofline
-# (Williams et al. 2009): it takes at least the time that its bytes need at the memory's speed, and
-# its operations at the processor's. profile: where the time of a training step goes.
+# check: every kernel beside the same in PyTorch, in float64. bench: how far it is from the
+# roofline (Williams et al. 2009): it takes at least the time that its bytes need at the memory's
+# speed, and its operations at the processor's. profile: where a training step's time goes.
 
 
 def plain_attention(q, k, v, causal=True, window=None):
@@ -730,16 +719,14 @@ def plain_attention(q, k, v, causal=True, window=None):
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
-def first_adamw_step(p, g):
-    """p after the first step, which is known in closed form: p (1 - lr decay) - lr g / |g|."""
-    p, (m, v) = p.detach().clone(), torch.zeros(2, *p.shape, device=p.device)
-    adamw_step([p], [g.detach()], [m], [v], step=1)
-    return p
-
-
 def cases(large, dtype=torch.float64, device=DEVICE):
     """Yield (kernel, function, the same in PyTorch, shapes of its inputs, FLOPs of the forward
     pass, of both passes). dtype: of the integers' values, for PyTorch."""
+    def first_adamw_step(p, g):  # known in closed form: p (1 - lr decay) - lr g / |g|
+        p, (m, v) = p.detach().clone(), torch.zeros(2, *p.shape, device=p.device)
+        adamw_step([p], [g.detach()], [m], [v], step=1)
+        return p
+
     for shape in ((32768, 1024), (32768, 8192)) if large else ((3, 3, 7), (3, 129), (5, 5000)):
         n, a = shape[-1], math.prod(shape)
         yield "softmax", softmax, partial(torch.softmax, dim=-1), [shape], 5 * a, 9 * a
@@ -786,8 +773,7 @@ def cases(large, dtype=torch.float64, device=DEVICE):
 
 
 def error_of(ours, plain, shapes, backward, dtype):
-    """The largest error of the output and of the inputs' gradients, relative to the largest number
-    of each, or 0.01. Inputs, and the gradient of the output, are random."""
+    """Largest error of output and gradients, relative to the largest number of each, or 0.01."""
     exact = [torch.randn(s).to(DEVICE, dtype).double().requires_grad_() for s in shapes]
     inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
     found, wanted = [ours(*inputs)], [plain(*exact)]
@@ -831,8 +817,7 @@ def bench():
         print("no GPU: these are the bytes and FLOPs of each kernel in bfloat16, not times")
     for name, ours, plain, shapes, *flops in cases(True, half, device):
         inputs = [torch.randn(s, device=device, dtype=half, requires_grad=True) for s in shapes]
-        # forward: inputs and weights are read, the output is written; backward: inputs and the
-        # output's gradient are read, the inputs' gradients written
+        # backward: inputs and the output's gradient are read, the inputs' gradients written
         x, y = sum(x.nbytes for x in inputs), plain(*inputs).nbytes
         w = sum(w.nbytes for w in getattr(ours, "keywords", {}).values())
         for backward, n, b in zip((False, True), flops, (x + y + w, 3 * x + 2 * y + w)):
@@ -872,7 +857,6 @@ def profile():
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                loss = loss.item()
         print(f"{title} these kernels, loss {loss:.4f}\n" + result.key_averages().table(
             f"self_{'device' if gpu else 'cpu'}_time_total", 12, max_name_column_width=48))
 
