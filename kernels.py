@@ -756,7 +756,7 @@ def cases(large, dtype=torch.float64, device=DEVICE):
                lambda *x: plain_attention(*x, *mask),
                [(B, H, T, D), (B, K, S, D), (B, K, S, D)], n, 3.5 * n)
     for M, K, N in ((4096, 4096, 4096), (8192, 8192, 8192)) if large else (
-            (1, 1, 1), (64, 64, 64), (65, 33, 130), (5, 200, 17)):
+            (1, 1, 1), (1200, 5, 300), (65, 33, 130), (5, 200, 17)):
         yield "matmul", matmul, torch.matmul, [(M, K), (K, N)], 2 * M * N * K, 6 * M * N * K
     for M, K, N in ((1, 4096, 14336), (16, 4096, 14336)) if large else (
             (1, 32, 1), (5, 70, 50), (70, 128, 64)):
