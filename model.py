@@ -50,8 +50,8 @@ kernels = None  # kernels.py, when its Triton kernels are to compute: see train.
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. weight: (d_out, d_in), truncated normal of variance 2 / (d_in + d_out)
-    (Glorot & Bengio 2010), cut at three standard deviations."""
+    """y = x W^T + b. weight: (d_out, d_in), normal of variance 2 / (d_in + d_out) (Glorot & Bengio
+    2010), cut at three standard deviations."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
@@ -82,8 +82,7 @@ def upcast(x):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). Squares are too much for
-    bfloat16, so it computes in float32. weight: (d,)"""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in float32. weight: (d,)"""
 
     def __init__(self, d, eps=1e-5):
         super().__init__()
@@ -99,12 +98,11 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config):
-    """The norm that the config asks for: LayerNorm (Ba et al. 2016) as in GPT-2, or RMSNorm."""
-    if config.norm == "none":
-        return nn.Identity()
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
-    return RMSNorm(config.n_embd, config.norm_eps)
+    """The norm that the config asks for: RMSNorm, or LayerNorm (Ba et al. 2016) as in GPT-2."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    layernorm = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return layernorm if config.norm == "layernorm" else nn.Identity()
 
 
 def softmax(x, dim=-1):
@@ -155,11 +153,9 @@ def apply_rope(x, cos, sin, interleaved=False):
 # -----------------------------------------------------------------------------
 # The configuration.
 
-CHOICES = {
-    "activation": ("swiglu", "relu", "gelu", "gelu_tanh", "silu", "relu2", "moe"),
-    "position": ("rope", "learned", "sinusoidal", "none"), "norm_place": ("pre", "post"),
-    "norm": ("rmsnorm", "layernorm", "none"),
-    "attention": ("full", "sliding", "linear", "latent", "hyena")}
+CHOICES = {"activation": "swiglu relu gelu gelu_tanh silu relu2 moe", "norm": "rmsnorm layernorm none",
+           "position": "rope learned sinusoidal none", "norm_place": "pre post",
+           "attention": "full sliding linear latent hyena"}
 
 
 @dataclasses.dataclass
@@ -206,8 +202,8 @@ class TransformerConfig:
             self.d_ff = max(64, round(8 / 3 * self.n_embd / 64) * 64) if gated else 4 * self.n_embd
             self.d_ff //= self.top_k if self.activation == "moe" else 1
         for name, choices in CHOICES.items():
-            if not set(getattr(self, name).split(",")) <= set(choices):
-                raise ValueError(f"{name} is one of {', '.join(choices)}")
+            if not set(getattr(self, name).split(",")) <= set(choices.split()):
+                raise ValueError(f"{name} is one of {choices}")
 
 
 def build(part, config):
@@ -251,8 +247,7 @@ class Where:
             i, j = (torch.arange(-m, 0, device=self.at.device) for m in (self.T, S))
             seen = (j <= i[:, None]) & (i[:, None] - j < window)
             if not self.plain:
-                same = self.text[:, -self.T :, None] == self.text[:, None, -S:]
-                seen = (seen & same)[:, None]
+                seen = (seen & (self.text[:, -self.T :, None] == self.text[:, None, -S:]))[:, None]
             self.masks[S, window] = seen
         return self.masks[S, window]
 
@@ -266,9 +261,8 @@ class Where:
 
 
 def keep(cache, name, new, most=2**40):
-    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D), of which
-    it keeps the last `most`, in a buffer with room for 64 more: to copy all of them for every token
-    would take longer than attention does."""
+    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). It keeps
+    the last `most`, in a buffer with room for 64 more: copies for every token would take long."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
@@ -395,13 +389,12 @@ class LatentAttention(nn.Module):
         if cache is not None:  # few queries: q . (U l) = (U^T q) . l, so move U over to the query
             q, k, v = q @ self.k_up.weight.unflatten(0, (-1, D)), keys, latent
         else:
-            k, v = (up(latent.squeeze(-3)).unflatten(-1, (-1, D)).transpose(-3, -2)
-                    for up in (self.k_up, self.v_up))
+            k, v = (latent @ up.weight.unflatten(0, (-1, D)).mT for up in (self.k_up, self.v_up))
             k = torch.cat((k, k_rope.expand_as(q_rope)), -1)
         k, v = (a.expand(*q.shape[:-2], -1, -1) for a in (k, v))
-        mask, dropout = where.mask(k.shape[-2], 2**40), self.dropout * self.training
-        y = F.scaled_dot_product_attention(torch.cat((q, q_rope), -1), k, v, mask, dropout,
-                                           scale=(D + R) ** -0.5)
+        q, mask = torch.cat((q, q_rope), -1), where.mask(k.shape[-2], 2**40)
+        dropout, scale = self.dropout if self.training else 0.0, (D + R) ** -0.5
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
         if cache is not None:  # and the sum of p (V l) is V (sum of p l)
             y = y @ self.v_up.weight.unflatten(0, (-1, D)).mT
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
@@ -546,8 +539,7 @@ class Cache:
     def cut(self, length):
         """Take back the tokens after the first `length`; keys and values only, no states."""
         back, self.length = self.length - length, length
-        if back:
-            self.change(lambda x: x[:, :, :-back])
+        self.change(lambda x: x[:, :, : x.shape[2] - back])
 
 
 class Transformer(nn.Module):
@@ -565,7 +557,6 @@ class Transformer(nn.Module):
             self.positions = Embedding(config.block_size, config.n_embd, self.std)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in self.kinds)
-        # (post: the last block ends with a norm)
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
@@ -585,11 +576,10 @@ class Transformer(nn.Module):
             raise ValueError(f"{S} tokens are more than block_size {self.config.block_size}")
         where = Where(T, S, positions, self.config, ids.device)
         x = self.embed(ids, where.at)
-        for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpointed(block, x, where, use_reentrant=False)
-            else:
-                x = block(x, where, cache.layers[i] if cache else None)
+        call = functools.partial(checkpointed, use_reentrant=False) if self.training and \
+            self.activation_checkpointing else lambda block, *args: block(*args)
+        for block, past in zip(self.blocks, cache.layers if cache else self.kinds):
+            x = call(block, x, where, past if cache else None)
         if cache:
             cache.length = S
         x = self.final_norm(x[:, -last:])
@@ -692,13 +682,13 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
     target (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma tokens,
     and one call of the target gives p for all of their places. A proposal x drawn from q is kept
     with probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from
-    max(0, p - q), normalised; if all are kept, one from the last p. Where the window of either is
-    full, the target goes on alone. text: list of ids -> (text, continued; {"proposed", "accepted",
-    "calls" of the target}). Raises ValueError for a state, which can not take guesses back."""
+    max(0, p - q), normalised; if all are kept, one from the last p. It ends where the window of
+    either is full. text: list of ids -> (text, continued; {"proposed", "accepted", "calls" of the
+    target}). Raises ValueError for a state, which can not take guesses back."""
     if {"linear", "hyena"} & {*target.kinds, *draft.kinds} or not 0 < gamma < SLACK:
         raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
-    text, how, end = list(text), (temperature, top_k, top_p), len(text) + max_new_tokens
-    limit = min(end, target.config.block_size, draft.config.block_size)
+    text, how = list(text), (temperature, top_k, top_p)
+    end = min(len(text) + max_new_tokens, target.config.block_size, draft.config.block_size)
     stop, done = {stop} if type(stop) is int else set(stop or ()), False
     caches, counts = (Cache(target.eval()), Cache(draft.eval())), collections.Counter()
 
@@ -709,8 +699,8 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         new = torch.tensor([text[cache.length :]], device=model.embedding.weight.device)
         return token_probabilities(model(new, cache, last=last)[0], *how)
 
-    while len(text) < limit and not done:
-        n, guesses, q, kept = min(gamma, limit - len(text) - 1), [], [], 0
+    while len(text) < end and not done:
+        n, guesses, q, kept = min(gamma, end - len(text) - 1), [], [], 0
         for _ in range(n):
             q.append(ask(draft, caches[1], text + guesses, 1)[0])
             guesses.append(draw(q[-1]))
@@ -727,9 +717,6 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         for cache in caches:
             cache.cut(min(cache.length, len(text) - 1))
         counts.update(proposed=n, accepted=kept, calls=1)
-    if not done and len(text) < end:
-        counts["calls"] += end - len(text)
-        text, = target.generate([text], end - len(text), *how, stop, generator, on_token)
     return text, counts
 
 
@@ -748,8 +735,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear, kind):
         super().__init__()
-        w, self.bias = linear.weight.detach().float(), linear.bias
-        self.d_in, low = w.shape[1], None
+        w, self.bias, low = linear.weight.detach().float(), linear.bias, None
+        self.d_in = w.shape[1]
         if kind == "int8":
             scale = (w.abs().amax(1) / 127).clamp(min=1e-30)
             weight = (w / scale[:, None]).round().to(torch.int8)
@@ -759,7 +746,7 @@ class QuantizedLinear(nn.Module):
             scale = ((high - low) / 15).clamp(min=1e-30)
             weight = ((w - low[..., None]) / scale[..., None]).round().to(torch.uint8).flatten(1)
             weight = weight[:, 0::2] | weight[:, 1::2] << 4
-        for name, x in (("weight", weight), ("scale", scale), ("low", low)):
+        for name, x in {"weight": weight, "scale": scale, "low": low}.items():
             self.register_buffer(name, x)
 
     def rows(self):
@@ -783,8 +770,8 @@ class QuantizedLinear(nn.Module):
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, one) * self.scale
         else:
             y = rows @ self.rows().to(x.dtype).T
-        y = y.view(*x.shape[:-1], -1).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def quantize(model, kind):
@@ -810,21 +797,22 @@ def prune(model, ids, n_layer=0, d_ff=0):
     """Keep the n_layer blocks that change the direction of their input most (Men et al. 2024), and
     in each the d_ff units with the largest activation (Muralidharan et al. 2024), measured on ids,
     (B, T) int64 of text -> the smaller Transformer. 0: all. Raises ValueError."""
-    c, change, size, hooks = model.config, {}, {}, []
+    c, change, size, hooks = model.config, [], [], []
     n_layer, d_ff = n_layer or c.n_layer, d_ff or c.d_ff
     if n_layer > c.n_layer or model.quantized or len({*model.kinds}) > 1:
         raise ValueError(f"{n_layer} layers can not be cut out of {model.quantized or c}")
-    for i, block in enumerate(model.blocks):
-        hooks.append(block.register_forward_hook(lambda _, args, y, i=i: change.update(
-            {i: F.cosine_similarity(args[0], y, dim=-1).mean().item()})))
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(lambda _, args, y: change.append(
+            F.cosine_similarity(args[0], y, dim=-1).mean().item())))
         if d_ff != c.d_ff:  # (experts have no w2 of their own: AttributeError)
-            hooks.append(block.ffn.w2.register_forward_hook(lambda _, args, y, i=i: size.update(
-                {i: args[0].abs().mean((0, 1))})))
+            hooks.append(block.ffn.w2.register_forward_hook(
+                lambda _, args, y: size.append(args[0].abs().mean((0, 1)))))
     model(ids)
     for hook in hooks:
         hook.remove()
+    kept = sorted(sorted(range(c.n_layer), key=change.__getitem__)[:n_layer])
     state = {name: x for name, x in model.state_dict().items() if not name.startswith("blocks.")}
-    for new, old in enumerate(sorted(sorted(change, key=change.get)[:n_layer])):
+    for new, old in enumerate(kept):
         units = size[old].topk(d_ff).indices.sort().values if size else slice(None)
         for name, x in model.blocks[old].state_dict().items():
             if name.startswith(("ffn.w1", "ffn.w3")):
@@ -845,11 +833,9 @@ def replacing(path, mode="wb", **how):
     this process's own; what processes that were killed have left is removed."""
     for name in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
         try:
-            os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks)
+            os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
         except ProcessLookupError:
             os.remove(name)
-        except (ValueError, OSError):
-            pass
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, mode, **how) as file:
@@ -910,10 +896,8 @@ def from_state(config, state, device="cpu", quantized=None):
 
 def pick_device(name="auto"):
     """The best device there is, or the one asked for."""
-    if name != "auto":
-        return name
-    mps = torch.backends.mps.is_available()
-    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    return name if name != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
 
 
 # -----------------------------------------------------------------------------
@@ -1008,19 +992,19 @@ def read_safetensors(path):
     return found
 
 
-def read_json(*path):
-    """A JSON file -> dict; an empty one if there is no such file."""
+def read_text(*path):
+    """A file of UTF-8 text, or "" if there is none."""
     with contextlib.suppress(FileNotFoundError), open(os.path.join(*path), encoding="utf8") as file:
-        return json.load(file)
-    return {}
+        return file.read()
+    return ""
 
 
 def import_folder(folder):
-    """A folder as transformers writes it: GPT-2, Llama 1 to 3 (SmolLM2 is one), Mistral, Qwen 2,
-    2.5 and 3 -> (Transformer in eval mode, float32; what else `save_checkpoint` is to keep: see
-    `settings_from`). Raises ValueError, KeyError, RuntimeError, OSError."""
-    config, family = config_from(read_json(folder, "config.json"))
-    index, theirs, state = read_json(folder, "model.safetensors.index.json"), {}, {}
+    """A folder as transformers writes it, of one of the FAMILIES -> (Transformer in eval mode,
+    float32; what `settings_from` finds). Raises ValueError, KeyError, RuntimeError, OSError."""
+    config, family = config_from(json.loads(read_text(folder, "config.json") or "{}"))
+    index = json.loads(read_text(folder, "model.safetensors.index.json") or "{}")
+    theirs, state = {}, {}
     for name in sorted(set(index.get("weight_map", {"": "model.safetensors"}).values())):
         theirs |= read_safetensors(os.path.join(folder, os.path.basename(name)))
     if family == "gpt2" and "wte.weight" in theirs:  # OpenAI's own files lack the prefix
@@ -1043,31 +1027,31 @@ def import_folder(folder):
 
 
 def settings_from(folder):
-    """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template:
-    in Jinja, stop: ids that end a text, begin: the id that begins one, or None, names: settings
-    that templates read and export writes back}."""
+    """What a folder says beside its weights, for save_checkpoint -> {tokenizer: the text of
+    tokenizer.json, template: in Jinja, stop: ids that end a text, begin: the id that begins one or
+    None, names: settings that templates read and export writes back}."""
     from bpe import Tokenizer
 
     said = {}
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        said |= read_json(folder, name)  # the later wins
+        said |= json.loads(read_text(folder, name) or "{}")  # the later wins
     names = {key: x["content"] if isinstance(x, dict) else x for key, x in said.items()
              if x is not None and re.fullmatch("(add_bos|(bos|eos|pad|unk)_token(_id)?)", key)}
-    template, path = said.get("chat_template"), os.path.join(folder, "chat_template.jinja")
+    template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
-    template = open(path, encoding="utf-8").read() if os.path.exists(path) else template
-    path = os.path.join(folder, "tokenizer.json")
+    template = read_text(folder, "chat_template.jinja") or template
+    text = read_text(folder, "tokenizer.json")
     try:  # (without that file: vocab.json and merges.txt)
-        tokenizer = Tokenizer.from_file(path if os.path.exists(path) else folder)
+        tokenizer = Tokenizer.from_json(text) if text else Tokenizer.from_file(folder)
     except (OSError, ValueError) as error:
         print(f"its tokenizer is not taken over: {error}", file=sys.stderr)
         return {"template": template, "names": names}
-    text = open(path, encoding="utf-8").read() if os.path.exists(path) else tokenizer.to_json()
-    special, stop, bos = tokenizer.special_tokens, names.get("eos_token_id", []), names.get("bos_token")
+    text, special, bos = text or tokenizer.to_json(), tokenizer.special_tokens, names.get("bos_token")
+    stop = names.get("eos_token_id", [])
     stop = {*(stop if isinstance(stop, list) else [stop]), special.get(names.get("eos_token"))}
-    begins = names.get("add_bos_token") or bos and json.dumps(bos) in json.dumps(
-        json.loads(text).get("post_processor"))
+    after = json.dumps(json.loads(text).get("post_processor"))
+    begins = names.get("add_bos_token") or bos and json.dumps(bos) in after
     return {"tokenizer": text, "template": template, "stop": sorted(stop - {None}),
             "begin": special.get(bos) if begins else None, "names": names}
 
@@ -1082,18 +1066,17 @@ def export_folder(model, folder, checkpoint):
     for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
         theirs[key] = getattr(c, name)
     if c.rope_scaling:
-        numbers = map(float, c.rope_scaling.split(","))
-        theirs["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(ROPE, numbers))
-        theirs["rope_scaling"][ROPE[-1]] = int(theirs["rope_scaling"][ROPE[-1]])
+        *numbers, length = map(float, c.rope_scaling.split(","))
+        theirs["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, (*numbers, int(length))))}
     if "sliding" in kinds:
         theirs |= {"sliding_window": c.window, "use_sliding_window": True,
                    "layer_types": [f"{kind}_attention" for kind in kinds]}
     back = config_from(theirs)[0]  # it has to be the same, but for what is of no matter here
-    free = {"dropout", "window", "kv_rank", "rope_size", "n_expert", "top_k", "balance_weight"}
-    wrong = [name for name, value in vars(c).items() if name not in free | {"attention"}
-             and getattr(back, name) != value]
-    if wrong or model.quantized or (back.attention.split(",") * c.n_layer)[: c.n_layer] != kinds:
-        raise ValueError(f"it is no {family}: {model.quantized or ', '.join(wrong) or c.attention}")
+    free = "dropout window kv_rank rope_size n_expert top_k balance_weight".split()
+    back.attention = back.attention.replace(",".join(kinds), c.attention)
+    wrong = [name for name in vars(c) if getattr(back, name) != getattr(c, name) and name not in free]
+    if wrong or model.quantized:
+        raise ValueError(f"it is no {family}: {model.quantized or ', '.join(wrong)}")
     tensors, header, end = {}, {"__metadata__": {"format": "pt"}}, 0
     for ours, x in model.state_dict().items():
         if ours != "head.weight" or not c.tie_embeddings:
@@ -1104,7 +1087,6 @@ def export_folder(model, folder, checkpoint):
         header[name] = {"dtype": "F32", "shape": list(x.shape),
                         "data_offsets": [end, end := end + 4 * x.numel()]}
     header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
     names = checkpoint.get("names") or {"eos_token_id": checkpoint.get("stop")}
     ids = {key: value for key, value in names.items() if key.endswith("_id")}
     tokens = {key: value for key, value in names.items() if key not in ids}
@@ -1113,10 +1095,10 @@ def export_folder(model, folder, checkpoint):
         file.write(len(header).to_bytes(8, "little") + header)
         for x in tensors.values():
             file.write(x.contiguous().numpy().data)
-    for name, content in (
-            ("config", theirs | ids), ("generation_config", ids), ("tokenizer_config", tokens | {
-                "chat_template": checkpoint.get("template")}),
-            ("tokenizer", json.loads(checkpoint.get("tokenizer") or "{}"))):
+    tokens["chat_template"] = checkpoint.get("template")
+    contents = {"config": theirs | ids, "generation_config": ids, "tokenizer_config": tokens,
+                "tokenizer": json.loads(checkpoint.get("tokenizer") or "{}")}
+    for name, content in contents.items():
         with open(os.path.join(temporary, f"{name}.json"), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
     os.rename(temporary, folder)
@@ -1155,17 +1137,17 @@ def count(config):
 def info(config, batch_size):
     """Print what a model of this config costs."""
     (parameters, flops), c = count(config), config
-    n, kept = parameters.total(), c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd
-    kept = 4 * batch_size * c.block_size * (kept + 2 * c.vocab_size)
-    memory = {"weights": 4 * n, "gradients": 4 * n, "optimizer (AdamW)": 8 * n,
-              f"activations of {batch_size} texts, about": kept}
+    kept = c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd + 2 * c.vocab_size  # a token
+    memory = {"weights": 4, "gradients": 4, "optimizer (AdamW)": 8}
+    memory = {part: n * parameters.total() for part, n in memory.items()}
+    memory["activations, about"] = 4 * batch_size * c.block_size * kept
     for title, table in (("parameters", parameters), ("FLOPs per token, forward", flops),
-                         ("bytes for training in float32", memory)):
+                         (f"bytes to train on {batch_size} texts in float32", memory)):
         total = sum(table.values())
-        for part, value in ((title, total), *table.items()):
-            print(f"  {part:38}{value:18,.0f}{value / total:8.1%}")
-        print()
-    print(f"FLOPs per token, training: {3 * flops.total():,.0f} (6 x parameters: {6 * n:,})")
+        print(f"{title:40}{total:20,.0f}")
+        for part, value in table.items():
+            print(f"  {part:38}{value:20,.0f}{value / total:8.1%}")
+    print(f"FLOPs per token, training: {3 * flops.total():,.0f}")
 
 
 # -----------------------------------------------------------------------------
@@ -1188,7 +1170,7 @@ def compiled(template):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals["strftime_now"] = time.strftime
-    # {% generation %}, around what the assistant says, has no effect on the text
+    # ({% generation %}, around what the assistant says, has no effect on the text)
     return sandbox.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
 
 
@@ -1287,21 +1269,20 @@ def main():
     add("command", nargs="?", default="sample", choices=(
         "sample", "chat", "info", "prune", "quantize", "import", "export"))
     add("folder", nargs="?", help="import, export: in the format of transformers")
-    add("--ckpt", default="out/ckpt.pt", help="the checkpoint to read")
+    add("--ckpt", default="out/ckpt.pt", help="the checkpoint to read (default out/ckpt.pt)")
     add("--out", help="prune, quantize, import: the checkpoint to write (default out/COMMAND.pt)")
     add("--prompt", "--start", default="", help="text to continue (default: a new document)")
-    add("--num_samples", type=int, default=1)
-    add("--max_new_tokens", type=int, default=200)
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    for name, default, text in (
+            ("num_samples", 1, "texts"), ("max_new_tokens", 200, "tokens of each"),
+            ("temperature", 0.8, "0: always the likeliest token"), ("seed", 1337, "of what is drawn"),
+            ("gamma", 4, "tokens that the draft guesses"), ("device", "auto", "or cpu, cuda, mps"),
+            ("batch_size", 32, "texts, for info")):
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     add("--top_p", type=float, help="draw from the likeliest tokens that have this probability")
-    add("--seed", type=int, default=1337)
+    add("--draft", help="a small checkpoint that guesses ahead; the distribution stays the same")
+    add("--quantize", choices=("int8", "int4"), help="weights as integers")
     add("--system", help="chat: what the assistant is told to be")
     add("--template", choices=TEMPLATES, help="chat: in place of the checkpoint's")
-    add("--draft", help="a small checkpoint that guesses ahead; the distribution stays the same")
-    add("--gamma", type=int, default=4, help="tokens that it guesses")
-    add("--quantize", choices=("int8", "int4"), help="weights as integers")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--batch_size", type=int, default=32, help="info: texts")
     add_config_flags(parser.add_argument_group(
         "sizes, for info and prune (--top_k is for sampling, too)").add_argument)
     args = parser.parse_args()
@@ -1324,8 +1305,7 @@ def main():
     from bpe import Tokenizer
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"] or "{}")
     eot = tokenizer.eot_id
-    end = {"eos_token": tokenizer.decode([eot])} if eot is not None else {}
-    names = checkpoint.get("names") or end
+    names = checkpoint.get("names") or {"eos_token": tokenizer.vocab.get(eot, b"").decode()}
     stop = {*(checkpoint.get("stop") or ()), eot}
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,
                max_new_tokens=args.max_new_tokens,
