@@ -344,7 +344,7 @@ class CrossEntropy(torch.autograd.Function):
             raise IndexError(f"a target is not in 0 to {V - 1}, nor ignore_index {ignore_index}")
         n = {"mean": max(1, int(counts.sum())), "sum": 1}[reduction]
         rows, w = ready(x.detach(), x if weight is None else weight,
-                        fit=targets.shape == x.shape[:-1])
+                        fit=targets.shape == x.shape[:-1] and not targets.is_floating_point())
         rows, targets = rows.view(-1, x.shape[-1]), targets.long().contiguous().view(-1)
         losses = rows.new_empty(len(rows), dtype=torch.float32)
         dx = torch.empty_like(rows) if grad else rows
