@@ -233,6 +233,7 @@ def test_wrong_inputs_are_refused(error, f, inputs):
     (K.softmax, [(0, 5)]), (K.softmax, [(3, 0)]), (K.rms_norm, [(0, 5), (5,)]),
     (K.matmul, [(0, 3), (3, 4)]), (K.matmul, [(2, 0), (0, 4)]), (K.swiglu, [(0,), (0,)]),
     (K.flash_attention, [(1, 2, n, 16) for n in (0, 7, 7)]),
+    (K.flash_attention_torch, [(1, 2, n, 16) for n in (0, 7, 7)]),
     (K.flash_attention, [(1, 2, n, 16) for n in (7, 0, 0)])])
 def test_empty_inputs(f, shapes):
     inputs = [rand(*s) for s in shapes]
