@@ -865,6 +865,7 @@ def main():
     commands = {"check": check, "bench": bench, "profile": profile}
     parser = argparse.ArgumentParser(description="Triton kernels: check, bench, profile.")
     parser.add_argument("command", choices=commands, nargs="?", default="check")
+    parser.error = lambda message: parser.exit(2, f"kernels.py: error: {message}\n")
     try:
         sys.exit(1 if commands[parser.parse_args().command]() else 0)
     except KeyboardInterrupt:
