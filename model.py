@@ -13,8 +13,8 @@ The Transformer language model, written from its parts, and everything needed to
 
 The default is Llama's decoder (Touvron et al. 2023); every part has alternatives, which
 TransformerConfig lists. Names are nanoGPT's; a course may say d_model for n_embd, num_layers for
-n_layer, num_heads for n_head, context_length for block_size. In comments: B batch, T time (position
-in the sequence), S all positions up to now, C channels (n_embd), H heads, D head size, V vocabulary.
+n_layer, num_heads for n_head, context_length for block_size. In comments: B batch, T positions of a
+pass, S all positions up to now, C channels (n_embd), H heads, D head size, V vocabulary.
 """
 
 import signal
@@ -44,9 +44,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 kernels = None  # kernels.py, when its Triton kernels are to compute: see train.py --kernels
 
-# -----------------------------------------------------------------------------
-# The parts.
-
+# ---- The parts.
 
 class Linear(nn.Module):
     """y = x W^T + b. weight: (d_out, d_in), normal of variance 2 / (d_in + d_out) (Glorot & Bengio
@@ -62,7 +60,6 @@ class Linear(nn.Module):
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         return F.linear(x, self.weight, self.bias)  # x @ weight.T + bias
 
-
 class Embedding(nn.Module):
     """A vector for each of n ids: row i of the table. weight: (n, d)"""
 
@@ -74,11 +71,9 @@ class Embedding(nn.Module):
     def forward(self, ids):  # (...) int64 -> (..., d)
         return F.embedding(ids, self.weight)  # self.weight[ids], whose backward pass is slower
 
-
 def upcast(x):
     """bfloat16 and float16 as float32; what is more precise stays."""
     return x if x.dtype == torch.float64 else x.float()
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in float32. weight: (d,)"""
@@ -95,7 +90,6 @@ class RMSNorm(nn.Module):
         mean = torch.rsub(square, self.eps, alpha=-1 / h.shape[-1])  # eps + square / d
         return (h * torch.rsqrt(mean) * self.weight).type_as(x)
 
-
 def make_norm(config):
     """The norm that the config asks for: RMSNorm, or LayerNorm (Ba et al. 2016) as in GPT-2."""
     if config.norm == "rmsnorm":
@@ -103,12 +97,10 @@ def make_norm(config):
     layernorm = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
     return layernorm if config.norm == "layernorm" else nn.Identity()
 
-
 def softmax(x, dim=-1):
     """exp(x) / sum(exp(x)), the maximum subtracted first, so that nothing overflows."""
     e = torch.exp(x - x.amax(dim, keepdim=True))
     return e / e.sum(dim, keepdim=True)
-
 
 def scaled_dot_product_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v: each query takes a mean of the values, weighted by how well
@@ -120,7 +112,6 @@ def scaled_dot_product_attention(q, k, v, mask=None):
         return softmax(scores) @ v
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # (-inf: NaN without a key)
     return softmax(scores).masked_fill(~mask, 0.0) @ v
-
 
 def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
     """Cosines and sines for `apply_rope`: pair i of the D / 2 pairs of channels turns by position *
@@ -136,9 +127,8 @@ def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
     angles = positions[..., None] * both  # of (a, b); in `apply_rope` the sine of a is negative
     return angles.cos(), angles.sin()
 
-
 def apply_rope(x, cos, sin, interleaved=False):
-    """Rotary positions (Su et al. 2021): rotate pairs of channels by angles that grow with position,
+    """Rotary positions (Su et al. 2021): turn pairs of channels by angles that grow with position,
     so that the dot product of a query and a key depends only on their distance: (a, b) becomes
     (a cos - b sin, b cos + a sin). x, cos, sin: (..., T, D). Which channels form a pair is a
     convention, and the wrong one ruins a model without any error: i and i + D / 2, as in Hugging
@@ -148,14 +138,11 @@ def apply_rope(x, cos, sin, interleaved=False):
              h.roll(h.shape[-1] // 2, -1))
     return torch.addcmul(h * cos, other, sin).type_as(x)
 
+# ---- The configuration.
 
-# -----------------------------------------------------------------------------
-# The configuration.
-
-CHOICES = {"activation": "swiglu relu gelu gelu_tanh silu relu2 moe", "norm": "rmsnorm layernorm none",
-           "position": "rope learned sinusoidal none", "norm_place": "pre post",
+CHOICES = {"activation": "swiglu relu gelu gelu_tanh silu relu2 moe", "norm_place": "pre post",
+           "position": "rope learned sinusoidal none", "norm": "rmsnorm layernorm none",
            "attention": "full sliding linear latent hyena"}
-
 
 @dataclasses.dataclass
 class TransformerConfig:
@@ -204,17 +191,13 @@ class TransformerConfig:
             if not set(getattr(self, name).split(",")) <= set(choices.split()):
                 raise ValueError(f"{name} is one of {choices}")
 
-
 def build(part, config):
     """An instance of part, whose arguments are the config's fields of the same names."""
     names = {name for kind in part.__mro__ for name in inspect.signature(kind.__init__).parameters}
     return part(**{name: value for name, value in vars(config).items() if name in names})
 
-
-# -----------------------------------------------------------------------------
-# Attention, in five kinds: x (..., T, C) -> (..., T, C), where no position sees a later one. All
+# ---- Attention, in five kinds: x (..., T, C) -> (..., T, C), where no position sees a later one. All
 # have to know where their T tokens stand (Where), and what came before them (cache, a dict).
-
 
 class Where:
     """Where the T tokens of a pass stand among the S of their rows. positions: (B, S), of the
@@ -239,7 +222,7 @@ class Where:
         return apply_rope(x, *self.ropes[D], c.rope_interleaved)
 
     def mask(self, S, window):
-        """Which of the last S tokens each of ours sees: (T, S) or (B, 1, T, S) of bool; None: all"""
+        """Which of the last S tokens each of ours sees, (T, S) or (B, 1, T, S); None: all."""
         if self.plain and self.T == 1 and S <= window:
             return None
         if (S, window) not in self.masks:
@@ -258,7 +241,6 @@ class Where:
             raise ValueError("linear and hyena attention take one text in a row: no packing")
         return x if last is None else x * last[:, None, :, None]
 
-
 def keep(cache, name, new, most=2**40):
     """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). The last
     `most` stay, in a buffer with room for 64 more, so that few tokens make it copy all."""
@@ -272,7 +254,6 @@ def keep(cache, name, new, most=2**40):
     both[:, :, S - T :] = new
     cache[name] = both if S <= most else both[:, :, -most:]
     return both
-
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries, each
@@ -290,7 +271,8 @@ class CausalSelfAttention(nn.Module):
             Linear(n_embd, D * n, bias or qkv_bias) for n in (n_head, n_kv_head, n_kv_head))
         self.o_proj = Linear(width, n_embd, bias)
         # scores of normalised queries and keys can not grow freely (Henry et al. 2020)
-        self.q_norm, self.k_norm = (RMSNorm(D, norm_eps) if qk_norm else nn.Identity() for _ in "qk")
+        norms = (RMSNorm(D, norm_eps) if qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = norms
 
     def heads(self, x, rotate, cache=None):
         """x -> q: (..., H, T, D); k, v: (..., n_kv_head, T, D); q and k rotated"""
@@ -323,9 +305,7 @@ class CausalSelfAttention(nn.Module):
                     enable_gqa=q.shape[-3] != k.shape[-3]).to(kind)
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
 
-
 SLACK = 16  # what a sliding cache keeps beyond the window: `speculate` takes back fewer tokens
-
 
 class SlidingWindowAttention(CausalSelfAttention):
     """Attention to the last `window` positions only (Beltagy et al. 2020), as is the cache."""
@@ -333,7 +313,6 @@ class SlidingWindowAttention(CausalSelfAttention):
     def __init__(self, n_embd, n_head, window=64, **more):
         super().__init__(n_embd, n_head, **more)
         self.window = window
-
 
 def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
     """Attention with phi(q) . phi(k), phi = elu + 1, in place of exp(q . k) (Katharopoulos et al.
@@ -348,7 +327,6 @@ def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
         S, z = S + rk.mT @ v, z + k.sum(-2, keepdim=True)
     return torch.cat(out, -2), S, z
 
-
 class LinearAttention(CausalSelfAttention):
     """Attention without softmax, in time proportional to T: see `linear_attention`."""
 
@@ -361,7 +339,6 @@ class LinearAttention(CausalSelfAttention):
         rq, rk = where.rotate(q), where.rotate(k)
         y, cache["S"], cache["z"] = linear_attention(q, k, v, rq, rk, **cache)
         return self.o_proj(y.type_as(x).transpose(-3, -2).flatten(-2))
-
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are made
@@ -397,7 +374,6 @@ class LatentAttention(nn.Module):
         if cache is not None:  # and the sum of p (V l) is V (sum of p l)
             y = y @ self.v_up.weight.unflatten(0, (-1, D)).mT
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
-
 
 class Hyena(nn.Module):
     """A long convolution between two gates, in place of attention (Poli et al. 2023; order 2):
@@ -436,13 +412,10 @@ class Hyena(nn.Module):
         y = torch.fft.irfft(math.prod(spectra), 2 * S, dim=-2)[..., :S, :].type_as(v)
         return self.o_proj(x0 * (y + self.skip * v)[..., -T:, :])
 
-
 ATTENTION = {"full": CausalSelfAttention, "sliding": SlidingWindowAttention,
              "linear": LinearAttention, "latent": LatentAttention, "hyena": Hyena}
 
-# -----------------------------------------------------------------------------
-# Feed-forward parts.
-
+# ---- Feed-forward parts.
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x): a feed-forward part whose units are gated (Shazeer 2020)."""
@@ -455,7 +428,6 @@ class SwiGLU(nn.Module):
     def forward(self, x):  # (..., C) -> (..., C)
         gate, up = self.w1(x), self.w3(x)
         return self.w2(kernels.swiglu(gate, up) if kernels else F.silu(gate) * up)
-
 
 class FeedForward(nn.Module):
     """w2(f(w1 x))"""
@@ -470,7 +442,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.w2(self.f(self.w1(x)))
-
 
 class MixtureOfExperts(nn.Module):
     """A router sends each token to top_k of several feed-forward parts, and adds what they say by
@@ -495,10 +466,7 @@ class MixtureOfExperts(nn.Module):
         self.loss = self.balance_weight * E * (share * p.mean(0)).sum()
         return y.view_as(x)
 
-
-# -----------------------------------------------------------------------------
-# The model.
-
+# ---- The model.
 
 class Block(nn.Module):
     """Attention, then the feed-forward part; each adds to what is there. pre: x + part(norm(x));
@@ -519,7 +487,6 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.attn_norm(x), where, cache))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-
 class Cache:
     """What the layers keep of the `length` tokens read so far: a dict of (B, ...) tensors each."""
 
@@ -535,7 +502,6 @@ class Cache:
         """Take back the tokens after the first `length`; keys and values only, no states."""
         back, self.length = self.length - length, length
         self.change(lambda x: x[:, :, : x.shape[2] - back])
-
 
 class Transformer(nn.Module):
     """The language model: ids of a text -> for each position, scores of the next id."""
@@ -630,17 +596,15 @@ class Transformer(nn.Module):
                 texts[i].append(token)
                 if on_token:
                     on_token(i, token)
-            alive = [j for j, i in enumerate(rows) if len(texts[i]) < ends[i] and ids[j] not in stop]
+            alive = [j for j, i in enumerate(rows)
+                     if len(texts[i]) < ends[i] and ids[j] not in stop]
             if len(alive) < len(rows):
                 cache.change(lambda x: x[alive])
                 rows, pad = [rows[j] for j in alive], None if pad is None else pad[alive]
         self.train(was_training)
         return texts
 
-
-# -----------------------------------------------------------------------------
-# Sampling.
-
+# ---- Sampling.
 
 def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """The distribution that `sample` draws from. logits: (..., V) -> (..., V), float32."""
@@ -659,13 +623,11 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         p = p.masked_fill(drop.scatter(-1, order, drop), 0.0)
     return p / p.sum(-1, keepdim=True)
 
-
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next ids. logits: (B, V) -> (B,) int64. Logits are divided by temperature; 0 takes
     the likeliest id. top_k: only the k likeliest ids; top_p: the fewest with this probability."""
     p = token_probabilities(logits, temperature, top_k, top_p)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
-
 
 @torch.no_grad()
 def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
@@ -681,8 +643,8 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
     text, how = list(text), (temperature, top_k, top_p)
     end = min(len(text) + max_new_tokens, target.config.block_size, draft.config.block_size)
-    stop, done, counts = {stop} if type(stop) is int else {*(stop or ())}, False, collections.Counter()
-    caches = Cache(target.eval()), Cache(draft.eval())
+    stop, done = {stop} if type(stop) is int else {*(stop or ())}, False
+    caches, counts = (Cache(target.eval()), Cache(draft.eval())), collections.Counter()
 
     def draw(p):
         return torch.multinomial(p, 1, generator=generator).item()
@@ -712,18 +674,15 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         counts.update(proposed=n, accepted=kept, calls=1)
     return text, counts
 
-
-# -----------------------------------------------------------------------------
-# Quantization: weights as small integers. Every new token needs every weight once, so generation,
+# ---- Quantization: weights as small integers. Every new token needs every weight once, so generation,
 # one token at a time, is as fast as memory delivers them: bytes are time.
 
 GROUP = 32  # int4: weights that share a scale
 
-
 class QuantizedLinear(nn.Module):
     """A Linear whose weights are scale * integer + low. int8: -127 to 127, a scale for each row, no
     `low`; weight: (d_out, d_in). int4: 0 to 15, scale and low for each GROUP weights of a row, its
-    end padded with zeros; weight: (d_out, d_in / 2) uint8, two in a byte, the first in its low half."""
+    end padded by zeros; weight: (d_out, d_in / 2) uint8, two in a byte, the low half first."""
 
     def __init__(self, linear, kind):
         super().__init__()
@@ -765,9 +724,8 @@ class QuantizedLinear(nn.Module):
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
-
 def quantize(model, kind):
-    """Make a Transformer's linear layers int8 or int4, in place -> the model. The head, where errors
+    """Make a Transformer's linear layers int8 or int4, in place -> the model. Its head, where errors
     matter most, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
     if model.quantized or kind not in ("int8", "int4"):
         raise ValueError(f"{kind}, of {model.quantized or 'floats'}: it is int8 or int4, once")
@@ -779,10 +737,7 @@ def quantize(model, kind):
     model.head, model.quantized = QuantizedLinear(model.head, "int8"), kind
     return model.requires_grad_(False)
 
-
-# -----------------------------------------------------------------------------
-# Pruning: a smaller model out of a larger one, to be trained a little more with that as a teacher.
-
+# ---- Pruning: a smaller model out of a larger one, to be trained a little more with that as a teacher.
 
 @torch.no_grad()
 def prune(model, ids, n_layer=0, d_ff=0):
@@ -814,10 +769,7 @@ def prune(model, ids, n_layer=0, d_ff=0):
     small.load_state_dict(state)
     return small.to(ids.device).eval()
 
-
-# -----------------------------------------------------------------------------
-# Checkpoints: one torch.save of a dict of tensors and plain values.
-
+# ---- Checkpoints: one torch.save of a dict of tensors and plain values.
 
 @contextlib.contextmanager
 def replacing(path, mode="wb", **how):
@@ -839,7 +791,6 @@ def replacing(path, mode="wb", **how):
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
-
 def save_checkpoint(path, model, optimizers=(), **more):
     """Write a model, its optimizers, and what else there is: step, rng, args, tokenizer (the text
     of its tokenizer.json), template, stop, begin, names. Models and optimizers can be state dicts;
@@ -849,7 +800,6 @@ def save_checkpoint(path, model, optimizers=(), **more):
     with replacing(path) as file:
         torch.save({"config": vars(config) if config else None, "model": parts[0], "optimizer":
                     parts[1:], "quantize": getattr(model, "quantized", None), **more}, file)
-
 
 def load_checkpoint(path, device="cpu"):
     """-> (Transformer in eval mode, the dict that was saved). Only tensors and plain values are
@@ -868,9 +818,8 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} is no checkpoint of train.py ({why}); for a folder in Hugging "
                          "Face's format: python model.py import FOLDER") from None
 
-
 def from_state(config, state, device="cpu", quantized=None):
-    """A Transformer in eval mode with the tensors of a state dict. Raises ValueError, RuntimeError."""
+    """A Transformer in eval mode, with the tensors of a state dict. Raises ValueError and the like."""
     if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > len(state):
         raise ValueError("it has too few tensors")  # a small file must not cost minutes
     with torch.device("meta"):  # shapes without numbers
@@ -881,15 +830,12 @@ def from_state(config, state, device="cpu", quantized=None):
         model.head.weight = model.embedding.weight
     return model.to(device).eval()
 
-
 def pick_device(name="auto"):
     """The best device there is, or the one asked for."""
     mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
     return name if name != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
 
-
-# -----------------------------------------------------------------------------
-# Models from outside, and models for others: folders in the format of Hugging Face's transformers,
+# ---- Models from outside, and models for others: folders in the format of Hugging Face's transformers,
 # with config.json, model.safetensors (or several) and tokenizer.json.
 
 # {ours: theirs}, of numbers in config.json, and of parts of names of tensors
@@ -901,9 +847,9 @@ TENSORS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head"
            "blocks.": "model.layers.", "attn_norm": "input_layernorm", "ffn_norm":
            "post_attention_layernorm", "attn.": "self_attn.", "ffn.w1": "mlp.gate_proj", "ffn.w2":
            "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
-GPT2_NUMBERS = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
-                "n_head": "n_head", "n_embd": "n_embd", "d_ff": "n_inner", "norm_eps":
-                "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings"}
+GPT2_KEYS = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",
+             "num_attention_heads": "n_head", "hidden_size": "n_embd", "intermediate_size": "n_inner",
+             "rms_norm_eps": "layer_norm_epsilon"}  # {Llama's name: GPT-2's}
 GPT2_TENSORS = {"embedding": "transformer.wte", "positions": "transformer.wpe", "final_norm":
                 "transformer.ln_f", "head": "lm_head", "blocks.": "transformer.h.", "attn_norm":
                 "ln_1", "ffn_norm": "ln_2", "attn.q_proj": "attn.c_attn", "attn.k_proj":
@@ -916,25 +862,23 @@ QWEN = LLAMA | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "ma
                 28, "use_sliding_window": False, "sliding_window": 4096}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}, LLAMA),
-    "mistral": ("MistralForCausalLM", {}, LLAMA | {"max_position_embeddings": 131072,
-                                                   "num_key_value_heads": 8, "sliding_window": 4096}),
+    "mistral": ("MistralForCausalLM", {}, LLAMA | {"sliding_window": 4096, "num_key_value_heads": 8,
+                                                   "max_position_embeddings": 131072}),
     "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}, QWEN),
     "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}, QWEN | {"head_dim": 128}),
     "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "bias": True,
                                  "activation": "gelu_tanh"},
-             {"n_positions": 1024, "n_inner": None, "layer_norm_epsilon": 1e-5,
-              "tie_word_embeddings": True})}
+             LLAMA | {"max_position_embeddings": 1024, "intermediate_size": None,
+                      "rms_norm_eps": 1e-5, "tie_word_embeddings": True})}
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "scale_attn_weights":
          True, "partial_rotary_factor": 1.0, "activation_function": "gelu_new",
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # as ours is
 ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
-
 def their_name(ours, family):
     """blocks.3.ffn.w1.weight -> model.layers.3.mlp.gate_proj.weight"""
     table = GPT2_TENSORS if family == "gpt2" else TENSORS
     return functools.reduce(lambda name, pair: name.replace(*pair), table.items(), ours)
-
 
 def config_from(theirs):
     """Their config.json, a dict -> (TransformerConfig, family). Raises ValueError for models that
@@ -943,13 +887,14 @@ def config_from(theirs):
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not among {', '.join(FAMILIES)}")
     rope = (theirs.get("rope_scaling") or {}) | (theirs.get("rope_parameters") or {})
+    keys = {gpt2: llama for llama, gpt2 in GPT2_KEYS.items()} if family == "gpt2" else {}
+    theirs = {keys.get(key, key): value for key, value in theirs.items()}
     ours, theirs = dict(FAMILIES[family][1]), FAMILIES[family][2] | theirs | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     wrong = [f"{key} {theirs[key]}" for key in FIXED if theirs.get(key, FIXED[key]) != FIXED[key]]
     if wrong or kind not in ("default", "llama3"):
         raise ValueError(f"a {family} with {', '.join(wrong) or 'rope ' + kind} can't be imported")
-    numbers = GPT2_NUMBERS if family == "gpt2" else NUMBERS
-    ours |= {name: theirs[key] for name, key in numbers.items() if theirs[key] is not None}
+    ours |= {name: theirs[key] for name, key in NUMBERS.items() if theirs[key] is not None}
     if kind == "llama3":
         ours["rope_scaling"] = ",".join(str(float(rope[key])) for key in ROPE)
     window = theirs["sliding_window"] if "sliding_window" in FAMILIES[family][2] else None
@@ -958,7 +903,6 @@ def config_from(theirs):
         kinds = theirs.get("layer_types") or ["full"] * min(n, full) + ["sliding"] * (n - full)
         ours |= {"window": window, "attention": ",".join(kinds).replace("_attention", "")}
     return TransformerConfig(**ours), family
-
 
 def read_safetensors(path):
     """-> {name: tensor} of the floating-point tensors. Raises ValueError, KeyError, OSError."""
@@ -973,18 +917,17 @@ def read_safetensors(path):
     for name, part in header.items():
         if kind := kinds.get(part.get("dtype")):  # (not __metadata__, nor the masks of GPT-2)
             (begin, end), shape = part["data_offsets"], part["shape"]
-            if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
+            size = math.prod(shape) * kind.itemsize
+            if not 0 <= begin <= end <= len(data) or end - begin != size:
                 raise ValueError(f"{path} has no room for {name}")
             found[name] = data[begin:end].clone().view(kind).view(shape)
     return found
-
 
 def read_text(*path):
     """A file of UTF-8 text, or "" if there is none."""
     with contextlib.suppress(FileNotFoundError), open(os.path.join(*path), encoding="utf8") as file:
         return file.read()
     return ""
-
 
 def import_folder(folder):
     """A folder as transformers writes it, of one of the FAMILIES -> (Transformer in eval mode,
@@ -998,7 +941,8 @@ def import_folder(folder):
         theirs = {f"transformer.{name}": x for name, x in theirs.items()}
     if config.tie_embeddings:  # a head of its own in the file wins
         embedding = theirs[their_name("embedding.weight", family)]
-        config.tie_embeddings = torch.equal(theirs.setdefault("lm_head.weight", embedding), embedding)
+        head = theirs.setdefault("lm_head.weight", embedding)
+        config.tie_embeddings = torch.equal(head, embedding)
     with torch.device("meta"):
         names = {ours: their_name(ours, family) for ours in Transformer(config).state_dict()}
     for ours, name in names.items():
@@ -1007,11 +951,10 @@ def import_folder(folder):
             x = x.chunk(3, -1)["qkv".index(part[1])] if part else x
             x = x.t() if x.ndim == 2 else x
         state[ours] = x.float().contiguous()
-    left = [x for x in {*theirs} - {*names.values()} if not re.search(r"inv_freq$|attn\.\w*bias$", x)]
-    if left:
+    left = {*theirs} - {*names.values()}  # (some files have frequencies and masks)
+    if left := [name for name in left if not re.search(r"inv_freq$|attn\.\w*bias$", name)]:
         raise ValueError(f"{folder} has tensors without a place in a {family}: {left[:3]}")
     return from_state(config, state), settings_from(folder)
-
 
 def settings_from(folder):
     """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template: in
@@ -1022,7 +965,7 @@ def settings_from(folder):
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         said |= json.loads(read_text(folder, name) or "{}")  # the later wins
     names = {key: x["content"] if isinstance(x, dict) else x for key, x in said.items()
-             if x is not None and re.fullmatch("(add_bos|(bos|eos|pad|unk)_token(_id)?)", key)}
+             if x is not None and re.fullmatch("add_bos_token|(bos|eos|pad|unk)_token(_id)?", key)}
     template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
@@ -1033,14 +976,13 @@ def settings_from(folder):
     except (OSError, ValueError) as error:
         print(f"its tokenizer is not taken over: {error}", file=sys.stderr)
         return {"template": template, "names": names}
-    text, special, bos = text or tokenizer.to_json(), tokenizer.special_tokens, names.get("bos_token")
-    stop = names.get("eos_token_id", [])
+    text, special = text or tokenizer.to_json(), tokenizer.special_tokens
+    stop, bos = names.get("eos_token_id", []), names.get("bos_token")
     stop = {*(stop if isinstance(stop, list) else [stop]), special.get(names.get("eos_token"))}
     after = json.dumps(json.loads(text).get("post_processor"))
     begins = names.get("add_bos_token") or bos and json.dumps(bos) in after
     return {"tokenizer": text, "template": template, "stop": sorted(stop - {None}),
             "begin": special.get(bos) if begins else None, "names": names}
-
 
 def export_folder(model, folder, checkpoint):
     """Write a model, and what its checkpoint has beside it, as a new folder that transformers
@@ -1049,8 +991,8 @@ def export_folder(model, folder, checkpoint):
     family = ("gpt2" if c.position == "learned" else "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias
               else "mistral" if {*kinds} == {"sliding"} else "llama")
     theirs = {"model_type": family, "architectures": [FAMILIES[family][0]], "dtype": "float32"}
-    for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
-        theirs[key] = getattr(c, name)
+    for name, key in NUMBERS.items():
+        theirs[GPT2_KEYS.get(key, key) if family == "gpt2" else key] = getattr(c, name)
     if c.rope_scaling:
         *numbers, length = map(float, c.rope_scaling.split(","))
         theirs["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, (*numbers, int(length))))}
@@ -1060,7 +1002,7 @@ def export_folder(model, folder, checkpoint):
     back = config_from(theirs)[0]  # it has to be the same, but for what is of no matter here
     free = "dropout window kv_rank rope_size n_expert top_k balance_weight".split()
     back.attention = back.attention.replace(",".join(kinds), c.attention)
-    wrong = [name for name in vars(c) if getattr(back, name) != getattr(c, name) and name not in free]
+    wrong = [n for n in vars(c) if getattr(back, n) != getattr(c, n) and n not in free]
     if wrong or model.quantized:
         raise ValueError(f"it is no {family}: {model.quantized or ', '.join(wrong)}")
     tensors, header, end = {}, {"__metadata__": {"format": "pt"}}, 0
@@ -1090,10 +1032,7 @@ def export_folder(model, folder, checkpoint):
     os.rename(temporary, folder)
     return family
 
-
-# -----------------------------------------------------------------------------
-# Resource accounting: what a model costs.
-
+# ---- Resource accounting: what a model costs.
 
 def count(config):
     """-> ({part: parameters}, {part: FLOPs per token}) of a forward pass over block_size tokens;
@@ -1103,8 +1042,8 @@ def count(config):
     with torch.device("meta"):  # shapes without numbers
         model = Transformer(c)
     for name, p in model.named_parameters(remove_duplicate=False):
-        part = name.split(".")[2 if name.startswith("blocks.") else 0].replace("ffn", "feed-forward")
-        part = "norms" if part.endswith("norm") else part.replace("attn", "attention")
+        part = name.split(".")[2 if name.startswith("blocks.") else 0]
+        part = "norms" if part.endswith("norm") else part
         share = c.top_k / c.n_expert if ".experts." in name else 1
         parameters[part] += 0 if part == "head" and c.tie_embeddings else p.numel()
         if p.ndim == 2 and part not in ("embedding", "positions") and "filter" not in name:
@@ -1117,7 +1056,6 @@ def count(config):
             "latent": (2 * width + c.n_head * c.rope_size) * T,
             "hyena": c.n_embd * 15 * math.log2(2 * T)}[kind])  # three transforms of 2 T numbers
     return parameters, flops
-
 
 def info(config, batch_size):
     """Print what a model of this config costs."""
@@ -1134,9 +1072,7 @@ def info(config, batch_size):
             print(f"  {part:38}{value:20,.0f}{value / total:8.1%}")
     print(f"FLOPs per token, training: {3 * flops.total():,.0f}")
 
-
-# -----------------------------------------------------------------------------
-# Chat: a model's own template, a stranger's program in Jinja, makes a text of a conversation. It
+# ---- Chat: a model's own template, a stranger's program in Jinja, makes a text of a conversation. It
 # runs in a sandbox, with little time and memory; nothing in a message becomes a special token.
 
 TEMPLATES = {  # for models without one
@@ -1145,7 +1081,6 @@ TEMPLATES = {  # for models without one
     "plain": "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == "
              "'assistant' }}\n{% endfor %}{{ 'assistant:' if add_generation_prompt }}"}
 MARK = "\U000f0000"  # a private character, put into what looks like a special token and is none
-
 
 @functools.lru_cache
 def compiled(template):
@@ -1157,7 +1092,6 @@ def compiled(template):
     sandbox.globals["strftime_now"] = time.strftime
     # ({% generation %}, around what the assistant says, has no effect on the text)
     return sandbox.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
-
 
 def render(template, messages, reply=True, **names):
     """The text of a list of {"role": ..., "content": ...}; with reply, up to where the assistant
@@ -1184,7 +1118,6 @@ def render(template, messages, reply=True, **names):
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
-
 def encode_chat(tokenizer, template, messages, reply=True, **names):
     """The ids of what `render` returns, where nothing in a message is a special token."""
     special = tokenizer.special_tokens
@@ -1197,14 +1130,12 @@ def encode_chat(tokenizer, template, messages, reply=True, **names):
     return [i for part in parts for i in ([special[part]] if part in special else
                                           tokenizer.encode_ordinary(part.replace(MARK, "")))]
 
-
 def chat_stops(tokenizer, template, **names):
     """Ids that end a reply: of the first special token after one, and of the end of a text."""
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     after = [render(template, talk, more, **names).partition(MARK)[2] for more in (False, True)]
     ids = [i for i in tokenizer.encode("".join(after)) if i in tokenizer.special_tokens.values()]
     return [i for i in (*ids[:1], tokenizer.eot_id) if i is not None]
-
 
 def chat(model, tokenizer, template, names, system, max_new_tokens, stop, **how):
     """Talk, line by line from standard input, until its end."""
@@ -1223,7 +1154,6 @@ def chat(model, tokenizer, template, names, system, max_new_tokens, stop, **how)
         reply = tokenizer.decode([i for i in text[len(ids) :] if i not in stop])
         messages.append({"role": "assistant", "content": reply.strip()})
 
-
 def printer(tokenizer, stop):
     """-> a function for `on_token` that prints ids as they come; half a character waits for the
     rest, and ids that only fill up a vocabulary have no text."""
@@ -1231,21 +1161,16 @@ def printer(tokenizer, stop):
     return lambda _, i: i in stop or print(
         decoder.decode(tokenizer.vocab.get(i, b"")), end="", flush=True)
 
-
-# -----------------------------------------------------------------------------
-# The command line.
-
+# ---- The command line.
 
 SWITCH = {"type": lambda text: bool(json.loads(text.lower())), "nargs": "?", "const": True,
           "metavar": "True"}  # --bias, --bias=True, --bias=False
-
 
 def add_config_flags(add):
     """--n_layer and so on, as TransformerConfig has them; None where one is not given."""
     for field in dataclasses.fields(TransformerConfig):
         how = SWITCH if field.type is bool else {"type": field.type, "metavar": "X"}
         add(f"--{field.name}", **how, help=f"default {field.default}")
-
 
 def main():
     parser = argparse.ArgumentParser(
@@ -1260,7 +1185,7 @@ def main():
     add("--prompt", "--start", default="", help="text to continue (default: a new document)")
     for name, default, text in (
             ("num_samples", 1, "texts"), ("max_new_tokens", 200, "tokens of each"),
-            ("temperature", 0.8, "0: always the likeliest token"), ("seed", 1337, "of what is drawn"),
+            ("temperature", 0.8, "0: always the likeliest token"), ("seed", 1337, "of the draws"),
             ("gamma", 4, "tokens that the draft guesses"), ("device", "auto", "or cpu, cuda, mps"),
             ("batch_size", 32, "texts, for info")):
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
@@ -1275,7 +1200,7 @@ def main():
     if (args.command in ("import", "export")) != bool(args.folder):
         parser.error("import and export, and no other command, take a folder")
     if args.command == "info":
-        sizes = {f: getattr(args, f) for f in vars(TransformerConfig()) if getattr(args, f) is not None}
+        sizes = {k: v for k, v in vars(args).items() if k in vars(TransformerConfig()) and v is not None}
         saved = {} if sizes else vars(load_checkpoint(args.ckpt)[0].config)
         return info(TransformerConfig(**saved | sizes), args.batch_size)
     out = args.out or os.path.join("out", f"{args.command}.pt")
@@ -1319,7 +1244,6 @@ def main():
         else:
             model.generate([ids], **how)
         print()
-
 
 if __name__ == "__main__":
     try:

@@ -35,9 +35,7 @@ from bpe import Tokenizer
 from model import (SWITCH, Linear, Transformer, TransformerConfig, add_config_flags, count,
                    load_checkpoint, pick_device, replacing, save_checkpoint, upcast)
 
-# -----------------------------------------------------------------------------
-# Loss.
-
+# ---- Loss.
 
 def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0.0):
     """Negative log-likelihood of the targets, in nats: their mean, or "sum". z_loss: weight of
@@ -51,14 +49,12 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
     total = losses.masked_fill(~valid, 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
-
 def distillation_loss(logits, teacher_logits, targets, temperature=1.0):
     """Sum over tokens of KL(teacher || student), both at a temperature, times its square, which
     keeps the gradient's size (Hinton et al. 2015). Shapes as in `cross_entropy`."""
     log_p, log_q = ((upcast(x) / temperature).log_softmax(-1) for x in (teacher_logits, logits))
     losses = (log_p.exp() * (log_p - log_q)).sum(-1)
     return temperature**2 * losses.masked_fill(targets == -100, 0.0).sum()
-
 
 def gradient_noise_scale(small_norms, big_norms, small, big):
     """The batch size at which noise and signal in a gradient are equal, tr(covariance) / |g|^2:
@@ -70,10 +66,7 @@ def gradient_noise_scale(small_norms, big_norms, small, big):
     noise = (small_mean - big_mean) / (1 / small - 1 / big)
     return noise / signal if signal > 0 else math.inf
 
-
-# -----------------------------------------------------------------------------
-# Optimizers. Each changes, in `update`, one parameter p that has a gradient g; s is its state.
-
+# ---- Optimizers. Each changes, in `update`, one parameter p that has a gradient g; s is its state.
 
 class Optimizer(torch.optim.Optimizer):
     """What they have in common."""
@@ -88,7 +81,6 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p]["step"] = self.state[p].get("step", 0) + 1
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 self.update(p, p.grad, self.state[p], **group)
-
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019):
@@ -107,7 +99,6 @@ class AdamW(Optimizer):
         root = math.sqrt(1 - betas[1] ** s["step"])
         p.addcdiv_(m, v.sqrt().add_(eps * root), value=-lr * root / (1 - betas[0] ** s["step"]))
 
-
 class SGD(Optimizer):
     """Gradient descent with momentum: v <- momentum v + g; p <- p - lr * decay * p - lr v"""
 
@@ -117,7 +108,6 @@ class SGD(Optimizer):
     def update(self, p, g, s, lr, momentum, **_):
         v = s.setdefault("v", torch.zeros_like(p)).mul_(momentum).add_(g)
         p.sub_(v, alpha=lr)
-
 
 def zeropower_newton_schulz(G, steps=5, eps=1e-7):
     """About U V^T for a matrix G = U S V^T: all singular values become roughly 1 (0.7 to 1.2),
@@ -131,7 +121,6 @@ def zeropower_newton_schulz(G, steps=5, eps=1e-7):
         A = X @ X.T
         X = a * X + (b * A + c * A @ A) @ X
     return X.T if tall else X
-
 
 class Muon(Optimizer):
     """Momentum, orthogonalized: every matrix moves by the same amount in all its directions, rare
@@ -149,7 +138,6 @@ class Muon(Optimizer):
         u = g.lerp(m, momentum).to(torch.bfloat16 if has_fast_bfloat16(p.device) else p.dtype)
         u = zeropower_newton_schulz(u).to(p.dtype)
         p.sub_(u, alpha=lr * 0.2 * math.sqrt(max(p.shape)))
-
 
 class SOAP(Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024), for matrices:
@@ -188,7 +176,6 @@ class SOAP(Optimizer):
                 s["Q" + side] = torch.linalg.qr(s[side] @ Q[:, order])[0]
             s["m"] = s["QL"].T @ m @ s["QR"]
 
-
 def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
     """-> list of optimizers for all parameters of the model. adamw and sgd take all; muon and soap
     the hidden matrices, which map vectors to vectors, and AdamW what is left: embeddings, head and
@@ -217,7 +204,6 @@ def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
             "soap": lambda: [SOAP([matrices], lr)], "adamw": list}[kind]()
     return [AdamW(others, lr, betas), *more]
 
-
 @torch.no_grad()
 def clip_grad_norm(params, max_norm, eps=1e-6):
     """Scale all gradients by one factor so that together their norm is at most max_norm (0: only
@@ -228,7 +214,6 @@ def clip_grad_norm(params, max_norm, eps=1e-6):
         for g in grads:
             g.mul_((max_norm / (norm + eps)).clamp(max=1.0))
     return norm
-
 
 def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine",
            decay_fraction=0.2):
@@ -247,7 +232,6 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
         share = 0.5 * (1 - math.cos(math.pi * left / max(1, max_iters - warmup_iters)))
     return min_lr + (learning_rate - min_lr) * share
 
-
 def has_fast_bfloat16(device):
     """Whether matrix products in bfloat16 are faster than in float32: on NVIDIA's cards since
     Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
@@ -255,10 +239,7 @@ def has_fast_bfloat16(device):
     return kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or kind == "cpu" and (
         torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
-
-# -----------------------------------------------------------------------------
-# Data.
-
+# ---- Data.
 
 def open_bin(path):
     """A .bin (see bpe.py) -> (memory-mapped ids, header as int32 or None). Without a header it is
@@ -272,7 +253,6 @@ def open_bin(path):
     if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
         raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's do")
     return data, None
-
 
 def open_data(folder):
     """A folder of bpe.py -> (train ids, val ids, the text of tokenizer.json or None, vocabulary
@@ -293,7 +273,6 @@ def open_data(folder):
     n_bytes = 0 if header is None else int(header[5:7].copy().view("<i8")[0])
     return *opened, tokenizer, max(sizes, default=None), n_bytes / len(data)
 
-
 def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     """block_size ids from each start, and, as targets, the same shifted by one: two tensors
     (len(starts), block_size) of int64. Behind the end of the data ids are 0 and targets -100.
@@ -311,14 +290,12 @@ def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
-
 @functools.lru_cache(maxsize=2)
 def window_order(n, block_size, seed, epoch):
     """Where the windows of an epoch start: all there are, shuffled, from another offset each."""
     rng = np.random.default_rng((seed, epoch))
     first = int(rng.integers(min(block_size, n - block_size)))
     return first + block_size * rng.permutation((n - 1 - first) // block_size)
-
 
 def get_batch(data, batch_size, block_size, device="cpu", number=None, seed=1337, vocab_size=2**32):
     """Batch `number` of a fixed order, which depends on the seed alone, so that a run can be taken
@@ -334,7 +311,6 @@ def get_batch(data, batch_size, block_size, device="cpu", number=None, seed=1337
         starts += order[at : at + batch_size - len(starts)].tolist()
         epoch, at = epoch + 1, max(0, at - len(order))
     return windows(data, starts, block_size, device, vocab_size)
-
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=0):
@@ -352,13 +328,10 @@ def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=
     model.train()
     return total / n
 
-
-# -----------------------------------------------------------------------------
-# The command line.
+# ---- The command line.
 
 COLUMNS = "step tokens seconds loss val_loss val_bpb learning_rate grad_norm".split()  # log.csv's
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
-
 
 def build_parser(name="train.py"):
     """The command line. The architecture's flags have no default here: a checkpoint has its own."""
@@ -399,7 +372,6 @@ def build_parser(name="train.py"):
     add("--lr_decay_iters", type=int, help=argparse.SUPPRESS)
     return parser
 
-
 def parse_args(parser, words):
     """The words of a command line -> (Namespace, words, the checkpoint to resume or None). For a
     run that is resumed, they come after its own. Exits with 2, raises ValueError, TypeError."""
@@ -415,10 +387,7 @@ def parse_args(parser, words):
         parser.error("there are no config files, and the rate ends at --max_iters: see --help")
     return args, words, checkpoint
 
-
-# -----------------------------------------------------------------------------
-# The run.
-
+# ---- The run.
 
 def main():
     args, words, checkpoint = parse_args(build_parser(), sys.argv[1:])
@@ -588,7 +557,6 @@ def main():
         print(f"{path}: step {step} of {args.max_iters}" + ", go on with --resume" * bool(stop))
     sys.exit(stop[0] if stop else 0)
 
-
 def random_state(device, new=None):
     """The state of the random numbers that dropout draws, of CPU and device; new: one to take up."""
     parts = {device.type: torch.get_device_module(device), "cpu": torch}
@@ -596,12 +564,10 @@ def random_state(device, new=None):
         parts[name].set_rng_state(new[name].cpu())
     return {name: part.get_rng_state() for name, part in parts.items()}
 
-
 def move_state(optimizer, device):
     """Move the state of an optimizer to a device: to the CPU's memory between steps."""
     for state in optimizer.state.values():
         state |= {name: x.to(device) for name, x in state.items() if torch.is_tensor(x)}
-
 
 def plot_log(path, rows):
     """loss.png, if matplotlib is installed."""
@@ -614,7 +580,6 @@ def plot_log(path, rows):
         axes.set(xlabel="step", ylabel="nats per token")
         axes.legend()
         axes.figure.savefig(path, dpi=120)
-
 
 if __name__ == "__main__":
     try:

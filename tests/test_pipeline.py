@@ -19,7 +19,6 @@ SCRIPTS = "bpe model train kernels ddp scaling curate align".split()
 MODEL = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_size 4 --device cpu"
 TRAIN = f"train {MODEL} --data data --max_iters 200 --eval_interval 20 --learning_rate 1e-2"
 
-
 def start(command, cwd, **options):
     """A script, begun: command is its name and arguments."""
     script, *args = command.split()
@@ -30,7 +29,6 @@ def start(command, cwd, **options):
         stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **options)
 
-
 def finish(process, code=0, given=None):
     """-> (what it printed, what it complained of); it must end with this exit code."""
     out, err = process.communicate(given, timeout=200)
@@ -38,11 +36,9 @@ def finish(process, code=0, given=None):
     assert "Traceback" not in err
     return out, err
 
-
 def call(command, cwd):
     """Run a script to its end -> what it printed."""
     return finish(start(command, cwd))[0]
-
 
 def warc(pages):
     """Pages as a gzipped WARC, a member each."""
@@ -55,12 +51,10 @@ def warc(pages):
         out += gzip.compress(head + body + b"\r\n\r\n")
     return out
 
-
 WORDS = """garden market river school winter summer teacher farmer letter window mountain village
 bridge doctor kitchen basket apple horse silver paper morning evening stone forest harbor captain
 music painter castle meadow""".split()
 VERBS = "found carried painted watched followed remembered described borrowed sold".split()
-
 
 def page(i):
     """A page whose article has sentences of its own, between a menu and a footer."""
@@ -78,11 +72,9 @@ def page(i):
             f"href='/'>Home</a> <a href='/a'>About</a></nav><article><h1>A story, part {i}</h1>"
             f"{paragraphs}</article><footer>Copyright 2020</footer></body></html>")
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("pipeline")
-
 
 def test_from_pages_to_tokens(folder):
     (folder / "crawl.warc.gz").write_bytes(warc([page(i) for i in range(40)] + [page(3)]))
@@ -104,10 +96,8 @@ def test_from_pages_to_tokens(folder):
     assert "is on the table.<|endoftext|>" in decoded
     assert sum(text[:40] in decoded for text in texts) >= 0.8 * len(texts)  # the rest: val.bin
 
-
 def losses(folder):
     return [line.split(",")[3:5] for line in (folder / "log.csv").read_text().splitlines()]
-
 
 def test_from_tokens_to_models_and_a_law(folder):
     running = [start(TRAIN, folder), start(TRAIN + " --out_dir killed", folder), start(
@@ -128,7 +118,6 @@ def test_from_tokens_to_models_and_a_law(folder):
     call("ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 40 --batch_size 4 "
          "--device cpu --scheme zero1", folder)
     assert torch.load(folder / "out-ddp/ckpt.pt", weights_only=True)["step"] == 40
-
 
 def test_from_a_model_to_an_aligned_one(folder):
     (folder / "sft.jsonl").write_text("".join(json.dumps(
@@ -152,7 +141,6 @@ def test_from_a_model_to_an_aligned_one(folder):
     assert "perplexity" in finish(processes[0])[0]
     finish(processes[1], given="Who walked?\n")
 
-
 def test_without_arguments(folder):
     """Each begins what its docstring says; Ctrl-C ends it without a traceback."""
     shutil.copytree(folder / "data", folder / "data/stdlib")
@@ -165,7 +153,6 @@ def test_without_arguments(folder):
         _, err = process.communicate(timeout=60)
         assert process.returncode in (0, 130, -signal.SIGINT), (name, err)
         assert "Traceback" not in err
-
 
 def test_help(tmp_path):
     """Of all scripts at once: most of the time is taken by importing torch."""

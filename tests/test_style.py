@@ -16,21 +16,17 @@ SCRIPTS = [name for name in LINES if name.endswith(".py")]
 OURS = [*SCRIPTS, *(f"tests/{name}" for name in os.listdir(os.path.join(ROOT, "tests"))
                     if name.endswith(".py"))]
 
-
 def read(name):
     with open(os.path.join(ROOT, name), encoding="utf-8") as file:
         return file.read()
-
 
 @pytest.mark.parametrize("name", LINES)
 def test_files_are_within_their_budgets(name):
     assert read(name).count("\n") <= LINES[name]
 
-
 def test_the_suite_and_the_benches_are_within_theirs():
     for kind, most in (("test_", 3600), ("bench_", 1300)):
         assert sum(read(name).count("\n") for name in OURS if f"/{kind}" in name) <= most, kind
-
 
 @pytest.mark.parametrize("name", OURS)
 def test_lines_are_short_and_hold_one_statement(name):
@@ -38,7 +34,6 @@ def test_lines_are_short_and_hold_one_statement(name):
     assert not [line for line in text.splitlines() if len(line) > 100]
     starts = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
     assert len(starts) == len(set(starts))
-
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_say_how_to_run_them_and_import_only_what_they_may(name):

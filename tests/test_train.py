@@ -19,20 +19,15 @@ import train as T
 
 plain = functools.partial(torch.autocast, "cpu", enabled=False)
 
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
 
 def small(**changes):
     sizes = dict(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=16)
     return M.Transformer(M.TransformerConfig(**sizes | changes))
 
-
-# -----------------------------------------------------------------------------
-# Loss.
-
+# ---- Loss.
 
 def test_cross_entropy_equals_pytorch_and_is_stable():
     logits, targets = (torch.randn(4, 7, 11) * 5).requires_grad_(), torch.randint(11, (4, 7))
@@ -50,7 +45,6 @@ def test_cross_entropy_equals_pytorch_and_is_stable():
     z = F.cross_entropy(logits[1], targets[1]) + 0.1 * logits[1].logsumexp(-1).square().mean()
     torch.testing.assert_close(T.cross_entropy(logits[1], targets[1], z_loss=0.1), z)
 
-
 def test_distillation_loss_and_noise_scale():
     student, teacher, y = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randint(9, (2, 5))
     y[0, :2] = -100
@@ -64,10 +58,7 @@ def test_distillation_loss_and_noise_scale():
     assert abs(T.gradient_noise_scale(few, many, 2, 8) / (450 / 12.5) - 1) < 0.1
     assert T.gradient_noise_scale([2.0], [1.0], 1, 2) == math.inf  # nothing but noise
 
-
-# -----------------------------------------------------------------------------
-# Optimizers.
-
+# ---- Optimizers.
 
 @pytest.mark.parametrize("ours, theirs, shapes, how, tolerance", [
     (T.AdamW, torch.optim.AdamW, ((5, 4), (3,), (2, 3, 4)), dict(lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1), 1e-6),
@@ -88,7 +79,6 @@ def test_optimizers_equal_pytorchs_step_by_step(ours, theirs, shapes, how, toler
     for p, q in zip(ps, qs):
         torch.testing.assert_close(p, q, atol=tolerance, rtol=0)
 
-
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
 def test_newton_schulz_makes_singular_values_one(shape):
     G = torch.randn(shape)
@@ -97,7 +87,6 @@ def test_newton_schulz_makes_singular_values_one(shape):
     assert 0.3 < values.min() and values.max() < 1.3
     U, _, V = torch.linalg.svd(G, full_matrices=False)
     assert ((one * (U @ V)).sum() / one.norm() / (U @ V).norm()) > 0.97  # the same direction
-
 
 def test_mistake_10_muon_takes_hidden_matrices_only_and_q_k_v_apart():
     model = small(n_layer=2, position="learned", activation="moe")
@@ -114,7 +103,6 @@ def test_mistake_10_muon_takes_hidden_matrices_only_and_q_k_v_apart():
     p.grad = torch.randn_like(p)
     T.Muon([p], lr=1.0, weight_decay=0).step()
     assert 0.1 < p.square().mean().sqrt() < 0.3
-
 
 def test_soap_is_adam_in_the_eigenbasis():
     """By the paper's algorithm, in float64 and without any shortcut."""
@@ -144,7 +132,6 @@ def test_soap_is_adam_in_the_eigenbasis():
             QL, QR = torch.linalg.qr(L @ QL[:, left])[0], torch.linalg.qr(R @ QR[:, right])[0]
         torch.testing.assert_close(p.detach(), q, atol=1e-9, rtol=1e-9)
 
-
 def moved(width, optimizer, mup, lr=1e-2):
     """How far four steps of training move what each part of a model puts out: {part: RMS}."""
     torch.manual_seed(0)
@@ -168,7 +155,6 @@ def moved(width, optimizer, mup, lr=1e-2):
     model(x)
     return {name: (seen[name] - before[name]).square().mean().sqrt().item() for name in seen}
 
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_with_mup_steps_move_activations_as_far_at_any_width(optimizer):
     flat, steep = ([moved(width, optimizer, mup) for width in (32, 256)] for mup in (32, 0))
@@ -178,7 +164,6 @@ def test_with_mup_steps_move_activations_as_far_at_any_width(optimizer):
     for kind, changes in (("soap", {}), ("adamw", {"tie_embeddings": True})):
         with pytest.raises(ValueError, match="mup is for"):
             T.make_optimizers(small(**changes), kind, 1e-3, 0.1, (0.9, 0.95), 0.95, 32)
-
 
 def test_weight_decay_on_matrices_only_and_clipping_equals_pytorchs():
     model = small(norm="layernorm", bias=True)
@@ -195,7 +180,6 @@ def test_weight_decay_on_matrices_only_and_clipping_equals_pytorchs():
         for p, g in zip(a, b):
             torch.testing.assert_close(p.grad, g * (min(1.0, limit / norm) if limit else 1.0))
 
-
 def test_learning_rate_schedules():
     for kind in ("cosine", "wsd", "constant"):
         rates = [T.get_lr(i, 1.0, 0.1, 10, 100, kind) for i in range(101)]
@@ -206,10 +190,7 @@ def test_learning_rate_schedules():
     assert T.get_lr(80, 1.0, 0.1, 10, 100, "wsd") == 1
     assert math.isclose(T.get_lr(90, 1.0, 0.1, 10, 100, "wsd"), 0.55)
 
-
-# -----------------------------------------------------------------------------
-# Data.
-
+# ---- Data.
 
 def test_batches_are_a_permutation_of_windows():
     data, starts = np.arange(1000, dtype=np.uint16), []
@@ -228,12 +209,10 @@ def test_batches_are_a_permutation_of_windows():
     with pytest.raises(ValueError, match="too short"):
         T.get_batch(data[:9], 1, 9)
 
-
 def write_bin(path, ids, magic=20240520, dtype="<u2"):
     header = np.zeros(256, "<i4")
     header[:5] = magic, {"<u2": 1, "<u4": 7}[dtype], len(ids), 20, 0
     path.write_bytes(header.tobytes() + np.array(ids, dtype).tobytes())
-
 
 def test_bins_of_nanogpt_and_llm_c_and_what_is_none(tmp_path):
     ids, path = list(range(20)) * 3, tmp_path / "x.bin"
@@ -257,7 +236,6 @@ def test_bins_of_nanogpt_and_llm_c_and_what_is_none(tmp_path):
     with pytest.raises(ValueError, match="has become shorter"):
         T.get_batch(data, 2, 9)
 
-
 def test_evaluate_is_the_mean_over_all_tokens_and_draws_nothing():
     model, data = small(dropout=0.5), np.random.default_rng(0).integers(0, 20, 61)
     state = torch.get_rng_state()
@@ -269,13 +247,10 @@ def test_evaluate_is_the_mean_over_all_tokens_and_draws_nothing():
     assert math.isclose(loss, total / 60, rel_tol=1e-5)
     assert T.evaluate(model, data, 3, 8, "cpu", plain, 1) != loss
 
-
-# -----------------------------------------------------------------------------
-# Runs, in this process, since a fresh one takes seconds to import torch.
+# ---- Runs, in this process, since a fresh one takes seconds to import torch.
 
 SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --log_interval 1 "
          "--device cpu --max_iters 8 --eval_interval 3").split()
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -290,10 +265,8 @@ def data(tmp_path_factory):
                    capture_output=True)
     return folder
 
-
 class Killed(BaseException):
     """Ends a run as kill -9 would: nothing of train.py catches it, nothing is saved."""
-
 
 @pytest.fixture
 def run(data, tmp_path, monkeypatch, capsys):
@@ -329,11 +302,9 @@ def run(data, tmp_path, monkeypatch, capsys):
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
-
 def log(folder):
     with open(os.path.join(folder, "log.csv"), newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "soap", "sgd"])
 def test_a_killed_run_resumes_bit_for_bit(run, kind):
@@ -350,7 +321,6 @@ def test_a_killed_run_resumes_bit_for_bit(run, kind):
         assert torch.equal(a, b)
     assert saved["step"] == 8 and saved["tokenizer"] and saved["best_val_loss"] > 0
 
-
 @pytest.mark.parametrize("at", [5, 7])  # 7: the last step, whose evaluation is then missing
 def test_a_signal_saves_and_resume_evaluates_what_was_missed(run, at):
     run("--out_dir", "a")
@@ -359,7 +329,6 @@ def test_a_signal_saves_and_resume_evaluates_what_was_missed(run, at):
     code, out, _ = run("--out_dir", "b", "--resume")
     assert code == 0 and log("b") == log("a")
     assert run("--out_dir", "b", "--resume")[0] == 0 and log("b") == log("a")
-
 
 def test_what_is_given_on_resuming_holds(run):
     run("--out_dir", "a", at=5)
@@ -380,7 +349,6 @@ def test_what_is_given_on_resuming_holds(run):
         "--out_dir", "a", "--resume", "--optimizer", "muon")[2]
     assert "has not n_layer 3" in run("--out_dir", "a", "--resume", "--n_layer", "3")[2]
 
-
 @pytest.mark.parametrize("changes", [
     {"args": ["--nonsense"]}, {"args": 5}, {"args": [["--n_layer", {}]]}, {"step": "many"},
     {"best_val_loss": []}, {"optimizer": [{}]}, {"rng": None}, {"log": "step\nx\n"}], ids=str)
@@ -393,7 +361,6 @@ def test_hostile_values_to_resume_are_one_line(run, changes):
     torch.save(saved | changes, "a/ckpt.pt")
     code, _, error = run("--out_dir", "a", "--resume")
     assert code in (1, 2) and len(error.strip().splitlines()) == 1
-
 
 def test_mistake_1_accumulation_weighs_tokens_not_batches(run, monkeypatch):
     """Targets are masked by their ids, so that batches have unequal numbers of them."""
@@ -413,7 +380,6 @@ def test_mistake_1_accumulation_weighs_tokens_not_batches(run, monkeypatch):
         assert abs(float(one["loss"]) - float(many["loss"])) < 2e-5
         assert abs(float(one["grad_norm"]) - float(many["grad_norm"])) < 2e-4
 
-
 def test_nothing_not_finite_is_saved_over_a_good_checkpoint(run):
     run("--out_dir", "a")
     for flags in (["--learning_rate", "1e38"], ["--learning_rate", "1e400"]):
@@ -422,7 +388,6 @@ def test_nothing_not_finite_is_saved_over_a_good_checkpoint(run):
         assert code == 1 and "finite" in error or "the loss is" in error
         model, saved = M.load_checkpoint("a/ckpt.pt")
         assert all(p.isfinite().all() for p in model.parameters()) and saved["step"] == 8
-
 
 def test_a_new_run_moves_the_old_checkpoint_aside_and_a_shrunken_bin_keeps_the_last_step(run, data):
     run("--out_dir", "a")
@@ -438,7 +403,6 @@ def test_a_new_run_moves_the_old_checkpoint_aside_and_a_shrunken_bin_keeps_the_l
     assert code == 1 and "has become shorter" in error
     assert M.load_checkpoint("a/ckpt.pt")[1]["step"] == 6
 
-
 def test_nothing_changes_the_losses_that_should_not(run):
     run("--out_dir", "a", "--max_iters", 4, "--dtype", "float32")
     want = [row["loss"] for row in log("a")]
@@ -453,7 +417,6 @@ def test_nothing_changes_the_losses_that_should_not(run):
     flags = ("--teacher", "a/ckpt.pt", "--teacher_weight", "1.0", "--dropout", "0")
     run("--out_dir", "g", "--max_iters", 4, *flags)
     assert [row["loss"] for row in log("g")] != want
-
 
 def test_nanogpts_habits_and_wrong_flags_get_one_line(run, data, monkeypatch):
     for args, message in ((["--n_layr", "3"], "unrecognized arguments: --n_layr"),
