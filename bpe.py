@@ -13,13 +13,10 @@ ones; one per word can not say a new word. Byte-pair encoding (Gage 1994; Sennri
 on bytes: Radford et al. 2019) starts from the 256 bytes, so nothing is ever unknown, and adds
 one token at a time: the most frequent pair of neighbours becomes a token of its own.
 
-Python takes its time for each object, numpy does not. So the fast half of this file works on
-thousands of words at once, as arrays, and equals the textbook's half (section 2).
-
-Files: tokenizer.json is Hugging Face's format for byte-level BPE. A .bin is a header of 256 int32
-followed by the token ids as uint16 or uint32 (see `bin_header`).
+Python takes its time for each object, numpy does not: after the textbook's version (section 2)
+this file works on thousands of words at a time. It writes tokenizer.json, Hugging Face's format
+for byte-level BPE, and .bin files of token ids (see `bin_header`).
 """
-
 import argparse, base64, codecs, collections, contextlib, functools, glob, gzip, heapq, io
 import itertools, json, os, sys, sysconfig, time, unicodedata, zlib
 
@@ -28,7 +25,7 @@ if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.0
 import numpy as np
 import regex
 
-STDLIB = os.path.join("data", "stdlib")
+STDLIB = os.path.join("data", "stdlib")  # where a bare `python bpe.py` leaves its data
 EOT = "<|endoftext|>"  # stands between documents in .txt files; its id ends every document
 
 # -----------------------------------------------------------------------------
@@ -36,12 +33,8 @@ EOT = "<|endoftext|>"  # stands between documents in .txt files; its id ends eve
 
 
 class CharTokenizer:
-    """One token per character: its Unicode code point.
-
-    >>> CharTokenizer().encode("hé")
-    [104, 233]
+    """One token per character, its Unicode code point: CharTokenizer().encode("hé") == [104, 233]
     """
-
     vocab_size = 0x110000  # 1.1 million: most of the embedding table would never be trained
 
     def encode(self, text):
@@ -52,13 +45,8 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8: a tiny vocabulary, but the longest sequences.
-
-    >>> ByteTokenizer().encode("hé")
-    [104, 195, 169]
-    """
-
-    vocab_size = 256
+    """One token per byte of UTF-8: ByteTokenizer().encode("hé") == [104, 195, 169]"""
+    vocab_size = 256  # tiny, but the sequences are the longest
 
     def encode(self, text):
         return list(utf8(text))
@@ -75,10 +63,8 @@ class WordTokenizer:
     'to be or<UNK>'
     """
 
-    UNK = "<UNK>"
-
     def __init__(self, corpus):
-        self.words = [self.UNK, *dict.fromkeys(regex.findall(PATTERNS["gpt2"], corpus))]
+        self.words = ["<UNK>", *dict.fromkeys(regex.findall(PATTERNS["gpt2"], corpus))]
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.vocab_size = len(self.words)
 
@@ -125,8 +111,7 @@ def learn_merges_naive(words, n_merges):
 
     words: {bytes: how often that word occurs}. Returns the merges in order, as pairs of bytes.
     """
-    words = {tuple(bytes([b]) for b in word): n for word, n in words.items()}
-    merges = []
+    words, merges = {tuple(bytes([b]) for b in word): n for word, n in words.items()}, []
     while len(merges) < n_merges:
         counts = collections.Counter()
         for word, n in words.items():
@@ -146,32 +131,30 @@ def learn_merges_naive(words, n_merges):
 # 3. Pre-tokens: a regular expression first cuts text into words, numbers, punctuation and white
 # space, and merges never cross these cuts. Otherwise "dog." and "dog!" would become tokens.
 
-_CL100K_HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_CL100K_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": _CL100K_HEAD + r"|\p{N}{1,3}" + _CL100K_TAIL,  # GPT-4, Llama 3
-    "qwen": _CL100K_HEAD + r"|\p{N}" + _CL100K_TAIL,  # Qwen 2 and 3: each digit by itself
-    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}"  # GPT-4o: splits camelCase
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
+    "cl100k": HEAD + r"|\p{N}{1,3}" + TAIL,  # GPT-4, Llama 3
+    "qwen": HEAD + r"|\p{N}" + TAIL,  # Qwen 2 and 3: each digit by itself
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SUFFIX}"  # GPT-4o: splits camelCase
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SUFFIX}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "char": r"[\s\S]",  # every character by itself, as nanoGPT's character-level models have it
 }
-CHAR_PATTERN = r"[\s\S]"  # every character by itself: see `train`
 
 
 def find_cuts(block):
     r"""Offsets at which each of PATTERNS starts a new pre-token whatever else the text holds.
 
     block: UTF-8, in which the byte 255 (never part of UTF-8) stands for the end of a document.
-    Returns increasing offsets, int64, the first of them 0. Three rules, which can be seen in the
-    bytes without decoding: a cut goes
+    Returns increasing offsets, int64, the first of them 0. A cut goes
       - before a space, if no white space follows: `two| words`
-      - between a letter or digit and what is neither: `word|.`, but not before the ' of `don't`
+      - between a letter or digit and ASCII that is neither, nor a ': `word|.` but `don't`
       - after a single newline, if neither white space nor a / follows: `end.\n|Next`
-    Any document may be cut there and its parts tokenized alone, because no pattern matches
-    across such a place and none looks further ahead than one character.
+    No pattern matches across such a place, and none looks further ahead than one character.
     """
     a = np.frombuffer(block, np.uint8)
     letter = (a | 32) - np.uint8(97) < 26  # unsigned: what lies below wraps around to above
@@ -195,14 +178,13 @@ def find_cuts(block):
 # between cuts, of which 13,000 are distinct. So all work is done once per distinct chunk, and
 # what is left is to look chunks up, thousands at once, without making a Python object of any.
 
-BATCH = 1 << 14  # chunks looked up at a time: so few stay in the processor's cache
 LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # masks of the n low bytes
 ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
 
 
 class Table:
     """A hash table from keys of two uint64, not both 0, to an int32, for thousands of keys at
-    once: open addressing with linear probing (Knuth, vol. 3, 6.4). Must never be full."""
+    once: open addressing with linear probing (Knuth, vol. 3, 6.4). It must never be full."""
 
     def __init__(self, bits, default):
         self.head, self.tail = np.zeros((2, 1 << bits), np.uint64)
@@ -229,9 +211,8 @@ class Table:
 
 
 def keys(block, start, length):
-    """Keys for a `Table`: up to 15 bytes of a chunk, and how many they are.
-
-    block: bytes; start, length: int64, the chunks in it, in order. Returns two uint64 arrays."""
+    """Chunks of a block (bytes), in order -> keys for a `Table`: 15 bytes, and how many they are.
+    """
     low = start[0]
     text = block[low : start[-1] + 16] + bytes(23)
     words = np.ndarray(len(text) - 7, np.uint64, text, strides=1).copy()  # 8 bytes from each place
@@ -253,18 +234,18 @@ def spans(start, n):
 
 
 class Chunks:
-    """Numbers distinct chunks of text in order of first sight."""
+    """Numbers the distinct chunks in blocks of at most `room` bytes, in order of first sight."""
 
-    def __init__(self, room=1 << 19):
-        """room: the size of a block, which bounds how many new chunks there may be in it."""
-        self.table = Table(max(20, (room + (1 << 18)).bit_length()), 0)
-        self.room, self.count, self.new = room, 0, []  # (numbers, slots, lengths, bytes) of those not taken yet
+    def __init__(self, room=0):
+        self.room = max(room, 1 << 19)
+        self.table = Table((self.room + (1 << 18)).bit_length(), 0)
+        self.count, self.new = 0, []  # (numbers, slots, lengths, bytes) of those not taken yet
 
-    def lookup(self, block, start, length):
-        """The chunks of a block -> for each the table's value, which is ~number if it is new."""
+    def lookup(self, block, start, length, batch=1 << 14):  # so few stay in the processor's cache
+        """Chunks of a block -> for each the table's value, which is ~number for new ones."""
         out = np.empty(len(start), np.int32)
-        for i in range(0, len(start), BATCH):
-            at, n = start[i : i + BATCH], length[i : i + BATCH]
+        for i in range(0, len(start), batch):
+            at, n = start[i : i + batch], length[i : i + batch]
             slot, new = self.table.find(*keys(block, at, n), add=True)
             if len(new):
                 number = np.arange(self.count, self.count + len(new))
@@ -272,12 +253,11 @@ class Chunks:
                 text = np.frombuffer(block, np.uint8)[spans(at[new], n[new])]
                 self.new.append((number, slot[new], n[new], text))
                 self.count += len(new)
-            out[i : i + BATCH] = self.table.value.take(slot)
+            out[i : i + batch] = self.table.value.take(slot)
         return out
 
     def take_new(self):
-        """Numbers, slots, lengths and bytes of the new chunks, each one array, for the last time.
-        """
+        """Numbers, slots, lengths and bytes of the new chunks, each in one array."""
         new, self.new = map(np.concatenate, zip(*self.new)), []
         return new
 
@@ -289,17 +269,19 @@ class Chunks:
 class Merger:
     """The merges of a vocabulary, applied to many words at once.
 
-    left, right, merged: the ids of each merge, the most urgent first. tied: merges next to each
-    other that make the same token are equally urgent (tiktoken's rule).
-    byte_id: ids of the 256 bytes, -1 for those without one, which are left out.
+    triples: int64 (n, 3), ids of left, right and merged token, the most urgent first. tied:
+        neighbours among them that make the same token are equally urgent (tiktoken's rule).
+    byte_id: ids of the 256 bytes, -1 for those without one, which are left out
+    whole: {bytes: id} of words that are a token whatever the merges say
     """
 
-    def __init__(self, left, right, merged, byte_id, tied=False):
-        if len(merged) >= 1 << 21:  # ranks share an int32 with places in a word
-            raise ValueError("more than 2 million merges")
+    def __init__(self, triples, byte_id, whole, tied):
+        left, right, merged = triples.T
         fresh = np.diff(merged, prepend=-1) != 0 if tied else np.ones(len(merged), bool)
-        rank, self.merged = np.cumsum(fresh) - 1, merged[fresh].astype(np.int32)
+        rank, self.merged, self.whole = np.cumsum(fresh) - 1, merged[fresh].astype(np.int32), whole
         self.never = len(self.merged)  # the rank of pairs that do not merge
+        if self.never >= 1 << 21:  # ranks share an int32 with places in a word
+            raise ValueError("more than 2 million merges")
         self.pairs = Table(max(8, (2 * len(merged)).bit_length()), self.never)
         slot, _ = self.pairs.find((left + 1).view(np.uint64), (right + 1).view(np.uint64), True)
         self.pairs.value[slot[::-1]] = rank[::-1]  # a pair that is there twice has its first rank
@@ -312,15 +294,22 @@ class Merger:
         return self.pairs.value.take(self.pairs.find(*pair)[0])
 
     def merge(self, text, length):
-        """BPE of many words, end to end -> (ids of all, int32, and how many each has)."""
-        known = self.byte_id[text] >= 0
-        if not known.all():
-            total = np.append(0, np.cumsum(known))
-            end = np.cumsum(length)
-            text, length = text[known], total[end] - total[end - length]
+        """BPE of words, end to end as uint8 -> (ids of all, int32, and how many each has)."""
+        end, raw = np.cumsum(length), text.tobytes() if self.whole else b""
+        words = zip((end - length).tolist(), end.tolist()) if self.whole else ()
+        whole = np.array([self.whole.get(raw[i:j], -1) for i, j in words], np.int32)
+        keep = self.byte_id[text] >= 0
+        if len(whole):
+            keep |= np.repeat(whole >= 0, length)
+        if not keep.all():
+            total = np.append(0, np.cumsum(keep))
+            text, length = text[keep], total[end] - total[end - length]
         start, order = np.cumsum(length) - length, np.argsort(length)
-        order = order[np.count_nonzero(length == 0) :]
         out = np.full(len(text), -1, np.int32)  # each id at the place of its first byte
+        if len(whole):
+            out[start[whole >= 0]] = whole[whole >= 0]
+            order = order[whole[order] < 0]
+        order = order[length[order] > 0]
         while len(order):  # words of similar lengths together
             longest = int(length[order[-1]])
             n, merge = (1 << 17) // longest, self.merge_short
@@ -358,19 +347,17 @@ class Merger:
     def merge_long(self, text, start, length, out):
         """`merge` for a single word of any length: a heap of the pairs that merge, by rank and
         then place, and two lists that say where the next and the previous token begin."""
-        rank_of, merged = self.rank_of, self.merged.tolist()
         ids = np.append(self.byte_id[text[start[0] : start[0] + length[0]]], -1)
         rank = self.rank(ids[:-1], ids[1:]).astype(np.int64)
         place = np.flatnonzero(rank < self.never)
-        heap = (rank[place] << 40 | place).tolist()
-        heapq.heapify(heap)
+        heap, rank_of = sorted((rank[place] << 40 | place).tolist()), self.rank_of
         ids, after, before = ids.tolist(), [*range(1, len(ids)), 0], [*range(-1, len(ids) - 1)]
         while heap:
             rank, i = divmod(heapq.heappop(heap), 1 << 40)
             j = after[i]
             if ids[i] < 0 or rank_of.get(ids[i] << 32 | ids[j]) != rank:
                 continue  # one of the two has been merged meanwhile
-            ids[i], ids[j], after[i] = merged[rank], -1, after[j]
+            ids[i], ids[j], after[i] = int(self.merged[rank]), -1, after[j]
             before[after[j]] = i
             for i in (i, before[i]):
                 if (rank := rank_of.get(ids[i] << 32 | ids[after[i]])) is not None:
@@ -381,8 +368,8 @@ class Merger:
     def rank_of(self):
         """For `merge_long`: {left << 32 | right: rank}."""
         at = np.flatnonzero(self.pairs.head)
-        keys = (self.pairs.head[at] - 1 << np.uint64(32)) + self.pairs.tail[at] - 1
-        return dict(zip(keys.tolist(), self.pairs.value[at].tolist()))
+        pairs = (self.pairs.head[at] - 1 << np.uint64(32)) + self.pairs.tail[at] - 1
+        return dict(zip(pairs.tolist(), self.pairs.value[at].tolist()))
 
 
 # -----------------------------------------------------------------------------
@@ -392,10 +379,12 @@ BLOCK = 1 << 19  # bytes of text that are worked on at a time; larger ones cost 
 NOT_TEXT = tuple(".parquet .arrow .bz2 .xz .zst .lz4 .zip .7z .tar .tgz .bin .npy .npz .pt".split())
 
 
-def find_any(strings, text):
-    """Where any of the strings are in a text, all UTF-8: matches. The longest of several wins."""
-    found = sorted((s for s in strings if s in text), key=len, reverse=True)
-    return regex.finditer(b"|".join(map(regex.escape, found)), text) if found else iter(())
+def split_at(separators, text):
+    """A text in parts at the separators, all UTF-8. Of several that match the longest wins."""
+    found = sorted((s for s in separators if s in text), key=len, reverse=True)
+    if len(found) < 2:
+        return text.split(found[0]) if found else [text]
+    return regex.split(b"|".join(map(regex.escape, found)), text)
 
 
 def cut_stream(pieces, separators, chunked):
@@ -408,16 +397,14 @@ def cut_stream(pieces, separators, chunked):
         size += len(piece)
         if size < enough:
             continue
-        text, cut = b"".join(waiting), 0
-        end = max(0, size - longest)  # a separator that begins later may be incomplete
-        for match in find_any(separators, text):
-            cut = match.end() if match.start() < end else cut
-        for low in (max(cut, end - 4096), cut):  # the last place is nearly always near the end
-            if chunked and cut <= low < end:
-                places = find_cuts(text[low:end])
-                if places[-1] > 3:  # which is where `find_cuts` has seen what comes before
-                    cut = low + int(places[-1])
-                    break
+        text = b"".join(waiting)
+        cut = size - len(split_at(separators, text)[-1])
+        end = size - longest  # a separator that begins later may be incomplete
+        for low in (max(cut, end - 4096), cut) if chunked else ():  # the last cut is near the end
+            places = find_cuts(text[low:end])
+            if len(places) and places[-1] > 3:  # so that it has seen what comes before
+                cut = low + int(places[-1])
+                break
         if cut:
             yield text[:cut]
         elif chunked and size > 1 << 26:
@@ -428,30 +415,28 @@ def cut_stream(pieces, separators, chunked):
 
 
 def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
-    """Yield (path, line, bytes) of about BLOCK bytes each, which together are the files: whole
-    lines of JSON, of which `line` is the number of the first, or a piece of `cut_stream` and 0.
-    Text that does not end with EOT gets one. Raises OSError, ValueError."""
+    """Yield (path, whether it holds JSON lines, UTF-8) of about BLOCK bytes each, cut where
+    `cut_stream` cuts. Text that does not end with EOT gets one. Raises OSError, ValueError."""
     for path in map(os.fspath, paths):
         name = path.lower().removesuffix(".gz")
         is_json = name.endswith((".jsonl", ".ndjson", ".json"))
         with open(path, "rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
+            size, block, ending = os.fstat(raw.fileno()).st_size, b"", EOT.encode()
             file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
             try:
-                head, block, line = file.peek(16), b"", 1
+                head, pieces = file.peek(16), iter(lambda: file.read(BLOCK), b"")
                 if name.endswith(NOT_TEXT) or head.startswith((b"PAR1", b"BZh9", b"(\xb5/\xfd")):
                     raise ValueError(f"{path} is neither text nor JSON lines, nor a .gz of them")
                 if not head:
                     raise ValueError(f"{path} is empty")
-                pieces = iter(lambda: file.read(BLOCK), b"")
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     text = io.TextIOWrapper(file, "utf-16", "replace", newline="")
                     pieces = map(utf8, iter(lambda: text.read(BLOCK), ""))
-                for block in cut_stream(pieces, *([b"\n"], False) if is_json else (separators, chunked)):
-                    yield path, line * is_json, block
-                    line += block.count(b"\n")
-                if not is_json and EOT.encode() in separators and not block.endswith(EOT.encode()):
-                    yield path, 0, EOT.encode()
+                parts = ([b"\n"], False) if is_json else (separators, chunked)
+                for block in cut_stream(pieces, *parts):
+                    yield path, is_json, block
+                if not is_json and ending in separators and not block.endswith(ending):
+                    yield path, is_json, ending
                 if raw.seekable() and raw.tell() < size:
                     raise ValueError(f"{path} became shorter while it was read")
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -462,25 +447,21 @@ def to_documents(block, separators=(EOT.encode(),), text_key="text"):
     """A block of `read_blocks` -> (list of the documents in it, as UTF-8; the number of bytes
     that were invalid: each run of them becomes U+FFFD). The last document is the part after the
     last separator. Raises ValueError for a line of JSON that is not an object with a text."""
-    (path, line, raw), documents, invalid = block, [], 0
-    places = [0, *(i for m in find_any([b"\n"] if line else separators, raw) for i in m.span())]
-    for number, (i, j) in enumerate(zip(places[::2], [*places[1::2], len(raw)]), line):
-        document = raw[i:j]
+    (path, is_json, raw), invalid = block, 0
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        invalid = len(regex.findall("[\udc80-\udcff]", raw.decode("utf-8", "surrogateescape")))
+        raw = raw.decode("utf-8", "replace").encode()
+    if not is_json:
+        return split_at(separators, raw), invalid
+    lines = [line for line in raw.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
+    for i, line in enumerate(lines):
         try:
-            text = document.decode()
-        except UnicodeDecodeError:
-            escaped = document.decode("utf-8", "surrogateescape")
-            invalid += len(regex.findall("[\udc80-\udcff]", escaped))
-            text = document.decode("utf-8", "replace")
-            document = text.encode()
-        if line and text.strip():
-            try:
-                document = utf8(json.loads(text.removeprefix("\ufeff"))[text_key])
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise ValueError(f'{path}:{number}: no JSON object with a "{text_key}"') from None
-        if not line or document.strip():
-            documents.append(document)
-    return [*documents, b""] if line else documents, invalid
+            lines[i] = utf8(json.loads(line)[text_key])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError(f"{path}: no JSON object with a {text_key!r}: {line[:60]}") from None
+    return [*filter(None, lines), b""], invalid
 
 
 def parallel(job, items, num_proc):
@@ -510,19 +491,12 @@ def start_worker(job):
     import multiprocessing, signal, threading
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
+    parent, do_job.job = multiprocessing.parent_process(), job
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
-    do_job.job = job
 
 
 def do_job(item):
     return do_job.job(item)
-
-
-def default_processes(paths):
-    """As many as are worth starting: one for each 8 MB, at most one for each core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, text_size(paths) >> 23))
 
 
 def text_size(paths):
@@ -530,13 +504,18 @@ def text_size(paths):
     return sum(os.path.getsize(p) * (5 if os.fspath(p).endswith(".gz") else 1) for p in paths)
 
 
+def processes(num_proc, paths):
+    """How many, if None was asked for: one for each 8 MB, at most one for each core."""
+    return num_proc or max(1, min(os.cpu_count() or 1, text_size(paths) >> 23))
+
+
 def progress(what, done, total, start):
     """A line on a terminal that says how far a step of more than two seconds is, and how fast."""
     spent = time.monotonic() - start
     if spent > 2 and sys.stderr.isatty():
-        print(f"\r{what}: {done:,.0f} of {total:,.0f}, {done / spent:,.0f} a second, "
-              f"{max(0, total - done) * spent / max(done, 1):.0f} s left \x1b[K", file=sys.stderr,
-              end="\n" if done >= total else "", flush=True)
+        left = max(0, total - done) * spent / max(done, 1)
+        print(f"\r{what}: {done:,} of {total:,}, {done / spent:,.0f} a second, {left:.0f} s left "
+              "\x1b[K", end="" if left else "\n", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -544,12 +523,11 @@ def replacing(path):
     """A binary file that takes the name `path` only once it is whole. What processes that were
     killed have left of it is removed."""
     for old in glob.glob(glob.escape(path) + ".*.tmp"):
-        try:
-            os.kill(int(old.split(".")[-2]), 0)  # is there such a process? nothing is sent to it
-        except ProcessLookupError:
-            os.remove(old)
-        except (OSError, ValueError):
-            continue
+        with contextlib.suppress(OSError, ValueError):
+            try:
+                os.kill(int(old.split(".")[-2]), 0)  # only asks whether there is such a process
+            except ProcessLookupError:
+                os.remove(old)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -668,11 +646,10 @@ def learn_merges(words, n_merges):
 
 
 def count_pretokens(first, step, source, pattern, separators, text_key):
-    """Count the pre-tokens in each `step`-th block of the files, so that `step` processes share
-    the work: all read everything, which is cheaper than to send blocks about. Regular expressions
-    are slow, so each distinct chunk is split once for many blocks, and its pre-tokens are counted
-    as often as it occurred. -> ({str: count}, number of invalid bytes)
-    """
+    """Count the pre-tokens in each `step`-th block of the files (or texts), so that `step`
+    processes share the work: all read everything, which is cheaper than to send blocks about.
+    Each distinct chunk is split once, and its pre-tokens are counted as often as it occurred.
+    -> ({str: count}, number of invalid bytes)"""
     split, chunked = regex.compile(pattern).finditer, pattern in PATTERNS.values()
     counts, bad, done, start = collections.defaultdict(int), 0, 0, time.monotonic()
     chunks, seen = Chunks(), np.zeros(1 << 20, np.int64)
@@ -681,30 +658,28 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
         *_, length, text = chunks.take_new()
         text, end = text.tobytes(), np.cumsum(length)
         for i, j, n in zip((end - length).tolist(), end.tolist(), seen.tolist()):
-            for match in split(text[i:j].decode("utf-8", "ignore")):  # byte 255 is no text
+            for match in split(text[i:j].decode("utf-8", "ignore")):  # the byte 255 is no text
                 counts[match[0]] += n
 
     if isinstance(source, list):
-        blocks = read_blocks(source, separators, chunked)
-    else:  # texts, which may hold separators, too
-        separators = [*separators, b"\xff"]
-        texts = (utf8(text) + b"\xff" for text in source)
-        blocks = (("", 0, block) for block in cut_stream(texts, separators, chunked))
+        blocks, total = read_blocks(source, separators, chunked), text_size(source)
+    else:
+        texts, separators, total = (utf8(t) + b"\xff" for t in source), [*separators, b"\xff"], 0
+        blocks = (("", False, block) for block in cut_stream(texts, separators, chunked))
     for block in itertools.islice(blocks, first, None, step):
         documents, invalid = to_documents(block, separators, text_key)
-        bad, done = bad + invalid, done + step * len(block[2])
-        text = b"\xff".join(documents)
+        bad, done, text = bad + invalid, done + step * len(block[2]), b"\xff".join(documents)
         if chunked and text:
             at = find_cuts(text)
             np.add.at(seen, ~chunks.lookup(text, at, np.diff(at, append=len(text))), 1)
-            if chunks.count > 1 << 18:
+            if chunks.count > 1 << 18:  # bounds the memory
                 count_chunks()
                 chunks, seen = Chunks(), np.zeros(1 << 20, np.int64)
         for document in () if chunked else documents:
             for match in split(document.decode()):
                 counts[match[0]] += 1
-        if first == 0 and isinstance(source, list):  # one process tells how far all are
-            progress("bytes counted", done, text_size(source), start)
+        if first == 0:  # one process tells how far all are
+            progress("bytes counted", done, total, start)
     if chunks.count:
         count_chunks()
     return counts, bad
@@ -718,7 +693,7 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     vocab_size: how many tokens at most: 256 bytes, the merges, the special tokens
     special_tokens: strings that separate texts; they are counted in no pair
     pattern: a name from PATTERNS, or a regular expression; merges stay within its matches
-    num_proc: processes; the result does not depend on it. None: by the size of the input
+    num_proc: processes, None: by the size of the input. The result does not depend on it.
 
     Returns (vocab, merges): {id: bytes}, with the bytes at 0 to 255, then the merges in order,
     then the special tokens; and the list of merged pairs of bytes. Fewer merges than asked for
@@ -728,15 +703,15 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     [(b'o', b'w'), (b'l', b'ow')]
     """
     source = [input] if isinstance(input, (str, os.PathLike)) else input
-    if isinstance(source, (list, tuple)):  # of files, if there is such a file, or no text has a space
-        known = any(map(os.path.exists, source)) or all(len(os.fspath(x).split()) < 2 for x in source)
-        source = list(source) if known else iter(source)
+    if isinstance(source, (list, tuple)):  # texts, if no file has such a name and one has a space
+        words = any(len(os.fspath(x).split()) > 1 for x in source)
+        source = iter(source) if words and not any(map(os.path.exists, source)) else list(source)
     special_tokens = list(dict.fromkeys(special_tokens))
     n_merges = vocab_size - 256 - len(special_tokens)
     if n_merges < 0 or "" in special_tokens:
         raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} "
                          "special tokens, or one of these is empty")
-    num_proc = (num_proc or default_processes(source)) if isinstance(source, list) else 1
+    num_proc = processes(num_proc, source) if isinstance(source, list) else 1
     job = functools.partial(count_pretokens, step=num_proc, source=source, text_key=text_key,
                             pattern=PATTERNS.get(pattern, pattern),
                             separators=[*map(utf8, special_tokens)])
@@ -754,19 +729,33 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
 # -----------------------------------------------------------------------------
 # 8. The tokenizer.
 
+# Byte-level BPE writes bytes in JSON as characters: printable Latin-1 stands for itself, the other
+# bytes are U+0100, U+0101, ... These are the characters of all bytes, in order.
+OTHERS = itertools.count(256)
+BYTES = "".join(chr(b if b in {*range(33, 127), *range(161, 173), *range(174, 256)}
+                    else next(OTHERS)) for b in range(256))
+# what reading damaged JSON, or JSON of something else, raises besides ValueError
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error)
+TIKTOKEN = {  # OpenAI's .tiktoken files, by the beginning of their names: pattern, special tokens
+    "gpt2": ("gpt2", {EOT: 50256}), "r50k": ("gpt2", {EOT: 50256}), "p50k": ("gpt2", {EOT: 50256}),
+    "cl100k": ("cl100k", {EOT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
+                          "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
+    "o200k": ("o200k", {EOT: 199999, "<|endofprompt|>": 200018}),
+}
+
 
 class Tokenizer:
     """Byte-level BPE: encode text by the merges of a vocabulary, decode ids to text.
 
     vocab: {id: bytes}
-    merges: list[tuple[bytes, bytes]], the most urgent first
+    merges: list[tuple[bytes, bytes]], the most urgent first (or `Merger`'s triples)
     special_tokens: list of strings, or {string: id}. In the text given to `encode` they become a
         single id; of overlapping ones the longest wins. Strings not in vocab get the next ids.
     pattern: a name from PATTERNS, a regular expression, or a list of those, applied in turn
     ignore_merges: a pre-token that is in the vocabulary becomes that token, merges or not
-    tied: see `Merger`; added, forms: "added_tokens" and Unicode normal forms of a tokenizer.json
+    tied: see `Merger`. forms: Unicode normal forms that text is brought into
 
-    Raises ValueError for a vocabulary that does not fit together.
+    Raises ValueError or KeyError for a vocabulary that does not fit together.
 
     >>> vocab = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
     >>> t = Tokenizer(vocab, [(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"])
@@ -775,10 +764,10 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, special_tokens=None, pattern="gpt2", *, ignore_merges=False,
-                 tied=False, added=(), forms=()):
-        self.vocab, self.merges, self.ignore_merges = dict(vocab), list(merges), ignore_merges
+                 tied=False, forms=()):
+        self.vocab, self.ignore_merges, self.forms = dict(vocab), ignore_merges, forms
         id_of = {token: i for i, token in reversed(self.vocab.items())}
-        self.special_tokens, self.text, self.forms = {}, None, forms
+        self.special_tokens, self.text, self.chunks = {}, None, None
         for token in special_tokens or ():
             i = id_of.get(utf8(token), max(self.vocab, default=-1) + 1)
             i = special_tokens[token] if isinstance(special_tokens, dict) else i
@@ -792,60 +781,24 @@ class Tokenizer:
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in a .bin
         ends = (EOT, "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>")
         self.eot_id = next((self.special_tokens[s] for s in ends if s in self.special_tokens), None)
-        tokens = [*itertools.chain.from_iterable(self.merges), *map(b"".join, self.merges)]
-        if len(tokens) != 3 * len(self.merges) or not id_of.keys() >= {*tokens}:
-            missing = [t for t in tokens if t not in id_of][:1]
-            raise ValueError(f"a merge is not of two tokens, or {missing} is not in the vocabulary")
-        tokens = np.array([*map(id_of.__getitem__, tokens)], np.int64)
-        pairs, merged = np.split(tokens, [2 * len(self.merges)])
-        byte_id = np.array([id_of.get(bytes([b]), -1) for b in range(256)])
-        self.merger = Merger(*pairs.reshape(-1, 2).T, merged, byte_id, tied)
+        if not isinstance(merges, np.ndarray):
+            merges = [[id_of[token] for token in (a, b, a + b)] for a, b in merges]
+        self.triples = np.array(merges, np.int64).reshape(-1, 3)
         specials = {*self.special_tokens.values()}
-        self.whole = {t: i for t, i in id_of.items() if i not in specials} if ignore_merges else {}
+        whole = {t: i for t, i in id_of.items() if i not in specials} if ignore_merges else {}
+        byte_id = np.array([id_of.get(bytes([b]), -1) for b in range(256)])
+        self.merger = Merger(self.triples, byte_id, whole, tied)
         self.steps = [pattern] if isinstance(pattern, str) else pattern
         self.steps = [PATTERNS.get(step, step) for step in self.steps]
         self.pattern = self.steps[0] if len(self.steps) == 1 else None
         self.compiled = [*map(regex.compile, self.steps)]
-        # may text be cut where `find_cuts` says so?
-        self.chunked = self.pattern in (*PATTERNS.values(), CHAR_PATTERN)
-        self.finders = [], []  # for tokens in the text as it is, and in the normalized text
-        for token in added or [{"content": token} for token in self.special_tokens]:
-            flags = [token.get(name, False) for name in ("single_word", "lstrip", "rstrip", "normalized")]
-            if {*map(type, flags)} != {bool}:
-                raise ValueError(f"flags of the added token {token['content']!r} are not true or false")
-            alone, left, right, normalized = flags
-            content = self.normalize(token["content"]) if normalized else token["content"]
-            found = f"({regex.escape(content)})"
-            found = rf"(?<!\w){found}(?!\w)" if alone else found
-            found = r"\s*" * left + found + r"\s*" * right
-            self.finders[normalized].append((content, found, self.special_tokens[token["content"]]))
-        # the parts of a text depend on the text around them
-        self.known, self.chunks = None, None
+        self.chunked = self.pattern in PATTERNS.values()  # may text be cut by `find_cuts`?
+
+    @functools.cached_property
+    def merges(self):
+        return [(self.vocab[a], self.vocab[b]) for a, b, _ in self.triples.tolist()]
 
     # ---- text to ids
-
-    def normalize(self, text):
-        for form in self.forms:
-            text = unicodedata.normalize(form, text)
-        return text
-
-    def split_added(self, text):
-        """-> list of a text, the id of the special token after it, a text, ..., a text."""
-        parts = [text]
-        for normalized, finders in enumerate(self.finders):
-            texts, parts = parts, []
-            for text in texts:
-                if isinstance(text, int):
-                    parts.append(text)
-                    continue
-                text, at = self.normalize(text) if normalized else text, 0
-                found = sorted((f for f in finders if f[0] in text), key=lambda f: -len(f[0]))
-                ids = {content: i for content, _, i in found}
-                for match in regex.finditer("|".join(f[1] for f in found), text) if found else ():
-                    parts += text[at : match.start()], ids[match[match.lastindex]]
-                    at = match.end()
-                parts.append(text[at:])
-        return parts
 
     def encode(self, text):
         """str -> list of ids. Special tokens in the text are recognised: for text from a
@@ -854,7 +807,7 @@ class Tokenizer:
 
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens being text like any other."""
-        pieces = cut_stream([utf8(self.normalize(text))], (), self.chunked)
+        pieces = cut_stream([utf8(text)], (), self.chunked)
         return [i for piece in pieces for i in self.encode_texts([piece]).tolist()]
 
     def encode_iterable(self, iterable):
@@ -863,14 +816,22 @@ class Tokenizer:
         The same ids as of `encode` on the whole text, in constant memory. (With a pattern that is
         not in PATTERNS: in memory for the longest text between two special tokens.)
         """
-        for piece in cut_stream(map(utf8, iterable), [*map(utf8, self.special_tokens)], self.chunked):
-            parts = self.split_added(piece.decode())
-            ids = self.encode_texts([*map(utf8, parts[::2])])
-            ids[ids == self.vocab_size] = parts[1::2]
+        specials = {utf8(token): i for token, i in self.special_tokens.items()}
+        for piece in cut_stream(map(utf8, iterable), specials, self.chunked):
+            texts, at, found = split_at(specials, piece), 0, []
+            for text in texts[:-1]:
+                at += len(text)
+                token = max((s for s in specials if piece.startswith(s, at)), key=len)
+                at += len(token)
+                found.append(specials[token])
+            ids = self.encode_texts(texts)
+            ids[ids == self.vocab_size] = found
             yield from ids.tolist()
 
     def encode_texts(self, texts):
         """List of UTF-8 texts -> their ids, int32, with `vocab_size` between them."""
+        for form in self.forms if not all(map(bytes.isascii, texts)) else ():
+            texts = [utf8(unicodedata.normalize(form, text.decode())) for text in texts]
         if self.chunked:
             block = b"\xff".join(texts)
             start = find_cuts(block)
@@ -881,9 +842,7 @@ class Tokenizer:
             start = np.cumsum(length) - length
         if not block:
             return np.zeros(0, np.int32)
-        vast = len(block) > 1 << 15
-        if not self.chunks or self.chunks.count > 1 << 18 or len(block) > self.chunks.room or (
-                vast and self.known is None):
+        if not self.chunks or self.chunks.count > 1 << 18 or len(block) > self.chunks.room:
             self.forget(len(block))
         values = self.chunks.lookup(block, start, length)
         if self.chunks.new:
@@ -892,7 +851,7 @@ class Tokenizer:
 
     def split(self, text):
         """A text -> list of pre-tokens, UTF-8, by the steps of a tokenizer.json: what a pattern
-        matches is a piece, and what lies between. Raises TimeoutError."""
+        matches is a piece, and so is what lies between. Raises TimeoutError."""
         pieces, limit = [text], 5 + len(text) / 1e5  # a stranger's pattern may take for ever
         for step, pattern in zip(self.steps, self.compiled):
             texts, pieces, end = pieces, [], time.monotonic() + limit
@@ -906,56 +865,31 @@ class Tokenizer:
                 pieces.append(text[at:])
         return [piece.encode() for piece in pieces if piece]
 
-    def is_plain(self, text, start):
+    def is_word(self, text, start):
         """Which chunks are certainly one pre-token? Letters after at most one space are, to all
-        of PATTERNS, but for capitals in camelCase."""
-        if not self.chunked or self.pattern == CHAR_PATTERN:
+        of PATTERNS but o200k, which splits camelCase, and char."""
+        if not self.chunked or self.pattern == PATTERNS["char"]:
             return np.full(len(start), not self.chunked)
         letter = (text | (0 if self.pattern == PATTERNS["o200k"] else 32)) - np.uint8(97) < 26
         letter[start] |= text[start] == ord(" ")
         return np.logical_and.reduceat(letter, start)
 
-    def merge(self, text, length):
-        """`Merger.merge`, but for words that are in the vocabulary if that sets `ignore_merges`."""
-        end, raw = np.cumsum(length), text.tobytes()
-        words = zip((end - length).tolist(), end.tolist()) if self.whole else ()
-        whole = np.array([self.whole.get(raw[i:j], -1) for i, j in words], np.int32)
-        if not self.whole or (whole < 0).all():
-            return self.merger.merge(text, length)
-        rest, n = np.flatnonzero(whole < 0), np.ones(len(whole), np.int64)
-        if len(rest):
-            ids, n[rest] = self.merger.merge(text[spans((end - length)[rest], length[rest])], length[rest])
-        out = np.repeat(whole, n)
-        if len(rest):
-            out[out < 0] = ids
-        return out, n
-
     def forget(self, room):
-        """Empty the table of chunks, except for the words of the vocabulary, which are 9 of 10
-        chunks. These are their own ids, as far as merging them says so."""
+        """Empty the table of chunks, but for the byte that stands between texts."""
         self.chunks = Chunks(room)
-        if self.known is None and room > 1 << 15:
-            tokens = {t: None for t in reversed(self.vocab.values()) if t}
-            length, text = np.array([*map(len, tokens)], np.int64), np.frombuffer(b"".join(tokens), np.uint8)
-            word = np.flatnonzero(self.is_plain(text, np.cumsum(length) - length))
-            text, length = text[spans((np.cumsum(length) - length)[word], length[word])], length[word]
-            ids, n = self.merge(text, length) if len(word) else (np.zeros(0, np.int32), length)
-            start, one = np.cumsum(length) - length, n == 1
-            self.known = text.tobytes() + b"\xff", np.append(start[one], len(text)), np.append(length[one], 1)
-            self.known_ids = np.append(ids[np.cumsum(n)[one] - 1], self.vocab_size)
-        known = self.known or (b"\xff", np.zeros(1, np.int64), np.ones(1, np.int64))
-        slot, _ = self.chunks.table.find(*keys(*known), add=True)
-        self.chunks.table.value[slot] = self.known_ids if self.known else self.vocab_size
-        # of those with several ids, or none, by number: where in `ids` they are
+        slot, _ = self.chunks.table.find(*keys(b"\xff", np.array([0]), np.array([1])), add=True)
+        self.chunks.table.value[slot] = self.vocab_size
+        # of chunks with several ids, or none, by number: where in `ids` they are
         self.start, self.length = np.zeros((2, len(self.chunks.table.value)), np.int64)
         self.ids = np.zeros(0, np.int32)
 
     def learn(self):
         """Encode the new chunks: words are merged; others are split into pre-tokens, which are
-        looked up, and merged if they are new in their turn."""
+        looked up, and merged if they are new in their turn. A chunk with one id has it as its
+        value in the table, others keep ~number."""
         number, slot, n, text = self.chunks.take_new()
         start, parts = np.cumsum(n) - n, np.ones(len(n), np.int64)
-        hard = np.flatnonzero(~self.is_plain(text, start))
+        hard = np.flatnonzero(~self.is_word(text, start))
         rest, split = text[spans(start[hard], n[hard])].tobytes(), self.compiled[0].findall
         ends = np.cumsum(n[hard]).tolist()
         found = [split(rest[i:j].decode()) for i, j in zip([0, *ends], ends)]
@@ -966,13 +900,12 @@ class Tokenizer:
         self.chunks.new.append((number[one], slot[one], n[one], text[spans(start[one], n[one])]))
         values = self.chunks.lookup(rest, (np.cumsum(length) - length)[several], length[several])
         word, slot, n, text = self.chunks.take_new()
-        ids, n = self.merge(text, n)
+        ids, n = self.merger.merge(text, n)
         self.store(word, ids, n)
         self.chunks.table.value[slot[n == 1]] = ids[np.cumsum(n)[n == 1] - 1]
         if not one.all():
             ids, n = self.expand(values)
-            parts = parts[~one]
-            self.store(number[~one], ids, np.add.reduceat(n, np.cumsum(parts) - parts))
+            self.store(number[~one], ids, np.add.reduceat(n, np.cumsum(parts[~one]) - parts[~one]))
 
     def store(self, number, ids, n):
         """Keep the ids of these numbers, each of which has n."""
@@ -993,7 +926,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """Ids (a list, an array or a tensor) -> bytes, special tokens included. Ids outside the
-        vocabulary, such as a model with a padded one may say, are nothing."""
+        vocabulary, which a model with a padded one may say, are nothing."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         return b"".join([self.vocab.get(i, b"") for i in ids])
 
@@ -1006,29 +939,28 @@ class Tokenizer:
     def to_json(self):
         """The text of a tokenizer.json, which `tokenizers` and `transformers` read."""
         if self.text:
-            return self.text
-        names = {token: codecs.charmap_decode(token, "strict", BYTES)[0] for token in self.vocab.values()}
-        names |= {utf8(token): token for token in self.special_tokens}
-        if len({*names.values()}) < len(names):
-            raise ValueError("a special token is written as other bytes are in a tokenizer.json, where "
-                             "each byte is a character such as é or Ġ: choose another")
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        steps = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
-                 for step in self.steps]
+            return self.text  # as it was read
+        name = {t: codecs.charmap_decode(t, "strict", BYTES)[0] for t in self.vocab.values()}
+        name |= {utf8(token): token for token in self.special_tokens}
+        if len({*name.values()}) < len(name):
+            raise ValueError("a special token looks like one of the characters that stand for bytes "
+                             "in a tokenizer.json, é or Ġ for instance")
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                 "use_regex": False}
+        split = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated",
+                  "invert": False} for step in self.steps]
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        return json.dumps({
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": token, **flags, "special": True}
-                             for token, i in self.special_tokens.items()],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, level]},
-            "post_processor": None, "decoder": level | {"use_regex": True},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
-                      "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
-                      "ignore_merges": self.ignore_merges,
-                      "vocab": {names[token]: i for i, token in sorted(self.vocab.items())},
-                      "merges": [f"{names[a]} {names[b]}" for a, b in self.merges]},
-        }, ensure_ascii=False, indent=1)
+        added = [{"id": i, "content": token, **flags, "special": True}
+                 for token, i in self.special_tokens.items()]
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                 "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": False,
+                 "ignore_merges": self.ignore_merges,
+                 "vocab": {name[token]: i for i, token in sorted(self.vocab.items())},
+                 "merges": [f"{name[a]} {name[b]}" for a, b in self.merges]}
+        parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+                 "normalizer": None, "post_processor": None, "decoder": level, "model": model,
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, level]}}
+        return json.dumps(parts, ensure_ascii=False, indent=1)
 
     def save(self, path):
         """Write tokenizer.json to `path`, or into it if it is a folder."""
@@ -1043,17 +975,17 @@ class Tokenizer:
         try:
             data = json.loads(text)
             model, added, form = data["model"], data.get("added_tokens") or [], data.get("normalizer")
-            if model.get("type", "BPE") != "BPE" or '"ByteLevel"' not in json.dumps(data["pre_tokenizer"]):
-                raise ValueError("it is not byte-level BPE")
-            if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-                raise ValueError("prefixes and suffixes of words are not supported")
             forms = [part["type"] for part in form.get("normalizers", [form])] if form else []
-            if not {*forms} <= {"NFC", "NFD", "NFKC", "NFKD"}:
-                raise ValueError(f"normalizer {forms} is not supported")
-            vocab, merges = from_names(model["vocab"], model["merges"])
+            odd = {*forms} - {"NFC", "NFD", "NFKC", "NFKD"} | {model.get("type", "BPE")} - {"BPE"}
+            odd |= {key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
+            odd |= {flag for token in added for flag in ("single_word", "lstrip", "rstrip")
+                    if token.get(flag, False) is not False}
+            if odd or '"ByteLevel"' not in json.dumps(data["pre_tokenizer"]):
+                raise ValueError(f"only plain byte-level BPE is supported, without {odd or 'others'}")
+            vocab, triples = from_names(model["vocab"], model["merges"])
             specials = {token["content"]: token["id"] for token in added}
-            vocab |= {i: utf8(content) for content, i in specials.items() if content in model["vocab"]}
-            tokenizer = cls(vocab, merges, specials, read_steps(data["pre_tokenizer"]), added=added,
+            vocab |= {i: utf8(token) for token, i in specials.items() if token in model["vocab"]}
+            tokenizer = cls(vocab, triples, specials, read_steps(data["pre_tokenizer"]),
                             forms=forms, ignore_merges=bool(model.get("ignore_merges")))
         except MALFORMED as error:
             raise ValueError(f"{type(error).__name__} {error}") from None
@@ -1062,9 +994,9 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path, special_tokens=None, pattern=None):
-        """Read a tokenizer: a tokenizer.json, GPT-2's vocab.json with merges.txt beside it, or a
-        folder that holds either; or a .tiktoken file of ranks. For the latter two `special_tokens`
-        and `pattern` (as of the constructor) are known if they are GPT-2's or OpenAI's.
+        """Read a tokenizer.json, GPT-2's vocab.json with merges.txt beside it, a folder that holds
+        either, or a .tiktoken file of ranks. For those without them, `special_tokens` and
+        `pattern` (as of the constructor) are known if they are GPT-2's or OpenAI's.
 
         Raises ValueError or OSError.
         """
@@ -1076,7 +1008,7 @@ class Tokenizer:
             text = file.read()
         try:
             if path.endswith(".tiktoken"):
-                family = pattern or os.path.basename(path).split("_")[0].removesuffix(".tiktoken")
+                family = pattern or regex.split(r"[_.]", os.path.basename(path))[0]
                 if not pattern and family not in TIKTOKEN:
                     raise ValueError(f"its name is none of {', '.join(TIKTOKEN)}: give its pattern")
                 known, tokens = TIKTOKEN.get(family, (family, [EOT]))
@@ -1087,56 +1019,40 @@ class Tokenizer:
                 return cls.from_json(text)
             with open(os.path.join(os.path.dirname(path), "merges.txt"), encoding="utf-8") as file:
                 lines = file.read().split("\n")
-            lines = filter(None, lines[lines[0].startswith("#version") :])
+            vocab = from_names(names, [*filter(None, lines[lines[0].startswith("#version") :])])
             if special_tokens is None and EOT in names:
                 special_tokens = [EOT]
-            return cls(*from_names(names, lines), special_tokens, pattern or "gpt2")
+            return cls(*vocab, special_tokens, pattern or "gpt2")
         except (ValueError, *MALFORMED) as error:
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
 
 
-# -----------------------------------------------------------------------------
-# 9. Files of other tools.
-
-# GPT-2's way of writing bytes in JSON: printable Latin-1 stands for itself, the other bytes are
-# U+0100, U+0101, ... This is the character of each byte, in order.
-_SELF = {*range(33, 127), *range(161, 173), *range(174, 256)}
-_OTHER = itertools.count(256)
-BYTES = "".join(chr(b if b in _SELF else next(_OTHER)) for b in range(256))
-# what reading damaged JSON, or JSON of something else, raises besides ValueError
-MALFORMED = (KeyError, TypeError, AttributeError, IndexError, RecursionError, regex.error)
-TIKTOKEN = {  # of OpenAI's .tiktoken files, by the beginning of their names: pattern, special tokens
-    "gpt2": ("gpt2", {EOT: 50256}), "r50k": ("gpt2", {EOT: 50256}), "p50k": ("gpt2", {EOT: 50256}),
-    "cl100k": ("cl100k", {EOT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
-                          "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
-    "o200k": ("o200k", {EOT: 199999, "<|endofprompt|>": 200018}),
-}
-
-
 def from_names(names, merges):
     """The vocabulary and merges of a tokenizer.json or of vocab.json and merges.txt
-    -> ({id: bytes}, list of pairs of bytes). Names that are not made of BYTES are text."""
-    table, token = codecs.charmap_build(BYTES), {}
-    for name in names:
+    -> ({id: bytes}, `Merger`'s triples). Names that are not made of BYTES are text."""
+    table, vocab = codecs.charmap_build(BYTES), {}
+    for name, i in names.items():
         try:
-            token[name] = codecs.charmap_encode(name, "strict", table)[0]
+            vocab[i] = codecs.charmap_encode(name, "strict", table)[0]
         except UnicodeEncodeError:
-            token[name] = utf8(name)
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    return {i: token[name] for name, i in names.items()}, [(token[a], token[b]) for a, b in pairs]
+            vocab[i] = utf8(name)
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    pairs = [*map(names.__getitem__, itertools.chain.from_iterable(merges))]
+    merged = [*map(names.__getitem__, map("".join, merges))]
+    return vocab, np.column_stack([np.array(pairs, np.int64).reshape(len(merged), 2), merged])
 
 
 def from_ranks(text):
-    """A .tiktoken file: in each line a token in base64 and its rank -> ({id: bytes}, merges).
+    """A .tiktoken file: in each line a token in base64 and its rank -> as `from_names`.
     It has no list of merges: any two tokens merge whose bytes together are a token, and those
     that make the token of the lowest rank merge first."""
     lines = (line.split() for line in text.split("\n") if line.strip())
     rank = {base64.b64decode(token, validate=True): int(number) for token, number in lines}
-    lengths = {*map(len, rank)}  # only these are tried, since a token may be very long
-    merges = [(token[:i], token[i:]) for token in sorted(rank, key=rank.get)
-              for i in (sorted(lengths) if len(token) > 99 else range(1, len(token)))
-              if token[:i] in rank and token[i:] in rank]
-    return {i: token for token, i in rank.items()}, merges
+    lengths = sorted({*map(len, rank)})  # only these are tried, since a token may be very long
+    triples = [(rank[token[:i]], rank[token[i:]], rank[token])
+               for token in sorted(rank, key=rank.get) for i in lengths
+               if i < len(token) and token[:i] in rank and token[i:] in rank]
+    return {i: token for token, i in rank.items()}, np.array(triples, np.int64)
 
 
 def read_steps(part):
@@ -1154,7 +1070,7 @@ def read_steps(part):
 
 
 # -----------------------------------------------------------------------------
-# 10. .bin files: a header of 256 int32, then token ids.
+# 9. .bin files: a header of 256 int32, then token ids.
 
 
 def bin_header(tokenizer, tokens, text_bytes):
@@ -1174,30 +1090,20 @@ def read_bin(path):
     is nanoGPT's: uint16 from the first byte on. Raises ValueError for what is no .bin."""
     with open(path, "rb") as file:
         head, size = file.read(1024), os.path.getsize(path)
-    header = np.frombuffer(head, "<i4") if len(head) == 1024 else np.zeros(2)
+    header = np.frombuffer(head.ljust(1024), "<i4")
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2].tolist()))
-    offset = 1024 if dtype else 0
-    dtype = np.dtype(dtype or "<u2")
-    is_text = not offset and head and b"\0" not in head and is_utf8(head)
-    if (size - offset) % dtype.itemsize or is_text or head.startswith((b"PK\3\4", b"\x1f\x8b", b"PAR1")):
+    offset, dtype = 1024 if dtype else 0, np.dtype(dtype or "<u2")
+    text = head[:1000].decode("utf-8", "replace").rstrip("\ufffd")  # ids have zeros, or are no UTF-8
+    if (size - offset) % dtype.itemsize or not offset and (
+            head.startswith((b"PK\3\4", b"\x1f\x8b", b"PAR1")) or text and not {"\0", "\ufffd"} & {*text}):
         raise ValueError(f"{path} is no .bin, or its {size:,} bytes do not fit whole tokens")
     ids = np.memmap(path, dtype, "r", offset) if size > offset else np.zeros(0, dtype)
     return ids, header if offset else None
 
 
-def is_utf8(raw):
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(raw)
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
 def encode_block(block, tokenizer, text_key):
     """A block of `read_blocks` -> (array of ids, bytes of the file, of text, and invalid ones)."""
     documents, invalid = to_documents(block, text_key=text_key)
-    if tokenizer.forms and not all(map(bytes.isascii, documents)):
-        documents = [utf8(tokenizer.normalize(d.decode())) for d in documents]
     ids = tokenizer.encode_texts(documents)
     ids[ids == tokenizer.vocab_size] = tokenizer.eot_id
     return ids.astype(tokenizer.dtype), len(block[2]), sum(map(len, documents)), invalid
@@ -1219,60 +1125,54 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
     names = ("train.bin", "val.bin") if val_paths or val_fraction else ("train.bin",)
     names = [os.path.join(out, name) for name in names]
     tokens, text_bytes, lost, bad, start = [0, 0], [0, 0], 0, 0, time.monotonic()
+    job = functools.partial(encode_block, tokenizer=tokenizer, text_key=text_key)
     with contextlib.ExitStack() as stack:
         bins = [stack.enter_context(replacing(name)) for name in names]
         for file in bins:
             file.write(bytes(1024))
         for files, fraction in ((paths, 0 if val_paths else val_fraction), (val_paths, 1)):
-            if not files:
-                continue
-            job = functools.partial(encode_block, tokenizer=tokenizer, text_key=text_key)
-            results = parallel(job, read_blocks(files, chunked=tokenizer.chunked), num_proc or default_processes(files))
-            stack.callback(results.close)
-            seen = done = 0
+            blocks, seen, done = read_blocks(files, chunked=tokenizer.chunked), 0, 0
+            results = parallel(job, blocks, processes(num_proc, files))
+            stack.callback(results.close)  # ends the processes whatever happens
             for ids, size, decoded, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
                 ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
-                number = seen + np.arange(len(ends) + 1)
+                share = np.floor((seen + np.arange(len(ends) + 2)) * fraction)
                 seen += len(ends)
-                chosen = np.floor((number + 1) * fraction) > np.floor(number * fraction)
-                chosen = np.repeat(chosen, np.diff(ends, prepend=0, append=len(ids)))
-                for i, mine in zip(range(len(bins)), (~chosen, chosen)):
-                    bins[i].write(ids[mine])
-                    tokens[i] += np.count_nonzero(mine)
-                    text_bytes[i] += int(sizes.take(ids[mine]).sum())
+                to_val = np.repeat(np.diff(share) > 0, np.diff(ends, prepend=0, append=len(ids)))
+                for i in range(len(bins)):
+                    mine = ids[to_val == i] if fraction else ids
+                    bins[i].write(mine)
+                    tokens[i] += len(mine)
+                    text_bytes[i] += int(sizes.take(mine).sum())
                 done, lost, bad = done + size, lost + decoded, bad + invalid
                 progress("bytes encoded", done, text_size(files), start)
         if not all(tokens[: len(bins)]):
-            raise ValueError("there are too few documents for both train.bin and val.bin: "
-                             "--val_fraction 0, a larger one, or --val_input")
+            raise ValueError("too few documents for train.bin and val.bin both: --val_fraction 0, "
+                             "or a larger one, or --val_input")
         for file, *numbers in zip(bins, tokens, text_bytes):
             file.seek(0)
             file.write(bin_header(tokenizer, *numbers))
     if bad:
         print(f"{bad:,} bytes were not UTF-8 and became U+FFFD", file=sys.stderr)
     if lost > sum(text_bytes) and not tokenizer.forms:
-        print(f"{lost - sum(text_bytes):,} bytes are in no token of this vocabulary and were left out",
-              file=sys.stderr)
+        print(f"{lost - sum(text_bytes):,} bytes are in no token of this vocabulary and were left "
+              "out", file=sys.stderr)
     for name, n, size in zip(names, tokens, text_bytes):
         print(f"{name}: {n:,} tokens, {size:,} bytes of text, {size / n:.2f} bytes per token")
 
 
 # -----------------------------------------------------------------------------
-# 11. The command line.
+# 10. The command line.
 
 
 def stdlib_files():
     """The Python standard library's own source, which comes with every Python: a corpus of
     several MB that needs no download."""
-    root = sysconfig.get_paths()["stdlib"]
-    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - skip)
-        paths = (os.path.join(folder, n) for n in sorted(names) if n.endswith((".py", ".txt")))
-        files += [path for path in paths if os.path.getsize(path)]
-    return files
+    root, skip = sysconfig.get_paths()["stdlib"], regex.compile(r"-packages|\btests?\b|idle_test")
+    files = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return sorted(path for path in files if path.endswith((".py", ".txt"))
+                  and os.path.getsize(path) and not skip.search(path[len(root) :]))
 
 
 def show(text, tokenizer):
@@ -1292,22 +1192,19 @@ def show(text, tokenizer):
     print("\n".join(table))
 
 
-def train(out, paths, vocab_size=4096, special_tokens=(EOT,), pattern="gpt2", num_proc=None,
-          text_key="text"):
+def train(out, paths, vocab_size, special_tokens, pattern, num_proc=None, text_key="text"):
     """The command: learn a tokenizer and save it."""
     start = time.monotonic()
     os.makedirs(out, exist_ok=True)
     Tokenizer({i: bytes([i]) for i in range(256)}, [], special_tokens).to_json()  # can it be saved?
     if pattern == "char":  # the vocabulary is the characters of the text
-        blocks = (to_documents(b, text_key=text_key)[0] for b in read_blocks(paths))
-        chars = sorted({c for documents in blocks for text in documents for c in text.decode()})
-        tokenizer = Tokenizer(dict(enumerate(map(utf8, chars))), [], [EOT], CHAR_PATTERN,
+        documents = (d for b in read_blocks(paths) for d in to_documents(b, text_key=text_key)[0])
+        chars = sorted(set().union(*(document.decode() for document in documents)))
+        tokenizer = Tokenizer(dict(enumerate(map(utf8, chars))), [], [EOT], pattern,
                               ignore_merges=True)
     else:
         learned = train_bpe(paths, vocab_size, special_tokens, pattern, num_proc, text_key)
         tokenizer = Tokenizer(*learned, special_tokens, pattern)
-        if len(learned[0]) < vocab_size:
-            print(f"the text has pairs for {len(learned[0]):,} tokens only", file=sys.stderr)
     tokenizer.save(out)
     print(f"{os.path.join(out, 'tokenizer.json')}: {len(tokenizer.vocab):,} tokens, "
           f"in {time.monotonic() - start:.1f} s")
@@ -1318,88 +1215,73 @@ def decode(tokenizer, path, max_tokens):
     """The command: a .bin as text on the standard output."""
     ids = read_bin(path)[0][:max_tokens]
     if len(ids) and ids.max() >= tokenizer.vocab_size:
-        raise ValueError(f"id {ids.max()} of {path} is not in the vocabulary of {tokenizer.vocab_size}")
+        raise ValueError(f"id {ids.max()} of {path} is not in the vocabulary")
     raw = (tokenizer.decode_bytes(ids[i : i + 65536]) for i in range(0, len(ids), 65536))
     for text in codecs.iterdecode(raw, "utf-8", "replace"):
         sys.stdout.buffer.write(utf8(text))
     sys.stdout.buffer.flush()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"bpe.py: error: {message} (--help says more)\n")
-
-
 def parse_args():
     """The arguments of the command line. Exits with code 2 for wrong ones."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description="Byte-level BPE: train a tokenizer, encode text files to .bin, and back. "
         "Without arguments: all of it, on Python's standard library, into data/stdlib.")
-    commands = parser.add_subparsers(dest="command", metavar="{train,encode,decode,show}")
-    train = commands.add_parser("train", help="learn a vocabulary from text")
-    encode = commands.add_parser("encode", help="text to train.bin and val.bin")
-    decode = commands.add_parser("decode", help="a .bin to text on the standard output")
-    show = commands.add_parser("show", help="cut a text into coloured tokens")
-    show.add_argument("text")
-    for add in train.add_argument, encode.add_argument:
-        add("--input", required=True, nargs="+", metavar="FILE", help="text with <|endoftext|> "
-            "between documents, or JSON lines (.jsonl .ndjson .json); any as .gz")
-        add("--text_key", default="text", help="what holds the text in JSON lines (default text)")
-        add("--out", required=True, metavar="DIR", help="where to leave the files")
-        add("--num_proc", type=int, help="processes (default: one per 8 MB, at most one per core); "
-            "the output does not depend on it")
-    for add in encode.add_argument, decode.add_argument, show.add_argument:
-        add("--tokenizer", metavar="FILE", default=STDLIB, help="tokenizer.json, vocab.json with "
-            f"merges.txt beside it, a folder of these, or .tiktoken (default {STDLIB})")
-        add("--tokenizer_pattern", help="the pattern of a .tiktoken of unknown name")
-    add = train.add_argument
-    add("--vocab_size", type=int, default=10000, help="tokens (default 10000)")
-    add("--pattern", default="gpt2", help=f"where to cut text before merging: {', '.join(PATTERNS)} "
-        "or a regular expression; char: each character is a token, nothing is merged (default gpt2)")
+    parser.error = lambda message: parser.exit(2, f"bpe.py: error: {message} (see --help)\n")
+    add = parser.add_argument
+    add("command", nargs="?", choices=["train", "encode", "decode", "show"])
+    add("text", nargs="?", default="Tokenizers aren't magic.", help="for show")
+    add("--input", nargs="+", metavar="FILE", help="text with <|endoftext|> between documents, or "
+        "JSON lines (.jsonl .ndjson .json), any as .gz; for decode: a .bin")
+    add("--text_key", default="text", help="what holds the text in JSON lines (default text)")
+    add("--out", metavar="DIR", help="where to leave tokenizer.json, train.bin and val.bin")
+    add("--tokenizer", metavar="FILE", default=STDLIB, help="tokenizer.json, vocab.json with "
+        f"merges.txt beside it, a folder of these, or .tiktoken (default {STDLIB})")
+    add("--vocab_size", type=int, default=10000, help="tokens to learn (default 10000)")
+    add("--pattern", help=f"where to cut text before merging: {', '.join(PATTERNS)} (each character "
+        "is a token) or a regular expression (default gpt2); also of a .tiktoken of unknown name")
     add("--special_tokens", nargs="*", default=[EOT], metavar="TOKEN",
         help=f"strings that are one token each (default {EOT})")
-    encode.add_argument("--val_fraction", type=float, default=0.01, metavar="F",
+    add("--val_fraction", type=float, default=0.01, metavar="F",
         help="share of the documents that goes to val.bin (default 0.01)")
-    encode.add_argument("--val_input", default=(), nargs="+", metavar="FILE",
-        help="make val.bin of these, and train.bin of all of --input")
-    decode.add_argument("--input", required=True, metavar="FILE", help=".bin")
-    decode.add_argument("--max_tokens", type=int, help="stop after so many tokens")
+    add("--val_input", default=(), nargs="+", metavar="FILE", help="make val.bin of these instead")
+    add("--max_tokens", type=int, help="decode so many (default all)")
+    add("--num_proc", type=int, help="processes (default: one per 8 MB, at most one per core); "
+        "the output does not depend on it")
     args = parser.parse_args()
-    if args.command == "encode" and not 0 <= args.val_fraction < 1:
+    if not args.input and args.command in ("train", "encode", "decode") or (
+            not args.out and args.command in ("train", "encode")):
+        parser.error(f"{args.command} needs --input, and --out unless it is decode")
+    if not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
     return args
-
-
-def run(args):
-    """Do what the command line asks for."""
-    if args.command is None:
-        files = stdlib_files()
-        print(f"Python's standard library: {len(files):,} files")
-        encode_files(train(STDLIB, files), files, STDLIB)
-    elif args.command == "train":
-        train(args.out, args.input, args.vocab_size, args.special_tokens, args.pattern,
-              args.num_proc, args.text_key)
-    elif args.command == "show" and args.tokenizer == STDLIB and not os.path.exists(
-            os.path.join(STDLIB, "tokenizer.json")):
-        print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
-        show(args.text, Tokenizer(*train_bpe(stdlib_files(), 4096), [EOT]))
-    else:
-        tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.tokenizer_pattern)
-        if args.command == "show":
-            show(args.text, tokenizer)
-        elif args.command == "decode":
-            decode(tokenizer, args.input, args.max_tokens)
-        else:
-            encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
-                         args.num_proc, args.text_key)
-            tokenizer.save(args.out)  # beside the .bin files, where the next stage looks for it
 
 
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     args = parse_args()
     try:
-        run(args)
+        if args.command is None:
+            files = stdlib_files()
+            print(f"Python's standard library: {len(files):,} files")
+            encode_files(train(STDLIB, files, 4096, [EOT], "gpt2"), files, STDLIB)
+        elif args.command == "train":
+            train(args.out, args.input, args.vocab_size, args.special_tokens,
+                  args.pattern or "gpt2", args.num_proc, args.text_key)
+        elif args.command == "show" and args.tokenizer == STDLIB and not os.path.exists(
+                os.path.join(STDLIB, "tokenizer.json")):
+            print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
+            show(args.text, Tokenizer(*train_bpe(stdlib_files(), 4096), [EOT]))
+        else:
+            tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.pattern)
+            if args.command == "show":
+                show(args.text, tokenizer)
+            elif args.command == "decode":
+                decode(tokenizer, args.input[0], args.max_tokens)
+            else:
+                encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
+                             args.num_proc, args.text_key)
+                tokenizer.save(args.out)  # beside the .bin files, where the next stage looks for it
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
