@@ -1,5 +1,4 @@
-"""
-Byte-pair encoding, from raw text to token ids: the tokenizer stage.
+"""Byte-pair encoding, from raw text to token ids: the tokenizer stage.
 
     python bpe.py                                  # train and encode Python's own standard library
     python bpe.py show "Tokenizers aren't magic."  # one text through four kinds of tokenizer
@@ -14,10 +13,9 @@ on bytes: Radford et al. 2019) starts from the 256 bytes, so nothing is ever unk
 one token at a time: the most frequent pair of neighbours becomes a token of its own.
 
 Python takes its time for each object, numpy does not: after the textbook's version (section 2)
-this file works on thousands of words at a time. It writes tokenizer.json, Hugging Face's format
-for byte-level BPE, and .bin files of token ids (see `bin_header`).
+this file works on thousands of words at a time.
 """
-import argparse, base64, codecs, collections, contextlib, functools, glob, gzip, heapq, io
+import argparse, base64, codecs, collections, contextlib, functools, gc, glob, gzip, heapq, io
 import itertools, json, os, sys, sysconfig, time, unicodedata, zlib
 
 if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.07 CPU-seconds
@@ -28,13 +26,10 @@ import regex
 STDLIB = os.path.join("data", "stdlib")  # where a bare `python bpe.py` leaves its data
 EOT = "<|endoftext|>"  # stands between documents in .txt files; its id ends every document
 
-# -----------------------------------------------------------------------------
 # 1. Three simple tokenizers. Each has encode(text) -> ids and decode(ids) -> text.
 
-
 class CharTokenizer:
-    """One token per character, its Unicode code point: CharTokenizer().encode("hé") == [104, 233]
-    """
+    """One token per character, its Unicode code point: "hé" is [104, 233]."""
     vocab_size = 0x110000  # 1.1 million: most of the embedding table would never be trained
 
     def encode(self, text):
@@ -43,9 +38,8 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join(map(chr, ids))
 
-
 class ByteTokenizer:
-    """One token per byte of UTF-8: ByteTokenizer().encode("hé") == [104, 195, 169]"""
+    """One token per byte of UTF-8: "hé" is [104, 195, 169]."""
     vocab_size = 256  # tiny, but the sequences are the longest
 
     def encode(self, text):
@@ -54,15 +48,8 @@ class ByteTokenizer:
     def decode(self, ids):
         return bytes(ids).decode("utf-8", errors="replace")
 
-
 class WordTokenizer:
-    """One token per word of a training text; every other word becomes UNK.
-
-    >>> t = WordTokenizer("to be or not to be")
-    >>> t.decode(t.encode("to be or bee"))
-    'to be or<UNK>'
-    """
-
+    """One token per word of a training text; every other word becomes <UNK>."""
     def __init__(self, corpus):
         self.words = ["<UNK>", *dict.fromkeys(regex.findall(PATTERNS["gpt2"], corpus))]
         self.ids = {word: i for i, word in enumerate(self.words)}
@@ -74,7 +61,6 @@ class WordTokenizer:
     def decode(self, ids):
         return "".join(self.words[i] for i in ids)
 
-
 def utf8(text):
     """str -> UTF-8 bytes. Python strings may hold halves of surrogate pairs, which UTF-8 can not
     say: pairs are joined, and a half alone becomes U+FFFD."""
@@ -83,17 +69,10 @@ def utf8(text):
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-
-# -----------------------------------------------------------------------------
 # 2. Byte-pair encoding as in a textbook.
 
-
 def merge_pair(word, pair):
-    """Replace each occurrence of the pair by their concatenation, from left to right.
-
-    >>> merge_pair((b"a", b"a", b"a", b"b"), (b"a", b"a"))
-    (b'aa', b'a', b'b')
-    """
+    """Join each occurrence of the pair, from left to right: of aaab, the pair aa makes aa a b."""
     out, i = [], 0
     while i < len(word):
         if word[i : i + 2] == pair:
@@ -104,13 +83,11 @@ def merge_pair(word, pair):
             i += 1
     return tuple(out)
 
-
 def learn_merges_naive(words, n_merges):
     """The whole algorithm. Every merge looks at every word again, so it is slow: hours for what
     `learn_merges` does in a second, with equal results.
 
-    words: {bytes: how often that word occurs}. Returns the merges in order, as pairs of bytes.
-    """
+    words: {bytes: how often that word occurs}. Returns the merges in order, as pairs of bytes."""
     words, merges = {tuple(bytes([b]) for b in word): n for word, n in words.items()}, []
     while len(merges) < n_merges:
         counts = collections.Counter()
@@ -126,8 +103,6 @@ def learn_merges_naive(words, n_merges):
         words = {merge_pair(word, best): n for word, n in words.items()}
     return merges
 
-
-# -----------------------------------------------------------------------------
 # 3. Pre-tokens: a regular expression first cuts text into words, numbers, punctuation and white
 # space, and merges never cross these cuts. Otherwise "dog." and "dog!" would become tokens.
 
@@ -144,7 +119,6 @@ PATTERNS = {
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "char": r"[\s\S]",  # every character by itself, as nanoGPT's character-level models have it
 }
-
 
 def find_cuts(block):
     r"""Offsets at which each of PATTERNS starts a new pre-token whatever else the text holds.
@@ -172,15 +146,12 @@ def find_cuts(block):
     cut[:1] = True
     return np.flatnonzero(cut)
 
-
-# -----------------------------------------------------------------------------
 # 4. The chunk table. Text repeats itself: 11 MB of children's stories hold 2.5 million chunks
 # between cuts, of which 13,000 are distinct. So all work is done once per distinct chunk, and
 # what is left is to look chunks up, thousands at once, without making a Python object of any.
 
 LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # masks of the n low bytes
 ODD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)
-
 
 class Table:
     """A hash table from keys of two uint64, not both 0, to an int32, for thousands of keys at
@@ -209,10 +180,8 @@ class Table:
             slot[miss] = (slot[miss] + 1) & (len(self.head) - 1)
         return slot, np.concatenate(new)
 
-
 def keys(block, start, length):
-    """Chunks of a block (bytes), in order -> keys for a `Table`: 15 bytes, and how many they are.
-    """
+    """Chunks of a block, in order -> keys for a `Table`: up to 15 bytes, and how many they are."""
     low = start[0]
     text = block[low : start[-1] + 16] + bytes(23)
     words = np.ndarray(len(text) - 7, np.uint64, text, strides=1).copy()  # 8 bytes from each place
@@ -225,13 +194,11 @@ def keys(block, start, length):
         head[i], tail[i] = np.array([hash(chunk), hash(chunk + b"+")]).view(np.uint64)
     return head, tail
 
-
 def spans(start, n):
     """start[0], start[0] + 1, ... of which there are n[0], then start[1], ..."""
     index = np.repeat(start - np.cumsum(n) + n, n)
     index += np.arange(len(index))
     return index
-
 
 class Chunks:
     """Numbers the distinct chunks in blocks of at most `room` bytes, in order of first sight."""
@@ -261,10 +228,7 @@ class Chunks:
         new, self.new = map(np.concatenate, zip(*self.new)), []
         return new
 
-
-# -----------------------------------------------------------------------------
 # 5. Merging many words at once.
-
 
 class Merger:
     """The merges of a vocabulary, applied to many words at once.
@@ -371,13 +335,10 @@ class Merger:
         pairs = (self.pairs.head[at] - 1 << np.uint64(32)) + self.pairs.tail[at] - 1
         return dict(zip(pairs.tolist(), self.pairs.value[at].tolist()))
 
-
-# -----------------------------------------------------------------------------
 # 6. Reading documents, and worker processes.
 
 BLOCK = 1 << 19  # bytes of text that are worked on at a time; larger ones cost page faults
 NOT_TEXT = tuple(".parquet .arrow .bz2 .xz .zst .lz4 .zip .7z .tar .tgz .bin .npy .npz .pt".split())
-
 
 def split_at(separators, text):
     """A text in parts at the separators, all UTF-8. Of several that match the longest wins."""
@@ -385,7 +346,6 @@ def split_at(separators, text):
     if len(found) < 2:
         return text.split(found[0]) if found else [text]
     return regex.split(b"|".join(map(regex.escape, found)), text)
-
 
 def cut_stream(pieces, separators, chunked):
     """UTF-8 in pieces of any size -> the same in pieces of about BLOCK bytes, each of which can
@@ -412,7 +372,6 @@ def cut_stream(pieces, separators, chunked):
         waiting, size = [text[cut:]], size - cut
         enough = max(BLOCK, 2 * size)
     yield b"".join(waiting)
-
 
 def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
     """Yield (path, whether it holds JSON lines, UTF-8) of about BLOCK bytes each, cut where
@@ -442,7 +401,6 @@ def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path} is no gzip file, or a damaged one: {error}") from None
 
-
 def to_documents(block, separators=(EOT.encode(),), text_key="text"):
     """A block of `read_blocks` -> (list of the documents in it, as UTF-8; the number of bytes
     that were invalid: each run of them becomes U+FFFD). The last document is the part after the
@@ -463,14 +421,12 @@ def to_documents(block, separators=(EOT.encode(),), text_key="text"):
             raise ValueError(f"{path}: no JSON object with a {text_key!r}: {line[:60]}") from None
     return [*filter(None, lines), b""], invalid
 
-
 def parallel(job, items, num_proc):
     """map(job, items), by `num_proc` processes, which get at most 2 * num_proc items ahead."""
-    if num_proc == 1:
+    if num_proc < 2:
         yield from map(job, items)
         return
     import concurrent.futures, multiprocessing
-
     # fork starts in no time and needs no importable __main__; elsewhere than on Linux it is unsafe
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = concurrent.futures.ProcessPoolExecutor(num_proc, context, start_worker, (job,))
@@ -485,29 +441,19 @@ def parallel(job, items, num_proc):
     finally:
         pool.shutdown(cancel_futures=True)
 
-
 def start_worker(job):
     """In a process of `parallel`: leave Ctrl-C to the parent, and end when it ends."""
     import multiprocessing, signal, threading
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent, do_job.job = multiprocessing.parent_process(), job
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
-
 def do_job(item):
     return do_job.job(item)
-
 
 def text_size(paths):
     """Bytes of text in files, about: a .gz is taken for a fifth of what it holds."""
     return sum(os.path.getsize(p) * (5 if os.fspath(p).endswith(".gz") else 1) for p in paths)
-
-
-def processes(num_proc, paths):
-    """How many, if None was asked for: one for each 8 MB, at most one for each core."""
-    return num_proc or max(1, min(os.cpu_count() or 1, text_size(paths) >> 23))
-
 
 def progress(what, done, total, start):
     """A line on a terminal that says how far a step of more than two seconds is, and how fast."""
@@ -516,7 +462,6 @@ def progress(what, done, total, start):
         left = max(0, total - done) * spent / max(done, 1)
         print(f"\r{what}: {done:,} of {total:,}, {done / spent:,.0f} a second, {left:.0f} s left "
               "\x1b[K", end="" if left else "\n", file=sys.stderr, flush=True)
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -539,10 +484,7 @@ def replacing(path):
         with contextlib.suppress(OSError):
             os.remove(temporary)
 
-
-# -----------------------------------------------------------------------------
 # 7. Training.
-
 
 def learn_merges(words, n_merges):
     """What `learn_merges_naive` learns, thousands of times faster. {bytes: count} -> merges.
@@ -550,10 +492,9 @@ def learn_merges(words, n_merges):
     All distinct words lie end to end in one array of tokens, a doubly linked list: a merge
     touches only the places where its pair is. A pair comes into being when its younger token
     does, with all its places at once; from then on its count only falls. Merges are done many at
-    a time, as array operations: the next most frequent pairs can go together as long as none
-    begins with the token that another ends with, so that they do not change each other's counts,
-    and none creates a pair as frequent as a later one of them, which would have to come first.
-    """
+    a time: the next most frequent pairs can go together as long as none begins with the token
+    that another ends with, so that they do not change each other's counts, and none creates a
+    pair as frequent as a later one of them, which would have to come first."""
     words = {word: n for word, n in words.items() if len(word) > 1}
     text = b"\xff" + b"\xff".join([*words, b""])
     token = np.frombuffer(text, np.uint8).astype(np.int32)
@@ -570,10 +511,8 @@ def learn_merges(words, n_merges):
     def enter(places):
         """Number the pairs that begin at these places, all of them new."""
         keys = token[places].astype(np.int64) << 32 | token[next_[places]]
-        if key:
-            order = np.argsort(keys, kind="stable")
-        else:  # pairs of bytes fit into 16 bits, which numpy sorts many times faster
-            order = np.argsort((keys >> 24 | keys & 255).astype(np.uint16), kind="stable")
+        small = keys if key else (keys >> 24 | keys & 255).astype(np.uint16)  # sorted faster
+        order = np.argsort(small, kind="stable")
         keys, places = keys[order], places[order]
         edge = np.flatnonzero(np.diff(keys, prepend=-1))
         new = np.arange(len(key), len(key) + len(edge))
@@ -644,12 +583,11 @@ def learn_merges(words, n_merges):
         progress("merges", len(merges), n_merges, start)
     return merges
 
-
 def count_pretokens(first, step, source, pattern, separators, text_key):
     """Count the pre-tokens in each `step`-th block of the files (or texts), so that `step`
     processes share the work: all read everything, which is cheaper than to send blocks about.
     Each distinct chunk is split once, and its pre-tokens are counted as often as it occurred.
-    -> ({str: count}, number of invalid bytes)"""
+    Returns ({str: count}, number of invalid bytes)."""
     split, chunked = regex.compile(pattern).finditer, pattern in PATTERNS.values()
     counts, bad, done, start = collections.defaultdict(int), 0, 0, time.monotonic()
     chunks, seen = Chunks(), np.zeros(1 << 20, np.int64)
@@ -684,7 +622,6 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
         count_chunks()
     return counts, bad
 
-
 def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc=None,
               text_key="text"):
     """Learn a byte-level BPE vocabulary.
@@ -698,7 +635,6 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     Returns (vocab, merges): {id: bytes}, with the bytes at 0 to 255, then the merges in order,
     then the special tokens; and the list of merged pairs of bytes. Fewer merges than asked for
     if the text has no more pairs. Raises ValueError or OSError.
-
     >>> train_bpe(["low low lower"], 259)[1]
     [(b'o', b'w'), (b'l', b'ow')]
     """
@@ -711,7 +647,8 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     if n_merges < 0 or "" in special_tokens:
         raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special_tokens)} "
                          "special tokens, or one of these is empty")
-    num_proc = processes(num_proc, source) if isinstance(source, list) else 1
+    files = source if isinstance(source, list) else []
+    num_proc = num_proc or max(1, min(os.cpu_count(), text_size(files) >> 23)) if files else 1
     job = functools.partial(count_pretokens, step=num_proc, source=source, text_key=text_key,
                             pattern=PATTERNS.get(pattern, pattern),
                             separators=[*map(utf8, special_tokens)])
@@ -725,8 +662,6 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     return dict(enumerate([*tokens, *map(utf8, special_tokens)])), merges
 
-
-# -----------------------------------------------------------------------------
 # 8. The tokenizer.
 
 # Byte-level BPE writes bytes in JSON as characters: printable Latin-1 stands for itself, the other
@@ -743,10 +678,8 @@ TIKTOKEN = {  # OpenAI's .tiktoken files, by the beginning of their names: patte
     "o200k": ("o200k", {EOT: 199999, "<|endofprompt|>": 200018}),
 }
 
-
 class Tokenizer:
     """Byte-level BPE: encode text by the merges of a vocabulary, decode ids to text.
-
     vocab: {id: bytes}
     merges: list[tuple[bytes, bytes]], the most urgent first (or `Merger`'s triples)
     special_tokens: list of strings, or {string: id}. In the text given to `encode` they become a
@@ -754,9 +687,7 @@ class Tokenizer:
     pattern: a name from PATTERNS, a regular expression, or a list of those, applied in turn
     ignore_merges: a pre-token that is in the vocabulary becomes that token, merges or not
     tied: see `Merger`. forms: Unicode normal forms that text is brought into
-
     Raises ValueError or KeyError for a vocabulary that does not fit together.
-
     >>> vocab = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
     >>> t = Tokenizer(vocab, [(b"t", b"h"), (b"th", b"e")], ["<|endoftext|>"])
     >>> t.encode("then<|endoftext|>")
@@ -811,11 +742,9 @@ class Tokenizer:
         return [i for piece in pieces for i in self.encode_texts([piece]).tolist()]
 
     def encode_iterable(self, iterable):
-        """Ids of the concatenation of an iterable of strings, such as an open file, lazily.
-
-        The same ids as of `encode` on the whole text, in constant memory. (With a pattern that is
-        not in PATTERNS: in memory for the longest text between two special tokens.)
-        """
+        """Ids of the concatenation of an iterable of strings, such as an open file, lazily: the
+        same as of `encode` on the whole text, in constant memory. (With a pattern that is not in
+        PATTERNS: in memory for the longest text between two special tokens.)"""
         specials = {utf8(token): i for token, i in self.special_tokens.items()}
         for piece in cut_stream(map(utf8, iterable), specials, self.chunked):
             texts, at, found = split_at(specials, piece), 0, []
@@ -947,19 +876,19 @@ class Tokenizer:
                              "in a tokenizer.json, é or Ġ for instance")
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": False}
-        split = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated",
+        steps = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated",
                   "invert": False} for step in self.steps]
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = [{"id": i, "content": token, **flags, "special": True}
-                 for token, i in self.special_tokens.items()]
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                 "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": False,
-                 "ignore_merges": self.ignore_merges,
-                 "vocab": {name[token]: i for i, token in sorted(self.vocab.items())},
-                 "merges": [f"{name[a]} {name[b]}" for a, b in self.merges]}
-        parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                 "normalizer": None, "post_processor": None, "decoder": level, "model": model,
-                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, level]}}
+        parts = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+                 "added_tokens": [{"id": i, "content": token, **flags, "special": True}
+                                  for token, i in self.special_tokens.items()],
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, level]},
+                 "post_processor": None, "decoder": level, "model": {
+                     "type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                     "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                     "byte_fallback": False, "ignore_merges": self.ignore_merges,
+                     "vocab": {name[token]: i for i, token in sorted(self.vocab.items())},
+                     "merges": [f"{name[a]} {name[b]}" for a, b in self.merges]}}
         return json.dumps(parts, ensure_ascii=False, indent=1)
 
     def save(self, path):
@@ -976,12 +905,12 @@ class Tokenizer:
             data = json.loads(text)
             model, added, form = data["model"], data.get("added_tokens") or [], data.get("normalizer")
             forms = [part["type"] for part in form.get("normalizers", [form])] if form else []
-            odd = {*forms} - {"NFC", "NFD", "NFKC", "NFKD"} | {model.get("type", "BPE")} - {"BPE"}
-            odd |= {key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)}
+            odd = {*forms, model.get("type", "BPE")} - {"NFC", "NFD", "NFKC", "NFKD", "BPE"}
+            odd |= {f for f in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(f)}
             odd |= {flag for token in added for flag in ("single_word", "lstrip", "rstrip")
                     if token.get(flag, False) is not False}
             if odd or '"ByteLevel"' not in json.dumps(data["pre_tokenizer"]):
-                raise ValueError(f"only plain byte-level BPE is supported, without {odd or 'others'}")
+                raise ValueError(f"it is no plain byte-level BPE ({', '.join(map(str, odd))})")
             vocab, triples = from_names(model["vocab"], model["merges"])
             specials = {token["content"]: token["id"] for token in added}
             vocab |= {i: utf8(token) for token, i in specials.items() if token in model["vocab"]}
@@ -996,10 +925,8 @@ class Tokenizer:
     def from_file(cls, path, special_tokens=None, pattern=None):
         """Read a tokenizer.json, GPT-2's vocab.json with merges.txt beside it, a folder that holds
         either, or a .tiktoken file of ranks. For those without them, `special_tokens` and
-        `pattern` (as of the constructor) are known if they are GPT-2's or OpenAI's.
-
-        Raises ValueError or OSError.
-        """
+        `pattern` (as of the constructor) are known if they are GPT-2's or OpenAI's. Raises
+        ValueError or OSError."""
         path = os.fspath(path)
         if os.path.isdir(path):
             names = [os.path.join(path, name) for name in ("tokenizer.json", "vocab.json")]
@@ -1020,12 +947,10 @@ class Tokenizer:
             with open(os.path.join(os.path.dirname(path), "merges.txt"), encoding="utf-8") as file:
                 lines = file.read().split("\n")
             vocab = from_names(names, [*filter(None, lines[lines[0].startswith("#version") :])])
-            if special_tokens is None and EOT in names:
-                special_tokens = [EOT]
-            return cls(*vocab, special_tokens, pattern or "gpt2")
+            specials = [EOT] if special_tokens is None and EOT in names else special_tokens
+            return cls(*vocab, specials, pattern or "gpt2")
         except (ValueError, *MALFORMED) as error:
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
-
 
 def from_names(names, merges):
     """The vocabulary and merges of a tokenizer.json or of vocab.json and merges.txt
@@ -1041,7 +966,6 @@ def from_names(names, merges):
     merged = [*map(names.__getitem__, map("".join, merges))]
     return vocab, np.column_stack([np.array(pairs, np.int64).reshape(len(merged), 2), merged])
 
-
 def from_ranks(text):
     """A .tiktoken file: in each line a token in base64 and its rank -> as `from_names`.
     It has no list of merges: any two tokens merge whose bytes together are a token, and those
@@ -1053,7 +977,6 @@ def from_ranks(text):
                for token in sorted(rank, key=rank.get) for i in lengths
                if i < len(token) and token[:i] in rank and token[i:] in rank]
     return {i: token for token, i in rank.items()}, np.array(triples, np.int64)
-
 
 def read_steps(part):
     """The "pre_tokenizer" of a tokenizer.json -> list of patterns, each of which isolates what
@@ -1068,22 +991,10 @@ def read_steps(part):
         return [part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])]
     raise ValueError(f"the pre-tokenizer {json.dumps(part)[:99]} is not supported")
 
-
-# -----------------------------------------------------------------------------
-# 9. .bin files: a header of 256 int32, then token ids.
-
-
-def bin_header(tokenizer, tokens, text_bytes):
-    """The header of a .bin: [0] 20240520 and [1] 1 for uint16, or 20240801 and 7 for uint32 if the
-    vocabulary needs it (as in llm.c); [2] number of tokens, at most 2^31 - 1 (the size of the
-    file is the truth); [3] vocabulary size; [4] id of the end-of-text token; [5], [6] low and
-    high half of the number of bytes of text that the tokens stand for."""
-    header = np.zeros(256, "<i4")
-    header[:2] = (20240520, 1) if tokenizer.dtype.itemsize == 2 else (20240801, 7)
-    header[2:5] = min(tokens, 2**31 - 1), tokenizer.vocab_size, tokenizer.eot_id
-    header[5:7] = np.array([text_bytes], "<u8").view("<i4")
-    return header.tobytes()
-
+# 9. .bin files: a header of 256 int32, then token ids. [0] 20240520 and [1] 1 for uint16, or
+# 20240801 and 7 for uint32 if the vocabulary needs it (as in llm.c); [2] number of tokens, at most
+# 2^31 - 1 (the size of the file is the truth); [3] vocabulary size; [4] id of the end-of-text
+# token; [5], [6] low and high half of the number of bytes of text that the tokens stand for.
 
 def read_bin(path):
     """A .bin -> (memory-mapped array of ids, header as int32 or None). A file without a header
@@ -1093,13 +1004,11 @@ def read_bin(path):
     header = np.frombuffer(head.ljust(1024), "<i4")
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2].tolist()))
     offset, dtype = 1024 if dtype else 0, np.dtype(dtype or "<u2")
-    text = head[:1000].decode("utf-8", "replace").rstrip("\ufffd")  # ids have zeros, or are no UTF-8
-    if (size - offset) % dtype.itemsize or not offset and (
-            head.startswith((b"PK\3\4", b"\x1f\x8b", b"PAR1")) or text and not {"\0", "\ufffd"} & {*text}):
-        raise ValueError(f"{path} is no .bin, or its {size:,} bytes do not fit whole tokens")
+    text = head.decode("utf-8", "replace").rstrip("\ufffd")  # ids have zeros, or are not UTF-8
+    if (size - offset) % dtype.itemsize or not offset and text and not {"\0", "\ufffd"} & {*text}:
+        raise ValueError(f"{path} is no .bin: it is text, or {size:,} bytes are no whole tokens")
     ids = np.memmap(path, dtype, "r", offset) if size > offset else np.zeros(0, dtype)
     return ids, header if offset else None
-
 
 def encode_block(block, tokenizer, text_key):
     """A block of `read_blocks` -> (array of ids, bytes of the file, of text, and invalid ones)."""
@@ -1108,14 +1017,12 @@ def encode_block(block, tokenizer, text_key):
     ids[ids == tokenizer.vocab_size] = tokenizer.eot_id
     return ids.astype(tokenizer.dtype), len(block[2]), sum(map(len, documents)), invalid
 
-
 def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_proc=None,
                  text_key="text"):
     """Encode documents into out/train.bin and out/val.bin, each ended by the end-of-text id.
 
     Every 1/val_fraction-th document goes to val.bin, or that is made of val_paths. Prints what it
-    wrote, and leaves nothing behind if it fails. Raises ValueError or OSError.
-    """
+    wrote, and leaves nothing behind if it fails. Raises ValueError or OSError."""
     if tokenizer.eot_id is None:
         raise ValueError(f"the tokenizer has no {EOT} to end documents with")
     sizes = np.zeros(tokenizer.vocab_size, np.int32)  # bytes of text that an id stands for
@@ -1132,7 +1039,8 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
             file.write(bytes(1024))
         for files, fraction in ((paths, 0 if val_paths else val_fraction), (val_paths, 1)):
             blocks, seen, done = read_blocks(files, chunked=tokenizer.chunked), 0, 0
-            results = parallel(job, blocks, processes(num_proc, files))
+            n = num_proc or min(os.cpu_count(), text_size(files) >> 23)
+            results = parallel(job, blocks, n)
             stack.callback(results.close)  # ends the processes whatever happens
             for ids, size, decoded, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
@@ -1140,9 +1048,9 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
                 share = np.floor((seen + np.arange(len(ends) + 2)) * fraction)
                 seen += len(ends)
                 to_val = np.repeat(np.diff(share) > 0, np.diff(ends, prepend=0, append=len(ids)))
-                for i in range(len(bins)):
-                    mine = ids[to_val == i] if fraction else ids
-                    bins[i].write(mine)
+                for i, file in enumerate(bins):
+                    mine = ids[to_val == i]
+                    file.write(mine)
                     tokens[i] += len(mine)
                     text_bytes[i] += int(sizes.take(mine).sum())
                 done, lost, bad = done + size, lost + decoded, bad + invalid
@@ -1150,9 +1058,11 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
         if not all(tokens[: len(bins)]):
             raise ValueError("too few documents for train.bin and val.bin both: --val_fraction 0, "
                              "or a larger one, or --val_input")
-        for file, *numbers in zip(bins, tokens, text_bytes):
+        for file, n, size in zip(bins, tokens, text_bytes):
+            magic = (20240520, 1) if tokenizer.dtype.itemsize == 2 else (20240801, 7)
+            header = [*magic, min(n, 2**31 - 1), tokenizer.vocab_size, tokenizer.eot_id]
             file.seek(0)
-            file.write(bin_header(tokenizer, *numbers))
+            file.write(np.array(header, "<i4").tobytes() + np.array([size], "<u8").tobytes())
     if bad:
         print(f"{bad:,} bytes were not UTF-8 and became U+FFFD", file=sys.stderr)
     if lost > sum(text_bytes) and not tokenizer.forms:
@@ -1161,10 +1071,7 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
     for name, n, size in zip(names, tokens, text_bytes):
         print(f"{name}: {n:,} tokens, {size:,} bytes of text, {size / n:.2f} bytes per token")
 
-
-# -----------------------------------------------------------------------------
 # 10. The command line.
-
 
 def stdlib_files():
     """The Python standard library's own source, which comes with every Python: a corpus of
@@ -1173,7 +1080,6 @@ def stdlib_files():
     files = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
     return sorted(path for path in files if path.endswith((".py", ".txt"))
                   and os.path.getsize(path) and not skip.search(path[len(root) :]))
-
 
 def show(text, tokenizer):
     """Print a text as each kind of tokenizer cuts it."""
@@ -1190,37 +1096,6 @@ def show(text, tokenizer):
         ratio = len(utf8(text)) / max(1, len(ids))
         table.append(f"{kind:12}{t.vocab_size:12,}{len(ids):10,}{ratio:18.2f}")
     print("\n".join(table))
-
-
-def train(out, paths, vocab_size, special_tokens, pattern, num_proc=None, text_key="text"):
-    """The command: learn a tokenizer and save it."""
-    start = time.monotonic()
-    os.makedirs(out, exist_ok=True)
-    Tokenizer({i: bytes([i]) for i in range(256)}, [], special_tokens).to_json()  # can it be saved?
-    if pattern == "char":  # the vocabulary is the characters of the text
-        documents = (d for b in read_blocks(paths) for d in to_documents(b, text_key=text_key)[0])
-        chars = sorted(set().union(*(document.decode() for document in documents)))
-        tokenizer = Tokenizer(dict(enumerate(map(utf8, chars))), [], [EOT], pattern,
-                              ignore_merges=True)
-    else:
-        learned = train_bpe(paths, vocab_size, special_tokens, pattern, num_proc, text_key)
-        tokenizer = Tokenizer(*learned, special_tokens, pattern)
-    tokenizer.save(out)
-    print(f"{os.path.join(out, 'tokenizer.json')}: {len(tokenizer.vocab):,} tokens, "
-          f"in {time.monotonic() - start:.1f} s")
-    return tokenizer
-
-
-def decode(tokenizer, path, max_tokens):
-    """The command: a .bin as text on the standard output."""
-    ids = read_bin(path)[0][:max_tokens]
-    if len(ids) and ids.max() >= tokenizer.vocab_size:
-        raise ValueError(f"id {ids.max()} of {path} is not in the vocabulary")
-    raw = (tokenizer.decode_bytes(ids[i : i + 65536]) for i in range(0, len(ids), 65536))
-    for text in codecs.iterdecode(raw, "utf-8", "replace"):
-        sys.stdout.buffer.write(utf8(text))
-    sys.stdout.buffer.flush()
-
 
 def parse_args():
     """The arguments of the command line. Exits with code 2 for wrong ones."""
@@ -1249,39 +1124,59 @@ def parse_args():
     add("--num_proc", type=int, help="processes (default: one per 8 MB, at most one per core); "
         "the output does not depend on it")
     args = parser.parse_args()
-    if not args.input and args.command in ("train", "encode", "decode") or (
-            not args.out and args.command in ("train", "encode")):
-        parser.error(f"{args.command} needs --input, and --out unless it is decode")
     if not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
+    for flag, commands in ("input", ("train", "encode", "decode")), ("out", ("train", "encode")):
+        if args.command in commands and not getattr(args, flag):
+            parser.error(f"{args.command} needs --{flag}")
     return args
 
+def run(args):
+    """Do what the command line asks for."""
+    fresh = args.command == "show" and not os.path.exists(args.tokenizer) and args.tokenizer == STDLIB
+    if fresh:
+        print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
+    if args.command is None or fresh:
+        args.input, args.out, args.vocab_size = stdlib_files(), STDLIB, 4096
+    start, pattern = time.monotonic(), args.pattern or "gpt2"
+    if args.command in ("encode", "decode", "show") and not fresh:
+        tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.pattern)
+    elif pattern == "char":  # the vocabulary is the characters of the text
+        documents = (to_documents(b, text_key=args.text_key)[0] for b in read_blocks(args.input))
+        chars = sorted({c for texts in documents for text in texts for c in text.decode()})
+        chars = dict(enumerate(map(utf8, chars)))
+        tokenizer = Tokenizer(chars, [], args.special_tokens, pattern, ignore_merges=True)
+    else:
+        Tokenizer({i: bytes([i]) for i in range(256)}, [], args.special_tokens).to_json()  # a test
+        learned = train_bpe(args.input, args.vocab_size, args.special_tokens, pattern,
+                            args.num_proc, args.text_key)
+        tokenizer = Tokenizer(*learned, args.special_tokens, pattern)
+    if args.command in (None, "train"):
+        os.makedirs(args.out, exist_ok=True)
+        tokenizer.save(args.out)
+        print(f"{args.out}: tokenizer.json of {len(tokenizer.vocab):,} tokens, "
+              f"in {time.monotonic() - start:.1f} s")
+    if args.command in (None, "encode"):
+        encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
+                     args.num_proc, args.text_key)
+        tokenizer.save(args.out)  # beside the .bin files, where the next stage looks for it
+    if args.command == "show":
+        show(args.text, tokenizer)
+    if args.command == "decode":
+        ids = read_bin(args.input[0])[0][: args.max_tokens]
+        if len(ids) and ids.max() >= tokenizer.vocab_size:
+            raise ValueError(f"id {ids.max()} of {args.input[0]} is not in the vocabulary")
+        raw = (tokenizer.decode_bytes(ids[i : i + BLOCK]) for i in range(0, len(ids), BLOCK))
+        for text in codecs.iterdecode(raw, "utf-8", "replace"):
+            sys.stdout.buffer.write(utf8(text))
+    sys.stdout.flush()
 
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
+    gc.disable()  # nothing here makes cycles, and many small objects are made
     args = parse_args()
     try:
-        if args.command is None:
-            files = stdlib_files()
-            print(f"Python's standard library: {len(files):,} files")
-            encode_files(train(STDLIB, files, 4096, [EOT], "gpt2"), files, STDLIB)
-        elif args.command == "train":
-            train(args.out, args.input, args.vocab_size, args.special_tokens,
-                  args.pattern or "gpt2", args.num_proc, args.text_key)
-        elif args.command == "show" and args.tokenizer == STDLIB and not os.path.exists(
-                os.path.join(STDLIB, "tokenizer.json")):
-            print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
-            show(args.text, Tokenizer(*train_bpe(stdlib_files(), 4096), [EOT]))
-        else:
-            tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.pattern)
-            if args.command == "show":
-                show(args.text, tokenizer)
-            elif args.command == "decode":
-                decode(tokenizer, args.input[0], args.max_tokens)
-            else:
-                encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
-                             args.num_proc, args.text_key)
-                tokenizer.save(args.out)  # beside the .bin files, where the next stage looks for it
+        run(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
@@ -1289,7 +1184,6 @@ def main():
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         print(f"bpe.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-
 
 if __name__ == "__main__":
     main()
