@@ -599,13 +599,15 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
             for match in split(text[i:j].decode("utf-8", "ignore")):  # the byte 255 is no text
                 counts[match[0]] += n
 
-    if isinstance(source, list):
+    files, total = isinstance(source, list), 0
+    if files:
         blocks, total = read_blocks(source, separators, chunked), text_size(source)
     else:
-        texts, separators, total = (utf8(t) + b"\xff" for t in source), [*separators, b"\xff"], 0
+        texts, separators = (utf8(t) + b"\xff" for t in source), [*separators, b"\xff"]
         blocks = (("", False, block) for block in cut_stream(texts, separators, chunked))
     for block in itertools.islice(blocks, first, None, step):
-        documents, invalid = to_documents(block, separators, text_key)
+        documents, invalid = to_documents(block, separators, text_key) if files else (
+            split_at(separators, block[2]), 0)
         bad, done, text = bad + invalid, done + step * len(block[2]), b"\xff".join(documents)
         if chunked and text:
             at = find_cuts(text)
@@ -781,7 +783,7 @@ class Tokenizer:
     def split(self, text):
         """A text -> list of pre-tokens, UTF-8, by the steps of a tokenizer.json: what a pattern
         matches is a piece, and so is what lies between. Raises TimeoutError."""
-        pieces, limit = [text], 5 + len(text) / 1e5  # a stranger's pattern may take for ever
+        pieces, limit = [text], 2 + len(text) / 1e5  # a stranger's pattern may take for ever
         for step, pattern in zip(self.steps, self.compiled):
             texts, pieces, end = pieces, [], time.monotonic() + limit
             for text in texts:
@@ -1181,7 +1183,7 @@ def main():
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, regex.error) as error:
         print(f"bpe.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 
