@@ -347,10 +347,11 @@ def split_at(separators, text):
         return text.split(found[0]) if found else [text]
     return regex.split(b"|".join(map(regex.escape, found)), text)
 
-def cut_stream(pieces, separators, chunked):
+def cut_stream(pieces, separators, chunked, ending=b""):
     """UTF-8 in pieces of any size -> the same in pieces of about BLOCK bytes, each of which can
     be tokenized alone: cut after one of the separators (UTF-8) or, if `chunked`, between them
-    where `find_cuts` says so. Raises ValueError for 64 MB without such a place."""
+    where `find_cuts` says so. What does not end with `ending` gets it. Raises ValueError for 64 MB
+    without a place to cut."""
     longest, waiting, size, enough = max(map(len, separators), default=0), [], 0, BLOCK
     for piece in (p[i : i + BLOCK] for p in pieces for i in range(0, len(p), BLOCK)):
         waiting.append(piece)
@@ -371,7 +372,8 @@ def cut_stream(pieces, separators, chunked):
             raise ValueError("64 MB of text without a place where it may be cut")
         waiting, size = [text[cut:]], size - cut
         enough = max(BLOCK, 2 * size)
-    yield b"".join(waiting)
+    rest = b"".join(waiting)
+    yield rest if rest.endswith(ending) else rest + ending
 
 def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
     """Yield (path, whether it holds JSON lines, UTF-8) of about BLOCK bytes each, cut where
@@ -380,7 +382,7 @@ def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
         name = path.lower().removesuffix(".gz")
         is_json = name.endswith((".jsonl", ".ndjson", ".json"))
         with open(path, "rb") as raw:
-            size, block, ending = os.fstat(raw.fileno()).st_size, b"", EOT.encode()
+            size = os.fstat(raw.fileno()).st_size
             file = gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
             try:
                 head, pieces = file.peek(16), iter(lambda: file.read(BLOCK), b"")
@@ -391,11 +393,10 @@ def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
                 if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     text = io.TextIOWrapper(file, "utf-16", "replace", newline="")
                     pieces = map(utf8, iter(lambda: text.read(BLOCK), ""))
-                parts = ([b"\n"], False) if is_json else (separators, chunked)
+                ending = EOT.encode() if EOT.encode() in separators else b""
+                parts = ([b"\n"], False) if is_json else (separators, chunked, ending)
                 for block in cut_stream(pieces, *parts):
                     yield path, is_json, block
-                if not is_json and ending in separators and not block.endswith(ending):
-                    yield path, is_json, ending
                 if raw.seekable() and raw.tell() < size:
                     raise ValueError(f"{path} became shorter while it was read")
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -1041,8 +1042,8 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
             file.write(bytes(1024))
         for files, fraction in ((paths, 0 if val_paths else val_fraction), (val_paths, 1)):
             blocks, seen, done = read_blocks(files, chunked=tokenizer.chunked), 0, 0
-            n = num_proc or min(os.cpu_count(), text_size(files) >> 23)
-            results = parallel(job, blocks, n)
+            total = text_size(files)
+            results = parallel(job, blocks, num_proc or min(os.cpu_count(), total >> 23))
             stack.callback(results.close)  # ends the processes whatever happens
             for ids, size, decoded, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
@@ -1056,7 +1057,7 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
                     tokens[i] += len(mine)
                     text_bytes[i] += int(sizes.take(mine).sum())
                 done, lost, bad = done + size, lost + decoded, bad + invalid
-                progress("bytes encoded", done, text_size(files), start)
+                progress("bytes encoded", done, total, start)
         if not all(tokens[: len(bins)]):
             raise ValueError("too few documents for train.bin and val.bin both: --val_fraction 0, "
                              "or a larger one, or --val_input")
