@@ -84,10 +84,8 @@ def merge_pair(word, pair):
     return tuple(out)
 
 def learn_merges_naive(words, n_merges):
-    """The whole algorithm. Every merge looks at every word again, so it is slow: hours for what
-    `learn_merges` does in a second, with equal results.
-
-    words: {bytes: how often that word occurs}. Returns the merges in order, as pairs of bytes."""
+    """{word as bytes: how often it occurs} -> the merges in order, as pairs of bytes. Every merge
+    looks at every word again: hours for what `learn_merges` does in a second, and the same."""
     words, merges = {tuple(bytes([b]) for b in word): n for word, n in words.items()}, []
     while len(merges) < n_merges:
         counts = collections.Counter()
@@ -95,7 +93,7 @@ def learn_merges_naive(words, n_merges):
             for pair in zip(word, word[1:]):
                 counts[pair] += n
         if not counts:
-            break
+            break  # every word is a single token
         # the most frequent pair; of equally frequent ones the lexicographically greatest, so
         # that the outcome does not depend on the order of the text or of a dictionary
         best = max(counts, key=lambda pair: (counts[pair], pair))
@@ -223,16 +221,14 @@ class Chunks:
             out[i : i + batch] = self.table.value.take(slot)
         return out
 
-    def take_new(self):
-        """Numbers, slots, lengths and bytes of the new chunks, each in one array."""
+    def take_new(self):  # each in one array
         new, self.new = map(np.concatenate, zip(*self.new)), []
         return new
 
 # 5. Merging many words at once.
 
 class Merger:
-    """The merges of a vocabulary, applied to many words at once.
-
+    """The merges of a vocabulary.
     triples: int64 (n, 3), ids of left, right and merged token, the most urgent first. tied:
         neighbours among them that make the same token are equally urgent (tiktoken's rule).
     byte_id: ids of the 256 bytes, -1 for those without one, which are left out
@@ -240,22 +236,22 @@ class Merger:
     """
 
     def __init__(self, triples, byte_id, whole, tied):
-        left, right, merged = triples.T
+        merged = triples[:, 2]
         fresh = np.diff(merged, prepend=-1) != 0 if tied else np.ones(len(merged), bool)
         rank, self.merged, self.whole = np.cumsum(fresh) - 1, merged[fresh].astype(np.int32), whole
         self.never = len(self.merged)  # the rank of pairs that do not merge
         if self.never >= 1 << 21:  # ranks share an int32 with places in a word
             raise ValueError("more than 2 million merges")
         self.pairs = Table(max(8, (2 * len(merged)).bit_length()), self.never)
-        slot, _ = self.pairs.find((left + 1).view(np.uint64), (right + 1).view(np.uint64), True)
+        slot, _ = self.pairs.find(*(triples.T[:2] + 1).astype(np.uint64), add=True)
         self.pairs.value[slot[::-1]] = rank[::-1]  # a pair that is there twice has its first rank
         self.byte_id = byte_id.astype(np.int32)
         self.first = self.rank(byte_id.repeat(256), np.tile(byte_id, 256))  # of pairs of bytes
 
     def rank(self, left, right):
         """Ranks of the merges of pairs of ids, int32."""
-        pair = [(ids + 1).astype(np.uint64) for ids in (left, right)]
-        return self.pairs.value.take(self.pairs.find(*pair)[0])
+        pairs = ((ids + 1).astype(np.uint64) for ids in (left, right))
+        return self.pairs.value.take(self.pairs.find(*pairs)[0])
 
     def merge(self, text, length):
         """BPE of words, end to end as uint8 -> (ids of all, int32, and how many each has)."""
@@ -732,8 +728,6 @@ class Tokenizer:
     def merges(self):
         return [(self.vocab[a], self.vocab[b]) for a, b, _ in self.triples.tolist()]
 
-    # ---- text to ids
-
     def encode(self, text):
         """str -> list of ids. Special tokens in the text are recognised: for text from a
         stranger use `encode_ordinary`."""
@@ -839,8 +833,7 @@ class Tokenizer:
             ids, n = self.expand(values)
             self.store(number[~one], ids, np.add.reduceat(n, np.cumsum(parts[~one]) - parts[~one]))
 
-    def store(self, number, ids, n):
-        """Keep the ids of these numbers, each of which has n."""
+    def store(self, number, ids, n):  # the ids of these numbers, each of which has n
         self.start[number], self.length[number] = len(self.ids) + np.cumsum(n) - n, n
         self.ids = np.append(self.ids, ids)
 
@@ -854,8 +847,6 @@ class Tokenizer:
         ids[spans(place, many)] = self.ids.take(spans(self.start[number], many))
         return ids, n
 
-    # ---- ids to text
-
     def decode_bytes(self, ids):
         """Ids (a list, an array or a tensor) -> bytes, special tokens included. Ids outside the
         vocabulary, which a model with a padded one may say, are nothing."""
@@ -866,8 +857,6 @@ class Tokenizer:
         """Ids -> str; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    # ---- files
-
     def to_json(self):
         """The text of a tokenizer.json, which `tokenizers` and `transformers` read."""
         if self.text:
@@ -875,8 +864,8 @@ class Tokenizer:
         name = {t: codecs.charmap_decode(t, "strict", BYTES)[0] for t in self.vocab.values()}
         name |= {utf8(token): token for token in self.special_tokens}
         if len({*name.values()}) < len(name):
-            raise ValueError("a special token looks like one of the characters that stand for bytes "
-                             "in a tokenizer.json, é or Ġ for instance")
+            raise ValueError("a special token looks like other bytes do in a tokenizer.json, where "
+                             "characters that stand for bytes are é or Ġ, for instance")
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": False}
         steps = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated",
@@ -906,7 +895,8 @@ class Tokenizer:
         that is something else than byte-level BPE."""
         try:
             data = json.loads(text)
-            model, added, form = data["model"], data.get("added_tokens") or [], data.get("normalizer")
+            model, added = data["model"], data.get("added_tokens") or []
+            form = data.get("normalizer")
             forms = [part["type"] for part in form.get("normalizers", [form])] if form else []
             odd = {*forms, model.get("type", "BPE")} - {"NFC", "NFD", "NFKC", "NFKD", "BPE"}
             odd |= {f for f in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(f)}
@@ -1086,19 +1076,14 @@ def stdlib_files():
 
 def show(text, tokenizer):
     """Print a text as each kind of tokenizer cuts it."""
-    table = [f"{'':12}{'vocabulary':>12}{'tokens':>10}{'bytes per token':>18}"]
-    kinds = {"characters": CharTokenizer(), "bytes": ByteTokenizer(),
-             "words": WordTokenizer(text), "BPE": tokenizer}
-    for kind, t in kinds.items():
-        ids = t.encode(text)
-        pieces = [t.decode([i]).replace("\n", "\\n") for i in ids]
-        line = "|".join(pieces)
+    for kind in CharTokenizer(), ByteTokenizer(), WordTokenizer(text), tokenizer:
+        ids = kind.encode(text)
+        pieces = [kind.decode([i]).replace("\n", "\\n") for i in ids]
         if sys.stdout.isatty():
-            line = "".join(f"\x1b[30;{42 + i % 5}m{p}" for i, p in enumerate(pieces)) + "\x1b[0m"
-        print(f"{kind}\n  {line}\n  {ids}\n")
+            pieces = [f"\x1b[30;{42 + i % 5}m{p}\x1b[0m" for i, p in enumerate(pieces)]
         ratio = len(utf8(text)) / max(1, len(ids))
-        table.append(f"{kind:12}{t.vocab_size:12,}{len(ids):10,}{ratio:18.2f}")
-    print("\n".join(table))
+        print(f"{type(kind).__name__}, vocabulary of {kind.vocab_size:,}: {len(ids):,} tokens, "
+              f"{ratio:.2f} bytes per token\n  {'|'.join(pieces)}\n  {ids}\n")
 
 def parse_args():
     """The arguments of the command line. Exits with code 2 for wrong ones."""
@@ -1111,21 +1096,18 @@ def parse_args():
     add("text", nargs="?", default="Tokenizers aren't magic.", help="for show")
     add("--input", nargs="+", metavar="FILE", help="text with <|endoftext|> between documents, or "
         "JSON lines (.jsonl .ndjson .json), any as .gz; for decode: a .bin")
-    add("--text_key", default="text", help="what holds the text in JSON lines (default text)")
+    add("--text_key", default="text", help="what holds the text in JSON lines (text)")
     add("--out", metavar="DIR", help="where to leave tokenizer.json, train.bin and val.bin")
-    add("--tokenizer", metavar="FILE", default=STDLIB, help="tokenizer.json, vocab.json with "
-        f"merges.txt beside it, a folder of these, or .tiktoken (default {STDLIB})")
-    add("--vocab_size", type=int, default=10000, help="tokens to learn (default 10000)")
-    add("--pattern", help=f"where to cut text before merging: {', '.join(PATTERNS)} (each character "
-        "is a token) or a regular expression (default gpt2); also of a .tiktoken of unknown name")
-    add("--special_tokens", nargs="*", default=[EOT], metavar="TOKEN",
-        help=f"strings that are one token each (default {EOT})")
-    add("--val_fraction", type=float, default=0.01, metavar="F",
-        help="share of the documents that goes to val.bin (default 0.01)")
+    add("--tokenizer", default=STDLIB, help="tokenizer.json, vocab.json with merges.txt beside it, "
+        f"a folder of these, or .tiktoken ({STDLIB})")
+    add("--vocab_size", type=int, default=10000, help="tokens to learn (10000)")
+    add("--pattern", help=f"where to cut text before merging: {', '.join(PATTERNS)} (one token per "
+        "character) or a regular expression (gpt2); also of a .tiktoken of unknown name")
+    add("--special_tokens", nargs="*", default=[EOT], help=f"strings, one token each ({EOT})")
+    add("--val_fraction", type=float, default=0.01, help="of the documents, for val.bin (0.01)")
     add("--val_input", default=(), nargs="+", metavar="FILE", help="make val.bin of these instead")
-    add("--max_tokens", type=int, help="decode so many (default all)")
-    add("--num_proc", type=int, help="processes (default: one per 8 MB, at most one per core); "
-        "the output does not depend on it")
+    add("--max_tokens", type=int, help="decode so many (all)")
+    add("--num_proc", type=int, help="processes (one per 8 MB, at most one per core)")
     args = parser.parse_args()
     if not 0 <= args.val_fraction < 1:
         parser.error("--val_fraction must be at least 0 and below 1")
@@ -1136,29 +1118,28 @@ def parse_args():
 
 def run(args):
     """Do what the command line asks for."""
-    fresh = args.command == "show" and not os.path.exists(args.tokenizer) and args.tokenizer == STDLIB
-    if fresh:
-        print("no tokenizer yet: learning one of the standard library", file=sys.stderr)
+    fresh = args.command == "show" and args.tokenizer == STDLIB and not os.path.exists(
+        os.path.join(STDLIB, "tokenizer.json"))
     if args.command is None or fresh:
+        print("from Python's standard library", file=sys.stderr if fresh else sys.stdout)
         args.input, args.out, args.vocab_size = stdlib_files(), STDLIB, 4096
-    start, pattern = time.monotonic(), args.pattern or "gpt2"
+    pattern = args.pattern or "gpt2"
     if args.command in ("encode", "decode", "show") and not fresh:
         tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.pattern)
     elif pattern == "char":  # the vocabulary is the characters of the text
         documents = (to_documents(b, text_key=args.text_key)[0] for b in read_blocks(args.input))
         chars = sorted({c for texts in documents for text in texts for c in text.decode()})
-        chars = dict(enumerate(map(utf8, chars)))
-        tokenizer = Tokenizer(chars, [], args.special_tokens, pattern, ignore_merges=True)
+        tokenizer = Tokenizer(dict(enumerate(map(utf8, chars))), [], args.special_tokens, pattern,
+                              ignore_merges=True)
     else:
-        Tokenizer({i: bytes([i]) for i in range(256)}, [], args.special_tokens).to_json()  # a test
+        Tokenizer({i: bytes([i]) for i in range(256)}, [], args.special_tokens).to_json()  # can it?
         learned = train_bpe(args.input, args.vocab_size, args.special_tokens, pattern,
                             args.num_proc, args.text_key)
         tokenizer = Tokenizer(*learned, args.special_tokens, pattern)
     if args.command in (None, "train"):
         os.makedirs(args.out, exist_ok=True)
         tokenizer.save(args.out)
-        print(f"{args.out}: tokenizer.json of {len(tokenizer.vocab):,} tokens, "
-              f"in {time.monotonic() - start:.1f} s")
+        print(f"{args.out}: tokenizer.json of {len(tokenizer.vocab):,} tokens")
     if args.command in (None, "encode"):
         encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
                      args.num_proc, args.text_key)
