@@ -187,9 +187,10 @@ def keys(block, start, length):
     head = words.take(place) & LOW_BYTES.take(length, mode="clip")
     tail = length.view(np.uint64) << np.uint64(56)
     tail[long] |= words.take(place[long] + 8) & LOW_BYTES.take(length[long] - 8, mode="clip")
-    for i in long[length[long] > 15]:  # 128 bits of SipHash, which Python keys at random
-        chunk = block[start[i] : start[i] + length[i]]
-        head[i], tail[i] = np.array([hash(chunk), hash(chunk + b"+")]).view(np.uint64)
+    long = long[length[long] > 15]  # these by 128 bits of SipHash, which Python keys at random
+    chunks = [block[i : i + n] for i, n in zip(start[long].tolist(), length[long].tolist())]
+    head[long] = np.array([*map(hash, chunks)], np.int64).view(np.uint64)
+    tail[long] = np.array([hash(chunk + b"+") for chunk in chunks], np.int64).view(np.uint64)
     return head, tail
 
 def spans(start, n):
@@ -515,9 +516,10 @@ def learn_merges(words, n_merges):
         new = np.arange(len(key), len(key) + len(edge))
         if len(edge):
             count[new] = np.add.reduceat(weight[places], edge)
-        pair[places] = np.repeat(new, np.diff(edge, append=len(keys)))
+        end = np.append(edge[1:], len(keys))
+        pair[places] = np.repeat(new, end[: len(edge)] - edge)
         key.extend(keys[edge].tolist())
-        where.extend(np.split(places, edge[1:]) if len(edge) else [])
+        where.extend([places[i:j] for i, j in zip(edge.tolist(), end.tolist())])
         return new
 
     enter(np.flatnonzero((token[:-1] >= 0) & (token[1:] >= 0)))
@@ -585,7 +587,7 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
     processes share the work: all read everything, which is cheaper than to send blocks about.
     Each distinct chunk is split once, and its pre-tokens are counted as often as it occurred.
     Returns ({str: count}, number of invalid bytes)."""
-    split, chunked = regex.compile(pattern).finditer, pattern in PATTERNS.values()
+    split, chunked = regex.compile(pattern), pattern in PATTERNS.values()
     counts, bad, done, start = collections.defaultdict(int), 0, 0, time.monotonic()
     chunks, seen = Chunks(), np.zeros(1 << 20, np.int64)
 
@@ -593,8 +595,8 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
         *_, length, text = chunks.take_new()
         text, end = text.tobytes(), np.cumsum(length)
         for i, j, n in zip((end - length).tolist(), end.tolist(), seen.tolist()):
-            for match in split(text[i:j].decode("utf-8", "ignore")):  # the byte 255 is no text
-                counts[match[0]] += n
+            for pretoken in split.findall(text[i:j].decode("utf-8", "ignore")):  # 255 is no text
+                counts[pretoken] += n
 
     files, total = isinstance(source, list), 0
     if files:
@@ -613,7 +615,7 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
                 count_chunks()
                 chunks, seen = Chunks(), np.zeros(1 << 20, np.int64)
         for document in () if chunked else documents:
-            for match in split(document.decode()):
+            for match in split.finditer(document.decode()):
                 counts[match[0]] += 1
         if first == 0:  # one process tells how far all are
             progress("bytes counted", done, total, start)
