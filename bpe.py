@@ -16,7 +16,7 @@ Python takes its time for each object, numpy does not: after the textbook's vers
 this file works on thousands of words at a time.
 """
 import argparse, base64, codecs, collections, contextlib, functools, gc, glob, gzip, heapq, io
-import itertools, json, os, sys, sysconfig, time, unicodedata, zlib
+import itertools, json, os, sys, time, unicodedata, zlib
 
 if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.07 CPU-seconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -1071,6 +1071,7 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
 def stdlib_files():
     """The Python standard library's own source, which comes with every Python: a corpus of
     several MB that needs no download."""
+    import sysconfig
     root, skip = sysconfig.get_paths()["stdlib"], regex.compile(r"-packages|\btests?\b|idle_test")
     files = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
     return sorted(path for path in files if path.endswith((".py", ".txt"))

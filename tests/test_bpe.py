@@ -1,16 +1,6 @@
 """bpe.py against naive versions of itself, by hand-made cases, and through its command line."""
 
-import base64
-import collections
-import gzip
-import itertools
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import base64, collections, gzip, itertools, json, os, random, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -22,11 +12,10 @@ import bpe
 from bpe import EOT, PATTERNS, Tokenizer
 
 PIECES = [
-    *" |  |\n|\n\n|\r\n|\t|a|B|don't|'s|'LL|é|ſ|1|234|½|.|,|!|?'|_|(|/|日|本|ا|😀|-|’|<||the|ing".split("|"),
-    *"camelCase|слово|ếch|end.\n|aaaa|日。\n|Ⅷ|٣|ि|ǅ".split("|"), "\u3000", "\xa0", "\u0301", "\0",
-    "\x1c", "\u200b", "\u2028", "\x85", "\ufeff", "\u1680", "\u2002\n",
+    *" |  |\n|\n\n|\r\n|\t|a|B|don't|'s|'LL|é|ſ|1|234|½|.|,|!|?'|_|(|/|日|本|ا|😀|-|’|<|".split("|"),
+    *"the|ing|camelCase|слово|ếch|end.\n|aaaa|日。\n|Ⅷ|٣|ि|ǅ|\0|\x1c|\x85|\u2028".split("|"),
+    *"\u3000|\xa0|\u0301|\u200b|\ufeff|\u1680|\u2002\n".split("|"),
 ]
-
 
 def random_text(rng, n=12):
     """Words, spaces and oddities from all over Unicode."""
@@ -35,16 +24,14 @@ def random_text(rng, n=12):
         return "".join(chr(code()) for _ in range(rng.randrange(n)))
     return "".join(rng.choice(PIECES) for _ in range(rng.randrange(n)))
 
-
 def sample_text(seed=0, documents=40):
     """English-like documents, for training."""
     rng = random.Random(seed)
     syllables = ["ba", "the", "ing", "to", "re", "aa", "a", "st", "é", "日本", "'s", "12", "x"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(200)]
     weights, ends = [1 / (i + 1) for i in range(200)], [" ", " ", ", ", ".\n", "  ", "\n\n"]
-    return ["".join(word + rng.choice(ends) for word in rng.choices(words, weights, k=rng.randint(5, 150)))
-            for _ in range(documents)]
-
+    texts = (rng.choices(words, weights, k=rng.randint(5, 150)) for _ in range(documents))
+    return ["".join(word + rng.choice(ends) for word in text) for text in texts]
 
 def naive_encode(tokenizer, text):
     """Textbook encoding without special tokens."""
@@ -59,36 +46,26 @@ def naive_encode(tokenizer, text):
         ids += [of[w] for w in word if w in of]
     return ids
 
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_bytes(EOT.join(sample_text()).encode())
     return path
 
-
 @pytest.fixture(scope="module")
 def tokenizers(corpus):
     names = [name for name in PATTERNS if name != "char"]
     return {n: Tokenizer(*bpe.train_bpe(corpus, 400, [EOT], n), [EOT], n) for n in names}
 
-
 @pytest.fixture(scope="module")
 def tokenizer(tokenizers):
     return tokenizers["gpt2"]
 
-
 def test_simple_tokenizers_round_trip():
     text = "Naïve? 日本 😀\n isn't\t1.5"
     for kind in (bpe.CharTokenizer(), bpe.ByteTokenizer(), bpe.WordTokenizer(text)):
-        assert kind.decode(kind.encode(text)) == text
-        assert all(0 <= i < kind.vocab_size for i in kind.encode(text))
+        assert kind.decode(kind.encode(text)) == text and max(kind.encode(text)) < kind.vocab_size
     assert bpe.WordTokenizer("a b").encode("a c") == [1, 0]
-    assert bpe.ByteTokenizer().decode([0xFF]) == "\ufffd"
-
-
-# ---- training
-
 
 def test_mistake_6_bpe_ties_and_overlaps():
     """'aaaa' is two of (a, a), not three merges; equal counts go to the greater pair of bytes."""
@@ -106,7 +83,6 @@ def test_mistake_6_bpe_ties_and_overlaps():
     for n in (3, 4, 5, 3001):  # the leftmost pair first, in short words and in long ones
         assert tokenizer.encode("a" * n) == [256] * (n // 2) + [97] * (n % 2)
 
-
 @pytest.mark.parametrize("seed", range(4))
 def test_merges_equal_the_naive_ones(seed):
     rng = random.Random(seed)
@@ -120,7 +96,6 @@ def test_merges_equal_the_naive_ones(seed):
         assert bpe.learn_merges(words, n) == bpe.learn_merges_naive(words, n)
     assert bpe.learn_merges({}, 5) == []
 
-
 @pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W+", r"(\w)\w*(e)?|\W+"])
 def test_training_equals_naive_pretokens_and_merges(corpus, pattern):
     counts = collections.Counter()
@@ -131,27 +106,22 @@ def test_training_equals_naive_pretokens_and_merges(corpus, pattern):
     assert merges == bpe.learn_merges_naive(counts, 360 - 257)
     assert vocab[len(vocab) - 1] == EOT.encode() and list(vocab) == list(range(len(vocab)))
 
-
 def test_training_does_not_depend_on_processes_blocks_or_source(tmp_path, monkeypatch):
     path, texts = tmp_path / "t.txt", sample_text(1, 300)
     path.write_bytes(EOT.join(texts).encode())
     specials = [EOT, "ing st", "ing st e"]
     expected = bpe.train_bpe(path, 400, specials, num_proc=1)
-    assert bpe.train_bpe(texts, 400, specials) == bpe.train_bpe(iter(texts), 400, specials) == expected
+    for source in (texts, iter(texts)):
+        assert bpe.train_bpe(source, 400, specials) == expected
     for block, processes in ((1 << 20, 2), (3000, 3), (200, 1)):
         monkeypatch.setattr(bpe, "BLOCK", block)
         assert bpe.train_bpe([path], 400, specials, num_proc=processes) == expected
-
 
 def test_no_merge_crosses_a_special_token_and_the_longest_wins():
     vocab, merges = bpe.train_bpe(iter([f"ab{EOT}ab{EOT}" * 50 + "x y " * 50]), 300, [EOT])
     assert merges == [(b"a", b"b"), (b" ", b"y"), (b" ", b"x")]  # and then there are no pairs
     assert [vocab[i] for i in range(256)] == [bytes([i]) for i in range(256)]
     assert bpe.train_bpe(iter(["abcd abcd"]), 300, ["ab", "abcd"])[1] == []
-
-
-# ---- cutting, and the chunk table
-
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pretokens_of_the_parts_are_those_of_the_whole(name):
@@ -163,33 +133,6 @@ def test_pretokens_of_the_parts_are_those_of_the_whole(name):
         parts = [block[i:j].decode() for i, j in zip(cuts, cuts[1:])]
         assert [p for part in parts for p in findall(part)] == findall(text)
 
-
-def test_cuts_are_where_they_should_be():
-    block = "Two words, don't; x1.5\n\nyes \n no\nnew\n/日。\n日".encode() + b"\xffdoc"
-    cuts = [*bpe.find_cuts(block).tolist(), len(block)]
-    expected = "Two| words|,| don't|;| x1|.5|\n\nyes| \n| no|\n|new|\n/日。\n|日|\xff|doc".split("|")
-    parts = [block[i:j] for i, j in zip(cuts, cuts[1:])]
-    assert parts == [b"\xff" if part == "\xff" else part.encode() for part in expected]
-
-
-def test_chunks_are_told_apart_by_all_their_bytes():
-    """Many chunks alike in their first 8 or 16 bytes, with zeros, of which some share a slot."""
-    rng = random.Random(6)
-    words = [b" pre\0fix"[: 1 + i % 8] + b"x" * (i % 23) + b"%d" % i for i in range(60_000)] * 2
-    rng.shuffle(words)
-    length = np.array([*map(len, words)])
-    chunks = bpe.Chunks(1 << 22)
-    numbers = ~chunks.lookup(b"".join(words), np.cumsum(length) - length, length)
-    _, _, length, text = chunks.take_new()
-    text, end = text.tobytes(), np.cumsum(length).tolist()
-    distinct = [text[i:j] for i, j in zip([0, *end], end)]
-    assert len({*distinct}) == len(distinct) == 60_000
-    assert [distinct[i] for i in numbers.tolist()] == words
-
-
-# ---- encoding
-
-
 @pytest.mark.parametrize("name", ["gpt2", "cl100k", "qwen", "o200k"])
 def test_encode_equals_naive_on_all_of_unicode(tokenizers, name):
     tokenizer, rng = tokenizers[name], random.Random(7)
@@ -200,7 +143,6 @@ def test_encode_equals_naive_on_all_of_unicode(tokenizers, name):
         assert tokenizer.decode(expected) == text
     everything = "".join(texts + sample_text(3, 60)) + "".join(map(chr, range(0xD7FF)))
     assert tokenizer.encode_ordinary(everything) == naive_encode(tokenizer, everything)
-
 
 def test_lists_of_merges_made_by_hand():
     """Merges that nobody learned: out of order, double, of parts made later; bytes without id."""
@@ -214,11 +156,11 @@ def test_lists_of_merges_made_by_hand():
         tokenizer = Tokenizer(dict(enumerate(tokens)), merges, [], r"[\s\S]+")
         for k in (3, 8, 40, 1500):
             text = "".join(rng.choices("abcé", k=k))
-            known = text.replace("é", "")  # has no ids, and so the letters around it are neighbours
+            known = text.replace("é", "")  # has no ids: the letters around it are neighbours
             assert tokenizer.encode(text) == naive_encode(tokenizer, known)
-    tokenizer = Tokenizer({0: b"a", 1: b"b", 2: b"ab", 3: b"ba"}, [(b"a", b"b")], ignore_merges=True)
+    vocab = {0: b"a", 1: b"b", 2: b"ab", 3: b"ba"}
+    tokenizer = Tokenizer(vocab, [(b"a", b"b")], ignore_merges=True)
     assert tokenizer.encode("ba ab xba") == [3, 2, 1, 0]  # " ab" and "xba" are no tokens
-
 
 def test_a_long_word_takes_linear_time(tokenizer):
     rng, seconds = random.Random(9), []
@@ -229,7 +171,6 @@ def test_a_long_word_takes_linear_time(tokenizer):
         seconds.append(time.process_time() - start)
         assert tokenizer.decode(ids) == word
     assert seconds[1] < 12 * seconds[0]  # if quadratic: 16
-
 
 def test_special_tokens(tokenizer):
     both = Tokenizer(tokenizer.vocab, tokenizer.merges, ["<|a|>", "<|a|><|b|>", EOT, "<|b|>"])
@@ -247,13 +188,11 @@ def test_special_tokens(tokenizer):
     with pytest.raises(ValueError, match="characters that stand for bytes"):
         Tokenizer(tokenizer.vocab, tokenizer.merges, ["é"]).to_json()
 
-
 def test_surrogates_bytes_and_ids_beyond_the_vocabulary(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
     assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
     assert tokenizer.decode([0xE6, 0x97]) == "\ufffd"
     assert tokenizer.decode(np.array([104, 400, 105, 10**12, -1])) == "hi"
-
 
 @pytest.mark.parametrize("size, block", [(1, 50), (7, 64), (100, 1 << 19), (5000, 300)])
 def test_encode_iterable_equals_encode(tokenizer, monkeypatch, size, block):
@@ -268,27 +207,20 @@ def test_encode_iterable_equals_encode(tokenizer, monkeypatch, size, block):
         pieces = (text[i : i + size] for i in range(0, len(text), size))
         assert list(one.encode_iterable(pieces)) == one.encode(text) == ids
 
-
 def test_encode_iterable_is_lazy_and_forgets(tokenizer):
     endless = itertools.cycle(["the thing is, ", "a stone\n"])
     first = list(itertools.islice(tokenizer.encode_iterable(endless), 300_000))
     assert tokenizer.decode(first[:40]).startswith("the thing is, a stone\nthe thing")
     fresh = Tokenizer(tokenizer.vocab, tokenizer.merges)
-    words = [f" w{i:x}" for i in range(400_000)]
+    words = [f" w\0{'x' * (i % 23)}{i:x}" for i in range(300_000)]  # alike in 8 or 16 bytes
     ids = fresh.encode("".join(words))
     assert fresh.chunks.count < 1 << 19 and fresh.decode(ids) == "".join(words)
-
-
-# ---- files of other tools
-
 
 def added(i, content, **flags):
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": content, **off, "special": True, **flags}
 
-
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
 
 def hf_json(*steps, **changes):
     """A small tokenizer.json such as Hugging Face writes."""
@@ -300,10 +232,8 @@ def hf_json(*steps, **changes):
     parts = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": steps}
     return json.dumps({**parts, "decoder": LEVEL, "model": model, **changes})
 
-
 def split(pattern, behavior="Isolated"):
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
-
 
 def test_same_ids_as_hugging_face(tokenizers, tmp_path):
     hf = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
@@ -311,9 +241,10 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
     texts = [random_text(rng) + rng.choice(["", EOT, "<n>"]) + random_text(rng) for _ in range(300)]
     digits = {"type": "Digits", "individual_digits": True}
     files = [t.to_json() for t in tokenizers.values()]
-    files += [Tokenizer(tokenizers["gpt2"].vocab, tokenizers["gpt2"].merges, [EOT], r"\w+|[.,]").to_json(),
-              Tokenizer(dict(enumerate(c.encode() for c in "abé日 ")), [], [EOT], "char",
-                        ignore_merges=True).to_json(),
+    one = tokenizers["gpt2"]
+    chars = dict(enumerate(c.encode() for c in "abé日 "))
+    files += [Tokenizer(one.vocab, one.merges, [EOT], r"\w+|[.,]").to_json(),
+              Tokenizer(chars, [], [EOT], "char", ignore_merges=True).to_json(),
               hf_json(), hf_json(digits), hf_json(split(r"\s+|e"), digits),
               hf_json(model={"ignore_merges": True, "merges": ["a b"]}),
               hf_json(added_tokens=[added(261, EOT), added(262, "<n>", normalized=True)],
@@ -321,24 +252,21 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
     for text in files:
         ours, theirs = Tokenizer.from_json(text), hf.Tokenizer.from_str(text)
         for text in texts:
-            known = "".join(c for c in text if c < "\u0250" or c in "".join(PIECES))  # by both Unicodes
+            known = "".join(c for c in text if c < "\u0250" or c in "".join(PIECES))  # to both
             assert ours.encode(known) == theirs.encode(known).ids, (ours.steps, known)
-    assert theirs.decode(tokenizers["gpt2"].encode("the é")) is not None
-
 
 BROKEN = [
     *("", "{", "[]", "5", '{"model": 3}', '{"model": {"type": "WordPiece", "vocab": {}}}'),
     *(hf_json()[:-40], "[" * 100_000, hf_json(model={"merges": [["t"]]})),
-    *(hf_json(model={"vocab": v}) for v in ({"a": "x"}, {"a": -1}, {"a": 10**15}, {"a": 1.5}, 3, [])),
+    *(hf_json(model={"vocab": v}) for v in (3, [], *({"a": i} for i in ("x", -1, 10**15, 1.5)))),
     *(hf_json(model={"merges": [merge]}) for merge in ("t", "t q q", "t zz")),
     *(hf_json(pre_tokenizer=part) for part in (None, {"type": "Whitespace"})),
     *(hf_json(pre_tokenizer={**LEVEL, "add_prefix_space": flag}) for flag in (True, 10**9)),
     *(hf_json(normalizer={"type": kind}) for kind in ("Precompiled", "Lowercase")),
-    *(hf_json(added_tokens=[token]) for token in ({"id": 1}, 7, added(97, "<|x|>"), added(300, ""))),
-    *(hf_json(added_tokens=[added(300, "<x>", **{f: 10**9})]) for f in ("lstrip", "rstrip", "single_word")),
+    *(hf_json(added_tokens=[t]) for t in ({"id": 1}, 7, added(97, "<|x|>"), added(300, ""))),
+    *(hf_json(added_tokens=[added(300, "<x>", **{f: 10**9})]) for f in ("lstrip", "rstrip")),
     *(hf_json(step) for step in (split("("), split("a", "Removed"), {"type": "Metaspace"})),
 ]
-
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_hostile_tokenizer_files_are_refused_in_one_line(tmp_path, broken):
@@ -346,7 +274,6 @@ def test_hostile_tokenizer_files_are_refused_in_one_line(tmp_path, broken):
     with pytest.raises((ValueError, OSError)) as error:
         Tokenizer.from_file(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
 
 def test_hostile_patterns_and_long_tokens_end(tmp_path, monkeypatch):
     tokenizer = Tokenizer.from_json(hf_json(split("(?:a|a)*b|.")))
@@ -356,9 +283,8 @@ def test_hostile_patterns_and_long_tokens_end(tmp_path, monkeypatch):
     long = [bytes([i]) for i in range(256)] + [b"x" * 100_000]
     lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(long)]
     (tmp_path / "gpt2.tiktoken").write_text("\n".join(lines))
-    assert Tokenizer.from_file(tmp_path / "gpt2.tiktoken", special_tokens=[]).encode("xy") == [120, 121]
+    assert Tokenizer.from_file(tmp_path / "gpt2.tiktoken", []).encode("xy") == [120, 121]
     assert time.monotonic() - start < 9
-
 
 def test_vocab_and_merges_files_and_tiktoken_ranks(tokenizer, tmp_path):
     name = lambda token: "".join(bpe.BYTES[b] for b in token)
@@ -379,29 +305,19 @@ def test_vocab_and_merges_files_and_tiktoken_ranks(tokenizer, tmp_path):
     assert read.eot_id == 399 and read.pattern == r"\w+|\W+"
     read = Tokenizer.from_file(tmp_path / "own.tiktoken", [EOT], "gpt2")
     assert read.encode(text) == tokenizer.encode(text)
-
-
-def test_json_round_trip(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.from_file(tmp_path)
-    assert (again.vocab, again.merges, again.special_tokens) == (
-        tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
-    assert again.pattern == PATTERNS["gpt2"] and again.to_json() == tokenizer.to_json()
+    assert (again.vocab, again.merges, again.to_json()) == (
+        tokenizer.vocab, tokenizer.merges, tokenizer.to_json())
 
-
-# ---- .bin files and the command line
-
-
-def run(*args, cwd, **options):
+def run(*args, cwd):
     command = [sys.executable, os.path.join(ROOT, "bpe.py"), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120, **options)
-
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
 
 @pytest.fixture
 def folder(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     return tmp_path
-
 
 def test_encode_files_documents_and_header(folder, tokenizer):
     texts = [t for t in sample_text(12, 90) if t.strip()]
@@ -424,7 +340,6 @@ def test_encode_files_documents_and_header(folder, tokenizer):
         assert header[:7].tolist() == [20240520, 1, len(expected), 400, tokenizer.eot_id, size, 0]
         assert os.path.getsize(folder / name) == 1024 + 2 * len(expected)
 
-
 def test_encoding_does_not_depend_on_processes_or_blocks(folder, tokenizer, monkeypatch):
     (folder / "a.txt").write_bytes(EOT.join(sample_text(13, 200)).encode())
     results = set()
@@ -433,7 +348,6 @@ def test_encoding_does_not_depend_on_processes_or_blocks(folder, tokenizer, monk
         bpe.encode_files(tokenizer, [folder / "a.txt"], folder, 0.05, num_proc=processes)
         results.add((folder / "train.bin").read_bytes() + (folder / "val.bin").read_bytes())
     assert len(results) == 1
-
 
 def test_literal_eot_in_json_is_text_and_large_ids_are_uint32(folder, tokenizer):
     (folder / "a.ndjson").write_text(json.dumps({"text": f"x{EOT}y"}) + "\n")
@@ -444,7 +358,6 @@ def test_literal_eot_in_json_is_text_and_large_ids_are_uint32(folder, tokenizer)
         assert ids.dtype == dtype and ids.tolist().count(tokenizer.eot_id) == 1
         assert one.decode(ids) == f"x{EOT}y{EOT}" and not (folder / "val.bin").exists()
 
-
 def test_a_file_that_shrinks_is_an_error(folder, tokenizer):
     (folder / "a.txt").write_text("some text " * 200_000)
     blocks = bpe.read_blocks([folder / "a.txt"])
@@ -452,7 +365,6 @@ def test_a_file_that_shrinks_is_an_error(folder, tokenizer):
     os.truncate(folder / "a.txt", 900_000)
     with pytest.raises(ValueError, match="shorter"):
         list(blocks)
-
 
 def test_bare_run_makes_the_default_data(tmp_path):
     result = run(cwd=tmp_path)
@@ -465,8 +377,7 @@ def test_bare_run_makes_the_default_data(tmp_path):
     ids, _ = bpe.read_bin(out / "val.bin")
     assert result.stdout == Tokenizer.from_file(out).decode(ids[:5000])
     result = run("show", "hi é", cwd=tmp_path)
-    assert all(kind in result.stdout for kind in ("CharT", "ByteT", "WordT", "Tokenizer, vocabulary of 4,096", "1.25"))
-
+    assert all(kind in result.stdout for kind in ("CharT", "ByteT", "WordT", "4,096:", "1.25"))
 
 def test_command_line_on_bad_bytes_and_characters(tmp_path):
     text = EOT.join(sample_text(14, 30)).encode() + b"\r\n caf\xff\xfe \xe6\x97"
@@ -476,7 +387,8 @@ def test_command_line_on_bad_bytes_and_characters(tmp_path):
     args = ("encode", "--tokenizer", "o/tokenizer.json", "--input", "a.txt", "--out", "bins")
     result = run(*args, "--val_input", "a.txt", "--num_proc", 2, cwd=tmp_path)
     assert (tmp_path / "bins/train.bin").read_bytes() == (tmp_path / "bins/val.bin").read_bytes()
-    assert (tmp_path / "bins/tokenizer.json").read_bytes() == (tmp_path / "o/tokenizer.json").read_bytes()
+    names = "bins/tokenizer.json", "o/tokenizer.json"
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 1
     result = run("decode", "--tokenizer", "bins", "--input", "bins/train.bin", cwd=tmp_path)
     assert result.stdout == (text + EOT.encode()).decode("utf-8", "replace").replace("\r\n", "\n")
     args = ("train", "--pattern", "char", "--input", "b.txt", "--out", "c")
@@ -489,21 +401,19 @@ def test_command_line_on_bad_bytes_and_characters(tmp_path):
     expected = [chars.index(c) for c in "To bee "] + [len(chars)]
     assert bpe.read_bin(tmp_path / "c/train.bin")[0].tolist() == expected
 
-
 TRAIN, ENCODE = "train --out o --input ", "encode --out o --tokenizer t.json --input "
 BAD_INPUT = [
     (TRAIN + "no.txt", 1, "no.txt"), (TRAIN + "empty.txt", 1, "is empty"),
     (TRAIN + "bad.jsonl", 1, "bad.jsonl"), (TRAIN + "cut.txt.gz", 1, "cut.txt.gz"),
     (TRAIN + "a.txt --special_tokens=", 1, "empty"), (TRAIN + "a.txt --special_tokens é", 1, "é"),
-    (TRAIN + "a.txt --vocab_size 256", 1, "256 bytes"), (TRAIN + "a.txt --pattern (", 1, "missing )"),
+    (TRAIN + "a.txt --vocab_size 256", 1, "256"), (TRAIN + "a.txt --pattern (", 1, "missing )"),
     *((TRAIN + f"a.{kind}", 1, "neither text") for kind in ("parquet", "jsonl.zst", "bz2")),
-    (ENCODE + "a.txt --tokenizer bad.json", 1, "bad.json"), (ENCODE + "a.txt", 1, "too few documents"),
+    (ENCODE + "a.txt --tokenizer bad.json", 1, "bad.json"), (ENCODE + "a.txt", 1, "too few doc"),
     (ENCODE + "a.txt bad.jsonl --num_proc 2", 1, "bad.jsonl"), (ENCODE + "no.gz", 1, "gzip"),
     (ENCODE + "a.txt --val_fraction 2", 2, "val_fraction"), ("encode --input a.txt", 2, "--out"),
     ("decode --tokenizer t.json --input wild.bin", 1, "not in the vocabulary"),
     ("decode --tokenizer t.json --input a.txt", 1, "no .bin"), ("shine", 2, "shine"),
 ]
-
 
 @pytest.mark.parametrize("args, code, message", BAD_INPUT)
 def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, code, message):
@@ -520,7 +430,6 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, c
     assert result.returncode == code and len(result.stderr.strip().splitlines()) == 1
     assert message in result.stderr and "error: " in result.stderr
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp" or p.name == "train.bin"]
-
 
 def test_interrupted_and_killed_runs_leave_the_old_files(folder):
     (folder / "a.txt").write_text("".join(f"w{i:x} " for i in range(1_500_000)))
@@ -541,7 +450,6 @@ def test_interrupted_and_killed_runs_leave_the_old_files(folder):
                "--val_fraction", 0, cwd=folder).returncode == 0
     left = sorted(p.name for p in folder.glob("train.bin*"))
     assert left == ["train.bin", f"train.bin.{os.getpid()}.tmp"]
-
 
 def test_parallel_reads_only_a_little_ahead_and_ends(tmp_path):
     made = []
