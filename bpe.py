@@ -337,12 +337,13 @@ class Merger:
 BLOCK = 1 << 19  # bytes of text that are worked on at a time; larger ones cost page faults
 NOT_TEXT = tuple(".parquet .arrow .bz2 .xz .zst .lz4 .zip .7z .tar .tgz .bin .npy .npz .pt".split())
 
-def split_at(separators, text):
-    """A text in parts at the separators, all UTF-8. Of several that match the longest wins."""
+def mark(separators, text):
+    """A text with the byte 255 in place of the separators. Of several that match the longest wins.
+    """
     found = sorted((s for s in separators if s in text), key=len, reverse=True)
     if len(found) < 2:
-        return text.split(found[0]) if found else [text]
-    return regex.split(b"|".join(map(regex.escape, found)), text)
+        return text.replace(found[0], b"\xff") if found else text
+    return regex.sub(b"|".join(map(regex.escape, found)), b"\xff", text)
 
 def cut_stream(pieces, separators, chunked, ending=b""):
     """UTF-8 in pieces of any size -> the same in pieces of about BLOCK bytes, each of which can
@@ -356,10 +357,11 @@ def cut_stream(pieces, separators, chunked, ending=b""):
         if size < enough:
             continue
         text = b"".join(waiting)
-        cut = size - len(split_at(separators, text)[-1])
+        valid = text if b"\xff" in separators else text.replace(b"\xff", b"\xfe")  # ends nothing
+        cut = size - len(mark(separators, valid).rpartition(b"\xff")[2])
         end = size - longest  # a separator that begins later may be incomplete
         for low in (max(cut, end - 4096), cut) if chunked else ():  # the last cut is near the end
-            places = find_cuts(text[low:end])
+            places = find_cuts(valid[low:end])
             if len(places) and places[-1] > 3:  # so that it has seen what comes before
                 cut = low + int(places[-1])
                 break
@@ -399,10 +401,10 @@ def read_blocks(paths, separators=(EOT.encode(),), chunked=True):
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path} is no gzip file, or a damaged one: {error}") from None
 
-def to_documents(block, separators=(EOT.encode(),), text_key="text"):
-    """A block of `read_blocks` -> (list of the documents in it, as UTF-8; the number of bytes
-    that were invalid: each run of them becomes U+FFFD). The last document is the part after the
-    last separator. Raises ValueError for a line of JSON that is not an object with a text."""
+def to_text(block, separators=(EOT.encode(),), text_key="text"):
+    """A block of `read_blocks` -> (UTF-8 with the byte 255 between documents; how many bytes were
+    invalid: each run of them becomes U+FFFD). Its last document goes on in the next block.
+    Raises ValueError for a line of JSON that is not an object with a text."""
     (path, is_json, raw), invalid = block, 0
     try:
         raw.decode()
@@ -410,14 +412,14 @@ def to_documents(block, separators=(EOT.encode(),), text_key="text"):
         invalid = len(regex.findall("[\udc80-\udcff]", raw.decode("utf-8", "surrogateescape")))
         raw = raw.decode("utf-8", "replace").encode()
     if not is_json:
-        return split_at(separators, raw), invalid
+        return mark(separators, raw), invalid
     lines = [line for line in raw.removeprefix(codecs.BOM_UTF8).split(b"\n") if line.strip()]
     for i, line in enumerate(lines):
         try:
             lines[i] = utf8(json.loads(line)[text_key])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{path}: no JSON object with a {text_key!r}: {line[:60]}") from None
-    return [*filter(None, lines), b""], invalid
+    return b"\xff".join([*filter(None, lines), b""]), invalid
 
 def parallel(job, items, num_proc):
     """map(job, items), by `num_proc` processes, which get at most 2 * num_proc items ahead."""
@@ -465,7 +467,7 @@ def progress(what, done, total, start):
 def replacing(path):
     """A binary file that takes the name `path` only once it is whole. What processes that were
     killed have left of it is removed."""
-    for old in glob.glob(glob.escape(path) + ".*.tmp"):
+    for old in glob.glob(glob.escape(path) + ".*.tmp") if os.name == "posix" else ():
         with contextlib.suppress(OSError, ValueError):
             try:
                 os.kill(int(old.split(".")[-2]), 0)  # only asks whether there is such a process
@@ -605,16 +607,16 @@ def count_pretokens(first, step, source, pattern, separators, text_key):
         texts, separators = (utf8(t) + b"\xff" for t in source), [*separators, b"\xff"]
         blocks = (("", False, block) for block in cut_stream(texts, separators, chunked))
     for block in itertools.islice(blocks, first, None, step):
-        documents, invalid = to_documents(block, separators, text_key) if files else (
-            split_at(separators, block[2]), 0)
-        bad, done, text = bad + invalid, done + step * len(block[2]), b"\xff".join(documents)
+        text, invalid = to_text(block, separators, text_key) if files else (
+            mark(separators, block[2]), 0)
+        bad, done = bad + invalid, done + step * len(block[2])
         if chunked and text:
             at = find_cuts(text)
             np.add.at(seen, ~chunks.lookup(text, at, np.diff(at, append=len(text))), 1)
             if chunks.count > 1 << 18:  # bounds the memory
                 count_chunks()
                 chunks, seen = Chunks(), np.zeros(1 << 20, np.int64)
-        for document in () if chunked else documents:
+        for document in () if chunked else text.split(b"\xff"):
             for match in split.finditer(document.decode()):
                 counts[match[0]] += 1
         if first == 0:  # one process tells how far all are
@@ -738,7 +740,7 @@ class Tokenizer:
     def encode_ordinary(self, text):
         """str -> list of ids, special tokens being text like any other."""
         pieces = cut_stream([utf8(text)], (), self.chunked)
-        return [i for piece in pieces for i in self.encode_texts([piece]).tolist()]
+        return [i for piece in pieces for i in self.encode_text(piece).tolist()]
 
     def encode_iterable(self, iterable):
         """Ids of the concatenation of an iterable of strings, such as an open file, lazily: the
@@ -746,25 +748,26 @@ class Tokenizer:
         PATTERNS: in memory for the longest text between two special tokens.)"""
         specials = {utf8(token): i for token, i in self.special_tokens.items()}
         for piece in cut_stream(map(utf8, iterable), specials, self.chunked):
-            texts, at, found = split_at(specials, piece), 0, []
-            for text in texts[:-1]:
-                at += len(text)
+            text, at, found = mark(specials, piece), 0, []
+            for part in text.split(b"\xff")[:-1]:
+                at += len(part)
                 token = max((s for s in specials if piece.startswith(s, at)), key=len)
                 at += len(token)
                 found.append(specials[token])
-            ids = self.encode_texts(texts)
+            ids = self.encode_text(text)
             ids[ids == self.vocab_size] = found
             yield from ids.tolist()
 
-    def encode_texts(self, texts):
-        """List of UTF-8 texts -> their ids, int32, with `vocab_size` between them."""
-        for form in self.forms if not all(map(bytes.isascii, texts)) else ():
-            texts = [utf8(unicodedata.normalize(form, text.decode())) for text in texts]
+    def encode_text(self, block):
+        """UTF-8, the byte 255 between texts -> ids, int32, with `vocab_size` between texts."""
+        for form in self.forms if not block.isascii() else ():
+            texts = (unicodedata.normalize(form, part.decode()) for part in block.split(b"\xff"))
+            block = b"\xff".join(map(str.encode, texts))
         if self.chunked:
-            block = b"\xff".join(texts)
             start = find_cuts(block)
             length = np.diff(start, append=len(block))
         else:
+            texts = block.split(b"\xff")
             pieces = [p for text in texts for p in (*self.split(text.decode()), b"\xff")][:-1]
             block, length = b"".join(pieces), np.array([*map(len, pieces)], np.int64)
             start = np.cumsum(length) - length
@@ -1007,10 +1010,10 @@ def read_bin(path):
 
 def encode_block(block, tokenizer, text_key):
     """A block of `read_blocks` -> (array of ids, bytes of the file, of text, and invalid ones)."""
-    documents, invalid = to_documents(block, text_key=text_key)
-    ids = tokenizer.encode_texts(documents)
+    text, invalid = to_text(block, text_key=text_key)
+    ids = tokenizer.encode_text(text)
     ids[ids == tokenizer.vocab_size] = tokenizer.eot_id
-    return ids.astype(tokenizer.dtype), len(block[2]), sum(map(len, documents)), invalid
+    return ids.astype(tokenizer.dtype), len(block[2]), len(text) - text.count(b"\xff"), invalid
 
 def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_proc=None,
                  text_key="text"):
@@ -1130,8 +1133,8 @@ def run(args):
     if args.command in ("encode", "decode", "show") and not fresh:
         tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.pattern)
     elif pattern == "char":  # the vocabulary is the characters of the text
-        documents = (to_documents(b, text_key=args.text_key)[0] for b in read_blocks(args.input))
-        chars = sorted({c for texts in documents for text in texts for c in text.decode()})
+        texts = (to_text(b, text_key=args.text_key)[0] for b in read_blocks(args.input))
+        chars = sorted({c for text in texts for c in text.decode("utf-8", "ignore")})
         tokenizer = Tokenizer(dict(enumerate(map(utf8, chars))), [], args.special_tokens, pattern,
                               ignore_merges=True)
     else:
