@@ -15,8 +15,8 @@ one token at a time: the most frequent pair of neighbours becomes a token of its
 Python takes its time for each object, numpy does not: after the textbook's version (section 2)
 this file works on thousands of words at a time.
 """
-import argparse, base64, codecs, collections, contextlib, functools, gc, glob, gzip, heapq, io
-import itertools, json, os, sys, time, unicodedata, zlib
+import argparse, base64, codecs, collections, contextlib, ctypes, functools, gc, glob, gzip
+import heapq, io, itertools, json, os, sys, time, unicodedata, zlib
 
 if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.07 CPU-seconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -811,7 +811,7 @@ class Tokenizer:
         slot, _ = self.chunks.table.find(*keys(b"\xff", np.array([0]), np.array([1])), add=True)
         self.chunks.table.value[slot] = self.vocab_size
         # of chunks with several ids, or none, by number: where in `ids` they are
-        self.start, self.length = np.zeros((2, len(self.chunks.table.value)), np.int64)
+        self.start, self.length = np.zeros((2, len(self.chunks.table.value)), np.int32)
         self.ids = np.zeros(0, np.int32)
 
     def learn(self):
@@ -1008,10 +1008,14 @@ def read_bin(path):
     ids = np.memmap(path, dtype, "r", offset) if size > offset else np.zeros(0, dtype)
     return ids, header if offset else None
 
+BLOCKS_DONE = itertools.count(1)
+
 def encode_block(block, tokenizer, text_key):
     """A block of `read_blocks` -> (array of ids, bytes of the file, of text, and invalid ones)."""
     text, invalid = to_text(block, text_key=text_key)
     ids = tokenizer.encode_text(text)
+    if next(BLOCKS_DONE) % 32 == 0 and sys.platform == "linux":  # else glibc keeps what is free
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
     ids[ids == tokenizer.vocab_size] = tokenizer.eot_id
     return ids.astype(tokenizer.dtype), len(block[2]), len(text) - text.count(b"\xff"), invalid
 
