@@ -783,7 +783,7 @@ class Tokenizer:
     def split(self, text):
         """A text -> list of pre-tokens, UTF-8, by the steps of a tokenizer.json: what a pattern
         matches is a piece, and so is what lies between. Raises TimeoutError."""
-        pieces, limit = [text], 2 + len(text) / 1e5  # a stranger's pattern may take for ever
+        pieces, limit = [text], 1 + len(text) / 1e5  # a stranger's pattern may take for ever
         for step, pattern in zip(self.steps, self.compiled):
             texts, pieces, end = pieces, [], time.monotonic() + limit
             for text in texts:
@@ -1175,7 +1175,7 @@ def main():
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, KeyError, RuntimeError, regex.error) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, MemoryError, regex.error) as error:
         print(f"bpe.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 
