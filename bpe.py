@@ -1176,7 +1176,7 @@ def main():
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, KeyError, RuntimeError, MemoryError, regex.error) as error:
-        print(f"bpe.py: error: {error}", file=sys.stderr)
+        print(f"bpe.py: error: {str(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
 
 if __name__ == "__main__":
