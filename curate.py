@@ -9,16 +9,13 @@ From web pages to documents worth training on.
 masks personal data and removes duplicates. --out gets documents (.jsonl.gz, one per line, with
 `text`) and report.json (what each step kept and why). --steps chooses; each step is a command, too:
 
-    python curate.py read --input crawl/*.warc.gz --out pages
-    python curate.py extract --input pages page.html paper.pdf --out texts
+    python curate.py extract --input crawl page.html paper.pdf --out texts
     python curate.py filter --input texts --out good --filters gopher repetition c4
     python curate.py decontaminate --input good --evals arc.jsonl --out clean
     python curate.py pipeline --input ~/notes src --out own --steps mask dedup
     python curate.py mix --input web=clean wiki=wiki.jsonl --weights web=0.7 wiki=0.3 --out mixed
-    python curate.py train-classifier --input en=en.txt de=de.txt fr=fr.txt --out langid.npz
     python curate.py train-classifier --input good=wiki.txt web=web.jsonl --words 2 --out q.npz
-    python curate.py pipeline --input crawl --out corpus --language_model langid.npz \\
-        --quality q.npz:good:0.5
+    python curate.py pipeline --input crawl --out corpus --quality q.npz:good:0.5
 
 Inputs: .warc, .wet, .html, .txt (with <|endoftext|> between documents), JSON lines (.jsonl .ndjson
 .json), code and notes (a file is a document), each also as .gz and, with the package zstandard,
@@ -47,6 +44,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -61,55 +59,44 @@ EOT = "<|endoftext|>"
 # as Content-Length says, each record usually a gzip member of its own. Crawls are truncated,
 # damaged and wrong about lengths: what cannot be read is counted and skipped.
 
-MAX_PAGE = 16 << 20  # bytes of a page once decompressed; longer ones are skipped
-MAX_RATIO = 200  # a gzip member that expands more than this, beyond MAX_PAGE, is a bomb
-CHUNK = 1 << 16
+MAX_PAGE, CHUNK = 16 << 20, 1 << 16  # bytes: longer pages are skipped; of a read
 NEXT = b"\nWARC/"  # how a record follows another: the text of a page may mention WARC/1.0, too
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 GZIP, ZSTD = (re.compile(magic) for magic in (rb"\x1f\x8b\x08", rb"\x28\xb5\x2f\xfd"))
-# A page of a WARC file, or a text of a WET file. kind: "html" or "text"; charset: what the HTTP
-# header says, or None; body: bytes without HTTP headers, chunks joined and decompressed.
+# kind: "html" or "text" (WET); charset: by the HTTP header, or None; body: bytes, decompressed
 Record = collections.namedtuple("Record", "url kind charset body")
 
 
 def unpack(file, counts):
     """Yield the bytes of a binary file in pieces, decompressed if they are gzip or zstd. The rest
     of a damaged member is skipped, and the next one is looked for."""
-    raw = file.read(1024)
-    magic = GZIP if GZIP.match(raw) else ZSTD if ZSTD.match(raw) else None
-    if magic is None:
-        yield raw
-        yield from iter(functools.partial(file.read, CHUNK), b"")
-        return
-    new, size, limit = functools.partial(zlib.decompressobj, 31), CHUNK, [16 * CHUNK]
-    if magic is ZSTD:  # has no limit, but a kB stands for 32 MB at most
+    raw, size, limit = file.read(1024), CHUNK, [16 * CHUNK]
+    magic, new = GZIP, functools.partial(zlib.decompressobj, 31)
+    if ZSTD.match(raw):  # its decompressor takes no limit, but a kB stands for 32 MB at most
+        magic, size, limit = ZSTD, 1024, []
         new = importlib.import_module("zstandard").ZstdDecompressor().decompressobj
-        size, limit = 1024, []
+    elif not GZIP.match(raw):
+        yield from itertools.chain([raw], iter(functools.partial(file.read, CHUNK), b""))
+        return
     while raw := raw or file.read(size):
         start = magic.search(raw)
-        if not start:  # a magic number may lie across the border of two chunks
+        if not start:  # a magic number may lie across the border of two reads
             more = file.read(size)
             raw = raw[-3:] + more if more else b""
             continue
-        raw, member, consumed, produced = raw[start.start() :], new(), 0, 0
+        raw, member = raw[start.start() :], new()
         while not member.eof:
             if not (raw := raw or file.read(size)):
                 counts["compressed file cut short"] += 1
                 return
             try:
-                piece = member.decompress(raw, *limit)
+                yield member.decompress(raw, *limit)
             except Exception:  # zlib.error or zstandard.ZstdError
                 counts["damaged gzip or zstd"] += 1
                 raw = raw[1:]
+                yield b"\n"  # so that what comes next begins a line
                 break
-            rest = member.unused_data or getattr(member, "unconsumed_tail", b"")
-            consumed, produced, raw = consumed + len(raw) - len(rest), produced + len(piece), rest
-            yield piece
-            if produced > MAX_PAGE and produced > MAX_RATIO * consumed and not member.eof:
-                counts["decompression bomb"] += 1
-                break
-        if not member.eof:
-            yield b"\n"  # so that what comes next begins a line
+            raw = member.unused_data or getattr(member, "unconsumed_tail", b"")
 
 
 def parse_headers(head):
@@ -119,8 +106,8 @@ def parse_headers(head):
 
 
 def decode_body(body, coding):
-    """Undo gzip, of any number of members, or deflate, with zlib's header or without. ValueError
-    for other encodings of HTTP and for damage."""
+    """Undo gzip, of any number of members, or deflate, with or without zlib's header. ValueError
+    for other encodings of HTTP, for damage and for more than MAX_PAGE bytes."""
     for wbits in {"gzip": [31], "x-gzip": [31], "deflate": [15, -15]}.get(coding, []):
         out, rest = b"", body
         with contextlib.suppress(zlib.error):
@@ -132,8 +119,8 @@ def decode_body(body, coding):
                 rest = member.unused_data
                 if member.eof and not GZIP.match(rest):
                     return out
-    if re.match(rb"\s*<[^\0-\x08\x0e-\x1f]*\Z", body[:2000]):  # some crawlers decompress the body,
-        return body  # and leave the header
+    if re.match(rb"\s*<[^\0-\x08\x0e-\x1f]*\Z", body[:2000]):
+        return body  # some crawlers decompress the body, and leave the header
     raise ValueError(f"content encoding {coding[:20]}")
 
 
@@ -164,12 +151,10 @@ def unpack_http(content):
 
 
 def read_warc(source, counts=None):
-    """The pages of a WARC or WET file, one `Record` at a time.
-
-    source: a path or a binary file, compressed or not. counts: a Counter of what was skipped, by
-    reason. Only responses of status 200 with HTML or plain text are yielded. If no record begins
-    where Content-Length says that this one ends, it ends where the next one begins.
-    """
+    """The pages of a WARC or WET file, one `Record` at a time: responses of status 200 with HTML or
+    plain text. source: a path or a binary file, compressed or not; counts: a Counter of what was
+    skipped, by reason. If no record begins where Content-Length says that this one ends, it ends
+    where the next one begins."""
     counts = collections.Counter() if counts is None else counts
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
@@ -196,17 +181,16 @@ def read_warc(source, counts=None):
         headers = parse_headers(buffer[: blank.end()])
         del buffer[: blank.end()]
         length = headers.get("content-length", "")
-        length = int(length) if re.fullmatch("[0-9]{1,15}", length) else -1
+        length = end = int(length) if re.fullmatch("[0-9]{1,15}", length) else -1
         whole = 0 <= length <= MAX_PAGE and fill(length)
         if whole:
             fill(length + 64)
-            whole = NEXT[1:].startswith(bytes(buffer[length : length + 64]).lstrip(b"\r\n")[:5])
-        end = length
+            after = bytes(buffer[length : length + 64]).lstrip(b"\r\n")
+            whole = NEXT[1:].startswith(after[: len(NEXT) - 1])
         if not whole:
-            too_large = fill(MAX_PAGE) or length > MAX_PAGE
+            what = "page too large" if fill(MAX_PAGE) or length > MAX_PAGE else "record cut short"
             end = 0 if buffer.startswith(NEXT[1:]) else buffer.find(NEXT, 0, MAX_PAGE)
-            counts["wrong length" if end >= 0 else "page too large" if too_large
-                   else "record cut short"] += 1
+            counts["wrong length" if end >= 0 else what] += 1
         content = bytes(buffer[: max(0, end)])
         del buffer[: end if end >= 0 else MAX_PAGE]
         if end < 0:
@@ -222,38 +206,36 @@ def read_warc(source, counts=None):
             page = "html" if "html" in mime else "text" if mime.startswith("text/plain") else None
             if not page:
                 raise ValueError("not HTML")
+            yield Record(headers.get("warc-target-uri", "").strip("<>"), page, charset, content)
         except ValueError as reason:
             counts[str(reason)] += 1
-            continue
-        yield Record(headers.get("warc-target-uri", "").strip("<>"), page, charset, content)
 
 
-# Codecs of Python that read charsets as browsers do, each with the labels that the WHATWG's Encoding
-# Standard has for it: letters and digits only, without "x-", "cs" and years.
-CHARSETS = {label: line.split()[0] for line in """
+# Codecs of Python that read charsets as browsers do, with the labels that the WHATWG's Encoding
+# Standard has for each: letters and digits only, without "x-", "cs" and years.
+CHARSETS = {label: line.split()[0] for line in re.split("[;\n] *", """\
 utf-8 utf8 unicode11utf8 unicode20utf8; utf-16-be utf16be unicodefffe; koi8-u koi8u koi8ru
 utf-16-le utf16 utf16le unicode unicodefeff ucs2 iso10646ucs2; koi8-r koi koi8 koi8r
 cp1252 iso88591 isolatin1 latin1 l1 isoir100 ascii usascii ansix341968 cp819 ibm819
 cp1254 iso88599 isolatin5 latin5 l5 isoir148; cp874 windows874 dos874 tis620 iso885911
-cp866 866 cp866 ibm866; iso8859-2 isolatin2 latin2 l2 isoir101; iso8859-3 isolatin3 latin3 l3 isoir109
-iso8859-4 isolatin4 latin4 l4 isoir110; iso8859-5 isolatincyrillic cyrillic isoir144
+cp866 866 cp866 ibm866; iso8859-2 isolatin2 latin2 l2 isoir101; iso8859-15 isolatin9 latin9 l9
+iso8859-3 isolatin3 latin3 l3 isoir109; iso8859-4 isolatin4 latin4 l4 isoir110
+iso8859-5 isolatincyrillic cyrillic isoir144; iso8859-10 isolatin6 latin6 l6 isoir157
 iso8859-6 iso88596e iso88596i isolatinarabic arabic asmo708 ecma114 isoir127
 iso8859-7 isolatingreek greek greek8 ecma118 elot928 suneugreek isoir126
 iso8859-8 iso88598e iso88598i isolatinhebrew hebrew visual logical isoir138
-iso8859-10 isolatin6 latin6 l6 isoir157; iso8859-15 isolatin9 latin9 l9
-mac-roman mac macintosh macroman; mac-cyrillic maccyrillic macukrainian
+mac-roman mac macintosh macroman; mac-cyrillic maccyrillic macukrainian; euc_jp eucjp eucpkdfmtjapanese
 gb18030 gb18030 gbk gb2312 gb231280 iso58gb231280 chinese isoir58; big5hkscs big5 big5hkscs cnbig5
-euc_jp eucjp eucpkdfmtjapanese; iso2022_jp iso2022jp; cp932 shiftjis sjis ms932 mskanji windows31j
-cp949 euckr korean ksc5601 ksc56011987 ksc56011989 windows949 isoir149
-""".replace(";", "\n").strip().split("\n") for label in line.split()[1:]}
+iso2022_jp iso2022jp; cp932 shiftjis sjis ms932 mskanji windows31j
+cp949 euckr korean ksc5601 ksc56011987 ksc56011989 windows949 isoir149""") for label in line.split()[1:]}
 CHARSETS = {f"iso8859{n}": f"iso8859-{n}" for n in (*range(2, 9), 10, 13, 14, 15, 16)} | {
     f"{name}125{n}": f"cp125{n}" for n in range(9) for name in ("windows", "cp")} | CHARSETS
 META = re.compile(rb"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]+)""")
 
 
 def decode_page(data, charset=None):
-    """Bytes of a page as text. In this order: byte order mark, valid UTF-8 (other encodings hardly
-    ever are), the HTTP header's charset, <meta>, windows-1252."""
+    """Bytes of a page as text, by byte order mark; as UTF-8 if it is (other encodings hardly ever
+    are); by the HTTP header's charset; by <meta>; or as windows-1252."""
     for mark, name in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"),
                        (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
@@ -266,11 +248,12 @@ def decode_page(data, charset=None):
     if name.startswith("utf-16") and b"\0" not in data[:200]:
         name = "utf-8"  # it says that it is UTF-16, in bytes that are not
     if not name.startswith(("iso2022", "utf-16")):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode()
         text = data.decode("utf-8", "replace")
-        # With one bad byte, or truncated within a letter, it is UTF-8 all the same.
         good, bad = len(re.findall("[^\0-\x7f\ufffd]", text)), text.count("\ufffd")
-        if not bad or good > 10 * bad and (not names or name == "utf-8"):
-            return text
+        if good > 10 * bad and (not names or name == "utf-8"):
+            return text  # with one bad byte, or truncated within a letter, it is UTF-8 all the same
     return data.decode(name, "replace")
 
 # -----------------------------------------------------------------------------
@@ -582,21 +565,18 @@ class LinearClassifier:
         order = np.concatenate([order.permutation(len(pairs)) for _ in range(epochs)])
         for done, k in enumerate(order):
             rows, y = pairs[k]
-            error = model.softmax(rows)
+            error = model.probabilities(rows)
             error[y] -= 1
-            step = rate * (1 - done / len(order)) * scale / math.sqrt(max(1, len(rows)))
-            table[rows] -= step * error
+            falling = rate * (1 - done / len(order))
+            table[rows] -= falling * scale / math.sqrt(max(1, len(rows))) * error
         return model
 
-    def softmax(self, rows):
-        """Rows of the table for a text -> (labels,) probabilities."""
+    def probabilities(self, text):
+        """Of a text, or its rows of the table: (labels,) float32."""
+        rows = self.rows(text) if isinstance(text, str) else text
         p = self.table[rows].sum(0) * np.float32(self.scale / math.sqrt(max(1, len(rows))))
         p = np.exp(p - p.max())
         return p / p.sum()
-
-    def probabilities(self, text):
-        """(labels,) float32."""
-        return self.softmax(self.rows(text))
 
     def predict(self, text):
         """(label, probability) of the likeliest."""
@@ -701,7 +681,8 @@ def identify_language(text, classifier=None):
 
 GOPHER_STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 # Letters of scripts without spaces between words: kana, Chinese, Thai, Lao, Burmese, Khmer.
-DENSE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
+DENSE = ("\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+         "\U00020000-\U0003ffff")
 NO_SPACES = re.compile(f"[{DENSE}]")
 ENDS = "…。！？｡؟۔।॥։።။។"  # of sentences, besides . ! and ?
 ENDED = re.compile(f"[.!?{ENDS}][\"'”’»)\\]）」』]*$|[\"'”’」』]$")
@@ -717,8 +698,8 @@ def lines_of(text):
     return [line for line in map(str.strip, text.split("\n")) if line]
 
 
-def first_broken(rules):
-    """The name of the first broken rule, or None. rules: {name: whether it is broken}."""
+def first_true(rules):
+    """The first key of a dict whose value is true, or None."""
     return next((name for name, broken in rules.items() if broken), None)
 
 
@@ -729,7 +710,7 @@ def gopher_quality_reason(text, language="en"):
     letters = sum(map(len, words))
     spaced = dense <= 0.3 * letters
     count = len(words) if spaced else dense
-    return first_broken({
+    return first_true({
         "under 50 words": count < 50,
         "over 100,000 words": count > 100_000,
         "mean word length": spaced and not 3 <= letters / max(1, count) <= 10,
@@ -792,7 +773,7 @@ def c4_lines(text):
 def c4_reason(text):
     """The first of C4's rules for pages that a text breaks, or None. Sentences are counted in the
     lines that C4 keeps."""
-    return first_broken({"curly bracket": "{" in text, "lorem ipsum": "lorem ipsum" in text.lower(),
+    return first_true({"curly bracket": "{" in text, "lorem ipsum": "lorem ipsum" in text.lower(),
                          "under 3 sentences": len(SENTENCE.findall("\n".join(c4_lines(text)))) < 3})
 
 
@@ -800,7 +781,7 @@ def fineweb_reason(text):
     """The first of FineWeb's own rules (Penedo et al. 2024) that a text breaks, or None."""
     lines = lines_of(text)
     short = 12 if NO_SPACES.search(text[:200]) else 30
-    return first_broken({
+    return first_true({
         "empty": not lines,
         "lines without punctuation": sum(map(bool, map(ENDED.search, lines))) < 0.12 * len(lines),
         "characters in repeated lines": repeated_share(lines)[1] > 0.1,
@@ -811,13 +792,8 @@ FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reas
            "c4": c4_reason, "fineweb": fineweb_reason}
 
 
-def passes(name, text):
-    """Whether a text breaks none of the rules of FILTERS[name]."""
-    return FILTERS[name](text) is None
-
-
-gopher_quality_filter, gopher_repetition_filter, c4_filter = (
-    functools.partial(passes, name) for name in ("gopher", "repetition", "c4"))
+gopher_quality_filter, gopher_repetition_filter, c4_filter = (  # text -> whether it is kept
+    lambda text, name=name: FILTERS[name](text) is None for name in ("gopher", "repetition", "c4"))
 
 
 @functools.lru_cache
@@ -910,6 +886,9 @@ def mask_ips(text):
     text, v6 = mask_where(IPV6, text, "|||IP_ADDRESS|||", is_ip) if text.count(":") > 1 else (text, 0)
     return text, v4 + v6
 
+
+MASKS = {"email": mask_emails, "phone": mask_phone_numbers, "ip": mask_ips}
+
 # -----------------------------------------------------------------------------
 # Documents in files, work on many files at once, and a report of what each step kept and why.
 
@@ -921,12 +900,12 @@ KINDS = (".warc", ".wet", ".txt", ".pdf", *JSON_LINES, *PAGES, *""".py .pyi .md 
 
 def kind_of(path):
     """What a file holds, by its name: ".jsonl" for a.jsonl.gz. ValueError if nobody knows."""
-    name, package = re.subn(r"\.zst$", "", os.path.basename(path).lower())
-    kind = os.path.splitext(name.removesuffix(".gz"))[1]
+    name = os.path.basename(path).lower()
+    kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", name))[1]
+    package = "pypdf" if kind == ".pdf" else "zstandard" if name.endswith(".zst") else "re"
     if kind not in KINDS:
         raise ValueError(f"{path}: no known kind of file: {' '.join(KINDS)}, and .gz, .zst of them")
-    package = "pypdf" if kind == ".pdf" else "zstandard" * package
-    if package and not importlib.util.find_spec(package):
+    if not importlib.util.find_spec(package):
         raise ValueError(f"{path} needs the package {package}: pip install {package}")
     return kind
 
@@ -934,19 +913,19 @@ def kind_of(path):
 def find_inputs(patterns):
     """Paths for files, patterns, and folders: these stand for all files of known kinds in them."""
     paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        for path in found:
-            if not os.path.isdir(path):
-                kind_of(path)
-                paths.append(path)
-            for folder, _, names in sorted(os.walk(path)):
-                for name in sorted(names):
-                    with contextlib.suppress(ValueError):
-                        if name != "report.json" and "/." not in folder and kind_of(name):
-                            paths.append(os.path.join(folder, name))
-        if not found or not paths:
-            raise ValueError(f"there is no file {pattern}")
+    for path in [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]:
+        if not os.path.isdir(path):
+            kind_of(path)
+            os.stat(path)  # raises if there is none
+            paths.append(path)
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            for name in sorted(set(names) - {"report.json"}):
+                with contextlib.suppress(ValueError):
+                    kind_of(name)
+                    paths.append(os.path.join(folder, name))
+    if not paths:
+        raise ValueError(f"no file of a known kind in {', '.join(patterns)}")
     return paths
 
 
@@ -972,16 +951,16 @@ def read_documents(path, counts=None):
     "url" or "path". Accents are composed with their letters (NFC). counts: a Counter for what is
     skipped, by reason; without it, that is said."""
     skipped = collections.Counter() if counts is None else counts
-    for document in read_raw(path, kind_of(path), skipped):
+    for document in read_kind(path, kind_of(path), skipped):
         if "text" in document:
             document["text"] = unicodedata.normalize("NFC", document["text"])
         yield document
-    for reason, count in skipped.items() if counts is None else ():
-        if count and reason != "records":
+    for reason, count in (+skipped).items() if counts is None else ():
+        if reason != "records":
             warn(f"{path}: {reason}: {count:,}")
 
 
-def read_raw(path, kind, counts):
+def read_kind(path, kind, counts):
     """`read_documents`, for each kind of file."""
     if kind in (".warc", ".wet"):
         for record in read_warc(path, counts):
@@ -1002,8 +981,7 @@ def read_raw(path, kind, counts):
             first, *rest = line.decode("utf-8", "replace").rstrip("\r").split(EOT)
             parts.append(first)
             for part in rest:
-                if text := "\n".join(parts).strip():
-                    yield {"text": text}
+                yield from [{"text": text} for text in ["\n".join(parts).strip()] if text]
                 parts = [part]
     elif kind == ".pdf":
         import pypdf
@@ -1028,10 +1006,10 @@ def warn(message):
 def replacing(path):
     """A binary file, gzipped if path ends in .gz, that takes the name `path` when it is complete:
     a killed run leaves no half file. Its bytes depend on nothing but what is written."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            if os.fspath(path).endswith(".gz"):
+            if str(path).endswith(".gz"):
                 with gzip.GzipFile("", "wb", 5, file, mtime=0) as packed:
                     yield packed
             else:
@@ -1069,21 +1047,21 @@ def run_job(job):
 
 def run_all(function, jobs, work, name, pool=(1, None)):
     """[function(*job) for job in jobs], by processes. work: a folder for what was done; pool:
-    (number of processes, or address of a Ray cluster that has this file and the folders)."""
+    (number of processes, address of a Ray cluster that has this file and the folders, or None)."""
     jobs = [(function.__name__, job, os.path.join(work, f"{name}-{function.__name__}-{i}.json"))
             for i, job in enumerate(jobs)]
     start, results, others = time.monotonic(), [], multiprocessing.active_children()
-    found = map(run_job, jobs)
     with contextlib.ExitStack() as stack:
+        found = map(run_job, jobs)
         if pool[1]:
             from ray.util.multiprocessing import Pool
-            import curate  # Ray's workers find by this name what is in this file
+            import curate  # by this name Ray's workers find what is in this file
             found = stack.enter_context(Pool(ray_address=pool[1])).imap(curate.run_job, jobs)
         elif pool[0] > 1 and len(jobs) > 1:
-            executor = concurrent.futures.ProcessPoolExecutor(
-                min(pool[0], len(jobs)), multiprocessing.get_context("spawn"), start_worker)
+            context = multiprocessing.get_context("spawn")
+            executor = concurrent.futures.ProcessPoolExecutor(pool[0], context, start_worker)
             stack.callback(lambda: [child.terminate() for child in multiprocessing.active_children()
-                                    if child not in others])
+                                    if child not in others])  # at once, when Ctrl-C ends this
             found = executor.map(run_job, jobs)
         for result in found:
             results.append(result)
@@ -1094,64 +1072,58 @@ def run_all(function, jobs, work, name, pool=(1, None)):
     return results
 
 
-def text_size(document):
-    """UTF-8 bytes of a document's text or, if that is yet to be extracted, HTML."""
-    return len((document.get("text") or document.get("html") or "").encode("utf-8", "replace"))
-
-
 def count_document(report, step, document, reason=None, after=None, seconds=0.0):
     """Count a document that a step drops for a reason or keeps, as `after` if it changes. report:
-    {"steps": {step: {what: number}}, "examples": {"step: reason": [url, text]}}."""
-    counts = report["steps"].setdefault(step, collections.Counter())
-    counts.update({"documents in": 1, "bytes in": text_size(document), "CPU seconds": seconds})
-    if reason is None:
-        counts.update({"documents out": 1, "bytes out": text_size(after or document)})
-        return
-    counts[f"dropped: {reason}"] += 1
-    text = " ".join((document.get("text") or document.get("html") or "")[:600].split())[:200]
-    report["examples"].setdefault(f"{step}: {reason}", [
-        document.get("url") or document.get("path", ""), text])
+    {step: {what: number, "examples": {reason: start of a document that was dropped}}}."""
+    counts = report.setdefault(step, collections.Counter(examples={}))
+    text, now = (d.get("text") or d.get("html") or "" for d in (document, after or document))
+    counts.update({"in": 1, "CPU seconds": seconds, reason or "out": 1})
+    if not reason:
+        counts["bytes out"] += len(now.encode("utf-8", "replace"))
+    else:
+        counts["examples"].setdefault(reason, f"{document.get('url', '')} {text[:200]}")
 
 
 def merge_reports(reports):
     """The reports of several files as one."""
-    merged = {"steps": {}, "examples": {}}
-    for report in reports:
-        merged["examples"] = {**report["examples"], **merged["examples"]}
-        for step, counts in report["steps"].items():
-            merged["steps"].setdefault(step, collections.Counter()).update(counts)
+    merged = {}
+    for step, counts in (item for report in reports for item in report.items()):
+        old = merged.setdefault(step, collections.Counter(examples={}))
+        old["examples"] = {**counts.pop("examples"), **old["examples"]}
+        for key, value in counts.items():
+            old[key] += value
     return merged
+
 
 def write_report(path, report, seconds):
     """Write report.json, and print a table."""
     with replacing(path) as file:
-        file.write(to_json({**report, "seconds": round(seconds, 2)}, indent=1))
-    print(f"{'step':<18}{'documents in':>13}{'out':>10}{'MB in':>10}{'out':>9}{'CPU s':>8}  why")
-    for name, c in report["steps"].items():
-        c = collections.Counter(c)
-        why = ", ".join(f"{key.removeprefix('dropped: ')} {n:,}" for key, n in c.most_common()
-                        if not key.startswith(("documents ", "bytes ", "CPU ")))
-        print(f"{name:<18}{c['documents in']:>13,}{c['documents out']:>10,}{c['bytes in'] / 1e6:>10.2f}"
-              f"{c['bytes out'] / 1e6:>9.2f}{c['CPU seconds']:>8.2f}  {why[:70]}")
-    print(f"{seconds:.1f} s; {path} has more, and an example of what was dropped for each reason")
-
+        file.write(to_json({"seconds": round(seconds, 2), "steps": report}, indent=1))
+    print(f"{'step':<18}{'documents in':>13}{'out':>10}{'MB out':>10}{'CPU s':>8}  why")
+    for name, c in report.items():
+        why = [f"{key} {n:,}" for key, n in c.items() if key not in (
+            "in", "out", "bytes out", "CPU seconds", "examples")]
+        print(f"{name:<18}{c['in']:>13,}{c['out']:>10,}{c['bytes out'] / 1e6:>10.2f}"
+              f"{c['CPU seconds']:>8.2f}  {', '.join(why)[:80]}")
+    print(f"{seconds:.1f} s; {path} has an example of what was dropped for each reason")
 
 # -----------------------------------------------------------------------------
-# Duplicates, of documents, lines, paragraphs or near ones, by one shuffle in three maps. (1) The
-# units of every file become 64-bit hashes, sorted within runs. (2) For every range of the hashes:
-# collect it from all runs, sort it, and say what to drop. (3) Every file is written anew without
-# that. A unit's id is the number of its file << 40 plus its place in it, so the first of equals is
-# kept whatever the processes did; and nobody holds more than RANGE hashes.
+# Duplicates: documents, lines, paragraphs or near ones, by one shuffle in three maps. (1) The units
+# of every file become 64-bit hashes, in sorted runs. (2) For each range of the hashes: collect it
+# from all runs, sort it, and say what to drop. (3) Every file is written anew without that. A
+# unit's id is the number of its file << 40 plus its place in it, so the first of equals is kept
+# whatever the processes did; and nobody holds more than about RANGE hashes.
 
-RUN, RANGE, PLACE = 1 << 18, 1 << 22, 40  # hashes in a run, about as many in a range; bits
+RUN, RANGE, PLACE = 1 << 18, 1 << 20, 40  # hashes in a run, about as many in a range; bits
 MAX_COMPARED = 50  # documents before it in a bucket, that a document is compared with
 PARAGRAPH = 100  # characters of a line that make it one
+KINDS_OF_DUPLICATES = {"document": "exact duplicates", "line": "repeated lines",
+                       "near": "near duplicates"}
 
 
 def stable_hash(data):
-    """Bytes, or the str() of anything else -> 64 bits, the same in every process (`hash` of a str
-    is not)."""
-    data = data if isinstance(data, bytes) else str(data).encode("utf-8", "replace")
+    """Bytes or str -> 64 bits, the same in every process (`hash` of a str is not)."""
+    data = data if isinstance(data, bytes) else str(data).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -1170,14 +1142,13 @@ class BloomFilter:
     def places(self, item):
         """The numbers of an item's bits."""
         h = stable_hash(item)
-        step = (h * int(MULTIPLIER) >> 20) % (1 << 44) | 1
-        return [(h + i * step) % self.size for i in range(self.num_hashes)]
+        return [(h + i * (h * 0x9E3779B97F4A7C15 >> 20 | 1)) % self.size
+                for i in range(self.num_hashes)]
 
     def add(self, item):
         """Add a str or bytes -> whether it was there before."""
-        seen = True
+        seen = item in self
         for at in self.places(item):
-            seen = seen and bool(self.bits[at >> 3] >> (at & 7) & 1)
             self.bits[at >> 3] |= 1 << (at & 7)
         return seen
 
@@ -1192,7 +1163,7 @@ class BloomFilter:
 # S-shaped curve. Pairs that agree are candidates, whose true similarity is computed.
 
 PUNCTUATION = bytes(i for i in range(33, 128) if not chr(i).isalnum())
-FOLD = bytes(i + 32 if 65 <= i <= 90 else i for i in range(256))  # lower case, in ASCII
+LOWER = bytes(i + 32 if 65 <= i <= 90 else i for i in range(256))
 
 
 @functools.lru_cache(1 << 14)
@@ -1204,20 +1175,20 @@ def fold(letters):
 
 
 def normalize(text):
-    """Lower case, no accents, no punctuation: UTF-8. Vowel signs stay.
+    """Words of a text as bytes: lower case, no accents, no punctuation; vowel signs stay.
 
-    >>> normalize("Señor  O'Neil, 3.5%!").split()
+    >>> normalize("Señor  O'Neil, 3.5%!")
     [b'senor', b'oneil', b'35']
     """
     if not text.isascii():
         text = re.sub(r"[^\0-\x7f]+", lambda match: fold(match.group()), text)
-    return text.encode("utf-8", "replace").translate(FOLD, PUNCTUATION)
+    return text.encode("utf-8", "replace").translate(LOWER, PUNCTUATION).split()
 
 
 def shingles(text, n):
     """Hashes of the n-grams of a text's words, (distinct n-grams,) uint64, sorted. A text of fewer
     than n words is one n-gram; one without words has none."""
-    words = normalize(text).split()
+    words = normalize(text)
     return np.unique(word_ngrams(words, min(n, max(1, len(words)))))
 
 
@@ -1269,33 +1240,29 @@ def hash_units(path, out, unit, o):
     places; for near duplicates also the n-grams of each document (out.sets, where each set ends in
     out.ends). Returns the lengths of the runs."""
     hashes, places, runs, at, end = [], [], [], 0, 0
-    with contextlib.ExitStack() as stack:
-        file, sets, ends = (stack.enter_context(replacing(out + x)) for x in ("", ".sets", ".ends"))
+    with replacing(out) as file, replacing(out + ".sets") as sets, replacing(out + ".ends") as ends:
         for document in itertools.chain(pieces_of(path, unit), [None]):
             if len(hashes) >= RUN or document is None and hashes:
                 order = np.argsort(h := np.array(hashes, "<u8"), kind="stable")
                 file.write(h[order].tobytes() + np.array(places, "<u8")[order].tobytes())
                 runs.append(len(h))
                 hashes, places = [], []
-            text = document.get("text", "") if document else ""
-            if unit == "line":
-                for at, line in enumerate(text.split("\n"), at):
-                    if line.strip() or o["blank_lines"]:  # the last bit: is it a paragraph?
-                        h = stable_hash(line.rstrip("\r").encode("utf-8", "surrogatepass"))
-                        hashes.append(h >> 1 << 1 | (len(line) >= PARAGRAPH))
-                        places.append(at)
-            elif unit == "document":
-                hashes.append(stable_hash(text))
-                places.append(at)
-            else:
+            text = (document or {}).get("text", "")
+            new = [(at, stable_hash(text))]
+            if unit == "line":  # the last bit: is it a paragraph?
+                lines = [line.rstrip("\r") for line in text.split("\n")]
+                new = [(at + i, stable_hash(line) >> 1 << 1 | (len(line) >= PARAGRAPH))
+                       for i, line in enumerate(lines) if line.strip() or o["blank_lines"]]
+                at += len(lines) - 1
+            elif unit == "near":
                 grams = shingles(text, o["ngram"])
-                ends.write(np.array([end], "<u8").tobytes())
-                sets.write(grams.tobytes())
                 end += len(grams)
-                if len(grams):  # a text without words is like nothing
-                    keys = band_keys(minhash_signature(grams, o["num_hashes"]), o["num_bands"])
-                    hashes += keys.tolist()
-                    places += [at] * len(keys)
+                ends.write(end.to_bytes(8, "little"))
+                sets.write(grams.tobytes())
+                keys = band_keys(minhash_signature(grams, o["num_hashes"]), o["num_bands"])
+                new = [(at, key) for key in keys.tolist() if len(grams)]
+            hashes += [h for _, h in new]
+            places += [place for place, _ in new]
             at += 1
     return runs
 
@@ -1309,17 +1276,18 @@ def find(parent, x):
 
 
 def near_pairs(ids, starts, spills, threshold):
-    """Pairs of documents, similar by `threshold`, that connect those of each bucket which are.
-    ids: of documents, bucket after bucket; starts: where buckets begin, with len(ids) at the end.
+    """Of buckets of documents with an equal key: [id, id of a similar one, ...], enough pairs to
+    connect all that are similar by threshold. starts: where in ids each bucket begins, and the end.
     """
     @functools.lru_cache(256)
     def grams(document):
         path, at = spills[document >> PLACE][0], document & (1 << PLACE) - 1
-        begin, *end = np.fromfile(path + ".ends", "<u8", 2, offset=8 * at).tolist()
-        return np.fromfile(path + ".sets", "<u8", end[0] - begin if end else -1, offset=8 * begin)
+        ends = np.fromfile(path + ".ends", "<u8", 1 + (at > 0), offset=8 * max(0, at - 1))
+        begin, end = [0, *ends.tolist()][-2:]
+        return np.fromfile(path + ".sets", "<u8", end - begin, offset=8 * begin)
 
-    parent, pairs = {}, []
-    for begin, end in zip(starts[:-1][np.diff(starts) > 1], starts[1:][np.diff(starts) > 1]):
+    parent, pairs, several = {}, [], np.diff(starts) > 1
+    for begin, end in zip(starts[:-1][several].tolist(), starts[1:][several].tolist()):
         bucket = ids[begin:end].tolist()
         for i, document in enumerate(bucket):
             for other in bucket[max(0, i - MAX_COMPARED) : i]:
@@ -1338,10 +1306,10 @@ def find_repeats(spills, r, ranges, out, unit, o):
     for number, (path, runs) in enumerate(spills):
         data, at = np.memmap(path, "<u8", "r") if runs else None, 0
         for n in runs:
-            a, b = at + np.searchsorted(data[at : at + n], low), 0
-            b = at + np.searchsorted(data[at : at + n], high, "right")
-            hashes.append(np.array(data[a:b]))
-            ids.append(data[n + a : n + b] + np.uint64(number << PLACE))
+            run = data[at : at + 2 * n].reshape(2, n)
+            part = slice(np.searchsorted(run[0], low), np.searchsorted(run[0], high, "right"))
+            hashes.append(np.array(run[0, part]))
+            ids.append(run[1, part] + np.uint64(number << PLACE))
             at += 2 * n
     hashes, ids = np.concatenate(hashes), np.concatenate(ids)
     order = np.argsort(hashes, kind="stable")
@@ -1361,7 +1329,7 @@ def find_repeats(spills, r, ranges, out, unit, o):
 
 def write_kept(path, number, out, found, unit, o):
     """Map 3: write a file without what map 2 found. Returns a report."""
-    drop, report, at = set(), {"steps": {}, "examples": {}}, 0
+    drop, report, at, step = set(), {}, 0, KINDS_OF_DUPLICATES[unit]
     for ids in (np.fromfile(name, "<u8") for name in found):
         a, b = np.searchsorted(ids, np.array([number << PLACE, (number + 1) << PLACE], np.uint64))
         drop.update((ids[a:b] & np.uint64((1 << PLACE) - 1)).tolist())
@@ -1372,30 +1340,23 @@ def write_kept(path, number, out, found, unit, o):
         return report
     with replacing(out) as file:
         for document in pieces_of(path, unit):
-            text, reason, cut = document.get("text", ""), None, 0
+            text, reason, cut = document.get("text", ""), "duplicate" if at in drop else None, 0
             if unit == "line":
                 lines = text.split("\n")
                 kept = [line for i, line in enumerate(lines, at) if i not in drop]
-                at, cut, text = at + len(lines), len(lines) - len(kept), "\n".join(kept)
+                at, cut, text = at + len(lines) - 1, len(lines) - len(kept), "\n".join(kept)
                 if as_it_is:
                     file.write((text + "\n" * bool(kept)).encode("utf-8", "surrogateescape"))
-                    continue
                 text = re.sub(r"\n{3,}", "\n\n", text.strip()) if cut else text
-                reason = "too little left" if cut and len(text.split()) < o["min_words"] else None
-                reason = "empty" if not text else reason
-            else:
-                reason = "duplicate" if at in drop else None
-                at += 1
+                short = cut and len(text.split()) < o["min_words"]
+                reason = "too little left" if short else None if text else "empty"
+            at += 1
             after = {**document, "text": text}
-            count_document(report, DEDUP_STEPS[unit], document, reason, after)
-            if cut:
-                report["steps"][DEDUP_STEPS[unit]]["lines cut"] += cut
-            if reason is None:
+            count_document(report, step, document, reason, after)
+            report[step].update({"lines cut": cut} if cut else {})
+            if reason is None and not as_it_is:
                 file.write(to_json(after))
     return report
-
-
-DEDUP_STEPS = {"document": "exact duplicates", "line": "repeated lines", "near": "near duplicates"}
 
 
 def shuffle(files, outputs, work, unit, o, pool=(1, None)):
@@ -1406,14 +1367,14 @@ def shuffle(files, outputs, work, unit, o, pool=(1, None)):
     spills = list(zip(spills, run_all(hash_units, jobs, work, unit, pool)))
     ranges = sum(sum(runs) for _, runs in spills) // RANGE + 1
     found = [os.path.join(work, f"{unit}-range{r}") for r in range(ranges)]
-    run_all(find_repeats, [(spills, r, ranges, out, unit, o) for r, out in enumerate(found)], work,
-            unit, pool)
+    jobs = [(spills, r, ranges, out, unit, o) for r, out in enumerate(found)]
+    run_all(find_repeats, jobs, work, unit, pool)
     if unit == "near":  # connect the clusters of all ranges: all but the least of each are dropped
         parent = {}
-        for pairs in (np.fromfile(name, "<u8").reshape(-1, 2) for name in found):
-            for pair in pairs.tolist():
-                low, high = sorted(find(parent, x) for x in pair)
-                parent.update({high: low} if low != high else {})
+        for low, high in (pair for name in found
+                          for pair in np.fromfile(name, "<u8").reshape(-1, 2).tolist()):
+            low, high = sorted((find(parent, low), find(parent, high)))
+            parent.update({high: low} if low != high else {})
         found = [os.path.join(work, "near-clusters")]
         np.array(sorted(parent), "<u8").tofile(found[0])
     jobs = [(path, i, out, found, unit, o) for i, (path, out) in enumerate(zip(files, outputs))]
@@ -1440,13 +1401,10 @@ def exact_line_dedup(files, out, workers=1):
 
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8, workers=1):
-    """Keep one of each cluster of near duplicates: the first, in the order of files; written under
-    the same names to the folder out.
-
-    JSON lines hold a document per line, any other file is one. Texts whose sets of `ngram` words
-    have a Jaccard similarity of `threshold` or more, truly and not by estimate, are in one cluster,
-    as are those that a chain of such pairs connects.
-    """
+    """Keep the first of each cluster of near duplicates, written under the same names to the folder
+    out. JSON lines hold a document per line, any other file is one. Texts whose sets of `ngram`
+    words have a Jaccard similarity of `threshold` or more, truly and not by estimate, are in one
+    cluster, as are those that a chain of such pairs connects."""
     if min(num_bands, num_hashes, ngram) < 1 or num_hashes % num_bands or not 0 <= threshold <= 1:
         raise ValueError(f"MinHash needs ngram >= 1, 0 <= threshold <= 1, and {num_hashes} hashes "
                          f"that {num_bands} bands divide")
@@ -1456,19 +1414,17 @@ def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0
 
 def bloom_dedup(files, outputs, error_rate):
     """Drop paragraphs that were seen before by one process in one pass, without a shuffle: a Bloom
-    filter holds the paragraphs, so that some are dropped that are new. Returns a report."""
+    filter holds them, so that a few that are new are dropped, too. Returns a report."""
     bloom = BloomFilter(sum(map(os.path.getsize, files)) // 30 + 1, error_rate)  # gzip: 30 of 100
-    report = {"steps": {}, "examples": {}}
+    report = {}
     for path, out in zip(files, outputs):
         with replacing(out) as file:
             for document in read_documents(path):
                 lines = document.get("text", "").split("\n")
                 text = "\n".join(x for x in lines if len(x) < PARAGRAPH or not bloom.add(x)).strip()
                 after = {**document, "text": text}
-                reason = None if text else "empty"
-                count_document(report, "repeated paragraphs", document, reason, after)
-                if text:
-                    file.write(to_json(after))
+                count_document(report, "paragraphs", document, None if text else "empty", after)
+                file.write(to_json(after) if text else b"")
     return report
 
 # -----------------------------------------------------------------------------
@@ -1479,22 +1435,20 @@ def bloom_dedup(files, outputs, error_rate):
 
 def strings_in(value):
     """All strings in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from strings_in(part)
+    elif isinstance(value, str):
+        yield value
 
 
 def read_tests(path):
     """The strings of a test set: of JSON values, .csv cells, or lines of text."""
-    counts, kind = collections.Counter(), os.path.splitext(re.sub(r"\.(gz|zst)$", "", path))[1]
-    lines = [line.decode("utf-8", "replace") for line in read_lines(path, counts)]
-    if kind == ".csv":
-        return strings_in(list(csv.reader(lines)))
+    lines = [line.decode("utf-8", "replace") for line in read_lines(path, collections.Counter())]
+    kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
     if kind not in JSON_LINES:
-        return lines
-    with contextlib.suppress(ValueError):  # a whole of JSON, or one per line
+        return strings_in(list(csv.reader(lines)) if kind == ".csv" else lines)
+    with contextlib.suppress(ValueError):  # one JSON value, or one per line
         return strings_in(json.loads("\n".join(lines)))
     return strings_in([json.loads(line) for line in lines if line.strip()])
 
@@ -1503,8 +1457,7 @@ def read_tests(path):
 def test_ngrams(paths, n, least=8):
     """{length: sorted hashes of n-grams of that many words} of test sets."""
     found = collections.defaultdict(list)
-    for text in itertools.chain.from_iterable(map(read_tests, paths)):
-        words = normalize(text).split()
+    for words in (normalize(text) for path in paths for text in read_tests(path)):
         length = min(n, len(words))
         if length >= min(n, least):
             found[length].append(word_ngrams(words, length))
@@ -1513,11 +1466,10 @@ def test_ngrams(paths, n, least=8):
 
 def contaminated(text, ngrams):
     """Whether a text has one of the n-grams of `test_ngrams`."""
-    words = normalize(text).split()
+    words = normalize(text)
     for length, known in ngrams.items():
         grams = word_ngrams(words, length)
-        at = np.minimum(np.searchsorted(known, grams), len(known) - 1)
-        if (known[at] == grams).any():
+        if (known[np.minimum(np.searchsorted(known, grams), len(known) - 1)] == grams).any():
             return True
     return False
 
@@ -1533,20 +1485,25 @@ def cut_text(text, limit):
     while len(text) - begin > limit:
         ends = (text.rfind(end, begin + limit // 2, begin + limit) for end in ("\n\n", "\n", " "))
         end = next((end for end in ends if end > 0), begin + limit)
-        yield text[begin:end]
+        yield text[begin:end].strip()
         begin = end
-    yield text[begin:]
+    yield text[begin:].strip()
 
 
-def mix(sources, output_dir, weights, budget=None, max_epochs=4):
+def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperature=1.0):
     """Write mixed.jsonl.gz: documents from sources in turn, so that bytes of text are at any time
     as weights say. Returns {name: {"weight" asked for, "reached", "bytes", "documents", "epochs"}}.
 
-    sources: {name: [paths]}; weights: {name: share}; budget: bytes of text. Without it, one source
-    is used up; with it, sources are repeated, max_epochs times at most (after four, repetition is
-    worth little: Muennighoff et al. 2023), and one that is used up leaves its share to the others.
-    Texts longer than a fiftieth of the budget, or 64 kB, are cut.
+    sources: {name: [paths]}; weights: {name: share}, by default size^(1 / temperature); budget:
+    bytes of text. Without it, one source is used up; with it, sources are repeated, max_epochs
+    times at most (after four, repetition is worth little: Muennighoff et al. 2023), and one that is
+    used up leaves its share to the others. Texts of over a fiftieth of the budget, or 64 kB, are cut.
     """
+    if not weights:
+        sizes = {name: sum(len(d.get("text", "")) for path in paths for d in read_documents(path))
+                 for name, paths in sources.items()}
+        most = max(1, *sizes.values())  # large numbers to large powers are too large for a float
+        weights = {name: (size / most) ** (1 / temperature) for name, size in sizes.items()}
     total = sum(weights.values())
     if set(weights) != set(sources) or min(weights.values()) < 0 or not 0 < total < math.inf:
         raise ValueError("weights must be finite, 0 or more, not all of them 0, and name all "
@@ -1559,30 +1516,34 @@ def mix(sources, output_dir, weights, budget=None, max_epochs=4):
         for epoch in range(1, 1 + (max_epochs if budget else 1)):
             given[name]["epochs"] = epoch
             for document in itertools.chain.from_iterable(map(read_documents, sources[name])):
-                for text in cut_text(document.get("text", ""), limit):
-                    if text.strip():
-                        yield {**document, "text": text.strip(), "source": name}
+                for text in filter(None, cut_text(document.get("text", ""), limit)):
+                    yield {**document, "text": text, "source": name}
 
     streams, written = {name: stream(name) for name in given}, 0
     os.makedirs(output_dir, exist_ok=True)
     with replacing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
-        while streams and (budget is None or written < budget):
+        while streams and written < (budget or math.inf):
             name = min(streams, key=lambda name: (given[name]["bytes"] / given[name]["weight"],
                                                   -given[name]["weight"], name))
             document = next(streams[name], None)
-            if document is None and budget is None:
+            if document:
+                size = len(document["text"].encode("utf-8", "replace"))
+                file.write(to_json(document))
+                given[name]["bytes"] += size
+                given[name]["documents"] += 1
+                written += size
+            elif not budget:
                 break
-            if document is None:
+            else:
                 del streams[name]
-                continue
-            file.write(to_json(document))
-            given[name]["bytes"] += text_size(document)
-            given[name]["documents"] += 1
-            written += text_size(document)
         if not written:
             raise ValueError("there is nothing to mix: the sources have no documents")
-    for g in given.values():
+    for name, g in given.items():
         g["reached"] = g["bytes"] / written
+        if abs(g["reached"] - g["weight"]) > 0.1 * g["weight"]:
+            warn(f"{name} has a share of {g['reached']:.3f}, and not {g['weight']:.3f}")
+    if written < (budget or 0):
+        warn(f"the sources are used up after {max_epochs} epochs, before the budget")
     return given
 
 
@@ -1603,9 +1564,9 @@ def apply_steps(document, o):
         classifier = load_classifier(o["language_model"]) if o["language_model"] else None
         code, score = identify_language(document["text"], classifier)
         document["language"], document["language_score"] = code, round(score, 4)
-        wanted = not o["languages"] or code in o["languages"]
-        unsure = o["languages"] and score < o["min_language_score"]
-        yield "language", f"language {code}" if not wanted else "language unsure" if unsure else None
+        reason = "language unsure" if score < o["min_language_score"] else None
+        reason = reason if code in o["languages"] else f"language {code}"
+        yield "language", reason if o["languages"] else None
     if "filter" in o["steps"]:
         for name in o["filters"]:
             rest = [document.get("language", "en")] if name == "gopher" else []
@@ -1621,12 +1582,10 @@ def apply_steps(document, o):
             document["perplexity"] = round(load_perplexity(path)(document["text"]), 2)
             yield "perplexity", None if document["perplexity"] <= float(limit) else "perplexity"
     if "mask" in o["steps"]:
-        found = {}
-        for kind, function in (("email", mask_emails), ("phone", mask_phone_numbers),
-                               ("ip", mask_ips)):
-            document["text"], count = function(document["text"])
-            if count:
-                document["masked"] = found = {**found, kind: count}
+        masked = {}
+        for name in MASKS:
+            document["text"], masked[name] = MASKS[name](document["text"])
+        document.update({"masked": masked} if any(masked.values()) else {})
         yield "mask", None
     if "decontaminate" in o["steps"] and o["evals"]:
         ngrams = test_ngrams(tuple(o["evals"]), o["eval_ngram"])
@@ -1635,44 +1594,34 @@ def apply_steps(document, o):
 
 def process_file(path, out, o):
     """All steps on single documents, for a file. Returns a report."""
-    report, counts = {"steps": {}, "examples": {}}, collections.Counter()
+    report, counts = {}, collections.Counter()
     with replacing(out) as file:
         last = time.process_time()
         for document in read_documents(path, counts):
-            before = dict(document)
+            before, reason = dict(document), None
             for name, reason in apply_steps(document, o):
                 now = time.process_time()
-                after = document if document != before else None
-                count_document(report, name, before, reason, after, now - last)
-                if document.get("masked") is not before.get("masked"):
-                    report["steps"][name].update(document["masked"])
-                if reason is not None:
-                    break
+                count_document(report, name, before, reason, document, now - last)
                 before, last = dict(document), now
-            else:
+                if reason:
+                    break
+            if not reason:
                 file.write(to_json(document))
-    report["steps"].setdefault("read", collections.Counter()).update(+counts)
+    report.setdefault("read", collections.Counter(examples={})).update(+counts)
     return report
 
 
 def run_pipeline(args):
-    """Read the inputs, apply the steps, and leave documents and report.json in --out.
-
-    State is files: out/.work has what each job left, which takes its name when it is complete. A
-    run that was killed finds them, and continues where they end.
-    """
-    start, out, inputs = time.monotonic(), args.out, find_inputs(args.input)
-    pool = args.workers, args.ray
+    """Read the inputs, apply the steps, and leave documents and report.json in --out. State is
+    files: out/.work has what each job left, which takes its name when it is complete, so a run that
+    was killed continues where they end."""
+    start, out, inputs, pool = time.monotonic(), args.out, find_inputs(args.input), (
+        args.workers, args.ray)
+    work, report_path = os.path.join(out, ".work"), os.path.join(out, "report.json")
     o = {**vars(args), "workers": 0, "ray": None, "blank_lines": False, "min_words": 50,
          "paragraphs": not args.bloom}
-    work, report_path = os.path.join(out, ".work"), os.path.join(out, "report.json")
-    state_path = os.path.join(work, "state.json")
-    os.makedirs(work, exist_ok=True)
-    for folder, _, names in os.walk(out):  # half files of a run that was killed
-        for name in names:
-            if re.search(r"\.\d+\.tmp$", name):
-                os.remove(os.path.join(folder, name))
     state = to_json({**o, "files": [[path, os.path.getsize(path)] for path in inputs]})
+    state_path = os.path.join(work, "state.json")
     if os.path.exists(state_path):
         with open(state_path, "rb") as file:
             if file.read() != state:
@@ -1684,19 +1633,23 @@ def run_pipeline(args):
         print(f"{out} is complete: report.json is there")
         return
     collections.deque(apply_steps({"text": "-"}, o), 0)  # wrong options come up now
+    for folder, _, names in os.walk(out):  # half files of a run that was killed
+        for name in names:
+            if re.search(r"\.\d+\.tmp$", name):
+                os.remove(os.path.join(folder, name))
+    os.makedirs(work, exist_ok=True)
     with replacing(state_path) as file:
         file.write(state)
-    names = []  # of outputs: those of inputs, after a number that keeps equal ones apart
-    for i, path in enumerate(inputs):
-        stem = re.sub(r"^\d{5}-", "", os.path.basename(path))
-        stem = re.sub(r"(?i)(\.(gz|zst|warc|wet|jsonl|ndjson|json|x?html?|txt|pdf))+$", "", stem)
-        names.append(f"{i:05d}-{stem}.jsonl.gz")
-    stages = ["read"] + (["document", "line"] + ["bloom"] * (o["bloom"] > 0) + ["near"] * (
-        o["threshold"] <= 1)) * ("dedup" in o["steps"])
+    stages = ["read"]
+    if "dedup" in o["steps"]:
+        stages += ["document", "line"] + ["bloom"] * bool(o["bloom"]) + ["near"] * (o["threshold"] <= 1)
+    names = [re.sub(r"^\d{5}-|(\.(gz|zst|warc|wet|jsonl|ndjson|json|x?html?|txt|pdf))+$", "",
+                    os.path.basename(path)) for path in inputs]
     files, reports = inputs, []
     for stage in stages:
         folder, before = os.path.join(work, stage), sum(os.times()[:4])
-        outputs = [os.path.join(folder, name) for name in names]
+        # A number keeps equal names apart.
+        outputs = [os.path.join(folder, f"{i:05d}-{name}.jsonl.gz") for i, name in enumerate(names)]
         os.makedirs(folder, exist_ok=True)
         if stage == "read":
             jobs = [(path, output, o) for path, output in zip(files, outputs)]
@@ -1705,91 +1658,59 @@ def run_pipeline(args):
             reports += run_all(bloom_dedup, [(files, outputs, o["bloom"])], work, stage)
         else:
             reports.append(shuffle(files, outputs, work, stage, o, pool))
-            for counts in reports[-1]["steps"].values():
+            for counts in reports[-1].values():
                 counts["CPU seconds"] = sum(os.times()[:4]) - before
         files = outputs
-    for path in files:  # complete: move the results out of the work folder, and remove it
+    for path in filter(os.path.exists, files):  # complete: move the results out of the work folder
         os.replace(path, os.path.join(out, os.path.basename(path)))
     report = merge_reports(reports)
     write_report(report_path, report, time.monotonic() - start)
-    for name in os.listdir(work):
-        path = os.path.join(work, name)
+    for path in glob.glob(os.path.join(glob.escape(work), "*")):
         if os.path.isdir(path):
             shutil.rmtree(path)
         elif path != state_path:
             os.remove(path)
-    if not [*report["steps"].values()][-1]["documents out"]:
+    if not [*report.values()][-1]["out"]:
         raise ValueError(f"no document was kept: {report_path} says why")
 
 
 def make_crawl(path):
-    """A WARC file to try things on without a network: the language reference that comes with
-    Python (pydoc_data), a page for each topic, with a menu and a footer; and a near copy of every
-    third page."""
+    """A WARC file to try things on without a network: a page for each topic of the language
+    reference that comes with Python, with a menu and a footer; and a near copy of every third."""
     from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name in names)
-    pages = [(name, topics[name]) for name in names]
-    pages += [(f"copy/{name}", topics[name] + "\n\nThis is a copy.") for name in names[::3]]
+    pages = sorted(topics.items())
+    menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name, _ in pages)
+    pages += [(f"copy/{name}", text + "\n\nThis is a copy.") for name, text in pages[::3]]
     with replacing(path) as file:
         for name, text in pages:
             body = "".join(f"<pre>{part}</pre>" if part.startswith("   ") else f"<p>{part}</p>"
                            for part in html_library.escape(text).split("\n\n"))
-            response = ("HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n"
-                        f"<html lang=en><body><nav>{menu}</nav><main>{body}</main>"
-                        "<footer>The Python Software Foundation</footer></body></html>").encode()
-            file.write(b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://docs.example/"
-                       b"%b\r\nContent-Type: application/http; msgtype=response\r\n"
-                       b"Content-Length: %d\r\n\r\n%b\r\n\r\n" % (
-                           name.encode(), len(response), response))
+            page = (f"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n<html><body>"
+                    f"<nav>{menu}</nav><main>{body}</main><footer>The Python Software Foundation"
+                    "</footer></body></html>").encode()
+            file.write(f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://docs.example/{name}"
+                       f"\r\nContent-Length: {len(page)}\r\n\r\n".encode() + page + b"\r\n\r\n")
 
 
-def train_classifier(args):
+def train_classifier(sources, args):
     """`train-classifier`: learn from examples, save, and measure on every twentieth."""
     examples = []  # (text, label)
-    for label, paths in args.sources.items():
-        for path in paths:
-            if kind_of(path) == ".txt":
-                lines = read_lines(path, collections.Counter())
-                texts = [line.decode("utf-8", "replace") for line in lines]
-            else:
-                texts = [d["text"] if "text" in d else extract_text(d["html"])
-                         for d in read_documents(path)]
-            examples += [(text, label) for text in texts if text.strip()]
+    for label, path in ((label, path) for label, paths in sources.items() for path in paths):
+        if kind_of(path) == ".txt":
+            lines = read_lines(path, collections.Counter())
+            texts = [line.decode("utf-8", "replace") for line in lines]
+        else:
+            texts = [d["text"] if "text" in d else extract_text(d["html"])
+                     for d in read_documents(path)]
+        examples += [(text, label) for text in texts if text.strip()]
     test = np.random.RandomState(0).rand(len(examples)) < 0.05
-    if test.all():
-        raise ValueError("there are no examples to learn from")
-    model = LinearClassifier.train(*zip(*itertools.compress(examples, ~test)), args.chars,
-                                   args.words, args.bits, args.epochs)
+    model = LinearClassifier.train([text for (text, _), held in zip(examples, test) if not held],
+                                   [label for (_, label), held in zip(examples, test) if not held],
+                                   args.chars, args.words, args.bits, args.epochs)
     model.save(args.out)
-    model = LinearClassifier.load(args.out)
-    print(f"{args.out}: {len(model.labels)} labels, {(~test).sum():,} examples")
     right = [model.predict(text)[0] == label for text, label in itertools.compress(examples, test)]
-    if right:
-        print(f"accuracy: {sum(right) / len(right):.4f} on {len(right):,} held-out examples")
-
-
-def run_mix(args):
-    """`mix`: draw documents from sources by their shares."""
-    weights, budget = {}, args.tokens and 4 * args.tokens  # bytes
-    for name, _, share in (item.partition("=") for item in args.weights or ()):
-        weights[name] = float(share)
-    if not weights:
-        sizes = {name: sum(text_size(d) for path in paths for d in read_documents(path))
-                 for name, paths in args.sources.items()}
-        most = max(1, *sizes.values())  # large numbers to large powers are too large for a float
-        weights = {name: (size / most) ** (1 / args.temperature) for name, size in sizes.items()}
-    given = mix(args.sources, args.out, weights, budget, args.max_epochs)
-    with replacing(os.path.join(args.out, "report.json")) as file:
-        file.write(to_json(given, indent=1))
-    for name, g in given.items():
-        print(f"{name:<20} weight asked {g['weight']:.4f}, reached {g['reached']:.4f}  "
-              f"{g['documents']:>10,} documents  {g['bytes'] / 1e6:>10.2f} MB  epoch {g['epochs']}")
-        if abs(g["reached"] - g["weight"]) > 0.1 * g["weight"]:
-            warn(f"{name} has a share of {g['reached']:.4f}, not {g['weight']:.4f}")
-    if budget and sum(g["bytes"] for g in given.values()) < budget:
-        warn(f"the sources are used up after --max_epochs {args.max_epochs}, before --tokens")
+    print(f"{args.out}: {len(model.labels)} labels, {len(examples) - len(right):,} examples; right "
+          f"in {np.mean(right or 0):.4f} of {len(right):,} others")
 
 
 # -----------------------------------------------------------------------------
@@ -1815,20 +1736,19 @@ def parse_arguments(words):
     add("--language_model", help="of train-classifier; default: script and stop words")
     add("--filters", nargs="*", default=["gopher", "repetition", "fineweb"], choices=list(FILTERS))
     for name, limit in (("quality", "least"), ("toxicity", "most"), ("nsfw", "most")):
-        add(f"--{name}", metavar="FILE:LABEL:P", help=f"{limit} probability to keep")
-    add("--perplexity", metavar="CKPT:MAX", help="most, under a model of train.py")
+        add(f"--{name}", metavar="FILE:LABEL:P", help=f"{limit} probability of a label to keep")
+    add("--perplexity", metavar="CKPT:MAX", help="most to keep, under a model of train.py")
     add("--evals", nargs="+", default=[], help="test sets: JSON, .csv, lines of .txt")
     add("--eval_ngram", type=int, default=13, help="words in a row that tell a test")
     add("--max_line_repeats", type=int, default=5, help="of lines kept; 0: any number")
     add("--bloom", type=float, default=0, help="error rate of a Bloom filter for paragraphs")
-    add("--threshold", type=float, default=0.8, help="Jaccard similarity of near duplicates; "
-        "above 1: keep them")
+    add("--threshold", type=float, default=0.8, help="similarity of near duplicates; > 1: keep them")
     add("--ngram", type=int, default=5, help="words in a row, for MinHash")
     add("--num_hashes", type=int, default=112, help="of MinHash")
     add("--num_bands", type=int, default=14, help="to cut the hashes into")
-    add("--weights", nargs="+", help="mix: NAME=SHARE of the bytes")
+    add("--weights", nargs="+", default=[], help="mix: NAME=SHARE of the bytes")
     add("--temperature", type=float, default=1.0, help="mix: T, shares are size^(1/T)")
-    add("--tokens", type=float, help="mix: in all, of 4 bytes each; sources repeat")
+    add("--tokens", type=float, default=0, help="mix: in all, of 4 bytes each; sources repeat")
     add("--max_epochs", type=int, default=4, help="mix: of a source")
     add("--chars", type=int, nargs=2, default=(1, 4), help="train-classifier: n-grams; 0 0: none")
     add("--words", type=int, default=0, help="train-classifier: longest n-gram of words")
@@ -1842,27 +1762,35 @@ def main():
     for signum in (signal.SIGINT, signal.SIGTERM):  # both raise KeyboardInterrupt
         signal.signal(signum, signal.default_int_handler)
     crawl = os.path.join("data", "crawl.warc.gz")
-    args = parse_arguments(sys.argv[1:] or ["pipeline", "--input", crawl, "--out",
-                                            os.path.join("data", "corpus")])
+    demo = ["pipeline", "--input", crawl, "--out", os.path.join("data", "corpus")]
+    args = parse_arguments(sys.argv[1:] or demo)
     try:
-        if args.command in ("mix", "train-classifier"):
-            args.sources = collections.defaultdict(list)
-            for name, _, pattern in (item.partition("=") for item in args.input):
-                args.sources[name] += find_inputs([pattern])
-        elif args.command != "pipeline":
-            args.steps = [args.command] if args.command in STEPS else []
         if len(sys.argv) == 1 and not os.path.exists(crawl):
             os.makedirs("data", exist_ok=True)
             make_crawl(crawl)
-        if args.command == "mix":
-            run_mix(args)
-        elif args.command == "train-classifier":
-            train_classifier(args)
+        if args.command in ("mix", "train-classifier"):
+            sources = collections.defaultdict(list)
+            for name, _, pattern in (item.partition("=") for item in args.input):
+                sources[name] += find_inputs([pattern])
+        if args.command == "train-classifier":
+            train_classifier(sources, args)
+        elif args.command == "mix":
+            weights = {name: float(share) for name, share in (w.split("=") for w in args.weights)}
+            given = mix(sources, args.out, weights, 4 * args.tokens, args.max_epochs, args.temperature)
+            with replacing(os.path.join(args.out, "report.json")) as file:
+                file.write(to_json(given, indent=1))
+            for name, g in given.items():
+                print(f"{name:<20} asked {g['weight']:.4f}, reached {g['reached']:.4f}: "
+                      f"{g['documents']:,} documents, {g['bytes'] / 1e6:.2f} MB, epoch {g['epochs']}")
         else:
+            if args.command != "pipeline":
+                args.steps = [args.command] * (args.command in STEPS)
             run_pipeline(args)
     except KeyboardInterrupt:
         print("\ncurate.py: stopped; give the same command to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         print(f"curate.py: error: {error}", file=sys.stderr)
         sys.exit(1)
