@@ -1170,8 +1170,9 @@ LOWER = bytes(i + 32 if 65 <= i <= 90 else i for i in range(256))
 def fold(letters):
     """`normalize` for letters beyond ASCII. In scripts without spaces each is a word."""
     letters = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", letters.lower()))
-    letters = "".join(c for c in letters if unicodedata.category(c)[0] not in "PSC")
-    return NO_SPACES.sub(r" \g<0>", unicodedata.normalize("NFC", letters))
+    letters = "".join(" " * c.isspace() or c for c in letters
+                      if unicodedata.category(c)[0] not in "PSC")
+    return NO_SPACES.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
 
 
 def normalize(text):
