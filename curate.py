@@ -23,38 +23,14 @@ Inputs: .warc, .wet, .html, .txt (with <|endoftext|> between documents), JSON li
 --workers nor --ray ADDRESS, a Ray cluster that shares the folders, changes the output.
 """
 
-import argparse
-import collections
-import concurrent.futures
-import contextlib
-import csv
-import functools
-import glob
-import gzip
-import hashlib
-import html as html_library
-import importlib.util
-import ipaddress
-import itertools
-import json
-import math
-import multiprocessing
-import os
-import re
-import shutil
-import signal
-import sys
-import tempfile
-import threading
-import time
-import unicodedata
-import zlib
+import argparse, collections, concurrent.futures, contextlib, csv, functools, glob, gzip, hashlib
+import html as html_library, importlib, importlib.util, ipaddress, itertools, json, math
+import multiprocessing, os, re, shutil, signal, sys, tempfile, threading, time, unicodedata, zlib
 
 import numpy as np
 
 EOT = "<|endoftext|>"
 
-# -----------------------------------------------------------------------------
 # Read. A WARC file (ISO 28500) is a sequence of records: headers, a blank line, and as many bytes
 # as Content-Length says, each record usually a gzip member of its own. Crawls are truncated,
 # damaged and wrong about lengths: what cannot be read is counted and skipped.
@@ -65,7 +41,6 @@ BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 GZIP, ZSTD = (re.compile(magic) for magic in (rb"\x1f\x8b\x08", rb"\x28\xb5\x2f\xfd"))
 # kind: "html" or "text" (WET); charset: by the HTTP header, or None; body: bytes, decompressed
 Record = collections.namedtuple("Record", "url kind charset body")
-
 
 def unpack(file, counts):
     """Yield the bytes of a binary file in pieces, decompressed if they are gzip or zstd. The rest
@@ -98,12 +73,10 @@ def unpack(file, counts):
                 break
             raw = member.unused_data or getattr(member, "unconsumed_tail", b"")
 
-
 def parse_headers(head):
     """The `Name: value` lines of a header as {name in lower case: value}; the first one counts."""
     lines = re.findall(r"(?m)^([^\s:]+)[ \t]*:(.*)$", head.decode("utf-8", "replace"))
     return {name.lower(): value.strip() for name, value in reversed(lines)}
-
 
 def decode_body(body, coding):
     """Undo gzip, of any number of members, or deflate, with or without zlib's header. ValueError
@@ -122,7 +95,6 @@ def decode_body(body, coding):
     if re.match(rb"\s*<[^\0-\x08\x0e-\x1f]*\Z", body[:2000]):
         return body  # some crawlers decompress the body, and leave the header
     raise ValueError(f"content encoding {coding[:20]}")
-
 
 def unpack_http(content):
     """An HTTP response -> (MIME type, charset, body). ValueError says why it holds no page."""
@@ -148,7 +120,6 @@ def unpack_http(content):
     if not mime.strip() and re.search(rb"(?i)<html|<!doctype html", body[:2000]):
         mime = "text/html"
     return mime.strip(), charset and charset.group(1), body
-
 
 def read_warc(source, counts=None):
     """The pages of a WARC or WET file, one `Record` at a time: responses of status 200 with HTML or
@@ -210,7 +181,6 @@ def read_warc(source, counts=None):
         except ValueError as reason:
             counts[str(reason)] += 1
 
-
 # Codecs of Python that read charsets as browsers do, with the labels that the WHATWG's Encoding
 # Standard has for each: letters and digits only, without "x-", "cs" and years.
 CHARSETS = {label: line.split()[0] for line in re.split("[;\n] *", """\
@@ -231,7 +201,6 @@ cp949 euckr korean ksc5601 ksc56011987 ksc56011989 windows949 isoir149""") for l
 CHARSETS = {f"iso8859{n}": f"iso8859-{n}" for n in (*range(2, 9), 10, 13, 14, 15, 16)} | {
     f"{name}125{n}": f"cp125{n}" for n in range(9) for name in ("windows", "cp")} | CHARSETS
 META = re.compile(rb"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]+)""")
-
 
 def decode_page(data, charset=None):
     """Bytes of a page as text, by byte order mark; as UTF-8 if it is (other encodings hardly ever
@@ -256,7 +225,6 @@ def decode_page(data, charset=None):
             return text  # with one bad byte, or truncated within a letter, it is UTF-8 all the same
     return data.decode(name, "replace")
 
-# -----------------------------------------------------------------------------
 # Main text: what people came to a page to read, without menus, captions and other stories. `scan`
 # cuts the page at its block tags into runs of text, and notes in what elements each of these blocks
 # lies. `describe` tells how a block looks: length, links, tag, words in the names of the elements
@@ -284,6 +252,7 @@ NODES = set("""div ul ol li table tbody thead tfoot tr td th section article asi
 main form blockquote pre figure dl details center body fieldset dialog menu""".split())
 UNSHOWN = set("noscript svg template iframe select textarea object title audio video".split())
 LEAVES = set("p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption hr".split())
+BLOCKS = NODES | UNSHOWN | LEAVES
 # Places: tags of elements around a block, and words in their class, id or role; with the weights
 # of lying there. Then the weights of the other features in `describe`, and of those in `context`.
 PLACES = """<footer> -2.36; <aside> -1.35; <main> 0.01; <article> 0.47; <form> <label> <button>
@@ -316,20 +285,20 @@ BITS = {word: 1 << i for i, words in enumerate(PLACES) for word in words}
 HIDDEN = 1 << len(PLACES)
 GOOD = BITS["<main>"] | BITS["<article>"]
 DECLARED = HIDDEN << 1  # a bit of the page: it says that it is an article
-ARTICLE = re.compile(r"""(?i)"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"|"""
-                     r"""og:type["'][^>]*content\s*=\s*["']article""")
+ARTICLE = [re.compile(r'"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"'),
+           re.compile(r"""og:type["'][^>]{0,99}content\s*=\s*["']article""")]
 FORGIVEN = 0.7  # of a page's text: the names of an element with as much of it say nothing bad
-
 
 @functools.lru_cache(1 << 12)
 def place_bits(tag, attributes):
     """The bits of the places that a tag opens, and HIDDEN."""
-    bits = BITS.get(f"<{tag}>", 0) | HIDDEN * (tag in UNSHOWN or bool(HIDING.search(attributes)))
+    low = attributes.lower()
+    hiding = ("none" in low or "hid" in low) and HIDING.search(low)
+    bits = BITS.get(f"<{tag}>", 0) | HIDDEN * (tag in UNSHOWN or bool(hiding))
     for values in NAMES.findall(attributes[:2000]):
         for word in WORD.findall("".join(values)):
             bits |= BITS.get(word.lower(), 0)
     return bits
-
 
 def drop_raw(html):
     """HTML without comments, scripts and styles, with the TeX of formulas in place of them."""
@@ -356,24 +325,23 @@ def drop_raw(html):
     html = RAW.sub(tex, html.replace("\0", ""))
     return PRE.sub(lines, QUOTED_MARKUP.sub("", html))
 
-
 def scan(html):
     """Cut HTML at its block tags -> (blocks, elements). A block: (text, tag, number of its element,
     characters in links, bits of its tag). An element: [number of its parent, first block, end, tag,
     bits]."""
-    declared, html = DECLARED * bool(ARTICLE.search(html)), drop_raw(html)
-    blocks, elements, stack = [], [[0, 0, 0, "body", declared]], [0]
+    declared, html = DECLARED * any(p.search(html) for p in ARTICLE), drop_raw(html)
+    blocks, elements, stack, tags = [], [[0, 0, 0, "body", declared]], [0], ["body"]
     pieces, linked, in_link = [html.partition("<")[0]], 0, False  # of the block to come
     leaf, leaf_bits = "", 0
     for closing, tag, attributes, text in TOKEN.findall(html) + [("", "hr", "", "")]:
         tag = tag.lower()
-        inline = tag not in NODES and tag not in LEAVES and tag not in UNSHOWN
+        inline = tag not in BLOCKS
         if tag in ("td", "th") and sum(map(len, pieces)) < 200:  # small cells: a row is a block
             pieces += [" | "] if pieces and not closing else []
         elif not inline or tag == "br" and pieces[-1:] == ["\v"]:
             whole = "".join(pieces)
             if whole.strip():
-                blocks.append((whole, leaf or elements[stack[-1]][3], stack[-1], linked, leaf_bits))
+                blocks.append((whole, leaf or tags[-1], stack[-1], linked, leaf_bits))
             pieces, linked = [], 0
         if tag == "a":
             in_link = not closing
@@ -384,7 +352,6 @@ def scan(html):
             if tag in LEAVES and not closing:
                 leaf, leaf_bits = tag, place_bits(tag, attributes)
             elif tag not in LEAVES:
-                tags = [elements[i][3] for i in stack]
                 depth = len(stack)  # elements from here on end
                 if closing and tag in tags[1:]:
                     depth -= tags[::-1].index(tag) + 1
@@ -393,17 +360,17 @@ def scan(html):
                     depth -= 1
                 for i in stack[depth:]:
                     elements[i][2] = len(blocks)
-                del stack[depth:]
+                del stack[depth:], tags[depth:]
                 if not closing and depth < 256:
                     elements.append([stack[-1], len(blocks), 0, tag, place_bits(tag, attributes)])
                     stack.append(len(elements) - 1)
+                    tags.append(tag)
         if text and not (tag == "br" and text.isspace()):
             pieces.append(text)
             linked += in_link * len(text)
     for i in stack:
         elements[i][2] = len(blocks)
     return blocks, elements
-
 
 def describe(blocks, elements, texts):
     """What blocks look like -> ({feature: column}, their lengths in bytes, 0 if hidden)."""
@@ -438,7 +405,6 @@ def describe(blocks, elements, texts):
             f["outside of " + name] = (share > 0.05) & (inside == 0)
     return f, length
 
-
 def context(odds, blocks, elements, length):
     """What blocks look like among the others. odds: log odds of each. -> {feature: column}"""
     at = np.array([block[2] for block in blocks])
@@ -463,7 +429,6 @@ def context(odds, blocks, elements, length):
     f |= {"article: " + name: declared * column for name, column in f.items()}
     return f | {"article": np.full(len(p), declared)}
 
-
 def main_blocks(blocks, elements, texts, looks=LOOKS, others=CONTEXT):
     """Which blocks are main text: (blocks,) bool."""
     features, length = describe(blocks, elements, texts)
@@ -483,10 +448,8 @@ def main_blocks(blocks, elements, texts, looks=LOOKS, others=CONTEXT):
     own = keep & ~np.array([repeated[block[2]] for block in blocks])
     return own if elements[0][4] and own @ length > 0.1 * (keep @ length) else keep
 
-
 def clean(text):
     return INVISIBLE.sub("", html_library.unescape(text))
-
 
 def extract_text(html):
     """The main text of a page, str or bytes; "" if there is none: blocks with an empty line between
@@ -509,14 +472,12 @@ def extract_text(html):
             last = tag
     return unicodedata.normalize("NFC", out)
 
-# -----------------------------------------------------------------------------
 # Classifiers. A text is the set of its n-grams, hashed to rows of a table with a column per class;
 # the score of a class is the sum of its column over those rows: fastText's bag of hashed n-grams
 # (Joulin et al. 2016) without the hidden layer. Python's `hash` differs from process to process.
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CLASSIFIED = 20_000  # characters of a text that a classifier looks at
-
 
 def word_ngrams(words, n):
     """Words, as bytes -> hashes of every n of them in a row, (max(0, words - n + 1),) uint64."""
@@ -527,7 +488,6 @@ def word_ngrams(words, n):
         out = out * MULTIPLIER + hashes[i : i + count]
     out = (out ^ (out >> np.uint64(32))) * MULTIPLIER
     return out ^ (out >> np.uint64(29))
-
 
 class LinearClassifier:
     """Softmax regression on hashed n-grams of characters and words.
@@ -623,10 +583,8 @@ class LinearClassifier:
             raise ValueError(f"{path} is no classifier of curate.py: {error}") from None
         return model
 
-
 load_classifier = functools.lru_cache(LinearClassifier.load)  # once per process and file
 
-# -----------------------------------------------------------------------------
 # Language without a trained classifier: by script, and where languages share one, by letters of
 # their own or by stop words. That is enough to keep English, or Chinese, and drop the rest.
 
@@ -652,7 +610,6 @@ pl i w na z do się nie to jest że jak po co za od przez ale są tym być; cs a
 tr ve bir bu da de için ile olarak çok daha olan gibi kadar ama; fi ja on ei se että oli hän ovat kun
 ro și de la în a cu pe nu este un că din se pentru mai care; hu a az és hogy nem is egy ez meg van
 vi và là có không được cho một các những với trong; id yang dan di ini itu dengan untuk tidak dari""")}
-
 
 def identify_language(text, classifier=None):
     """(ISO 639-1 code, score in [0, 1]) of a text; ("und", 0.0) if it has no letters.
@@ -688,8 +645,6 @@ def identify_language(text, classifier=None):
     certain = min(1.0, 3 * most / len(words)) * most / (most + second)
     return best, min(1.0, share * (0.3 + 0.7 * certain))
 
-
-# -----------------------------------------------------------------------------
 # Filter. Each `_reason` function names the rule that a text breaks, or returns None; the function
 # of the same name with `_filter` says only whether the text is kept.
 
@@ -706,16 +661,13 @@ ELLIPSES, BULLETS = ("...", "…"), ("- ", "* ", "• ", "‣", "·", "– ", "�
 NGRAM_LIMITS = {2: 0.2, 3: 0.18, 4: 0.16, 5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
 POLICY = re.compile("javascript|terms of use|(privacy|cookie) policy|uses? cookies|use of cookies")
 
-
 def lines_of(text):
     """The lines of a text that are not empty, without the spaces around them."""
     return [line for line in map(str.strip, text.split("\n")) if line]
 
-
 def first_true(rules):
     """The first key of a dict whose value is true, or None."""
     return next((name for name, broken in rules.items() if broken), None)
-
 
 def gopher_quality_reason(text, language="en"):
     """The first of Gopher's quality rules (Rae et al. 2021, appendix A) that a text breaks. The
@@ -736,13 +688,11 @@ def gopher_quality_reason(text, language="en"):
         "stop words": spaced and language == "en" and len(
             GOPHER_STOP_WORDS.intersection(text.lower().split())) < 2})
 
-
 def repeated_share(parts):
     """(share of parts that are repetitions of an earlier one, and of their characters)."""
     once, chars = set(parts), sum(map(len, parts))
     return ((len(parts) - len(once)) / max(1, len(parts)),
             (chars - sum(map(len, once))) / max(1, chars))
-
 
 def gopher_repetition_reason(text):
     """The first of Gopher's repetition rules (Rae et al. 2021, table A1) that a text breaks, or
@@ -772,7 +722,6 @@ def gopher_repetition_reason(text):
             if lengths[np.cumsum(edges[:-1]) > 0].sum() > limit * ends[-1]:
                 return f"repeated {n}-grams"
 
-
 def c4_lines(text):
     """The lines of a text that C4 keeps (Raffel et al. 2020), by the numbers of its released code:
     at least five words, none over 1,000 characters, punctuation at the end, nothing about
@@ -783,13 +732,11 @@ def c4_lines(text):
             and max(map(len, NO_SPACES.sub(" ", line).split()), default=0) <= 1000
             and not POLICY.search(line.lower())]
 
-
 def c4_reason(text):
     """The first of C4's rules for pages that a text breaks, or None. Sentences are counted in the
     lines that C4 keeps."""
     return first_true({"curly bracket": "{" in text, "lorem ipsum": "lorem ipsum" in text.lower(),
                          "under 3 sentences": len(SENTENCE.findall("\n".join(c4_lines(text)))) < 3})
-
 
 def fineweb_reason(text):
     """The first of FineWeb's own rules (Penedo et al. 2024) that a text breaks, or None."""
@@ -801,14 +748,11 @@ def fineweb_reason(text):
         "characters in repeated lines": repeated_share(lines)[1] > 0.1,
         "short lines": sum(len(line) < short for line in lines) >= 0.67 * len(lines)})
 
-
 FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reason,
            "c4": c4_reason, "fineweb": fineweb_reason}
 
-
 gopher_quality_filter, gopher_repetition_filter, c4_filter = (  # text -> whether it is kept
     lambda text, name=name: FILTERS[name](text) is None for name in ("gopher", "repetition", "c4"))
-
 
 @functools.lru_cache
 def load_perplexity(path):
@@ -830,8 +774,6 @@ def load_perplexity(path):
 
     return perplexity
 
-
-# -----------------------------------------------------------------------------
 # Mask personal data. A number is masked where its form, or a word before it, says what it is:
 # versions, dates, prices, and numbers in prose stay. Letters of scripts without spaces, and of
 # Korean, may touch an address; other letters would be a part of it.
@@ -861,17 +803,14 @@ PRODUCT = re.compile(
     r"\b(?!(?i:ips?|ipv4|dns|servers?|hosts?|address(es)?|gateway|ping|subnet|router|the|at|from|to|"
     r"on|via|use|and|or|google|cloudflare|quad9)\b)[A-Z][\w+#.-]*[ /-]$")
 
-
 def mask_where(pattern, text, name, is_meant):
     """Replace the matches of pattern that is_meant(match) is true of: (text, how many)."""
     masked = pattern.sub(lambda match: name if is_meant(match) else match.group(), text)
     return masked, masked.count(name) - text.count(name)
 
-
 def mask_emails(text):
     """(text with e-mail addresses replaced by |||EMAIL_ADDRESS|||, how many)."""
     return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
-
 
 def mask_phone_numbers(text):
     """(text with telephone numbers replaced by |||PHONE_NUMBER|||, how many). International ones
@@ -883,7 +822,6 @@ def mask_phone_numbers(text):
             match["world"] or match["american"] or PHONE_CUE.search(before))
 
     return mask_where(PHONE, text, "|||PHONE_NUMBER|||", is_phone)
-
 
 def mask_ips(text):
     """(text with IPv4 and IPv6 addresses replaced by |||IP_ADDRESS|||, how many). Four numbers after
@@ -900,17 +838,14 @@ def mask_ips(text):
     text, v6 = mask_where(IPV6, text, "|||IP_ADDRESS|||", is_ip) if text.count(":") > 1 else (text, 0)
     return text, v4 + v6
 
-
 MASKS = {"email": mask_emails, "phone": mask_phone_numbers, "ip": mask_ips}
 
-# -----------------------------------------------------------------------------
 # Documents in files, work on many files at once, and a report of what each step kept and why.
 
 JSON_LINES, PAGES = (".jsonl", ".ndjson", ".json"), (".html", ".htm", ".xhtml")
 KINDS = (".warc", ".wet", ".txt", ".pdf", *JSON_LINES, *PAGES, *""".py .pyi .md .rst .tex .org .c .h
 .cc .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .sh .sql .jl .lua .hs .ml .scala .swift
 .kt .r .m .pl .cs .css .toml .yaml .yml""".split())
-
 
 def kind_of(path):
     """What a file holds, by its name: ".jsonl" for a.jsonl.gz. ValueError if nobody knows."""
@@ -922,7 +857,6 @@ def kind_of(path):
     if not importlib.util.find_spec(package):
         raise ValueError(f"{path} needs the package {package}: pip install {package}")
     return kind
-
 
 def find_inputs(patterns):
     """Paths for files, patterns, and folders: these stand for all files of known kinds in them."""
@@ -942,7 +876,6 @@ def find_inputs(patterns):
         raise ValueError(f"no file of a known kind in {', '.join(patterns)}")
     return paths
 
-
 def read_lines(path, counts, limit=4 * MAX_PAGE):
     """Lines of a file, bytes without their ends, but for those of more than limit bytes."""
     line = bytearray()
@@ -959,7 +892,6 @@ def read_lines(path, counts, limit=4 * MAX_PAGE):
     if line:
         yield bytes(line)
 
-
 def read_documents(path, counts=None):
     """The documents of a file: dicts with "text" or, if it is yet to be extracted, "html", and with
     "url" or "path". Accents are composed with their letters (NFC). counts: a Counter for what is
@@ -972,7 +904,6 @@ def read_documents(path, counts=None):
     for reason, count in (+skipped).items() if counts is None else ():
         if reason != "records":
             warn(f"{path}: {reason}: {count:,}")
-
 
 def read_kind(path, kind, counts):
     """`read_documents`, for each kind of file."""
@@ -1010,11 +941,9 @@ def read_kind(path, kind, counts):
             counts["page too large"] += bool(file.read(1))
         yield {"html" if kind in PAGES else "text": decode_page(data), "path": path}
 
-
 def warn(message):
     """A line on stderr."""
     print(f"curate.py: {message}", file=sys.stderr, flush=True)
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -1035,18 +964,15 @@ def replacing(path):
         with contextlib.suppress(OSError):
             os.remove(temporary)
 
-
 def to_json(value, indent=None):
     """JSON as bytes, on one line unless indented. Halves of surrogate pairs become "?"."""
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "replace") + b"\n"
-
 
 def start_worker():
     """In a new worker: leave Ctrl-C to the parent, and end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
 
 def run_job(job):
     """job: (name of a function, arguments, file): what the function returns, from the file if it
@@ -1058,7 +984,6 @@ def run_job(job):
     with open(done, "rb") as file:
         return json.load(file)
 
-
 def run_all(function, jobs, work, name, pool=(1, None)):
     """[function(*job) for job in jobs], by processes. work: a folder for what was done; pool:
     (number of processes, address of a Ray cluster that has this file and the folders, or None)."""
@@ -1069,8 +994,8 @@ def run_all(function, jobs, work, name, pool=(1, None)):
         found = map(run_job, jobs)
         if pool[1]:
             from ray.util.multiprocessing import Pool
-            import curate  # by this name Ray's workers find what is in this file
-            found = stack.enter_context(Pool(ray_address=pool[1])).imap(curate.run_job, jobs)
+            here = importlib.import_module("curate")  # the name by which Ray's workers find this file
+            found = stack.enter_context(Pool(ray_address=pool[1])).imap(here.run_job, jobs)
         elif pool[0] > 1 and len(jobs) > 1:
             context = multiprocessing.get_context("spawn")
             executor = concurrent.futures.ProcessPoolExecutor(pool[0], context, start_worker)
@@ -1085,7 +1010,6 @@ def run_all(function, jobs, work, name, pool=(1, None)):
                       file=sys.stderr, end="" if left else "\n", flush=True)
     return results
 
-
 def count_document(report, step, document, reason=None, after=None, seconds=0.0):
     """Count a document that a step drops for a reason or keeps, as `after` if it changes. report:
     {step: {what: number, "examples": {reason: start of a document that was dropped}}}."""
@@ -1097,7 +1021,6 @@ def count_document(report, step, document, reason=None, after=None, seconds=0.0)
     else:
         counts["examples"].setdefault(reason, f"{document.get('url', '')} {text[:200]}")
 
-
 def merge_reports(reports):
     """The reports of several files as one."""
     merged = {}
@@ -1107,7 +1030,6 @@ def merge_reports(reports):
         for key, value in counts.items():
             old[key] += value
     return merged
-
 
 def write_report(path, report, seconds):
     """Write report.json, and print a table."""
@@ -1121,7 +1043,6 @@ def write_report(path, report, seconds):
               f"{c['CPU seconds']:>8.2f}  {', '.join(why)[:80]}")
     print(f"{seconds:.1f} s; {path} has an example of what was dropped for each reason")
 
-# -----------------------------------------------------------------------------
 # Duplicates: documents, lines, paragraphs or near ones, by one shuffle in three maps. (1) The units
 # of every file become 64-bit hashes, in sorted runs. (2) For each range of the hashes: collect it
 # from all runs, sort it, and say what to drop. (3) Every file is written anew without that. A
@@ -1134,12 +1055,10 @@ PARAGRAPH = 100  # characters of a line that make it one
 KINDS_OF_DUPLICATES = {"document": "exact duplicates", "line": "repeated lines",
                        "near": "near duplicates"}
 
-
 def stable_hash(data):
     """Bytes or str -> 64 bits, the same in every process (`hash` of a str is not)."""
     data = data if isinstance(data, bytes) else str(data).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
 
 class BloomFilter:
     """A set that holds bits only (Bloom 1970): up to `capacity` items, it wrongly claims to hold
@@ -1169,7 +1088,6 @@ class BloomFilter:
     def __contains__(self, item):
         return all(self.bits[at >> 3] >> (at & 7) & 1 for at in self.places(item))
 
-
 # Near duplicates (Broder 1997). Two texts are as similar as the sets of their n-grams of words:
 # J(A, B) = |A and B| / |A or B|. Of a random order of all n-grams, the first in A and the first in
 # B are the same with probability J, so `num_hashes` random orders give a signature that estimates
@@ -1179,7 +1097,6 @@ class BloomFilter:
 PUNCTUATION = bytes(i for i in range(33, 128) if not chr(i).isalnum())
 LOWER = bytes(i + 32 if 65 <= i <= 90 else i for i in range(256))
 
-
 @functools.lru_cache(1 << 14)
 def fold(letters):
     """`normalize` for letters beyond ASCII. In scripts without spaces each is a word."""
@@ -1187,7 +1104,6 @@ def fold(letters):
     letters = "".join(" " * c.isspace() or c for c in letters
                       if unicodedata.category(c)[0] not in "PSC")
     return NO_SPACES.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
-
 
 def normalize(text):
     """Words of a text as bytes: lower case, no accents, no punctuation; vowel signs stay.
@@ -1199,19 +1115,16 @@ def normalize(text):
         text = re.sub(r"[^\0-\x7f]+", lambda match: fold(match.group()), text)
     return text.encode("utf-8", "replace").translate(LOWER, PUNCTUATION).split()
 
-
 def shingles(text, n):
     """Hashes of the n-grams of a text's words, (distinct n-grams,) uint64, sorted. A text of fewer
     than n words is one n-gram; one without words has none."""
     words = normalize(text)
     return np.unique(word_ngrams(words, min(n, max(1, len(words)))))
 
-
 @functools.lru_cache
 def multipliers(n, dtype):
     """n odd numbers, as good as random, the same everywhere: (n,)."""
     return np.array([stable_hash(b"%d" % i) | 1 for i in range(n)], np.uint64).astype(dtype)
-
 
 def minhash_signature(hashes, num_hashes):
     """The MinHash signature of a set of 64-bit hashes: (num_hashes,) uint32. The orders are those
@@ -1223,7 +1136,6 @@ def minhash_signature(hashes, num_hashes):
         np.minimum(signature, (a * low[i : i + 512]).min(axis=1), out=signature)
     return signature
 
-
 def band_keys(signature, num_bands):
     """A 64-bit key per band, with its number mixed in: (num_bands,) uint64."""
     rows = signature.reshape(num_bands, -1).astype(np.uint64)
@@ -1231,13 +1143,11 @@ def band_keys(signature, num_bands):
     key = (key + np.arange(1, num_bands + 1, dtype=np.uint64)) * MULTIPLIER
     return (key ^ (key >> np.uint64(31))) * MULTIPLIER
 
-
 def jaccard(a, b):
     """Similarity of two sets, sorted arrays of distinct numbers; 0 if one of them is empty."""
     both = np.sort(np.concatenate([a, b]))
     common = int((both[1:] == both[:-1]).sum())
     return common / max(1, len(both) - common)
-
 
 def pieces_of(path, unit):
     """What a file is made of: the documents of JSON lines; of other files as they are, 10,000 lines
@@ -1248,7 +1158,6 @@ def pieces_of(path, unit):
     lines = read_lines(path, collections.Counter())
     while part := list(itertools.islice(lines, None if unit == "near" else 10_000)):
         yield {"text": b"\n".join(part).decode("utf-8", "surrogateescape")}
-
 
 def hash_units(path, out, unit, o):
     """Map 1: write the hashes of a file's units to out, in runs of sorted hashes and then their
@@ -1281,14 +1190,12 @@ def hash_units(path, out, unit, o):
             at += 1
     return runs
 
-
 def find(parent, x):
     """The least of the cluster that x is in (union-find). parent: {number: a lesser one of the same
     cluster}, of all that are not the least of theirs."""
     while x in parent:
         parent[x] = x = parent.get(parent[x], parent[x])
     return x
-
 
 def near_pairs(ids, starts, spills, threshold):
     """Of buckets of documents with an equal key: [id, id of a similar one, ...], enough pairs to
@@ -1311,7 +1218,6 @@ def near_pairs(ids, starts, spills, threshold):
                     parent[high] = low
                     pairs += [low, high]
     return pairs
-
 
 def find_repeats(spills, r, ranges, out, unit, o):
     """Map 2: write the ids of the units to drop, or pairs of near duplicates, whose hashes lie in
@@ -1340,7 +1246,6 @@ def find_repeats(spills, r, ranges, out, unit, o):
         drop = np.sort(ids[often | ~first & (hashes & np.uint64(1) == 1) & o["paragraphs"]])
     with replacing(out) as file:
         file.write(np.array(drop, "<u8").tobytes())
-
 
 def write_kept(path, number, out, found, unit, o):
     """Map 3: write a file without what map 2 found. Returns a report."""
@@ -1373,7 +1278,6 @@ def write_kept(path, number, out, found, unit, o):
                 file.write(to_json(after))
     return report
 
-
 def shuffle(files, outputs, work, unit, o, pool=(1, None)):
     """Write files anew to outputs without duplicates of a kind: "document", "line" or "near". work:
     a folder for what lies between. Returns a report."""
@@ -1395,7 +1299,6 @@ def shuffle(files, outputs, work, unit, o, pool=(1, None)):
     jobs = [(path, i, out, found, unit, o) for i, (path, out) in enumerate(zip(files, outputs))]
     return merge_reports(run_all(write_kept, jobs, work, unit, pool))
 
-
 def dedup_files(files, out, unit, o, workers):
     """`shuffle`, with the names of the files in the folder out."""
     files = [os.fspath(path) for path in files]
@@ -1406,14 +1309,12 @@ def dedup_files(files, out, unit, o, workers):
     with tempfile.TemporaryDirectory(dir=out, prefix=".dedup-") as work:
         return shuffle(files, outputs, work, unit, o, (workers, None))
 
-
 def exact_line_dedup(files, out, workers=1):
     """Drop every line that occurs more than once in all files together, each time it occurs, and
     write what is left under the same names to the folder out. Of text files the bytes of lines are
     compared, without their ends; of JSON lines the lines of texts."""
     dedup_files(files, out, "line", {"max_line_repeats": 1, "paragraphs": False, "min_words": 0,
                                      "blank_lines": True}, workers)
-
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8, workers=1):
     """Keep the first of each cluster of near duplicates, written under the same names to the folder
@@ -1425,7 +1326,6 @@ def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0
                          f"that {num_bands} bands divide")
     dedup_files(files, out, "near", {"num_hashes": num_hashes, "num_bands": num_bands,
                                      "ngram": ngram, "threshold": threshold}, workers)
-
 
 def bloom_dedup(files, outputs, error_rate):
     """Drop paragraphs that were seen before by one process in one pass, without a shuffle: a Bloom
@@ -1442,11 +1342,9 @@ def bloom_dedup(files, outputs, error_rate):
                 file.write(to_json(after) if text else b"")
     return report
 
-# -----------------------------------------------------------------------------
 # Decontaminate: what a model will be tested on must not be in its training text. A document is
 # dropped if it shares an n-gram of words with a test (Brown et al. 2020, with n = 13). A test of
 # fewer words, but at least 8, is looked for as a whole.
-
 
 def strings_in(value):
     """All strings in a JSON value."""
@@ -1455,7 +1353,6 @@ def strings_in(value):
             yield from strings_in(part)
     elif isinstance(value, str):
         yield value
-
 
 def read_tests(path):
     """The strings of a test set: of JSON values, .csv cells, or lines of text."""
@@ -1467,7 +1364,6 @@ def read_tests(path):
         return strings_in(json.loads("\n".join(lines)))
     return strings_in([json.loads(line) for line in lines if line.strip()])
 
-
 @functools.lru_cache(1)
 def test_ngrams(paths, n, least=8):
     """{length: sorted hashes of n-grams of that many words} of test sets."""
@@ -1478,7 +1374,6 @@ def test_ngrams(paths, n, least=8):
             found[length].append(word_ngrams(words, length))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 
-
 def contaminated(text, ngrams):
     """Whether a text has one of the n-grams of `test_ngrams`."""
     words = normalize(text)
@@ -1488,10 +1383,7 @@ def contaminated(text, ngrams):
             return True
     return False
 
-
-# -----------------------------------------------------------------------------
 # Mix sources.
-
 
 def cut_text(text, limit):
     """Pieces of a text of at most limit characters each, cut at an empty line if there is one in
@@ -1503,7 +1395,6 @@ def cut_text(text, limit):
         yield text[begin:end].strip()
         begin = end
     yield text[begin:].strip()
-
 
 def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperature=1.0):
     """Write mixed.jsonl.gz: documents from sources in turn, so that bytes of text are at any time
@@ -1561,10 +1452,7 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
         warn(f"the sources are used up after {max_epochs} epochs, before the budget")
     return given
 
-
-# -----------------------------------------------------------------------------
 # The steps on a document, on a file, and on all.
-
 
 def apply_steps(document, o):
     """Apply the steps that the options `o` (a dict) ask for to a document, which they may change.
@@ -1606,7 +1494,6 @@ def apply_steps(document, o):
         ngrams = test_ngrams(tuple(o["evals"]), o["eval_ngram"])
         yield "decontaminate", "in a test set" if contaminated(document["text"], ngrams) else None
 
-
 def process_file(path, out, o):
     """All steps on single documents, for a file. Returns a report."""
     report, counts = {}, collections.Counter()
@@ -1624,7 +1511,6 @@ def process_file(path, out, o):
                 file.write(to_json(document))
     report.setdefault("read", collections.Counter(examples={})).update(+counts)
     return report
-
 
 def run_pipeline(args):
     """Read the inputs, apply the steps, and leave documents and report.json in --out. State is
@@ -1688,7 +1574,6 @@ def run_pipeline(args):
     if not [*report.values()][-1]["out"]:
         raise ValueError(f"no document was kept: {report_path} says why")
 
-
 def make_crawl(path):
     """A WARC file to try things on without a network: a page for each topic of the language
     reference that comes with Python, with a menu and a footer; and a near copy of every third."""
@@ -1705,7 +1590,6 @@ def make_crawl(path):
                     "</footer></body></html>").encode()
             file.write(f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://docs.example/{name}"
                        f"\r\nContent-Length: {len(page)}\r\n\r\n".encode() + page + b"\r\n\r\n")
-
 
 def train_classifier(sources, args):
     """`train-classifier`: learn from examples, save, and measure on every twentieth."""
@@ -1727,12 +1611,9 @@ def train_classifier(sources, args):
     print(f"{args.out}: {len(model.labels)} labels, {len(examples) - len(right):,} examples; right "
           f"in {np.mean(right or 0):.4f} of {len(right):,} others")
 
-
-# -----------------------------------------------------------------------------
 # The command line.
 
 STEPS = ["extract", "language", "filter", "mask", "decontaminate", "dedup"]
-
 
 def parse_arguments(words):
     """The command line."""
@@ -1771,7 +1652,6 @@ def parse_arguments(words):
     add("--epochs", type=int, default=2, help="train-classifier: of gradient descent")
     return parser.parse_args(words)
 
-
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # both raise KeyboardInterrupt
@@ -1809,7 +1689,6 @@ def main():
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         print(f"curate.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-
 
 if __name__ == "__main__":
     main()
