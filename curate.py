@@ -479,9 +479,31 @@ def extract_text(html):
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CLASSIFIED = 20_000  # characters of a text that a classifier looks at
 
-def word_ngrams(words, n):
-    """Words, as bytes -> hashes of every n of them in a row, (max(0, words - n + 1),) uint64."""
-    hashes = np.fromiter(map(zlib.crc32, words), np.uint64) * MULTIPLIER
+WINDOW = 1 << 16
+SPACES = bytes(32 if i < 33 else i for i in range(256))
+POWERS = np.cumprod(np.full(WINDOW + 2, MULTIPLIER))  # modulo 2^64, like all that follows
+INVERSES = np.cumprod(np.full(WINDOW + 2, pow(int(MULTIPLIER), -1, 1 << 64), np.uint64))
+
+def hash_words(data):
+    """Hash what lies between spaces in bytes: (hashes uint64, lengths int64). A hash is a polynomial
+    in the bytes of the word, so all are differences of one running sum: no Python step per word. A
+    word longer than WINDOW is cut."""
+    data, found, begin = data.translate(SPACES), [], 0
+    while begin < len(data) or not found:
+        end = begin + WINDOW
+        end = end if end >= len(data) else data.rfind(b" ", begin, end) + 1 or end
+        x = np.frombuffer(b" " + data[begin:end] + b" ", np.uint8)
+        total, space = np.cumsum(x * POWERS[: len(x)], dtype=np.uint64), np.flatnonzero(x == 32)
+        word = np.diff(space) > 1
+        first, last = space[:-1][word], space[1:][word] - 1
+        found.append(((total[last] - total[first]) * INVERSES[first], last - first))
+        begin = end
+    h, lengths = map(np.concatenate, zip(*found))
+    h = h * MULTIPLIER
+    return (h ^ (h >> np.uint64(32))) * MULTIPLIER, lengths
+
+def ngram_hashes(hashes, n):
+    """Hashes of words (words,) -> of every n in a row, (max(0, words - n + 1),) uint64."""
     count = max(0, len(hashes) - n + 1)
     out = hashes[:count]
     for i in range(1, n):
@@ -513,9 +535,9 @@ class LinearClassifier:
             h = (h[: len(codes) - n + 1] + codes[n - 1 :] + np.uint64(n)) * MULTIPLIER
             h ^= h >> np.uint64(29)
             out += [h * MULTIPLIER] if n >= self.chars[0] else []
-        words = re.findall(r"[^\W_]+|[^\w\s]", text) if self.words else []
-        words = [word.encode("utf-8", "replace") for word in words]
-        out += [word_ngrams(words, n) for n in range(1, self.words + 1)]
+        words = " ".join(re.findall(r"[^\W_]+|[^\w\s]", text) if self.words else [])
+        words, _ = hash_words(words.encode("utf-8", "replace"))
+        out += [ngram_hashes(words, n) for n in range(1, self.words + 1)]
         return (np.concatenate(out) >> self.shift).astype(np.int64)
 
     @classmethod
@@ -702,11 +724,10 @@ def gopher_repetition_reason(text):
         share, chars = repeated_share([part for part in map(str.strip, parts) if part])
         if share > 0.3 or chars > 0.2:
             return f"repeated {name}" if share > 0.3 else f"characters in repeated {name}"
-    words = NO_SPACES.sub(r" \g<0> ", text).encode("utf-8", "replace").split()
-    lengths = np.array(list(map(len, words)), np.int64)
+    words, lengths = hash_words(NO_SPACES.sub(r" \g<0> ", text).encode("utf-8", "replace"))
     ends = np.concatenate([[0], np.cumsum(lengths)])
     for n, limit in NGRAM_LIMITS.items():
-        grams = word_ngrams(words, n)
+        grams = ngram_hashes(words, n)
         if not len(grams):
             break
         _, first, counts = np.unique(grams, return_index=True, return_counts=True)
@@ -1106,20 +1127,21 @@ def fold(letters):
     return NO_SPACES.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
 
 def normalize(text):
-    """Words of a text as bytes: lower case, no accents, no punctuation; vowel signs stay.
+    """A text in lower case, without accents and punctuation, but with vowel signs: UTF-8.
 
-    >>> normalize("Señor  O'Neil, 3.5%!")
+    >>> normalize("Señor  O'Neil, 3.5%!").split()
     [b'senor', b'oneil', b'35']
     """
     if not text.isascii():
         text = re.sub(r"[^\0-\x7f]+", lambda match: fold(match.group()), text)
-    return text.encode("utf-8", "replace").translate(LOWER, PUNCTUATION).split()
+    return text.encode("utf-8", "replace").translate(LOWER, PUNCTUATION)
 
 def shingles(text, n):
     """Hashes of the n-grams of a text's words, (distinct n-grams,) uint64, sorted. A text of fewer
     than n words is one n-gram; one without words has none."""
-    words = normalize(text)
-    return np.unique(word_ngrams(words, min(n, max(1, len(words)))))
+    words, _ = hash_words(normalize(text))
+    hashes = np.sort(ngram_hashes(words, min(n, max(1, len(words)))))
+    return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
 
 @functools.lru_cache
 def multipliers(n, dtype):
@@ -1368,17 +1390,18 @@ def read_tests(path):
 def test_ngrams(paths, n, least=8):
     """{length: sorted hashes of n-grams of that many words} of test sets."""
     found = collections.defaultdict(list)
-    for words in (normalize(text) for path in paths for text in read_tests(path)):
+    for text in (text for path in paths for text in read_tests(path)):
+        words, _ = hash_words(normalize(text))
         length = min(n, len(words))
         if length >= min(n, least):
-            found[length].append(word_ngrams(words, length))
+            found[length].append(ngram_hashes(words, length))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 
 def contaminated(text, ngrams):
     """Whether a text has one of the n-grams of `test_ngrams`."""
-    words = normalize(text)
+    words, _ = hash_words(normalize(text))
     for length, known in ngrams.items():
-        grams = word_ngrams(words, length)
+        grams = ngram_hashes(words, length)
         if (known[np.minimum(np.searchsorted(known, grams), len(known) - 1)] == grams).any():
             return True
     return False
@@ -1617,8 +1640,9 @@ STEPS = ["extract", "language", "filter", "mask", "decontaminate", "dedup"]
 
 def parse_arguments(words):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=
-                                     argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,  # errors are one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("command", choices=["pipeline", "read", *STEPS, "mix", "train-classifier"])
     add("--input", nargs="+", required=True, help="files, patterns, folders; NAME=FILE for mix and "
@@ -1650,7 +1674,10 @@ def parse_arguments(words):
     add("--words", type=int, default=0, help="train-classifier: longest n-gram of words")
     add("--bits", type=int, default=17, help="train-classifier: of the hash")
     add("--epochs", type=int, default=2, help="train-classifier: of gradient descent")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.command == "decontaminate" and not args.evals:
+        parser.error("decontaminate needs --evals")
+    return args
 
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""

@@ -417,11 +417,11 @@ def test_signatures_estimate_similarity_and_recall_follows_the_curve():
 
 
 def test_normalizing_keeps_vowel_signs():
-    assert C.normalize("Señor  O’Neil, 3.5%! Straße") == [
+    assert C.normalize("Señor  O’Neil, 3.5%! Straße").split() == [
         "senor".encode(), b"oneil", b"35", "straße".encode()]
     for a, b in (("की", "का"), ("ガ", "カ"), ("กา", "กี")):
         assert C.normalize(a) != C.normalize(b)
-    assert C.normalize("e\u0301\u00a0x 中文。") == [b"e", b"x", "中".encode(), "文".encode()]
+    assert C.normalize("e\u0301\u00a0x 中文。").split() == [b"e", b"x", "中".encode(), "文".encode()]
     a, b = C.shingles("a b c d", 2), C.shingles("B, c  D e", 2)
     assert len(a) == 3 and C.jaccard(a, b) == 2 / 4 and C.jaccard(a, a[:0]) == 0
     assert len(C.shingles("one two", 5)) == 1 and len(C.shingles("...", 5)) == 0
