@@ -3,7 +3,8 @@ curate.py beside the tools people use, on the same data. Run by hand:
 
     pip install trafilatura lxml_html_clean datasketch lingua-language-detector fasttext-wheel ray
     D=../shared/data
-    python tests/bench_curate.py extract --wcxb $D/html/wcxb --readability $D/html/mozilla_readability
+    R=$D/html/mozilla_readability
+    python tests/bench_curate.py extract --wcxb $D/html/wcxb --readability $R
     python tests/bench_curate.py minhash --documents $D/web/c4_sample.jsonl
     python tests/bench_curate.py language --languages $D/langid
     python tests/bench_curate.py toxicity --davidson $D/toxicity/davidson.csv
@@ -13,7 +14,7 @@ curate.py beside the tools people use, on the same data. Run by hand:
 and, to learn the weights of main text anew from pages with known main text (prints the tables for
 curate.py, and F1 by 5-fold cross-validation, sites kept together):
 
-    python tests/bench_curate.py fit --wcxb $D/html/wcxb --readability $D/html/mozilla_readability \\
+    python tests/bench_curate.py fit --wcxb $D/html/wcxb --readability $R \\
         --segments TRAFILATURA/tests --news ARTICLE-EXTRACTION-BENCHMARK
 
 wcxb and news (github.com/scrapinghub/article-extraction-benchmark) are folders with
@@ -217,17 +218,18 @@ def minhash(args):
 
     similarity = np.array([C.jaccard(C.shingles(a, 5), C.shingles(b, 5)) for a, b in pairs])
     expected, rates = 1 - (1 - similarity**8) ** 14, {}
-    for function in (ours, datasketch) * 3:  # in turn, three times
+    for function in (ours, datasketch) * 3:  # in turn
         start = time.process_time()
         keys = np.array([function(text) for text in everything]).reshape(len(everything), 14, -1)
         rates.setdefault(function, []).append(len(keys) / (time.process_time() - start))
         base = np.arange(len(pairs)) % min(1000, len(texts))
         found = (keys[base] == keys[len(texts) :]).all(2).any(1)
         if len(rates[function]) == 3:
-            print(f"{function.__name__:<12}{statistics.median(rates[function]):>8.0f} documents/CPU-s"
+            print(f"{function.__name__:<12}{statistics.median(rates[function]):>8.0f} texts/CPU-s"
                   "  recall " + "; ".join(
                       f"{what} {found[mask].mean():.3f}, expected {expected[mask].mean():.3f}"
-                      for what, mask in (("J >= 0.8", similarity >= 0.8), ("below", similarity < 0.8))))
+                      for what, mask in (("J >= 0.8", similarity >= 0.8),
+                                         ("below", similarity < 0.8))))
     print(f"ratio {statistics.median(a / b for a, b in zip(*rates.values())):.1f}")
 
 def language(args):
@@ -239,10 +241,10 @@ def language(args):
             (test if i % 5 == 0 else train).append((line, os.path.basename(path)[:2]))
     start = time.process_time()
     model = C.LinearClassifier.train(*zip(*train))
-    print(f"{len(train)} lines, {len(model.labels)} languages: {time.process_time() - start:.1f} CPU-s")
+    print(f"{len(train)} lines, {len(model.labels)} languages, {time.process_time() - start:.1f} s")
     model.save("/tmp/langid.npz")
     model = C.LinearClassifier.load("/tmp/langid.npz")
-    own = [(t, code) for t, code in test if code in {*C.STOP_WORDS, *C.SCRIPTS.values()} - {"latin"}]
+    own = [(t, code) for t, code in test if code in {*C.STOP_WORDS, *C.SCRIPTS.values()}]
     functions = {"curate.py": (lambda t: model.predict(t)[0], test),
                  "without a model": (lambda t: C.identify_language(t)[0], own)}
     try:
@@ -339,7 +341,8 @@ def pipeline(args):
 
 def ray(args):
     """Whether one process, three and a local Ray write the same bytes."""
-    folder, outs = f"{args.work}/crawl1", [f"{args.work}/{x}-{os.getpid()}" for x in ("1", "3", "ray")]
+    folder = f"{args.work}/crawl1"
+    outs = [f"{args.work}/{x}-{os.getpid()}" for x in ("1", "3", "ray")]
     write_crawl(args, folder)
     for out, how in zip(outs, (["--workers", "1"], ["--workers", "3"], ["--ray", "local"])):
         subprocess.run([sys.executable, os.path.join(ROOT, "curate.py"), "pipeline", "--input",

@@ -1,15 +1,6 @@
 """curate.py: each step against cases with known answers, and whole runs by command line."""
 
-import gzip
-import io
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-import zlib
+import gzip, io, json, os, random, signal, subprocess, sys, time, zlib
 
 import numpy as np
 import pytest
@@ -23,12 +14,10 @@ WORDS = ("the of and to in that is was he for it with as his on be at by had not
          "river stone garden window letter morning history water paper green engine mountain "
          "teacher market yellow quiet summer kitchen travel number silver village bridge").split()
 
-
 def prose(seed, sentences=12):
     rng = random.Random(seed)
     return " ".join(" ".join(rng.choices(WORDS, k=rng.randint(8, 16))).capitalize() + "."
                     for _ in range(sentences))
-
 
 def page(seed, body=None):
     body = body or "".join(f"<p>{prose(seed * 100 + i, 4)}</p>" for i in range(5))
@@ -38,22 +27,18 @@ def page(seed, body=None):
             "<footer class=footer>Copyright 2024 Example. <a href=/p>Privacy policy</a></footer>"
             "</body></html>").encode()
 
-
 def record(content, kind="response", mime="application/http; msgtype=response", length=None,
            url="http://example.org/", version="1.0"):
     head = (f"WARC/{version}\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nContent-Type: {mime}"
             f"\r\nContent-Length: {len(content) if length is None else length}\r\n\r\n")
     return head.encode() + content + b"\r\n\r\n"
 
-
 def http(body, headers="Content-Type: text/html; charset=utf-8", status="HTTP/1.1 200 OK"):
     return f"{status}\r\n{headers}\r\n\r\n".encode() + body
-
 
 def read(data):
     counts = C.collections.Counter()
     return [r.body for r in C.read_warc(io.BytesIO(data), counts)], counts
-
 
 def run(*args, code=0, **kw):
     result = subprocess.run([sys.executable, os.path.join(ROOT, "curate.py"), *map(str, args)],
@@ -62,22 +47,17 @@ def run(*args, code=0, **kw):
     assert "Traceback" not in result.stderr
     return result
 
-
 def documents(folder):
     return [d for path in sorted(folder.glob("*.jsonl.gz")) for d in C.read_documents(path)]
 
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.jsonl.gz")}
-
 
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
     return str(path)
 
-
 # ---- read
-
 
 def test_warc_members_plain_and_one_member_give_the_same_pages():
     records = [record(b"software: x", "warcinfo", "application/warc-fields"),
@@ -91,10 +71,8 @@ def test_warc_members_plain_and_one_member_give_the_same_pages():
         assert bodies == [b"<p>one</p>", "Grüße".encode(), b"<p>two</p>"]
         assert counts["not HTML"] == counts["HTTP status not 200"] == counts["type request"] == 1
 
-
 RAW_DEFLATE = zlib.compressobj(9, zlib.DEFLATED, -15)
 RAW_DEFLATE = RAW_DEFLATE.compress(b"<p>z</p>") + RAW_DEFLATE.flush()
-
 
 @pytest.mark.parametrize("coding, body, expected", [
     ("gzip", gzip.compress(b"<p>z</p>"), b"<p>z</p>"), ("gzip", b"<p>z</p>", b"<p>z</p>"),
@@ -111,7 +89,6 @@ def test_bodies_that_cannot_be_decoded_are_counted(coding, body, expected):
     assert bodies == ([expected] if expected else [])
     assert expected or sum(n for key, n in counts.items() if key != "records") == 1
 
-
 def test_chunks_and_status_lines():
     chunked = b"4\r\n<p>a\r\n6;x=y\r\nb</p>\n\r\n0\r\n\r\n"
     head = "Content-Type: text/html\r\nTransfer-Encoding: chunked"
@@ -119,7 +96,6 @@ def test_chunks_and_status_lines():
     assert read(record(http(b"<p>not chunked</p>", head)))[0] == [b"<p>not chunked</p>"]
     for status in ("http/1.1 200 OK", "\r\nHTTP/1.1 200 OK", "HTTP/2 200"):
         assert read(record(http(b"<p>x</p>", status=status)))[0] == [b"<p>x</p>"]
-
 
 @pytest.mark.parametrize("lie", [-7, 5, 60, 10**6, 10**12])
 def test_a_length_that_lies_costs_one_record_at_most(lie):
@@ -133,7 +109,6 @@ def test_a_length_that_lies_costs_one_record_at_most(lie):
     body = b"<p>Records begin with WARC/1.0 and headers.</p><p>More</p>"
     assert read(record(http(body), length=9999) + record(http(b"b"), version="0.18"))[0] == [
         body, b"b"]
-
 
 def test_damage_is_counted_and_the_rest_is_read():
     rng = random.Random(0)
@@ -152,7 +127,6 @@ def test_damage_is_counted_and_the_rest_is_read():
     bodies, counts = read(bomb + gzip.compress(record(http(b"<p>after</p>"))))
     assert bodies == [b"<p>after</p>"] and counts["page too large"] == 1
 
-
 @pytest.mark.parametrize("data, header, expected", [
     ("Grüße".encode(), None, "Grüße"), ("Grüße".encode("cp1252"), None, "Grüße"),
     ("Привет мир".encode("cp1251"), "windows-1251", "Привет мир"),
@@ -169,7 +143,6 @@ def test_damage_is_counted_and_the_rest_is_read():
 def test_encodings_have_the_labels_of_the_web(data, header, expected):
     assert expected in C.decode_page(data, header)
 
-
 # ---- main text
 
 RICH = """<h1>Growing beans</h1><p>Beans are easy to grow, and they improve the soil &amp; the
@@ -182,7 +155,6 @@ water them well and wait for a week until the first leaves appear.</p><table><tr
 <style>p {color: red}</style><!-- <p>comment</p> --><p>In the end you will have so many that your
 neighbours will pretend not to be at home when you ring.</p>"""
 
-
 def test_extract_keeps_structure_and_drops_the_rest():
     text = C.extract_text(page(1, RICH))
     for part in ("soil & the kitchen", "What you need", "- A pot with holes", "about ten litres",
@@ -193,7 +165,6 @@ def test_extract_keeps_structure_and_drops_the_rest():
                  "<", "var x"):
         assert part not in text.replace("<<", ""), part
     assert C.extract_text(page(1, RICH).decode()) == text
-
 
 @pytest.mark.parametrize("html, expected", [
     ("", ""), ("   ", ""), ("just text", "just text"), ("<P>Upper</P>", "Upper"),
@@ -212,7 +183,6 @@ def test_extract_keeps_structure_and_drops_the_rest():
 def test_extract_small(html, expected):
     assert C.extract_text(html) == expected
 
-
 def test_names_of_what_holds_the_article_do_not_count_against_it():
     long = f"<p>{prose(1)}</p><p>{prose(2)}</p>"
     for html in (f"<body><p>Loading</p><noscript>{long}</noscript></body>",
@@ -220,7 +190,6 @@ def test_names_of_what_holds_the_article_do_not_count_against_it():
                  f"<div class='newsletter cookie related'><div class=sidebar>{long}</div></div>"):
         assert prose(1) in C.extract_text(html) and prose(2) in C.extract_text(html)
     assert "Enable" not in C.extract_text(f"{long}<noscript>Enable it</noscript>")
-
 
 @pytest.mark.parametrize("unit", ["<div>", '<a x="<', "<!--", "<svg>", "<td>x", "&#", "<script",
                                   "<math>", "<pre>", "<img", "<br>"])
@@ -231,9 +200,7 @@ def test_hostile_html_takes_linear_time(unit):
     assert time.process_time() - start < 3  # minutes, were it quadratic
     assert C.extract_text("<p>a\ud800b</p>") == "a\ud800b"
 
-
 # ---- language and classifiers
-
 
 @pytest.mark.parametrize("text, code", [
     ("This is a short note that we wrote for you.", "en"), ("欢迎来到我们的网站", "zh"),
@@ -245,7 +212,6 @@ def test_hostile_html_takes_linear_time(unit):
 def test_language_without_a_model(text, code):
     found, score = C.identify_language(text)
     assert found == code and (0 < score <= 1 or code == "und")
-
 
 @pytest.mark.parametrize("how", [{}, {"chars": (0, 0), "words": 2}, {"prior": 0, "rate": 0.5}])
 def test_classifier_learns_saves_and_loads(tmp_path, how):
@@ -277,13 +243,10 @@ def test_classifier_learns_saves_and_loads(tmp_path, how):
     with pytest.raises(ValueError, match="no classifier"):
         C.LinearClassifier.load(path)
 
-
 # ---- filter
-
 
 LINES = "\n".join(prose(i, 1) for i in range(6))
 DOTS = ["The line here is one of those with an ellipsis..."] * 40
-
 
 @pytest.mark.parametrize("rule, text, reason", [
     ("gopher", prose(1), None), ("gopher", "The string you read is of text. " * 5, "under 50 words"),
@@ -320,15 +283,12 @@ def test_filters_name_the_rule(rule, text, reason):
              "c4": C.c4_filter}
     assert rule == "fineweb" or named[rule](text) is (reason is None)
 
-
 def test_lines_that_c4_keeps():
     assert C.c4_lines("Home\nRead our cookie policy before you go.\nToo short this.\n"
                       f"One of its words is {'o' * 1001}.\n" + LINES.replace(".", "[12][edit].")
                       ) == LINES.split("\n")
 
-
 # ---- mask
-
 
 @pytest.mark.parametrize("text, masked", [
     ("Write to jane.doe+news@mail.example.co.uk.", "Write to |||."),
@@ -338,7 +298,6 @@ def test_lines_that_c4_keeps():
 def test_mask_emails(text, masked):
     masked = (masked or text).replace("|||", "|||EMAIL_ADDRESS|||")
     assert C.mask_emails(text) == (masked, masked.count("|||EMAIL_ADDRESS|||"))
-
 
 @pytest.mark.parametrize("text", [
     *(f"Feel free to contact me at <{number}> if you have any questions." for number in (
@@ -357,7 +316,6 @@ def test_mask_phone_numbers(text):
     masked = C.re.sub("<.*>", "|||PHONE_NUMBER|||", text)
     assert C.mask_phone_numbers(plain) == (masked, "<" in text)
 
-
 def test_mask_ips():
     text = "Servers 192.0.2.146, 10.0.0.1:80 and 2001:db8::8a2e:370:7334 are up. At 8.8.8.8."
     assert C.mask_ips(text) == ("Servers |||IP_ADDRESS|||, |||IP_ADDRESS|||:80 and "
@@ -368,9 +326,7 @@ def test_mask_ips():
                  "a::b"):
         assert C.mask_ips(text) == (text, 0)
 
-
 # ---- duplicates
-
 
 def test_exact_line_dedup(tmp_path):
     files = {"a.txt": b"one\ntwo\nmenu\n", "b.txt": b"menu\nthree\n\n\ntwo",
@@ -387,7 +343,6 @@ def test_exact_line_dedup(tmp_path):
     with pytest.raises(ValueError, match="overwritten"):
         C.exact_line_dedup([path], tmp_path)
 
-
 def test_bloom_filter():
     rate, n = 0.01, 5000
     bloom = C.BloomFilter(n, rate)
@@ -399,7 +354,6 @@ def test_bloom_filter():
     wrong = sum(f"out {i}" in bloom for i in range(10_000)) / 10_000
     assert 0.4 * rate < wrong < 1.6 * rate
     assert abs(bloom.size / n - 9.585) < 0.01 and bloom.num_hashes == 7
-
 
 def test_signatures_estimate_similarity_and_recall_follows_the_curve():
     rng = np.random.RandomState(0)
@@ -415,7 +369,6 @@ def test_signatures_estimate_similarity_and_recall_follows_the_curve():
         expected = 1 - (1 - similarity**rows) ** bands
         assert abs(hits / pairs - expected) < 4 * (expected * (1 - expected) / pairs) ** 0.5 + 0.01
 
-
 def test_normalizing_keeps_vowel_signs():
     assert C.normalize("Señor  O’Neil, 3.5%! Straße").split() == [
         "senor".encode(), b"oneil", b"35", "straße".encode()]
@@ -426,12 +379,10 @@ def test_normalizing_keeps_vowel_signs():
     assert len(a) == 3 and C.jaccard(a, b) == 2 / 4 and C.jaccard(a, a[:0]) == 0
     assert len(C.shingles("one two", 5)) == 1 and len(C.shingles("...", 5)) == 0
 
-
 def near_copy(text, every=40):
     words = text.split()
     words[::every] = ["changed"] * len(words[::every])
     return " ".join(words)
-
 
 def test_minhash_dedup_of_files(tmp_path):
     texts = {f"{i}.txt": prose(i, 60) for i in range(6)}
@@ -451,7 +402,6 @@ def test_minhash_dedup_of_files(tmp_path):
     with pytest.raises(ValueError):
         C.minhash_dedup(paths, str(tmp_path / "o4"), num_hashes=100, num_bands=30)
 
-
 def test_minhash_clusters_are_chains_and_large_ones_take_linear_time(tmp_path):
     words = prose(1, 60).split()
     chain = [" ".join(words[i * 20 :] + [f"new{j}" for j in range(i * 20)]) for i in range(4)]
@@ -467,7 +417,6 @@ def test_minhash_clusters_are_chains_and_large_ones_take_linear_time(tmp_path):
     C.minhash_dedup([path], str(tmp_path / "o"))
     assert len(list(C.read_documents(tmp_path / "o" / "y.jsonl"))) == 1
     assert time.process_time() - start < 8
-
 
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
     """Not on PYTHONHASHSEED, not on the number of workers, not on the cuts of the shuffle. With two
@@ -490,9 +439,7 @@ def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
         results.append([path.read_bytes() for path in sorted(out.rglob("*.jsonl"))])
     assert results[0] == results[1] and len(results[0]) == 6
 
-
 # ---- decontaminate, mix
-
 
 def test_decontaminate(tmp_path):
     question = "which of these rivers runs through more countries than any other in the world"
@@ -510,7 +457,6 @@ def test_decontaminate(tmp_path):
     start = time.process_time()
     assert not any(C.contaminated(prose(i), large) for i in range(100))
     assert time.process_time() - start < 1  # 100 s, were the test set sorted for each
-
 
 def test_mix_reaches_what_it_is_asked_for(tmp_path):
     sources = {"a": [write_jsonl(tmp_path / "a.jsonl", [prose(i) for i in range(40)])],
@@ -536,9 +482,7 @@ def test_mix_reaches_what_it_is_asked_for(tmp_path):
                  "--temperature", "2")
     assert "asked 0.2000" in result.stdout and "asked 0.8000" in result.stdout
 
-
 # ---- whole runs
-
 
 @pytest.fixture(scope="module")
 def crawl(tmp_path_factory):
@@ -558,7 +502,6 @@ def crawl(tmp_path_factory):
     (folder / "sub" / "notes.md.gz").write_bytes(gzip.compress(prose(800).encode()))
     (folder / "sub" / "picture.png").write_bytes(b"\x89PNG")
     return folder
-
 
 def test_pipeline_is_the_same_for_any_number_of_workers(crawl, tmp_path):
     one = run("pipeline", "--input", crawl, "--out", tmp_path / "1", "--workers", "1")
@@ -582,7 +525,6 @@ def test_pipeline_is_the_same_for_any_number_of_workers(crawl, tmp_path):
     import bpe
     assert len(bpe.train_bpe(str(next((tmp_path / "1").glob("*.gz"))), 300, [bpe.EOT])[0]) == 300
 
-
 def test_lines_and_paragraphs(tmp_path):
     menu, quote = "Home About Contact Subscribe", "Somebody has quoted this from elsewhere. " * 3
     texts = [f"{menu}\n{prose(i)}" for i in range(7)]
@@ -594,7 +536,6 @@ def test_lines_and_paragraphs(tmp_path):
         run("dedup", "--input", path, "--out", out, "--threshold", "2", *extra)
         assert [d["text"] for d in documents(out)] == expected
 
-
 def test_steps_one_by_one_equal_the_pipeline(crawl, tmp_path):
     source = crawl
     for step in ("read", "extract", "language", "filter", "mask", "dedup"):
@@ -602,7 +543,6 @@ def test_steps_one_by_one_equal_the_pipeline(crawl, tmp_path):
         source = tmp_path / step
     run("pipeline", "--input", crawl, "--out", tmp_path / "p", "--workers", "1")
     assert [d["text"] for d in documents(tmp_path / "p")] == [d["text"] for d in documents(source)]
-
 
 def test_killed_run_goes_on(crawl, tmp_path):
     out, inputs = tmp_path / "out", []
@@ -628,7 +568,6 @@ def test_killed_run_goes_on(crawl, tmp_path):
     assert steps["read"]["records of before"] == len(done) * 64 and not stale.exists()
     run("pipeline", "--input", *inputs, "--out", tmp_path / "whole", "--workers", "1")
     assert contents(out) == contents(tmp_path / "whole")
-
 
 def test_classifier_and_perplexity_on_the_command_line(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [prose(i, 3) for i in range(60)])
@@ -657,7 +596,6 @@ def test_classifier_and_perplexity_on_the_command_line(tmp_path):
                  f"{ckpt}:{value / 10}", code=1)
     assert "no document was kept" in result.stderr
 
-
 @pytest.mark.parametrize("args, code, message", [
     (("pipeline", "--input", "nothing.warc", "--out", "o"), 1, "nothing.warc"),
     (("pipeline", "--input", "x.parquet", "--out", "o"), 1, "x.parquet: no known kind"),
@@ -675,7 +613,6 @@ def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
     for name in ("e.txt", "x.parquet", "x.bz2", "x.bin"):
         (tmp_path / name).touch()
     assert message in run(*args, code=code, cwd=tmp_path).stderr.strip().splitlines()[-1]
-
 
 def test_packages_that_are_missing_are_named(monkeypatch):
     for name, package in (("x.pdf", "pypdf"), ("x.jsonl.zst", "zstandard")):
