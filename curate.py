@@ -240,7 +240,7 @@ RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?(.*?
 ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 ANNOTATION = re.compile(r"(?is)<annotation[^>]*tex[^>]*>()(.*?)</annotation")
 TEX = re.compile(r"""(?is)\\[a-z]{2}|[_^]\{|\balt=.\$|class\s*=\s*["'][^"']*\b(?:la)?tex\b""")
-PRE = re.compile(r"(?is)<pre\b[^>]*>.*?(?:</pre|\Z)")
+PRE = re.compile(r"(?is)<pre\b[^>]*>?.*?(?:</pre|\Z)")
 QUOTED_MARKUP = re.compile(r"""=\s*(?:"[^"<>]*[<>][^"]*"|'[^'<>]*[<>][^']*')""")
 TOKEN = re.compile(r"<(/?)([a-zA-Z][^\s/>]*|[!?])([^>]*)>?([^<]*(?:<(?![a-zA-Z/!?])[^<]*)*)")
 NAMES = re.compile(r"""(?i)\b(?:class|id|role)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
@@ -469,7 +469,9 @@ def extract_text(html):
         text, tag = raw[i].strip("\n"), blocks[i][1]
         if tag != "pre":
             text = "\n".join(filter(None, (" ".join(s.split()) for s in text.split("\v"))))
-        text = "- " * (tag == "li") + (text.strip(" |") if tag in ("tr", "td", "th") else text)
+        if tag in ("tr", "td", "th"):
+            text, tag = text.strip(" |"), "tr"
+        text = "- " * (tag == "li") + text
         if text.strip(" -"):
             gap = "\n" if last == tag and tag in ("li", "tr") else "\n\n" * bool(out)
             out += gap + text

@@ -175,6 +175,7 @@ def test_extract_keeps_structure_and_drops_the_rest():
     (r'<p>where <img class="x" alt="\frac{a}{b}"> is', r"where \frac{a}{b} is"),
     ("<p>a <math><mi>x</mi><annotation encoding='application/x-tex'>x_1</annotation></math> b",
      "a x_1 b"), ('<p>no <img alt="A red house"> here', "no here"),
+    ("<table><tr><td>a<td>b<tr><td>c<td>d</table>", "a | b\nc | d"),
     ("<pre>a<br>  b\nc</pre>", "a\n  b\nc"), ("<pre><div>a</div><div>  b</div></pre>", "a\n  b")])
 def test_extract_small(html, expected):
     assert C.extract_text(html) == expected
@@ -188,7 +189,7 @@ def test_names_of_what_holds_the_article_do_not_count_against_it():
     assert "Enable" not in C.extract_text(f"{long}<noscript>Enable it</noscript>")
 
 @pytest.mark.parametrize("unit", ["<div>", '<a x="<', "<!--", "<svg>", "<td>x", "&#", "<script",
-                                  "<math>", "<pre>", "<img", "<br>"])
+                                  "<math>", "<pre>", "<pre", "<img", "<br>"])
 def test_hostile_html_takes_linear_time(unit):
     C.extract_text(unit * 1000)
     start = time.process_time()
