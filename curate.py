@@ -234,7 +234,8 @@ def decode_page(data, charset=None):
 # does not. A second regression makes the final odds; the threshold has the best expected F1.
 # `tests/bench_curate.py fit` learns the weights from pages with known main text.
 
-RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?(.*?)(?:</\1\b[^>]*>?|\Z)"
+RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|"
+                 r"<(script|style)\b([^>]*)>?(.*?)(?:</\1\b[^>]*>?|\Z)"
                  r"|<(math)\b([^>]*)>?((?:[^<]+|<(?!/?(?:math|p|div|h\d|ul|ol|table|script)\b))*)"
                  r"(?:</math\s*>)?|<(img)\b([^>]*)>?")
 ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")
@@ -1467,19 +1468,16 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
                                                   -given[name]["weight"], name))
             document = next(streams[name], None)
             if document:
-                size = len(document["text"].encode("utf-8", "replace"))
                 file.write(to_json(document))
-                given[name]["bytes"] += size
                 given[name]["documents"] += 1
-                written += size
-            elif not budget:
-                break
-            else:
+                given[name]["bytes"] += len(document["text"].encode("utf-8", "replace"))
+                written = sum(g["bytes"] for g in given.values())
+            elif budget:
                 del streams[name]
-        if not written:
-            raise ValueError("there is nothing to mix: the sources have no documents")
+            else:
+                break
     for name, g in given.items():
-        g["reached"] = g["bytes"] / written
+        g["reached"] = g["bytes"] / max(1, written)
         if abs(g["reached"] - g["weight"]) > 0.1 * g["weight"]:
             warn(f"{name} has a share of {g['reached']:.3f}, and not {g['weight']:.3f}")
     if written < (budget or 0):
@@ -1550,42 +1548,34 @@ def run_pipeline(args):
     """Read the inputs, apply the steps, and leave documents and report.json in --out. State is
     files: out/.work has what each job left, which takes its name when it is complete, so a run that
     was killed continues where they end."""
-    start, out, inputs, pool = time.monotonic(), args.out, find_inputs(args.input), (
-        args.workers, args.ray)
-    work, report_path = os.path.join(out, ".work"), os.path.join(out, "report.json")
+    start, inputs, pool = time.monotonic(), find_inputs(args.input), (args.workers, args.ray)
+    work, report_path = (os.path.join(args.out, name) for name in (".work", "report.json"))
     o = {**vars(args), "workers": 0, "ray": None, "blank_lines": False, "min_words": 50,
          "paragraphs": not args.bloom}
     state = to_json({**o, "files": [[path, os.path.getsize(path)] for path in inputs]})
-    state_path = os.path.join(work, "state.json")
+    state_path, same = os.path.join(work, "state.json"), not glob.glob(f"{args.out}/*.jsonl.gz")
     if os.path.exists(state_path):
         with open(state_path, "rb") as file:
-            if file.read() != state:
-                raise ValueError(f"{out} holds a run with other inputs or settings: give another "
-                                 "--out, or delete it")
-    elif glob.glob(os.path.join(glob.escape(out), "*.jsonl.gz")):
-        raise ValueError(f"{out} already holds documents: give another --out, or delete it")
+            same = file.read() == state
+    if not same:
+        raise ValueError(f"{args.out} holds other documents, or a run with other inputs or "
+                         "settings: give another --out, or delete it")
     if os.path.exists(report_path):
-        print(f"{out} is complete: report.json is there")
+        print(f"{args.out} is complete: report.json is there")
         return
     collections.deque(apply_steps({"text": "-"}, o), 0)  # wrong options come up now
-    for folder, _, names in os.walk(out):  # half files of a run that was killed
+    for folder, _, names in os.walk(args.out):  # half files of a run that was killed
         for name in names:
             if re.search(r"\.\d+\.tmp$", name):
                 os.remove(os.path.join(folder, name))
     os.makedirs(work, exist_ok=True)
     with replacing(state_path) as file:
         file.write(state)
-    stages = ["read"]
-    if "dedup" in o["steps"]:
-        stages += ["document", "line"] + ["bloom"] * (o["bloom"] > 0)
-        stages += ["near"] * (o["threshold"] <= 1)
-    names = [re.sub(r"^\d{5}-|(\.(gz|zst|warc|wet|jsonl|ndjson|json|x?html?|txt|pdf))+$", "",
-                    os.path.basename(path)) for path in inputs]
+    dedup = ["document", "line", *["bloom"] * (o["bloom"] > 0), *["near"] * (o["threshold"] <= 1)]
     files, reports = inputs, []
-    for stage in stages:
+    for stage in ["read"] + dedup * ("dedup" in o["steps"]):
         folder, before = os.path.join(work, stage), sum(os.times()[:4])
-        # A number keeps equal names apart.
-        outputs = [os.path.join(folder, f"{i:05d}-{name}.jsonl.gz") for i, name in enumerate(names)]
+        outputs = [os.path.join(folder, f"{i:05d}.jsonl.gz") for i in range(len(inputs))]
         os.makedirs(folder, exist_ok=True)
         if stage == "read":
             jobs = [(path, output, o) for path, output in zip(files, outputs)]
@@ -1598,14 +1588,11 @@ def run_pipeline(args):
                 counts["CPU seconds"] = sum(os.times()[:4]) - before
         files = outputs
     for path in filter(os.path.exists, files):  # complete: move the results out of the work folder
-        os.replace(path, os.path.join(out, os.path.basename(path)))
+        os.replace(path, os.path.join(args.out, os.path.basename(path)))
     report = merge_reports(reports)
     write_report(report_path, report, time.monotonic() - start)
-    for path in glob.glob(os.path.join(glob.escape(work), "*")):
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        elif path != state_path:
-            os.remove(path)
+    for path in (os.path.join(work, name) for name in os.listdir(work) if name != "state.json"):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     if not [*report.values()][-1]["out"]:
         raise ValueError(f"no document was kept: {report_path} says why")
 
@@ -1622,9 +1609,9 @@ def make_crawl(path):
                            for part in html_library.escape(text).split("\n\n"))
             page = (f"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n<html><body>"
                     f"<nav>{menu}</nav><main>{body}</main><footer>The Python Software Foundation"
-                    "</footer></body></html>").encode()
+                    "</footer></body></html>\r\n\r\n").encode()
             file.write(f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://docs.example/"
-                       f"{name}\r\nContent-Length: {len(page)}\r\n\r\n".encode() + page + b"\r\n\r\n")
+                       f"{name}\r\nContent-Length: {len(page)}\r\n\r\n".encode() + page)
 
 def train_classifier(sources, args):
     """`train-classifier`: learn from examples, save, and measure on every twentieth."""
@@ -1716,7 +1703,7 @@ def main():
                 file.write(to_json(given, indent=1))
             for name, g in given.items():
                 print(f"{name:<20} asked {g['weight']:.4f}, reached {g['reached']:.4f}: "
-                      f"{g['documents']:,} documents, {g['bytes'] / 1e6:.2f} MB, {g['epochs']} epochs")
+                      f"{g['documents']:,} documents, {g['bytes']:,} bytes, {g['epochs']} epochs")
         else:
             if args.command != "pipeline":
                 args.steps = [args.command] * (args.command in STEPS)
