@@ -1284,13 +1284,14 @@ def find_repeats(spills, r, ranges, out, unit, o):
 def write_kept(path, number, out, found, unit, o):
     """Map 3: write a file without what map 2 found. Returns a report."""
     drop, report, at, step = set(), {}, 0, KINDS_OF_DUPLICATES[unit]
-    for ids in (np.fromfile(name, "<u8") for name in found):
+    for ids in (np.memmap(name, "<u8", "r") for name in found if os.path.getsize(name)):
         a, b = np.searchsorted(ids, np.array([number << PLACE, (number + 1) << PLACE], np.uint64))
         drop.update((ids[a:b] & np.uint64((1 << PLACE) - 1)).tolist())
     as_it_is = kind_of(path) not in JSON_LINES
     if as_it_is and unit == "near":
         if not drop:
-            shutil.copyfile(path, out)
+            with replacing(out) as file, open(path, "rb") as source:
+                file.writelines(unpack(source, collections.Counter()))
         return report
     with replacing(out) as file:
         for document in pieces_of(path, unit):
@@ -1336,7 +1337,7 @@ def shuffle(files, outputs, work, unit, o, pool=(1, None)):
 def dedup_files(files, out, unit, o, workers):
     """`shuffle`, with the names of the files in the folder out."""
     files = [os.fspath(path) for path in files]
-    outputs = [os.path.join(out, os.path.basename(path)) for path in files]
+    outputs = [os.path.join(out, os.path.basename(path).removesuffix(".zst")) for path in files]
     if len({*map(os.path.abspath, outputs)} - {*map(os.path.abspath, files)}) < len(files):
         raise ValueError(f"{out}: files of the same name, or the inputs, would be overwritten")
     os.makedirs(out, exist_ok=True)

@@ -26,6 +26,7 @@ from. Speeds are per CPU-second of one thread. Peers that are not installed are 
 
 import argparse, collections, csv, filecmp, glob, gzip, hashlib, json, os, re, resource
 import statistics, subprocess, sys, time
+from importlib.util import find_spec
 from urllib.parse import urlparse
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,7 +59,7 @@ def load_pages(args, learn=False):
         with open(folder + "source.html", "rb") as file, open(folder + "expected.html") as gold:
             gold = re.sub(r"(?is)<figcaption.*?</figcaption>", " ", gold.read()) if learn else \
                 gold.read()
-            yield folder, "readability", file.read(), all_text(gold)
+            yield folder, "readability", file.read(), "\n".join(blocks_of(gold)[2])
     truth = json.load(open(os.path.join(args.segments, "evaldata.json"))) if args.segments else {}
     for url, entry in truth.items():
         site = urlparse(url).netloc.removeprefix("www.")
@@ -72,10 +73,6 @@ def blocks_of(html):
     """(blocks, elements, texts) as extract_text has them."""
     blocks, elements = C.scan(html if isinstance(html, str) else C.decode_page(html))
     return blocks, elements, [" ".join(C.clean(b[0]).split()) or "-" for b in blocks]
-
-def all_text(html):
-    """All text of a page, a line per block, as a WET file has it."""
-    return "\n".join(blocks_of(html)[2])
 
 def score_text(text, gold):
     """F1 of the multisets of words, or of segments the numbers of hits, false hits and misses."""
@@ -101,11 +98,9 @@ def extract(args):
     import logging
     logging.disable(logging.CRITICAL)
     pages, found = list(load_pages(args)), {"curate.py": C.extract_text}
-    try:
+    if find_spec("trafilatura"):
         import trafilatura
         found["trafilatura"] = lambda h: trafilatura.extract(h, include_comments=False) or ""
-    except ImportError:
-        print("trafilatura is not installed")
     for name, function in found.items():
         scores, seconds = collections.defaultdict(list), 0.0
         for _, kind, html, gold in pages:
@@ -247,13 +242,11 @@ def language(args):
     own = [(t, code) for t, code in test if code in {*C.STOP_WORDS, *C.SCRIPTS.values()}]
     functions = {"curate.py": (lambda t: model.predict(t)[0], test),
                  "without a model": (lambda t: C.identify_language(t)[0], own)}
-    try:
+    if find_spec("lingua"):
         from lingua import LanguageDetectorBuilder
         detector = LanguageDetectorBuilder.from_all_languages().build()
         functions["lingua"] = (lambda t: getattr(getattr(detector.detect_language_of(
             t), "iso_code_639_1", None), "name", "").lower(), test)
-    except ImportError:
-        print("lingua is not installed")
     for name, (function, lines) in functions.items():
         short = [(" ".join(t.split()[:6]) if " " in t else t[:15], code) for t, code in lines]
         for what, some in (("held-out sentences", lines), ("their first six words", short)):
@@ -282,23 +275,17 @@ def toxicity(args):
         spent = time.process_time() - start
         score = np.array([model.score(t, "True") for t, held in zip(texts, test) if held])
         print(f"{task}: curate.py AUC {auc(score, positive[test]):.4f}, {spent:.1f} CPU-s")
-        try:
-            import fasttext
-        except ImportError:
-            print("fasttext is not installed")
+        if not find_spec("fasttext"):
             continue
+        import fasttext
         with open("/tmp/fasttext.txt", "w", encoding="utf-8") as file:
             file.writelines(f"__label__{y} {t}\n" for t, y in train)
-        for how in ({}, {"wordNgrams": 2, "epoch": 10},
-                    {"wordNgrams": 2, "minn": 3, "maxn": 5, "epoch": 10}):
-            start = time.process_time()
+        for how in ({}, {"wordNgrams": 2, "minn": 3, "maxn": 5, "epoch": 10}):
             peer = fasttext.train_supervised("/tmp/fasttext.txt", thread=1, verbose=0, **how)
-            spent, score = time.process_time() - start, []
-            for t in (t for t, held in zip(texts, test) if held):
-                found = dict((b, a) for a, b in peer.f.predict(t + "\n", 2, 0.0, "strict"))
-                score.append(found.get("__label__True", 0.0))
-            area = auc(np.array(score), positive[test])
-            print(f"  fastText {how or 'defaults'}: AUC {area:.4f}, {spent:.1f} CPU-s", flush=True)
+            found = [dict((b, a) for a, b in peer.f.predict(t + "\n", 2, 0.0, "strict"))
+                     for t, held in zip(texts, test) if held]
+            area = auc(np.array([f.get("__label__True", 0.0) for f in found]), positive[test])
+            print(f"  fastText {how or 'defaults'}: AUC {area:.4f}", flush=True)
 
 def write_crawl(args, folder, copies=1, files=4):
     """Pages as .warc.gz files; further copies have other words. Returns bytes of WARC."""
