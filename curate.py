@@ -336,10 +336,14 @@ def scan(html):
     declared, html = DECLARED * any(p.search(html) for p in ARTICLE), drop_raw(html)
     blocks, elements, stack, tags = [], [[0, 0, 0, "body", declared]], [0], ["body"]
     pieces, linked, in_link = [html.partition("<")[0]], 0, False  # of the block to come
-    leaf, leaf_bits = "", 0
+    leaf, leaf_bits, muted = "", 0, 0
     for closing, tag, attributes, text in TOKEN.findall(html) + [("", "hr", "", "")]:
         tag = tag.lower()
         inline = tag not in BLOCKS
+        if not inline:
+            muted = 0
+        elif tag == "span" and (muted or "katex-html" in attributes):  # a formula again, in letters
+            muted += -1 if closing else 1
         if tag in ("td", "th") and sum(map(len, pieces)) < 200:  # small cells: a row is a block
             pieces += [" | "] if pieces and not closing else []
         elif not inline or tag == "br" and pieces[-1:] == ["\v"]:
@@ -369,7 +373,7 @@ def scan(html):
                     elements.append([stack[-1], len(blocks), 0, tag, place_bits(tag, attributes)])
                     stack.append(len(elements) - 1)
                     tags.append(tag)
-        if text and not (tag == "br" and text.isspace()):
+        if text and not muted and not (tag == "br" and text.isspace()):
             pieces.append(text)
             linked += in_link * len(text)
     for i in stack:

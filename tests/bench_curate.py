@@ -23,12 +23,10 @@ the folder `tests` of trafilatura's repository, pages with texts that must and m
 fit learns from those of one half of the sites, and both measure on the other. News is never learned
 from. Speeds are per CPU-second of one thread. Peers that are not installed are skipped.
 """
-
 import argparse, collections, csv, filecmp, glob, gzip, hashlib, json, os, re, resource
 import statistics, subprocess, sys, time
 from importlib.util import find_spec
 from urllib.parse import urlparse
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 

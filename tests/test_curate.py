@@ -173,8 +173,8 @@ def test_extract_keeps_structure_and_drops_the_rest():
      "The energy is E=mc^2 for a body"),
     ('<p>if <script type="math/tex">a < b</script><script>x</script>, so', "if a < b, so"),
     (r'<p>where <img class="x" alt="\frac{a}{b}"> is', r"where \frac{a}{b} is"),
-    ("<p>a <math><mi>x</mi><annotation encoding='application/x-tex'>x_1</annotation></math> b",
-     "a x_1 b"), ('<p>no <img alt="A red house"> here', "no here"),
+    ("<p>a <math><mi>x</mi><annotation encoding='application/x-tex'>x_1</annotation></math>"
+     "<span class=katex-html><span>x</span>1</span> b", "a x_1 b"), ('<p>no <img alt="A red house"> here', "no here"),
     ("<table><tr><td>a<td>b<tr><td>c<td>d</table>", "a | b\nc | d"),
     ("<pre>a<br>  b\nc</pre>", "a\n  b\nc"), ("<pre><div>a</div><div>  b</div></pre>", "a\n  b")])
 def test_extract_small(html, expected):
