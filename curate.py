@@ -146,7 +146,8 @@ def read_warc(source, counts=None):
         if not blank:  # line ends, and what is no record: skipped to the last line that may be one
             skip = start if start > 0 else buffer.rfind(NEXT, 0, CHUNK)
             skip = skip if skip > 0 else CHUNK - len(NEXT)
-            counts["bytes between records"] += len(buffer[:skip].strip(b"\r\n"))
+            junk = len(buffer[:skip].strip(b"\r\n"))
+            counts.update({"bytes between records": junk} if junk else {})
             del buffer[:skip]
             continue
         headers = parse_headers(buffer[: blank.end()])
@@ -254,7 +255,7 @@ NODES = set("""div ul ol li table tbody thead tfoot tr td th section article asi
 main form blockquote pre figure dl details center body fieldset dialog menu""".split())
 UNSHOWN = set("noscript svg template iframe select textarea object title audio video".split())
 LEAVES = set("p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption hr".split())
-BLOCKS = NODES | UNSHOWN | LEAVES
+BLOCKS, ROWS = NODES | UNSHOWN | LEAVES, set("table tbody thead tfoot tr td th".split())
 # Places: tags of elements around a block, and words in their class, id or role; with the weights
 # of lying there. Then the weights of the other features in `describe`, and of those in `context`.
 PLACES = """<footer> -2.36; <aside> -1.35; <main> 0.01; <article> 0.47; <form> <label> <button>
@@ -362,8 +363,10 @@ def scan(html):
             elif tag not in LEAVES:
                 depth = len(stack)  # elements from here on end
                 if closing and tag in tags[1:]:
-                    depth -= tags[::-1].index(tag) + 1
-                    in_link = False
+                    at = depth - tags[::-1].index(tag) - 1
+                    # An end tag within a cell does not close what is open outside of it.
+                    if tag in ROWS or not ROWS.intersection(tags[at:]):
+                        depth, in_link = at, False
                 elif not closing and tag == tags[-1] and tag in ("li", "tr", "td", "th"):
                     depth -= 1
                 for i in stack[depth:]:
@@ -935,9 +938,7 @@ def read_documents(path, counts=None):
         if "text" in document:
             document["text"] = unicodedata.normalize("NFC", document["text"])
         yield document
-    for reason, count in (+skipped).items() if counts is None else ():
-        if reason != "records":
-            warn(f"{path}: {reason}: {count:,}")
+    warn_of(path, skipped if counts is None else {})
 
 def read_kind(path, kind, counts):
     """`read_documents`, for each kind of file."""
@@ -978,9 +979,16 @@ def read_kind(path, kind, counts):
             yield {"html" if kind in PAGES else "text": decode_page(bytes(data)), "path": path}
         counts["page too large"] += len(data) > MAX_PAGE
 
+@functools.cache
 def warn(message):
-    """A line on stderr."""
+    """A line on stderr, the first time."""
     print(f"curate.py: {message}", file=sys.stderr, flush=True)
+
+def warn_of(path, skipped):
+    """A line for each reason to skip something in a file."""
+    for reason, count in skipped.items():
+        if count and reason != "records":
+            warn(f"{path}: {reason}: {count:,}")
 
 @contextlib.contextmanager
 def replacing(path):
@@ -1193,9 +1201,11 @@ def pieces_of(path, unit):
     if kind_of(path) in JSON_LINES:
         yield from read_documents(path)
         return
-    lines = read_lines(path, collections.Counter())
+    counts = collections.Counter()
+    lines = read_lines(path, counts)
     while part := list(itertools.islice(lines, None if unit == "near" else 10_000)):
         yield {"text": b"\n".join(part).decode("utf-8", "surrogateescape")}
+    warn_of(path, counts)
 
 def hash_units(path, out, unit, o):
     """Map 1: write the hashes of a file's units to out, in runs of sorted hashes and then their
@@ -1481,8 +1491,10 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
                 del streams[name]
             else:
                 break
+        if not written:
+            raise ValueError("there is nothing to mix: the sources have no documents")
     for name, g in given.items():
-        g["reached"] = g["bytes"] / max(1, written)
+        g["reached"] = g["bytes"] / written
         if abs(g["reached"] - g["weight"]) > 0.1 * g["weight"]:
             warn(f"{name} has a share of {g['reached']:.3f}, and not {g['weight']:.3f}")
     if written < (budget or 0):
@@ -1525,7 +1537,8 @@ def apply_steps(document, o):
         masked = {}
         for name in MASKS:
             document["text"], masked[name] = MASKS[name](document["text"])
-        document.update({"masked": masked} if any(masked.values()) else {})
+        masked = {name: count for name, count in masked.items() if count}
+        document.update({"masked": masked} if masked else {})
         yield "mask", None
     if "decontaminate" in o["steps"] and o["evals"]:
         ngrams = test_ngrams(tuple(o["evals"]), o["eval_ngram"])
@@ -1541,6 +1554,8 @@ def process_file(path, out, o):
             for name, reason in apply_steps(document, o):
                 now = time.process_time()
                 count_document(report, name, before, reason, document, now - last)
+                if document.get("masked") is not before.get("masked"):
+                    report[name].update(document["masked"])
                 before, last = dict(document), now
                 if reason:
                     break

@@ -174,7 +174,8 @@ def test_extract_keeps_structure_and_drops_the_rest():
     ('<p>if <script type="math/tex">a < b</script><script>x</script>, so', "if a < b, so"),
     (r'<p>where <img class="x" alt="\frac{a}{b}"> is', r"where \frac{a}{b} is"),
     ("<p>a <math><mi>x</mi><annotation encoding='application/x-tex'>x_1</annotation></math>"
-     "<span class=katex-html><span>x</span>1</span> b", "a x_1 b"), ('<p>no <img alt="A red house"> here', "no here"),
+     "<span class=katex-html><span>x</span>1</span> b", "a x_1 b"),
+    ('<p>no <img alt="A red house"> here', "no here"),
     ("<table><tr><td>a<td>b<tr><td>c<td>d</table>", "a | b\nc | d"),
     ("<pre>a<br>  b\nc</pre>", "a\n  b\nc"), ("<pre><div>a</div><div>  b</div></pre>", "a\n  b")])
 def test_extract_small(html, expected):
@@ -309,7 +310,7 @@ def test_mask_ips():
                  "a::b"):
         assert C.mask_ips(text) == (text, 0)
 
-def test_exact_line_dedup(tmp_path):
+def test_exact_line_dedup(tmp_path, capsys):
     files = {"a.txt": b"one\ntwo\nmenu\n", "b.txt": b"menu\nthree\n\n\ntwo",
              "c.txt": b"caf\xe9\r\n"}
     for name, data in files.items():
@@ -323,6 +324,9 @@ def test_exact_line_dedup(tmp_path):
     assert [d["text"] for d in C.read_documents(out / "d.jsonl")] == ["x", "z"]
     with pytest.raises(ValueError, match="overwritten"):
         C.exact_line_dedup([path], tmp_path)
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(5000))[:-2000])
+    C.exact_line_dedup([tmp_path / "e.txt.gz"], out)
+    assert "e.txt.gz: compressed file cut short" in capsys.readouterr().err
 
 def test_bloom_filter():
     rate, n = 0.01, 5000
@@ -464,8 +468,9 @@ def test_pipeline_is_the_same_for_any_number_of_workers(crawl, tmp_path):
     found = documents(tmp_path / "1")
     assert len(found) == len({d["text"] for d in found}) == 24 + 1 + 2 + 1 + 1
     assert all(d["language"] == "en" and "Privacy" not in d["text"] for d in found)
-    assert "|||EMAIL_ADDRESS|||, |||PHONE_NUMBER|||" in next(
-        d["text"] for d in found if "masked" in d)
+    masked = next(d for d in found if "masked" in d)
+    assert "|||EMAIL_ADDRESS|||, |||PHONE_NUMBER|||" in masked["text"]
+    assert masked["masked"] == {"email": 1, "phone": 1}
     steps = json.loads((tmp_path / "1" / "report.json").read_text())["steps"]
     assert steps["read"]["bad line"] == 3 and steps["read"]["compressed file cut short"] == 1
     assert steps["language"]["language de"] == 4 and steps["gopher"]["under 50 words"] == 1
