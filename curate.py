@@ -241,7 +241,7 @@ RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|"
                  r"(?:</math\s*>)?|<(img)\b([^>]*)>?")
 ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 ANNOTATION = re.compile(r"(?is)<annotation[^>]*tex[^>]*>()(.*?)</annotation")
-TEX = re.compile(r"""(?is)\\[a-z]{2}|[_^]\{|\balt=.\$|class\s*=\s*["'][^"']*\b(?:la)?tex\b""")
+TEX = re.compile(r"""(?is)\\[a-z]{2}|[_^]\{|\w\^\w|\balt=.\$|class\s*=["'\s][^"']*\b(?:la)?tex\b""")
 PRE = re.compile(r"(?is)<pre\b[^>]*>?.*?(?:</pre|\Z)")
 QUOTED_MARKUP = re.compile(r"""=\s*(?:"[^"<>]*[<>][^"]*"|'[^'<>]*[<>][^']*')""")
 TOKEN = re.compile(r"<(/?)([a-zA-Z][^\s/>]*|[!?])([^>]*)>?([^<]*(?:<(?![a-zA-Z/!?])[^<]*)*)")
@@ -1407,6 +1407,8 @@ def read_tests(path):
     """The strings of a test set: of JSON values, .csv cells, or lines of text."""
     lines = [line.decode("utf-8", "replace") for line in read_lines(path, collections.Counter())]
     kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
+    if kind not in (*JSON_LINES, ".csv", ".txt"):
+        raise ValueError(f"{path}: test sets are {' '.join(JSON_LINES)} .csv or .txt")
     if kind not in JSON_LINES:
         return strings_in(list(csv.reader(lines)) if kind == ".csv" else lines)
     with contextlib.suppress(ValueError):  # one JSON value, or one per line

@@ -552,6 +552,7 @@ def test_classifier_and_perplexity_on_the_command_line(tmp_path):
     (("pipeline", "--input", "x.parquet", "--out", "o"), 1, "x.parquet: no known kind"),
     (("dedup", "--input", "x.jsonl", "x.bz2", "--out", "o"), 1, "x.bz2: no known kind"),
     (("mix", "--input", "a=x.bin", "--out", "o"), 1, "x.bin: no known kind"),
+    (("decontaminate", "--input", "x.jsonl", "--out", "o", "--evals", "x.bin"), 1, "x.bin: test"),
     (("dedup", "--input", "x.jsonl", "--out", "o", "--num_bands", "13"), 1, "112"),
     (("filter", "--input", "x.jsonl", "--out", "o", "--quality", "q.npz:a:0.5"), 1, "q.npz"),
     (("extract", "--input", "x.jsonl", "--out", "x.jsonl"), 1, "x.jsonl"),
