@@ -1330,6 +1330,10 @@ def write_kept(path, number, out, found, unit, o):
 def shuffle(files, outputs, work, unit, o, pool=(1, None)):
     """Write files anew to outputs without duplicates of a kind: "document", "line" or "near". work:
     a folder for what lies between. Returns a report."""
+    if unit == "near" and (min(o["num_bands"], o["num_hashes"], o["ngram"]) < 1
+                           or o["num_hashes"] % o["num_bands"] or not 0 <= o["threshold"] <= 1):
+        raise ValueError(f"MinHash needs ngram >= 1, 0 <= threshold <= 1, and {o['num_hashes']} "
+                         f"hashes that {o['num_bands']} bands divide")
     spills = [os.path.join(work, f"{unit}-{i}") for i in range(len(files))]
     jobs = [(path, spill, unit, o) for path, spill in zip(files, spills)]
     spills = list(zip(spills, run_all(hash_units, jobs, work, unit, pool)))
@@ -1370,9 +1374,6 @@ def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0
     out. JSON lines hold a document per line, any other file is one. Texts whose sets of `ngram`
     words have a Jaccard similarity of `threshold` or more, truly and not by estimate, are in one
     cluster, as are those that a chain of such pairs connects."""
-    if min(num_bands, num_hashes, ngram) < 1 or num_hashes % num_bands or not 0 <= threshold <= 1:
-        raise ValueError(f"MinHash needs ngram >= 1, 0 <= threshold <= 1, and {num_hashes} hashes "
-                         f"that {num_bands} bands divide")
     dedup_files(files, out, "near", {"num_hashes": num_hashes, "num_bands": num_bands,
                                      "ngram": ngram, "threshold": threshold}, workers)
 
@@ -1409,6 +1410,7 @@ def read_tests(path):
     kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
     if kind not in (*JSON_LINES, ".csv", ".txt"):
         raise ValueError(f"{path}: test sets are {' '.join(JSON_LINES)} .csv or .txt")
+    csv.field_size_limit(1 << 30)
     if kind not in JSON_LINES:
         return strings_in(list(csv.reader(lines)) if kind == ".csv" else lines)
     with contextlib.suppress(ValueError):  # one JSON value, or one per line
@@ -1735,7 +1737,7 @@ def main():
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, ArithmeticError, csv.Error) as error:
         print(f"curate.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 
