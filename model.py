@@ -554,7 +554,8 @@ class Transformer(nn.Module):
         while rows:
             if cache is None or cache.length == limit:  # read all; again when the window moves
                 cache, seen = Cache(self), [texts[i][-limit:] for i in rows]
-                pads = [max(map(len, seen)) - len(text) for text in seen]
+                longest = max(map(len, seen))
+                pads = [longest - len(text) for text in seen]
                 new = [[0] * n + text for n, text in zip(pads, seen)]
                 pad = torch.tensor(pads, device=device)[:, None] if any(pads) else None
             else:
