@@ -1,6 +1,6 @@
 """
 From a base model to one that does what it is asked: fine-tuning, preferences, reinforcement
-learning with verifiers, and evaluation.
+learning with verifiers, and evaluation. Each command's flags: python align.py COMMAND --help.
 
     python align.py                            # a demonstration on a CPU: see `run_demo`
     python align.py sft --ckpt out/ckpt.pt --data chats.jsonl --template chatml --out_dir out-sft
@@ -8,16 +8,15 @@ learning with verifiers, and evaluation.
     python align.py rl --algorithm grpo --ckpt out-sft/ckpt.pt --data problems.jsonl --out_dir rl
     python align.py synth --kind word --level 2 --n 1000 --out problems.jsonl
     python align.py synth --ckpt out-sft/ckpt.pt --data problems.jsonl --pairs --out pairs.jsonl
-    python align.py synth --ckpt smol.pt --rewrite docs.jsonl --out rewritten.jsonl
     python align.py judge --ckpt smol.pt --data pairs.jsonl
     python align.py eval --task gsm8k --ckpt smol.pt --chat --data test.jsonl --limit 100
 
-Training goes on with --resume --out_dir DIR. Data is .jsonl or .json, also as .gz. For sft:
-`prompt` and `response`; Alpaca's `instruction`, `input`, `output`; or `messages` of `role` and
-`content`. For dpo and reward: `prompt`, `chosen`, `rejected`. For rl: `prompt` and `answer`; or
-`tests` of Python code: lines of asserts, or objects of `input` and `output`; or IFEval's
-`instruction_id_list` and `kwargs`. Shapes: B responses, T tokens, V vocabulary. Position t of
-`input_ids` is what the model reads; of `labels`, log-probs and masks: what comes next.
+Training goes on with --resume --out_dir DIR. Data is .jsonl or .json, also .gz. For sft: `prompt`
+and `response`; Alpaca's `instruction`, `input`, `output`; or `messages` of `role` and `content`.
+For dpo and reward: `prompt`, `chosen`, `rejected`. For rl: `prompt` and `answer`; or `tests`, lines
+of Python or objects of `input` and `output`; or IFEval's `instruction_id_list` and `kwargs`.
+Shapes: B responses, T tokens, V vocabulary. Position t of `input_ids` is what the model reads; of
+`labels`, log-probs and masks: what comes next.
 """
 
 import argparse
@@ -56,29 +55,26 @@ from train import AdamW, clip_grad_norm, get_lr, make_optimizers
 # Data: from the rows of a file to messages, and from messages to ids.
 
 
-def read_rows(path, make, why="a field is empty"):
-    """make(row) of each row of a .jsonl or .csv file, a .json list, or each document of a .txt
-    -> list. What is None is left out and counted. Raises ValueError, with the row, where make or
-    the file fails, or if nothing is left."""
+def read_rows(path, make):
+    """make(row) of each row of a .jsonl, .json (a list), .csv or .txt file (documents) -> list
+    without None. Raises ValueError, with the row, where it fails, or if nothing is left."""
     kind, made, number = os.path.splitext(path.removesuffix(".gz"))[1], [], 0
-    split = {".json": json.loads, ".txt": lambda text: text.split("<|endoftext|>"),
-             ".jsonl": lambda text: text.split("\n"), ".ndjson": lambda text: text.split("\n"),
-             ".csv": lambda text: csv.reader(re.split("(?<=\n)", text))}
+    split = {".json": json.loads, ".csv": lambda text: csv.reader(re.split("(?<=\n)", text)),
+             ".txt": lambda text: text.split("<|endoftext|>"),
+             ".jsonl": lambda text: filter(str.strip, text.split("\n"))}
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             rows = split[kind](file.read().decode())
         for number, row in enumerate(rows, 1):
-            if kind not in (".jsonl", ".ndjson"):
-                made.append(make(row))
-            elif row.strip():
-                made.append(make(json.loads(row)))
+            made.append(make(json.loads(row) if kind == ".jsonl" else row))
     except Exception as error:
         raise ValueError(f"{path}, row {number}: {error!r}") from None
     kept = [item for item in made if item is not None]
-    if len(kept) < len(made):
-        print(f"{len(made) - len(kept)} of {len(made)} rows of {path} dropped: {why}", flush=True)
+    if len(kept) < len(made) or not kept:
+        print(f"{len(made) - len(kept)} of {len(made)} rows of {path} dropped: empty, not known, or "
+              "too long for the model", flush=True)
     if not kept:
-        raise ValueError(f"{path} holds no rows that can be used")
+        raise ValueError(f"{path} holds no row that can be used")
     return kept
 
 
@@ -93,13 +89,12 @@ def read_prompt(row):
     chat = row.get("messages", row.get("prompt"))
     if type(chat) is list and "role" in chat[0]:
         return [{"role": message["role"], "content": field(message, "content")} for message in chat]
-    text = field(row, "instruction", "prompt", "question", "problem")
-    if "instruction" in row and row.get("input"):  # Alpaca's
-        text += "\n\n" + field(row, "input")
-    return [{"role": "user", "content": text}]
+    more = "\n\n" + row["input"] if "instruction" in row and row.get("input") else ""  # Alpaca's
+    return [{"role": "user", "content":
+             field(row, "instruction", "prompt", "question", "problem") + more}]
 
 
-def read_conversation(row):
+def read_chat(row):
     """A row for fine-tuning -> messages, of which the last is the assistant's, or None."""
     chat = read_prompt(row)
     if "messages" not in row:
@@ -123,7 +118,7 @@ def read_pair(row):
 
 def read_problem(row):
     """A row for reinforcement learning -> row with "messages", or None where an instruction is not
-    known. What the verifier can not read raises an error."""
+    known. What a verifier can not read raises an error."""
     if "tests" in row:
         row = row | {"tests": row["tests"] if type(row["tests"]) is list else [row["tests"]]}
         if type(row["tests"][0]) is dict:
@@ -144,8 +139,7 @@ def read_problem(row):
 def encode_conversation(tokenizer, template, messages, last=0, ends=None, **names):
     """-> list of (ids, mask); the mask is 1 where the assistant speaks (last=1: for the last time),
     ends included. A further example begins wherever the template changes what was said before, as
-    Qwen3's leaves old thoughts out: a reply is written after another text than it is read after.
-    A prompt is tokenized apart from its response, as it will be when the model responds."""
+    Qwen3's leaves old thoughts out. Prompts are tokenized as for a model that is to respond."""
     encode = functools.partial(encode_chat, tokenizer, template, **names)
     ends, ids, mask, examples = ends or chat_stops(tokenizer, template, **names), [], [], []
     for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"][-last:]:
@@ -162,8 +156,8 @@ def encode_conversation(tokenizer, template, messages, last=0, ends=None, **name
 
 
 def padded(rows, fill, width, device="cpu"):
-    """Lists of numbers -> (B, width) int64, filled up on the right, where causal attention does not
-    see it."""
+    """Lists of numbers -> (B, width) int64, filled up on the right, which causal attention does not
+    see."""
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows],
                         dtype=torch.int64, device=device).view(-1, width)
 
@@ -182,10 +176,10 @@ def tokenize_prompts_and_responses(prompts, responses, tokenizer):
     where T is one less than the longest prompt with its response. The tokenizer is ours or one of
     Hugging Face's, which may begin a prompt, but no response, with a token of its own."""
     ours = hasattr(tokenizer, "encode_ordinary")
-    encode = tokenizer.encode_ordinary if ours else tokenizer.encode
-    pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "eot_id")]
-    pairs = [(encode(a), encode(b) if ours else encode(b, add_special_tokens=False))
-             for a, b in zip(prompts, responses, strict=True)]
+    encode, how = (tokenizer.encode_ordinary, {}) if ours else (
+        tokenizer.encode, {"add_special_tokens": False})
+    pairs = [(encode(a), encode(b, **how)) for a, b in zip(prompts, responses, strict=True)]
+    pads = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "eot_id"))
     return collate([(a + b, [0] * len(a) + [1] * len(b)) for a, b in pairs],
                    next((i for i in pads if i is not None), 0))
 
@@ -198,13 +192,11 @@ def pack_sequences(examples, block_size, pad_id=0):
 
     >>> p = pack_sequences([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])], 4)
     >>> p["input_ids"].tolist(), p["labels"].tolist(), p["positions"].tolist()
-    ([[5, 6, 8, 0]], [[6, 7, 9, 0]], [[0, 1, 0, 0]])
-    """
+    ([[5, 6, 8, 0]], [[6, 7, 9, 0]], [[0, 1, 0, 0]])"""
     rows = []  # each of four lists
     fitting = [example for example in examples if 1 < len(example[0]) <= block_size + 1]
     for ids, mask in sorted(fitting, key=lambda example: -len(example[0])):
-        # only the last rows are tried: with many texts the others are full
-        row = next((row for row in rows[-200:] if len(row[0]) + len(ids) - 1 <= block_size), None)
+        row = next((row for row in rows if len(row[0]) + len(ids) - 1 <= block_size), None)
         if row is None:
             rows.append(row := ([], [], [], []))
         for part, new in zip(row, (ids[:-1], ids[1:], range(len(ids) - 1), mask[1:])):
@@ -253,8 +245,7 @@ def response_log_probs(model, input_ids, labels, return_token_entropy=False, tem
 
 def sequence_log_probs(model, input_ids, labels, response_mask):
     """log p of each whole response given its prompt. (B, T) each, see `collate` -> (B,)"""
-    log_probs = response_log_probs(model, input_ids, labels)["log_probs"]
-    return masked_sum(log_probs, response_mask, 1)
+    return masked_sum(response_log_probs(model, input_ids, labels)["log_probs"], response_mask, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -312,8 +303,7 @@ def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1}
 
     rewards, values: (B, T); mask: (B, T), the tokens of the response; what lies between them, a
-    tool's result, is passed over. -> advantages, returns A + V, both (B, T), 0 outside of the mask.
-    """
+    tool's result, is passed over. -> advantages, returns A + V: (B, T), 0 outside of the mask."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
     advantages, values = torch.zeros_like(values), values.masked_fill(~mask, 0.0)
     next_value = next_advantage = values.new_zeros(len(values))
@@ -365,17 +355,16 @@ def value_loss(values, old_values, returns, clip=0.2):
 
 
 # -----------------------------------------------------------------------------
-# Verifiers. The model is rewarded for answers that are judged right, so it will find whatever a
-# verifier lets through: each reads answers as a stranger's text, within bounds, and counts what it
-# can not read as wrong. First, of mathematical answers: they are read into structures (a number
-# with its unit, a list, a tuple or interval, a matrix, an equation), and these are compared.
+# Verifiers. The model is rewarded for answers that are judged right, so it will find whatever they
+# let through: what can not be read is wrong. First, of mathematics: answers are read into a number
+# with its unit, a list, a tuple or interval, a matrix, or an equation, and these are compared.
 
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
 UNITS = {word: words.split()[0] for words in (  # each word for a unit -> the unit
     "mm millimeter,cm centimeter,m meter,km kilometer,in inch inche,ft foot feet,yd yard,mi mile,"
     "g gram,kg kilogram,lb pound,oz ounce,s sec second,min minute,h hr hour,day,week,month,year,"
-    "$ dollar,cent,% percent,° degree,L liter,mL,mph,people person,men,women,children"
-    ).split(",") for word in words.split()}
+    "$ dollar,cent,% percent,° degree,L liter,mL,mph,people person,men,women,children").split(",")
+    for word in words.split()}
 UNIT = (  # a letter apart, a word of the table, or any plural that is not itself a number
     r"(?:(?<=[\s/])[msghL]|(?:" + "|".join(sorted(map(re.escape, UNITS), key=len)[::-1]) +
     r")s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|plu|minu|les|hundred|thousand|[mb]illion)s|"
@@ -404,43 +393,28 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
     ("<=", "≤"), (">=", "≥"), ("!=", "≠"), (r"\\\{\s*\\\}", "∅"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),
     (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
     (r"(?<![\d.^_])(\d+)(?:\s+(\d+)/(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})", lambda found: (
-        "({0}+{1}/{2})" if int(found[2] or found[4]) < int(found[3] or found[5]) else "({0}*{1}/{2})"
+        "({}+{}/{})" if int(found[2] or found[4]) < int(found[3] or found[5]) else "({}*{}/{})"
         ).format(*filter(None, found.groups()))),  # 1 1/2; but 1\frac{3}{2} is a product
     (r"(?<=\d)\s*million(?![a-z])", "*10^6"), (r"([_^])\{(\w)\}", r"\1\2"), (r"\+(?=∞)", ""),
     (r"(?<![\\a-zA-Z])[A-Z][a-z]+(?![a-zA-Z])", lambda found: found[0].lower()))]  # Yes
 
 
-def clean(text):
-    """An answer without what does not change it: $, \\left, \\text, ... -> str"""
-    for pattern, new in CLEANING:
-        text = pattern.sub(new, text)
-    return text.strip(" *\n\t").removesuffix(".").rstrip().lstrip("= ")
-
-
 def extract_answer(text):
     """What follows a response's last \\boxed{; without one, its last <answer>, #### or "answer is";
-    without any mark, all of it: then it counts only if all of it is an answer."""
+    without any mark, all of it, so that prose is no answer."""
     if len(parts := re.split(r"\\f?box(?:ed)?\s*\{", text)) > 1:
         depth = list(itertools.accumulate(((c == "{") - (c == "}") for c in parts[-1]), initial=1))
         return parts[-1][: depth.index(0) - 1] if 0 in depth else ""  # or it was cut off
-    for mark, end in ((r"<answer>", "</answer>"), (r"####", r"\n"),
+    for mark, end in (("<answer>", "</answer>"), ("####", r"\n"),
                       (r"(?i:answer\**(?: is|:))", r"\n|\.\s|\.$")):
         if len(parts := re.split(mark, text)) > 1:
             return re.split(end, parts[-1].strip(" \n:*"))[0].strip(" *")
     return text
 
 
-def raised(x, y):
-    """x to the power of y, exact where that is short."""
-    if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
-        if abs(y) * max(x.numerator.bit_length(), x.denominator.bit_length()) < 4000:
-            return x ** int(y)
-    return complex(x) ** complex(y)
-
-
 def parse(text, point):
-    """The value of an expression in plain or LaTeX notation, a fraction or a complex number, or an
-    error. Letters have random values. Each level of precedence is a function (recursive descent)."""
+    """The value of an expression in plain or LaTeX notation, a Fraction or complex, or an error.
+    Letters have random values. Each level of precedence is a function (recursive descent)."""
     at = bars = 0
 
     def take(pattern):  # what comes next, if it is such
@@ -449,6 +423,15 @@ def parse(text, point):
             at = found.end()
             return found[1]
 
+    def raised(x, y):  # exact where that is short
+        if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
+            if abs(y) * max(map(int.bit_length, x.as_integer_ratio())) < 4000:
+                return x ** int(y)
+        return complex(x) ** complex(y)
+
+    def small(x):  # an integer whose factorial can be computed, or -1, which has none
+        return int(x) if x == int(x) <= 1000 else -1
+
     def total():
         sign, x = take("[+-]?"), product()
         x = -x if sign == "-" else x
@@ -456,25 +439,21 @@ def parse(text, point):
             x += product() if sign == "+" else -product()
         return x
 
-    def product(signs=r"\*(?!\*)|/|(?=[a-zA-Zπ(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"):  # 2x, π 2
-        x, signs = power(), signs if bars else signs + r"|(?=\|)"
-        while (sign := take(signs)) is not None:
+    def product():
+        x, signs = power(), r"\*(?!\*)|/|(?=[a-zA-Zπ(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"
+        signs += "" if bars else r"|(?=\|)"
+        while (sign := take(signs)) is not None:  # 2x is a product, too
             x = x / power() if sign == "/" else x * power()
         return x
 
     def power():
         x = atom()
         while sign := take(r"!|°|\^|\*\*"):
-            if sign == "!":
-                x = Fraction(math.factorial(small(x)))
-            elif sign == "°":
-                x *= math.pi / 180
+            if sign in "!°":
+                x = Fraction(math.factorial(small(x))) if sign == "!" else x * math.pi / 180
             else:
                 x = raised(x, -power() if take("-") else power())
         return x
-
-    def small(x):  # an integer whose factorial can be computed
-        return int(x) if x == int(x) <= 1000 else -1
 
     def function(name):
         if name in ("sqrt", "√"):
@@ -485,8 +464,8 @@ def parse(text, point):
         x = power()
         while take(rf"(?!{FUNCTION})(?=[a-zA-Zπ]|\\frac)") is not None:
             x *= power()  # sin 2x
-        x = FUNCTIONS[name](x)
-        return raised(x / FUNCTIONS[name](base) if base else x, exponent or Fraction(1))
+        x = FUNCTIONS[name](x) / (FUNCTIONS[name](base) if base else 1)
+        return raised(x, exponent or Fraction(1))
 
     def atom(number=r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"):
         nonlocal bars
@@ -520,29 +499,22 @@ def math_value(text):
     for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", text):
         if not (word.isupper() or re.fullmatch(f"{FUNCTION}|[^eiou]{{3}}", word)):
             return None
-    try:
+    with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
         return [parse(text, point) for point in range(3)]
-    except (ValueError, TypeError, ArithmeticError, RecursionError):
-        return None
 
 
 def close(x, y):
     """Whether two numbers are equal: fractions exactly, others nearly."""
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
-    return cmath.isclose(x, y, rel_tol=1e-10, abs_tol=1e-14)
-
-
-def depths(text):
-    """How many brackets are open before each character, and after the last."""
-    return [0, *itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
+    exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+    return x == y if exact else cmath.isclose(x, y, rel_tol=1e-10, abs_tol=1e-14)
 
 
 def split(text, pattern):
     """The pieces of a text between matches of a pattern outside of all brackets (and its group)."""
-    depth, found, start = depths(text), [], 0
+    depths = [0, *itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
+    found, start = [], 0
     for match in re.finditer(pattern, text):
-        if depth[match.start()] == 0:
+        if depths[match.start()] == 0:
             found += [text[start : match.start()], *match.groups()]
             start = match.end()
     return [*found, text[start:]]
@@ -550,20 +522,23 @@ def split(text, pattern):
 
 @functools.lru_cache(10_000)  # the true answer is compared with each response of a group
 def read(text, literal):
-    """A clean answer as (kind, its parts). literal: 1,000 is two numbers and 5 m a product."""
-    text = text.strip()
+    """An answer as (kind, its parts). literal: 1,000 is two numbers and 5 m a product."""
+    for pattern, new in CLEANING:
+        text = pattern.sub(new, text)
+    text = text.strip(" *\n\t").removesuffix(".").rstrip().lstrip("= ")
+    word = "text", text.replace(" ", "")
     comma = "," if literal else r"(?!(?<=\d)(?<!\d{4}),\d{3}(?!\d)),"
-    pieces = [piece.translate(str.maketrans("±∓", signs))  # 12 and -12 for ±12
-              for piece in split(text, rf"\s*{comma}?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|{comma}")
-              for signs in (("+-", "-+") if re.search("^[^⦃{]*[±∓]", piece) else ("±∓",))]
+    both = rf"\s*{comma}?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|{comma}"
+    pieces = [piece.translate(str.maketrans("±∓", signs)) for piece in split(text, both)
+              for signs in (("+-", "-+") if re.search("^[^⦃{]*[±∓]", piece) else ("±∓",))]  # ±12
     for kind, some in ("union", split(text, "∪")), ("list", pieces):
         if len(some) > 1:
             some = [read(piece, literal) for piece in some]
             ranges = all(x[0] == "=" and x[3][0] in ("()", "[]", "(]", "[)") for x in some)
             return "union" if ranges and "or" in text else kind, some  # x < 1 or x > 2
     if len(some := split(text, "([=<>≤≥≠∈])")) > 1:
-        return relation(some[::2], some[1::2], literal) or ("text", text.replace(" ", ""))
-    if text[-1:] in tuple(")]}⦄⟧") and all(depths(text)[1:-1]):  # brackets around all of it
+        return relation(some[::2], some[1::2], literal) or word
+    if text[-1:] in tuple(")]}⦄⟧") and split(text, "(?!^)") == [text, ""]:  # brackets around it
         inner = text[1:-1]
         if text[0] == "⟦":
             return "⟦⟧", [("row", [read(x, True) for x in split(row, ",")])
@@ -582,17 +557,17 @@ def read(text, literal):
         number, unit = number[1:], "$"
     elif not literal and (found := UNIT.fullmatch(number)) and not re.search(FUNCTION, text):
         number, size, unit, per, power = found.groups()
-        power = {"square ": "2", "cubic ": "3"}.get(size, power)
         names = [UNITS.get(x, UNITS.get(x.rstrip("s"), x)) for x in (unit, per) if x]
-        unit = "/".join(names) + (power or "")
+        unit = "/".join(names) + ({"square ": "2", "cubic ": "3"}.get(size, power) or "")
     values = math_value(number)
-    return ("value", values, unit) if values else ("text", text.replace(" ", ""))
+    return ("value", values, unit) if values else word
 
 
 def relation(sides, signs, literal):
     """x = 5 as ("=", "x", left minus right, 5), x < 3 as x in an interval, or None."""
+    name = [NAME.fullmatch(side) for side in sides]
     if set(signs) == {"="}:
-        sides = sides[::-1] if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]) else sides
+        sides = sides[::-1] if name[-1] and not name[0] else sides
         first, *rest = [read(side, literal) for side in sides]
         if not all(same(x, rest[-1]) for x in rest + [first] * (not is_free(first))):
             return None  # 5 = 6
@@ -603,11 +578,11 @@ def relation(sides, signs, literal):
     if signs == ["∈"]:
         return "=", sides[0].strip(), None, read(sides[1], literal)
     if set(signs) <= set(">≥"):
-        sides, signs = sides[::-1], ["<" if sign == ">" else "≤" for sign in signs[::-1]]
-    if set(signs) <= set("<≤") and len(sides) == 2 and any(map(NAME.fullmatch, sides)):
-        left = bool(NAME.fullmatch(sides[0]))
-        sides, signs = (["-∞", *sides], ["<", *signs]) if left else ([*sides, "∞"], [*signs, "<"])
-    if set(signs) <= set("<≤") and len(sides) == 3 and NAME.fullmatch(sides[1]):
+        sides, name, signs = sides[::-1], name[::-1], [{">": "<", "≥": "≤"}[x] for x in signs[::-1]]
+    if len(sides) == 2 and signs[0] in "<≤" and any(name):  # a side without end
+        sides, name, signs = (["-∞", *sides], [None, *name], ["<", *signs]) if name[0] else (
+            [*sides, "∞"], [*name, None], [*signs, "<"])
+    if set(signs) <= set("<≤") and len(sides) == 3 and name[1]:
         kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
         return "=", sides[1].strip(), None, (kind, [read(sides[0], True), read(sides[2], True)])
     return "".join(signs), [read(side, literal) for side in sides]
@@ -615,9 +590,8 @@ def relation(sides, signs, literal):
 
 def is_free(answer):
     """Whether an answer is of letters, without a value of its own: a + b, (x, y)."""
-    if answer[0] == "value":
-        return not close(*answer[1][:2])
-    return answer[0] == "()" and all(map(is_free, answer[1]))
+    return not close(*answer[1][:2]) if answer[0] == "value" else (
+        answer[0] == "()" and all(map(is_free, answer[1])))
 
 
 def same(a, b):
@@ -634,18 +608,16 @@ def same(a, b):
         return bool(NAME.fullmatch(b[1])) and same(a, b[3])
     if a[0] == "list" != b[0] and len(a[1]) == 1:
         return same(a[1][0], b)
-    if a[0] != b[0]:
-        return False
+    if a[0] != b[0] or a[0] == "text":
+        return a == b != ("text", "")
     if a[0] == "value":  # at negative letters roots may differ
         points = 3 if all(isinstance(x[1][2], Fraction) or x[1][2].imag == 0 for x in (a, b)) else 2
         share = 100 if a[2] == "%" and not b[2] and abs(a[1][0]) <= 100 and abs(b[1][0]) <= 1 else 1
         return (not a[2] or not b[2] or a[2] == b[2]) and all(
             close(x, y * share) for x, y in zip(a[1][:points], b[1]))
-    if a[0] == "text":
-        return a[1] == b[1] != ""
-    if a[0] not in ("list", "union"):
-        return len(a[1]) == len(b[1]) and all(map(same, a[1], b[1]))
-    rest = list(b[1])
+    if len(a[1]) == len(b[1]) and a[0] not in ("list", "union"):
+        return all(map(same, a[1], b[1]))
+    rest = list(b[1])  # in any order
     for x in a[1]:
         if (i := next((i for i, y in enumerate(rest) if same(x, y)), None)) is None:
             return False
@@ -656,35 +628,34 @@ def same(a, b):
 def grade_math(response, truth):
     """Whether a response, or an answer alone, gives the true answer, both strings."""
     answer = extract_answer(response[-20_000:])
-    truth = clean(extract_answer(truth) if re.search(r"####|\\boxed", truth) else truth)
-    if len(answer) > 1000:
-        return False
-    try:
-        return any(same(read(clean(answer), way), read(truth, way)) for way in (False, True))
-    except (ArithmeticError, RecursionError):
-        return False
+    truth = extract_answer(truth) if re.search(r"####|\\boxed", truth) else truth
+    with contextlib.suppress(ArithmeticError, RecursionError):
+        return len(answer) <= 1000 and any(
+            same(read(answer, way), read(truth, way)) for way in (False, True))
+    return False
 
 
 LETTERS = "ABCDEFGHIJ"
 
 
 def find_choice(response, n=4):
-    """The letter, of the first n, that a response chooses: after a mark ("the answer is (B)",
-    \\boxed, ####), or at its beginning ("B. because"), or after its last "is"; else None. Letters
-    side by side are no choice, nor is what is negated, nor A or I as a word."""
-    letter = (rf"\W*([{LETTERS[:n]}])(?=[).:,;*\"'$}}\]<\n]|\s*$|\s+(?:because|since|as)\b)"
-              rf"(?!\W*(?:or|and)\b|[\s,/()&]*[{LETTERS[:n]}]\b)")
-    for pattern in (r"(?:\\boxed(?:\{\\text\w*)?|####|<answer>|(?i:answer|choice|option)(?i:\s+is|:))" + letter,
-                    "^" + letter.replace(r"|\s+(?:because|since|as)\b", ""),
-                    r"(?<!not )(?<!n't )(?<!never )\b(?i:is|be|choose|pick)" + letter + r"\W*$"):
+    """The letter, of the first n, that a response chooses: after a mark (\\boxed, "the answer is"),
+    at its beginning ("B. because"), or as its last word ("it must be C"); else None. No choice are
+    letters side by side, negated ones, and A and I as words."""
+    end = (r"(?=[).:,;*\"'$}\]<\n]|\s*$|\s+because\b)"
+           rf"(?!\W*(?:or|and)\b|[\s,/()&]*[{LETTERS[:n]}]\b)")
+    letter = rf"\W*([{LETTERS[:n]}])"
+    marks = r"(?:\\boxed(?:\{\\text\w*)?|####|<answer>|(?i:answer|choice|option)(?i:\s+is|:))"
+    last = r"(?<!not )(?<!n't )(?<!never )\b(?i:is|be|choose|pick)" + letter + r"\W*$"
+    for pattern in marks + letter + end, "^" + letter + end.replace(r"\s+because\b", "$"), last:
         if found := re.findall(pattern, response):
             return found[-1]
     return None
 
 
 def sentences(text):
-    """How many sentences a text has. The points of titles, initials and, unless a capital follows,
-    abbreviations (p.m.) end none, nor do those of numbered lists."""
+    """How many: the points of titles and initials end none, nor those of abbreviations (p.m.) and
+    decimals where no capital follows, nor those of a numbered list."""
     text = re.sub(r"(?m)^\s*\d+\.|\b(?:Mrs?|Ms|Dr|Prof|St|Jr|Sr|vs|[A-HJ-Z])\.(?=\s)|"
                   r"\b(?:etc\.|(?:[a-zA-Z]\.){2,})(?!\s+[A-Z])", "", text)
     return len(re.findall(r"[^.!?\s](?:[^.!?]|[.!?](?=\w))*(?:[.!?]+|$)", text))
@@ -695,9 +666,7 @@ def compare(count, k, number, relation="relation"):
     return count >= k[number] if k[relation] == "at least" else count < k[number]
 
 
-# What an instruction of IFEval (Zhou et al. 2023) demands: a function of the response t and of its
-# arguments k. A dozen of the 25; words are found by regular expressions.
-CONSTRAINTS = {
+CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): functions of the response t and of arguments k
     "keywords:existence": lambda t, k: all(w.lower() in t.lower() for w in k["keywords"]),
     "keywords:forbidden_words": lambda t, k: not any(
         re.search(rf"\b{re.escape(w)}\b", t, re.I) for w in k["forbidden_words"]),
@@ -706,19 +675,14 @@ CONSTRAINTS = {
     "keywords:letter_frequency": lambda t, k: compare(
         t.lower().count(k["letter"].lower()), k, "let_frequency", "let_relation"),
     "length_constraints:number_sentences": lambda t, k: compare(sentences(t), k, "num_sentences"),
-    "length_constraints:number_words": lambda t, k: compare(
-        len(re.findall(r"\w+", t)), k, "num_words"),
-    "length_constraints:number_paragraphs": lambda t, k: all(
-        parts := [part.strip() for part in t.strip().strip("*").split("***")]) and (
-        len(parts) == k["num_paragraphs"]),
-    "detectable_content:number_placeholders": lambda t, k: (
-        len(re.findall(r"\[[^\]]*\]", t)) >= k["num_placeholders"]),
-    "detectable_format:number_bullet_lists": lambda t, k: (
-        len(re.findall(r"^[^\S\n]*(?:\*[^*]|-)", t, re.M)) == k["num_bullets"]),
-    "detectable_format:title": lambda t, k: bool(re.search(r"<<[^\S\n]*[^\s>][^\n>]*>>", t)),
-    "startend:end_checker": lambda t, k: t.strip().strip('"').lower().endswith(
+    "length_constraints:number_words": lambda t, k: compare(len(t.split()), k, "num_words"),
+    "detectable_format:number_bullet_lists": lambda t, k: k["num_bullets"] == len(
+        re.findall(r"^[^\S\n]*(?:\*[^*]|-)", t, re.M)),
+    "detectable_content:number_placeholders": lambda t, k: k["num_placeholders"] <= len(
+        re.findall(r"\[[^\]]*\]", t)),
+    "startend:end_checker": lambda t, k: t.strip(' \n"').lower().endswith(
         k["end_phrase"].strip().lower()),
-    "startend:quotation": lambda t, k: len(t.strip()) > 1 and t.strip()[0] == t.strip()[-1] == '"',
+    "startend:quotation": lambda t, k: bool(re.fullmatch(r'\s*".*"\s*', t, re.S)),
     "change_case:english_capital": lambda t, k: t.isupper(),
     "change_case:english_lowercase": lambda t, k: t.islower(),
     "punctuation:no_comma": lambda t, k: "," not in t}
@@ -727,10 +691,9 @@ CONSTRAINTS = {
 def follows(problem, response, loose=False):
     """Which of the instructions of a row of IFEval a response follows -> list of bool. loose:
     whether it would without its first or last line, or without asterisks."""
-    lines = response.split("\n")
-    texts = [lines, lines[1:], lines[:-1], lines[1:-1]] if loose else [lines]
-    texts = ["\n".join(text) for text in texts]
-    texts += [text.replace("*", "") for text in texts] if loose else []
+    n = len(lines := response.split("\n"))
+    texts = ["\n".join(lines[i:j]) for i, j in ((0, n), (1, n), (0, n - 1), (1, n - 1))]
+    texts = [*texts, *(text.replace("*", "") for text in texts)] if loose else [response]
     return [any(text.strip() and CONSTRAINTS[name](text, k or {}) for text in texts)
             for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
@@ -750,18 +713,16 @@ role, seconds, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 told, tell = open(1, "rb"), open(1, "wb")  # the socket
 source, program = json.load(sys.stdin)
 sys.stdin, sys.stdout = io.StringIO(), open(os.devnull, "w")
-modules = {name: module for name, module in sys.modules.items() if "." not in name}
 
 
-def confine():
-    # all that follows has no rights; whether the system can also take away system calls
+def confine():  # -> whether the system can take away system calls, beside other rights
     with contextlib.suppress(OSError):
         if os.getuid() == 0:  # root is not bound by the number of processes
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-    for name, n in {"CORE": 0, "FSIZE": 0, "NPROC": 0, "AS": memory, "CPU": seconds,
-                    "NOFILE": 0}.items():
+    for name, n in ("CORE", 0), ("FSIZE", 0), ("NPROC", 0), ("AS", memory), ("CPU", seconds), (
+            "NOFILE", 0):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: memory
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
     # read write close mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap
@@ -782,17 +743,16 @@ def confine():
     return prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, filter, 0, 0) == 0
 
 
-class Infinity(float):
-    def __repr__(self):
-        return "1e999" if self > 0 else "-1e999"
+def hook(event, args):  # where there is no filter this is better than nothing
+    if event.split(".")[0] in ("open", "os", "subprocess", "socket", "ctypes", "code") or (
+            event == "object.__setattr__" and args[1] == "__code__"):
+        raise PermissionError(event + " is not allowed here")
 
 
 def plain(x):  # as what a literal can write: a Counter is a dict, a generator a list
     for kind in (dict, list, tuple, set):
         if isinstance(x, kind):
             return kind(map(plain, x.items() if kind is dict else x))
-    if type(x) is float and abs(x) == math.inf:
-        return Infinity(x)
     return x if type(x) in (str, bytes) or not hasattr(x, "__iter__") else plain(list(x))
 
 
@@ -801,16 +761,29 @@ def send(*message):
     tell.flush()
 
 
-def ask(name, *args, **kwargs):
-    send(name, args, kwargs)
+def answer(work, /, *args, **kwargs):
+    try:
+        send("ok", work(*args, **kwargs), args)
+    except BaseException as error:
+        send(type(error).__name__, str(error)[:300], ())
+
+
+def hear():
     line = told.readline(1 << 24)
     if line[-1:] != b"\n":
         raise SystemExit("the code ended its process")
     status, value, after = ast.literal_eval(line.decode())
     if status != "ok":
         kind = vars(builtins).get(status)
-        expected = ValueError, TypeError, LookupError, ArithmeticError
-        raise (kind if isinstance(kind, type) and issubclass(kind, expected) else RuntimeError)(value)
+        kind = kind if isinstance(kind, type) and issubclass(kind, (
+            ValueError, TypeError, LookupError, ArithmeticError)) else RuntimeError
+        raise kind(value)
+    return value, after
+
+
+def ask(name, *args, **kwargs):
+    send(name, args, kwargs)
+    value, after = hear()
     for old, new in zip(args, after):  # what the call did to its arguments
         if type(old) is list:
             old[:] = new
@@ -821,44 +794,25 @@ def run(text):  # the code as a program, with this as its input
     sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
     out = sys.stdout = io.TextIOWrapper(io.BytesIO(), write_through=True)
     with contextlib.suppress(SystemExit):
-        exec(compiled, {"__name__": "__main__"})
+        exec(compile(source, "solution", "exec"), {"__name__": "__main__"})
     return out.buffer.getvalue().decode()
 
 
-def hook(event, args):
-    if event.split(".")[0] in ("open", "os", "subprocess", "socket", "ctypes", "code", "signal") or (
-            event == "object.__setattr__" and args[1] == "__code__"):
-        raise PermissionError(event + " is not allowed here")
-
-
+names = {name: module for name, module in sys.modules.items() if "." not in name}
 confined = confine()
 sys.addaudithook(hook)
-del sys.modules["ctypes"], modules["ctypes"]
+del sys.modules["ctypes"], names["ctypes"]
 if role == "code":
-    names = {"__name__": "solution"}
-    try:
-        compiled = compile(source, "solution", "exec")
-        if program:
-            names["run"] = run
-        else:
-            exec(compiled, names)
-        send("ok", [name for name, x in names.items() if callable(x)], [])
-    except BaseException as error:
-        send(type(error).__name__, str(error)[:300], [])
+    names = {"__name__": "solution", "run": run}
+    answer(lambda: exec("" if program else source, names) or list(names))
     for line in told:
-        try:
-            name, args, kwargs = ast.literal_eval(line.decode())
-            send("ok", names[name](*args, **kwargs), args)
-        except BaseException as error:
-            send(type(error).__name__, str(error)[:300], [])
+        name, args, kwargs = ast.literal_eval(line.decode())
+        answer(lambda *args, **kwargs: names[name](*args, **kwargs), *args, **kwargs)
     os._exit(0)
 try:
-    status, found, _ = ast.literal_eval(told.readline(1 << 24).decode())
-    if status != "ok":
-        raise RuntimeError(status + ": " + found)
-    names = {name: functools.partial(ask, name) for name in found
-             if name[:1] != "_" and not hasattr(builtins, name)}
-    exec(compile(source, "tests", "exec"), modules | names)
+    names |= {name: functools.partial(ask, name) for name in hear()[0]
+              if name[:1] != "_" and not hasattr(builtins, name)}
+    exec(compile(source, "tests", "exec"), names)
     verdict = ""
 except BaseException as error:
     verdict = (type(error).__name__ + ": " + str(error))[:300]
@@ -878,32 +832,30 @@ class Verdict(NamedTuple):
 
 
 def run_code(code, tests, timeout=5.0, memory_mb=512):
-    """Run Python code and then tests of it -> `Verdict`.
-
-    code: source of a stranger. tests: source, or a list of lines such as `assert f(1) == 2`; or of
-    {"input", "output"}, where the code is a program that reads and prints. Both get `timeout`
-    seconds together, memory_mb megabytes each, and a part of the standard library (see SANDBOX).
-    Functions take and give literals: numbers, strings, lists, tuples, dicts, sets. On Linux (x86-64
-    and aarch64) only 19 system calls are left to them; on macOS only limits hold, which is said."""
+    """Run Python code of a stranger and then tests of it, source or a list of lines such as
+    `assert f(1) == 2`; or a list of {"input", "output"}, where the code is a program that reads and
+    prints -> `Verdict`. Both get `timeout` seconds together, memory_mb megabytes each, and a part
+    of the standard library (see SANDBOX). Functions take and give literals: numbers, strings,
+    lists, tuples, dicts, sets. On Linux (x86-64, aarch64) 19 system calls are left to them; on
+    macOS only limits hold, and a warning says so."""
     tests = [tests] if isinstance(tests, str) else tests
     program = not isinstance(tests[0], str)
     if program:
         tests = [f"assert run({t['input']!r}).split() == {t['output']!r}.split()" for t in tests]
     command = [sys.executable, "-I", "-S", "-c", SANDBOX]
-    limits, null = [str(int(timeout) + 2), str(memory_mb << 20)], subprocess.DEVNULL
-    ours, theirs = socket.socketpair()
+    limits, (ours, theirs) = [str(int(timeout) + 2), str(memory_mb << 20)], socket.socketpair()
     with ours, theirs:  # from here on only the children have them
         children = [subprocess.Popen(
             [*command, role, *limits], cwd="/", env={}, stdin=subprocess.PIPE, stdout=end,
             stderr=error, start_new_session=True) for role, end, error in (
-                ("code", ours, null), ("tests", theirs, subprocess.PIPE))]
+                ("code", ours, subprocess.DEVNULL), ("tests", theirs, subprocess.PIPE))]
     try:
         with contextlib.suppress(BrokenPipeError), children[0].stdin as file:
             file.write(json.dumps([code, program]).encode())
         job = json.dumps(["\n".join(tests), program]).encode()
         confined, error = json.loads(children[1].communicate(job, timeout)[1])
         if not confined:
-            warnings.warn("on this system code is confined by limits of resources alone")
+            warnings.warn("on this system only limits of resources confine code")
     except subprocess.TimeoutExpired:
         error = "timeout"
     except ValueError:
@@ -917,8 +869,7 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
 
 def verify(problem, response):
     """The reward, 0 to 1, of a response to a row of `read_problem`: its tests, its instructions
-    (the share that is followed), its choices, or its answer. Never raises for what a response
-    says."""
+    (the share that is followed), its choice, or its answer."""
     if "tests" in problem:
         fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.S)
         return float(run_code((fenced or [response])[-1], problem["tests"]).passed)
@@ -929,12 +880,10 @@ def verify(problem, response):
     return float(grade_math(response, problem["answer"]))
 
 
-# A learned verifier: a Transformer with one output per position in place of logits. Its value at
-# the last token is the score of a reward model; those at all tokens are PPO's value function.
-
-
 class ScalarModel(torch.nn.Module):
-    """body: a Transformer; head: (1, C), 0 at first, so that all rewards begin equal."""
+    """A learned verifier: a Transformer with one output per position in place of logits. Its value
+    at the last token is the score of a reward model; those at all tokens are PPO's value function.
+    body: a Transformer; head: (1, C), 0 at first, so that all rewards begin equal."""
 
     def __init__(self, body):
         super().__init__()
@@ -943,21 +892,13 @@ class ScalarModel(torch.nn.Module):
         self.to(body.embedding.weight.device)
 
     def forward(self, input_ids):  # (B, T) -> (B, T)
-        return self.head(self.body(input_ids, hidden=True).float())[..., 0].float()
+        return self.head(self.body(input_ids, hidden=True).float())[..., 0]
 
     def score(self, texts):
         """Rewards of whole texts, a list of B lists of ids -> (B,)"""
-        width, device = max(map(len, texts)), self.head.weight.device
+        device = self.head.weight.device
         last = torch.tensor([[len(ids) - 1] for ids in texts], device=device)
-        return self(padded(texts, 0, width, device)).gather(1, last)[:, 0]
-
-
-def load_reward_model(path, device):
-    """A checkpoint of `align.py reward` -> ScalarModel. KeyError for another."""
-    body, saved = load_checkpoint(path, device)
-    model = ScalarModel(body).eval()
-    model.head.weight.data.copy_(saved["reward_head"])
-    return model
+        return self(padded(texts, 0, max(map(len, texts)), device)).gather(1, last)[:, 0]
 
 
 @torch.no_grad()
@@ -967,10 +908,10 @@ def judge_pair(judge, question, a, b):
     both times, -1 if b is, 0 if the verdict depends on the order."""
     letters, votes = [judge.tokenizer.encode_ordinary(letter)[0] for letter in "AB"], []
     for first, second in ((a, b), (b, a)):
-        text = (f"Question: {question}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\nWhich answer "
-                "is better? Reply with A or B only.")
-        ids = torch.tensor([judge.encode([{"role": "user", "content": text}])])
-        logits = judge.model(ids.to(judge.device), last=1)[0, 0, letters]
+        ids = judge.encode([{"role": "user", "content": (
+            f"Question: {question}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\nWhich answer is "
+            "better? Reply with A or B only.")}])
+        logits = judge.model(torch.tensor([ids], device=judge.device), last=1)[0, 0, letters]
         votes.append((logits[0] > logits[1]).item())
     return votes[0] - votes[1]
 
@@ -978,11 +919,9 @@ def judge_pair(judge, question, a, b):
 # -----------------------------------------------------------------------------
 # Synthetic data: problems that a program makes, and so can solve.
 
-WORD_PROBLEMS = (  # (text, steps): letters are drawn, _ is the result of the last step
+WORD_PROBLEMS = (  # text and steps: letters are drawn, _ is the result of the last step
     ("Ana has {a} apples and buys {b} more. How many apples does she have?", "{a}+{b}"),
     ("A box holds {a} pencils, and Ben has {d} boxes. How many pencils are there?", "{a}*{d}"),
-    ("Chen reads {a} pages on Monday and {b} on Tuesday; the book has {c}00 pages. How many pages "
-     "are left?", "{a}+{b};{c}00-_"),
     ("Dora buys {d} books at {a} dollars each and pays with {c}00 dollars. How many dollars does "
      "she get back?", "{d}*{a};{c}00-_"),
     ("A farm has {d} fields with {a} rows each, and each row gives {b} pumpkins. Emil sells {c} of "
@@ -996,17 +935,15 @@ def make_problem(kind, level, rng):
     if kind == "addition":
         a, b = rng.randrange(10**level), rng.randrange(10**level)
         return {"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)}
-    text, lines, value = str(rng.randrange(1, 20)), [], ""
+    drawn = {"a": rng.randrange(5, 20), "b": rng.randrange(5, 20), "c": rng.randrange(20, 60),
+             "d": rng.randrange(2, 10)}
+    text, steps = rng.choice([p for p in WORD_PROBLEMS if p[1].count(";") == min(level, 3) - 1])
+    text, steps, value, lines = text.format(**drawn), steps.format(**drawn).split(";"), "", []
     if kind == "arithmetic":
         steps = [f"_ {rng.choice('+-*')} {rng.randrange(2, 10)}" for _ in range(level)]
-        for i, step in enumerate(steps):
-            text = step.replace("_", f"({text})" if i else text)
-        steps[0], text = steps[0].replace("_", re.search(r"\d+", text)[0]), f"Calculate {text}."
-    else:
-        text, steps = rng.choice([p for p in WORD_PROBLEMS if p[1].count(";") == min(level, 3) - 1])
-        drawn = {name: rng.randrange(*ends) for name, ends in
-                 {"a": (5, 20), "b": (5, 20), "c": (20, 60), "d": (2, 10)}.items()}
-        text, steps = text.format(**drawn), steps.format(**drawn).split(";")
+        steps[0] = steps[0].replace("_", str(drawn["a"]))
+        text = functools.reduce(lambda inner, step: step.replace("_", f"({inner})"), steps)
+        text = f"Calculate {text}."
     for step in steps:
         step = step.replace("_", value)
         value = str(math_value(step)[0])
@@ -1017,90 +954,83 @@ def make_problem(kind, level, rng):
 # -----------------------------------------------------------------------------
 # A checkpoint that can be talked to, and a tool that it can use.
 
-OWN = {  # templates that need no special tokens, beside those of model.py
-    "raw": "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else "
-           "'\n\n' if m.role == 'system' }}{% endfor %}",
-    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately "
-              "completes the request.\n\n{% for m in messages %}{{ '### Response:\n' + m.content + "
-              "eos_token if m.role == 'assistant' else '### Instruction:\n' + m.content + '\n\n' }}"
-              "{% endfor %}{{ '### Response:\n' if add_generation_prompt }}"}
-CALL = re.compile(r"<<([^<>=\n]+)=([^<>\n]*>>)?")  # of the calculator, and its result
-
-
-def calculate(text):
-    """The value of an arithmetic expression as a short decimal number, or "?"."""
-    value = None if re.search(r"[a-zA-Z]", text) else math_value(text)
-    return f"{float(value[0]):.10g}" if value and isinstance(value[0], Fraction) else "?"
+RAW = ("{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n\n' if "
+       "m.role == 'system' }}{% endfor %}")  # the template of models that have none
+CALL = re.compile(r"<<([^<>=\n]+)=([^<>\n]*>>|$)")  # of the calculator, and its result
 
 
 class Assistant:
-    """model, tokenizer, chat template, and `stops`, the ids that end what it says."""
+    """What args (ckpt, device, template, max_new_tokens, batch_size, tool) name: model, tokenizer,
+    chat template, and `stops`, the ids that end what it says."""
 
-    def __init__(self, path, device="auto", template=None):
-        self.device = pick_device(device)
-        self.model, self.saved = load_checkpoint(path, self.device)
-        if not self.saved.get("tokenizer"):
-            raise ValueError(f"{path} holds no tokenizer: it was trained on ids of unknown meaning")
-        self.tokenizer = Tokenizer.from_json(self.saved["tokenizer"])
-        ends = [i for i in (*(self.saved.get("stop") or ()), self.tokenizer.eot_id) if i is not None]
-        if not ends or max(self.tokenizer.vocab) >= self.model.config.vocab_size:
-            raise ValueError(f"{path}: no token can end a text, or the model lacks tokens")
-        token = {i: text for text, i in self.tokenizer.special_tokens.items()}.get(ends[-1], "")
-        self.template = (TEMPLATES | OWN)[template] if template else (
-            self.saved.get("template") or OWN["raw"])
-        self.names = self.saved.get("names") or {"bos_token": token, "eos_token": token}
-        self.stops = chat_stops(self.tokenizer, self.template, **self.names) + ends
+    def __init__(self, args):
+        self.args, self.device = args, pick_device(args.device)
+        self.model, self.saved = load_checkpoint(args.ckpt, self.device)
+        self.tokenizer = Tokenizer.from_json(self.saved["tokenizer"] or "{}")
+        end = self.tokenizer.decode([self.tokenizer.eot_id])
+        self.names = self.saved.get("names") or {"bos_token": end, "eos_token": end}
+        self.template = TEMPLATES.get(args.template) or self.saved.get("template") or RAW
+        self.stops = chat_stops(self.tokenizer, self.template, **self.names)
+        self.stops += self.saved.get("stop") or []
 
     def encode(self, messages):
         """Ids of a conversation up to where the assistant speaks next."""
         return encode_chat(self.tokenizer, self.template, messages, **self.names)
 
-    def examples(self, messages, last=0, tool=""):
-        """`encode_conversation`; what a tool has written is not to be learned."""
+    def examples(self, messages, last=0):
+        """`encode_conversation`, where what a tool has written is not to be learned."""
         found = encode_conversation(self.tokenizer, self.template, messages, last, self.stops,
                                     **self.names)
-        for ids, mask in found if tool else ():
-            pieces = [self.tokenizer.decode([i]) for i in ids]
-            starts = list(itertools.accumulate(map(len, pieces), initial=0))
-            for call in CALL.finditer("".join(pieces)):
-                for i in range(len(ids)):
-                    mask[i] *= not call.start(2) <= starts[i] < call.end(2)
+        for ids, mask in found if self.args.tool else ():
+            texts = [self.tokenizer.decode([i]) for i in ids]
+            starts = list(itertools.accumulate(map(len, texts), initial=0))
+            for call in CALL.finditer("".join(texts)):
+                mask[:] = [m * (not call.start(2) <= at < call.end(2))
+                           for m, at in zip(mask, starts)]
         return found
 
     def text(self, ids):
         """Decode what the tokenizer knows, without an end."""
-        ids = ids[: len(ids) - (ids[-1:] != [] and ids[-1] in self.stops)]
-        return self.tokenizer.decode([i for i in ids if i in self.tokenizer.vocab])
+        return self.tokenizer.decode([i for i in ids if i in self.tokenizer.vocab
+                                      and i not in self.stops])
 
-    def respond(self, prompts, max_new_tokens, temperature, seed=0, batch_size=1024, tool=""):
+    def respond(self, prompts, temperature, seed=0):
         """Sample a response to each of the prompts, lists of ids -> list of (ids with the prompt,
-        mask, text of the response). At temperature 0: greedy. tool: where the model has written
-        <<48/2=, the calculator writes 24>>, and the model goes on; the mask is 1 for what the model
-        has written."""
+        mask, text of the response). At temperature 0: greedy. Where the model has written <<48/2=
+        and the tool is the calculator, this writes 24>>, and the model goes on. The mask is 1 for
+        what the model has written."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
-        ends = [min(len(ids) + max_new_tokens, self.model.config.block_size) for ids in prompts]
-        calls = [i for i, token in self.tokenizer.vocab.items() if tool and token.endswith(b"=")]
-        for first in range(0, len(prompts), batch_size):
+        ends = [min(len(ids) + self.args.max_new_tokens, self.model.config.block_size)
+                for ids in prompts]
+        calls = {i for i, x in self.tokenizer.vocab.items() if self.args.tool and x[-1:] == b"="}
+        size = getattr(self.args, "micro_batch", self.args.batch_size)
+        for first in range(0, len(prompts), size):
             generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + first)
-            rows = range(first, min(first + batch_size, len(prompts)))
+            rows = list(range(first, min(first + size, len(prompts))))
+            progress("responses", rows[-1] + 1, len(prompts))
             while rows:
                 new = self.model.generate(
                     [texts[i] for i in rows], [max(0, ends[i] - len(texts[i])) for i in rows],
-                    temperature, stop=[*self.stops, *calls], generator=generator)
-                for i, ids in zip(rows, new):
-                    masks[i] += [1] * (len(ids) - len(masks[i]))
-                    texts[i] = ids
-                    if ids[-1] in calls:
-                        call = [*CALL.finditer(self.text(ids[len(prompts[i]) :])), None]
-                        if call[0] and call[-2][2] is None:
-                            ids += self.tokenizer.encode_ordinary(calculate(call[-2][1]) + ">>")
-                            del ids[ends[i] :]
-                            masks[i] += [0] * (len(ids) - len(masks[i]))
-                rows = [i for i in rows if texts[i][-1] in calls or masks[i][-1] == 0]
+                    temperature, stop={*self.stops, *calls}, generator=generator)
+                for i, texts[i] in zip(rows, new):
+                    masks[i] += [1] * (len(texts[i]) - len(masks[i]))
+                rows = [i for i in rows if texts[i][-1] in calls and len(texts[i]) < ends[i]]
+                for i in rows:
+                    call = [*CALL.finditer(self.text(texts[i][len(prompts[i]) :])), None][-2:][0]
+                    if call and not call[2]:  # what follows is the tool's
+                        result = self.tokenizer.encode_ordinary(f"{calculate(call[1])}>>")
+                        texts[i] += result[: ends[i] - len(texts[i])]
+                        masks[i] += [0] * (len(texts[i]) - len(masks[i]))
                 rows = [i for i in rows if len(texts[i]) < ends[i]]
-            progress("responses", min(first + batch_size, len(prompts)), len(prompts))
         return [(ids, mask, self.text(ids[len(prompt) :]))
                 for ids, mask, prompt in zip(texts, masks, prompts)]
+
+
+def calculate(text):
+    """The value of an arithmetic expression as a short decimal number, or "?"."""
+    value = math_value(text)
+    exact = value and isinstance(value[0], Fraction) and value[0] == value[1]
+    return f"{float(value[0]):.10g}" if exact else "?"
 
 
 # -----------------------------------------------------------------------------
@@ -1115,14 +1045,21 @@ def write_rows(path, rows):
     print(f"{path}: {len(rows)} rows", flush=True)
 
 
+def read_log(folder):
+    """Rows of log.csv: list of dicts of strings."""
+    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def progress(what, done, total):
     """A line on the terminal that is written over."""
     if sys.stderr.isatty():
         print(f"\r{what}: {done:,} of {total:,}", end="\n" * (done >= total), file=sys.stderr)
 
 
-def show(values, between=" | ", equals=" "):
-    """Names and values, as a line."""
+def show(values, between=" | "):
+    """Names and values, in a line or in lines."""
+    equals = ": " if between == "\n" else " "
     print(between.join(f"{name}{equals}{value:.4g}" if type(value) is float else
                        f"{name}{equals}{value}" for name, value in values.items()), flush=True)
 
@@ -1130,38 +1067,26 @@ def show(values, between=" | ", equals=" "):
 def batch_of(items, batch_size, step, seed):
     """Batch number `step`: epochs follow each other, each a permutation of the items that depends
     on seed and epoch alone, so that a run can be resumed."""
-    batch = []
+    batch, order, last = [], [], None
     for at in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(at, len(items))
-        if not batch or i == 0:
-            order = list(items)
+        if epoch != last:
+            order, last = list(items), epoch
             random.Random(f"{seed} {epoch}").shuffle(order)
         batch.append(order[i])
     return batch
 
 
 class Run(Assistant):
-    """What the commands that train share: the model, from --ckpt or from an interrupted run, its
-    optimizers, and the loop. `others` are further modules that learn; `more` is saved, too."""
+    """What the commands that train share: the model, from --ckpt or from an interrupted run, and
+    the loop. modules: what learns, the model or those that hold one."""
 
     def __init__(self, args):
         torch.manual_seed(args.seed)
-        self.args, self.path = args, os.path.join(args.out_dir, "ckpt.pt")
-        super().__init__(self.path if args.resume else args.ckpt, args.device, args.template)
-        self.others, self.more, self.updates = [], {}, 0
-        self.optimizers = self.optimizers_for(self.model)
-
-    def optimizers_for(self, model):
-        """Those of train.py."""
-        return make_optimizers(model, self.args.optimizer, self.args.learning_rate,
-                               self.args.weight_decay, (0.9, 0.95), 0.95)
-
-    def add(self, module, body=None):
-        """Let a module learn, too: a head, and perhaps a Transformer below it."""
-        head = AdamW(getattr(module, "head", module).parameters(), self.args.learning_rate,
-                     weight_decay=0.0)
-        self.optimizers += (self.optimizers_for(body) if body else []) + [head]
-        self.others = [module]
+        self.path, self.start = os.path.join(args.out_dir, "ckpt.pt"), args.ckpt
+        args.ckpt = self.path if args.resume else args.ckpt
+        super().__init__(args)
+        self.modules, self.optimizers, self.updates = [self.model], [], 0
 
     def log_probs(self, model, batch, **how):
         """`response_log_probs`; 0 where nothing was said."""
@@ -1173,42 +1098,37 @@ class Run(Assistant):
 
     def update(self):
         """One step of the optimizers -> the norm that the gradient had."""
-        params = [p for module in (self.model, *self.others) for p in module.parameters()]
+        params = [p for module in self.modules for p in module.parameters()]
         norm = clip_grad_norm(params, self.args.grad_clip).item()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if not all(p.isfinite().all() for p in params):
-            raise ValueError("the weights are no longer finite; try a smaller --learning_rate")
+            raise ValueError("weights are no longer finite; try a smaller --learning_rate")
         self.updates += 1
         return norm
-
-    def save(self, step, rows):
-        """Write log.csv, then ckpt.pt, which model.py chats with and --resume goes on from. A run
-        killed between the two has rows too many, which --resume leaves out."""
-        names = dict.fromkeys(name for row in rows for name in row)
-        os.makedirs(self.args.out_dir, exist_ok=True)
-        with replacing(os.path.join(self.args.out_dir, "log.csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-        save_checkpoint(self.path, self.model, self.optimizers + self.others, step=step,
-                        args=self.args.words, rng=torch.get_rng_state(), template=self.template,
-                        tokenizer=self.tokenizer.to_json(), stop=self.stops, names=self.names, **self.more)
 
     def fit(self, do_step, evaluate):
         """The loop of every kind of training: learning rate, step, log, evaluation, checkpoint.
         do_step(step) -> metrics, after it has changed the parameters; evaluate() -> metrics."""
-        args, rows, step = self.args, [], 0
-        self.more |= {"begin": self.saved.get("begin")}
+        args, rows, step, log = self.args, [], 0, os.path.join(self.args.out_dir, "log.csv")
+        for module in self.modules:
+            body = getattr(module, "body", module)
+            self.optimizers += make_optimizers(body, args.optimizer, args.learning_rate,
+                                               args.weight_decay, (0.9, 0.95), 0.95)
+            if body is not module:
+                self.optimizers.append(AdamW(module.head.parameters(), weight_decay=0.0))
         if args.resume:
-            for part, state in zip(self.optimizers + self.others, self.saved["optimizer"]):
+            for part, state in zip(self.modules + self.optimizers,
+                                   self.saved["modules"] + self.saved["optimizer"]):
                 part.load_state_dict(state)
             torch.set_rng_state(self.saved["rng"].cpu())
-            step, rows = self.saved["step"], read_log(args.out_dir)
-            rows = [row for row in rows if int(row["step"]) <= step]
+            step = self.saved["step"]
+            rows = [row for row in read_log(args.out_dir) if int(row["step"]) <= step]
         else:
             show({"step": 0} | evaluate())
+            os.makedirs(args.out_dir, exist_ok=True)
+        kept = {name: self.saved.get(name) for name in ("begin", "tokenizer")}
         self.saved = None  # its memory is free again
         while step < args.max_iters:
             begin, lr = time.perf_counter(), get_lr(
@@ -1224,17 +1144,18 @@ class Run(Assistant):
             rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
             if step % args.log_interval == 0 or due:
                 show(row)
-            if due:
-                self.save(step, rows)
+            if due:  # the log first: a run killed between the two has rows too many, left out above
+                with replacing(log, "w", newline="") as file:
+                    writer = csv.DictWriter(file, dict.fromkeys(name for r in rows for name in r))
+                    writer.writeheader()
+                    writer.writerows(rows)
+                save_checkpoint(self.path, self.model, self.optimizers, step=step, args=args.words,
+                                rng=torch.get_rng_state(), template=self.template,
+                                stop=self.stops, names=self.names, **kept,
+                                modules=[module.state_dict() for module in self.modules])
         if not self.updates:
             print("nothing was learned: in no step were there rewards that differ")
         print(f"ckpt: {self.path}", flush=True)
-
-
-def read_log(folder):
-    """Rows of log.csv: list of dicts of strings."""
-    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def fit_rows(run, load, measure, count=len):
@@ -1245,14 +1166,13 @@ def fit_rows(run, load, measure, count=len):
     data, held_out = load(args.data), load(args.val_data) if args.val_data else []
     print(f"{len(data):,} rows, {len(held_out):,} held out | {run.device}", flush=True)
 
-    def average(rows, size):  # in parts of `size` rows, each weighing what it has of the whole
-        sums, whole = Counter(), count(rows)
+    def average(rows, size, prefix=""):  # in parts, each weighing what it has of the whole
+        sums = Counter()
         for i in range(0, len(rows), size):
-            found, share = measure(rows[i : i + size]), count(rows[i : i + size]) / whole
+            found, share = measure(rows[i : i + size]), count(rows[i : i + size]) / count(rows)
             if torch.is_grad_enabled():  # the second is of mixtures of experts
                 ((found["loss"] + run.model.auxiliary_loss()) * share).backward()
-            for name, value in found.items():
-                sums[name] += value.item() * share
+            sums.update({prefix + name: value.item() * share for name, value in found.items()})
         return dict(sums)
 
     def do_step(step):
@@ -1260,12 +1180,7 @@ def fit_rows(run, load, measure, count=len):
         means = average(rows, -(-len(rows) // args.gradient_accumulation_steps))
         return means | {"grad_norm": run.update()}
 
-    @torch.no_grad()
-    def evaluate():
-        means = average(held_out, args.batch_size)
-        return {f"val_{name}": value for name, value in means.items()}
-
-    run.fit(do_step, evaluate)
+    run.fit(do_step, torch.no_grad()(lambda: average(held_out, args.batch_size, "val_")))
 
 
 # -----------------------------------------------------------------------------
@@ -1279,12 +1194,11 @@ def run_sft(args):
     packing = not args.no_packing and not {"linear", "hyena"} & set(model.kinds)  # they have states
 
     def make(row):
-        found = run.examples(chat, tool=args.tool) if (chat := read_conversation(row)) else []
+        found = run.examples(chat) if (chat := read_chat(row)) else []
         return [example for example in found if len(example[0]) <= limit + 1] or None
 
     def load(path):
-        why = f"a response is empty, or longer than {limit} tokens"
-        return [example for found in read_rows(path, make, why) for example in found]
+        return sum(read_rows(path, make), [])
 
     def measure(examples):
         model.train(torch.is_grad_enabled())
@@ -1298,16 +1212,15 @@ def run_sft(args):
 
 
 def load_pairs(run, path):
-    """Pairs of a file, those that fit -> list of [(ids, mask) of prompt + chosen, of prompt +
-    rejected]."""
-    limit = run.model.config.block_size
-
+    """Pairs that fit -> list of [(ids, mask) of prompt + chosen, of prompt + rejected]."""
     def make(row):
         prompt, *texts = read_pair(row) or [[]]
         pair = [run.examples([*prompt, {"role": "assistant", "content": text}], 1)[-1]
                 for text in texts]
         return pair if pair and max(len(ids) for ids, _ in pair) <= limit + 1 else None
-    return read_rows(path, make, f"empty, equal, or longer than {limit} tokens")
+
+    limit = run.model.config.block_size
+    return read_rows(path, make)
 
 
 def preferences(chosen, rejected):
@@ -1320,7 +1233,7 @@ def run_dpo(args):
     """`dpo`: make chosen responses likelier than rejected ones, compared with where it began."""
     run = Run(args)
     model = run.model.eval()  # without dropout, so that at step 0 the policy is the reference
-    reference = load_checkpoint(args.ckpt, run.device)[0].requires_grad_(False)
+    reference = load_checkpoint(run.start, run.device)[0].requires_grad_(False)
 
     def measure(pairs):
         batch = collate([pair[side] for side in (0, 1) for pair in pairs], device=run.device)
@@ -1337,8 +1250,7 @@ def run_reward(args):
     """`reward`: a model that gives chosen responses more than rejected ones."""
     run = Run(args)
     reward = ScalarModel(run.model.eval())
-    run.add(reward.head)
-    run.more = {"reward_head": reward.head.weight.detach()}
+    run.modules = [reward]
 
     def measure(pairs):
         scores = reward.score([pair[side][0] for side in (0, 1) for pair in pairs]).view(2, -1)
@@ -1378,38 +1290,41 @@ def advantages_of(batch, args):
                             normalize_std=args.algorithm != "dr_grpo")[:, None]
 
 
-def load_problems(run, path):
+def load_problems(assistant, path, read=read_problem):
     """Problems of a file whose prompts leave room for a response -> list with "ids" added."""
-    limit = run.model.config.block_size
-    limit -= min(run.args.max_new_tokens, limit // 2)
-
     def make(row):
-        problem = read_problem(row) or {"messages": []}
-        ids = run.encode(problem["messages"])
+        problem = read(row) or {"messages": []}
+        ids = assistant.encode(problem["messages"])
         return problem | {"ids": ids} if 0 < len(ids) <= limit else None
-    return read_rows(path, make, f"an instruction is not known, or more than {limit} tokens")
+
+    limit = assistant.model.config.block_size
+    limit -= min(assistant.args.max_new_tokens, limit // 2)
+    return read_rows(path, make)[: getattr(assistant.args, "limit", 0) or None]
 
 
-def solve(assistant, problems, max_new_tokens, tool=""):
+def solve(assistant, problems):
     """The share of problems whose greedy response is verified."""
-    answers = assistant.respond([p["ids"] for p in problems], max_new_tokens, 0, tool=tool)
-    return statistics.mean(float(verify(p, text) >= 1) for p, (*_, text) in zip(problems, answers))
+    answers = assistant.respond([p["ids"] for p in problems], 0)
+    return statistics.fmean(verify(p, text) >= 1 for p, (*_, text) in zip(problems, answers))
 
 
 def run_rl(args):
     """`rl`: sample responses, have them verified, and make the good ones likelier. One step is: a
     batch of prompts, args.group_size responses to each, and args.epochs passes over all of them in
     args.minibatches updates each."""
-    run = Run(args)
-    model, algorithm = run.model.eval(), args.algorithm  # no dropout: log-probs have to agree
+    run, algorithm = Run(args), args.algorithm
+    model = run.model.eval()  # no dropout: log-probs have to agree
     problems = load_problems(run, args.data)
     held_out = load_problems(run, args.val_data) if args.val_data else []
-    reward_model = load_reward_model(args.reward_model, run.device) if args.reward_model else None
-    reference = load_checkpoint(args.ckpt, run.device)[0] if args.kl else None
-    critic = None
+    reference = load_checkpoint(run.start, run.device)[0] if args.kl else None
+    critic = reward_model = None
+    if args.reward_model:
+        body, saved = load_checkpoint(args.reward_model, run.device)
+        reward_model = ScalarModel(body)
+        reward_model.load_state_dict(saved["modules"][0])
     if algorithm == "ppo":
-        critic = ScalarModel(load_checkpoint(args.ckpt, run.device)[0])
-        run.add(critic, critic.body)
+        critic = ScalarModel(load_checkpoint(run.start, run.device)[0])
+        run.modules.append(critic)
     clip = (args.clip, args.clip_high or (0.28 if algorithm == "dapo" else args.clip))
     average = {"grpo": "response", "dr_grpo": "constant"}.get(algorithm, "token")
     # with one update a batch, the policy that learns is the one that has written the responses
@@ -1417,7 +1332,7 @@ def run_rl(args):
     shown = []  # (problem, response, reward)
 
     def parts(batch):
-        for i in range(0, len(batch["input_ids"]), args.micro_batch):
+        for i in range(0, len(batch["rewards"]), args.micro_batch):
             yield {name: x[i : i + args.micro_batch] for name, x in batch.items()}
 
     def look(model, part):
@@ -1425,39 +1340,44 @@ def run_rl(args):
                              return_token_entropy=torch.is_grad_enabled())
 
     @torch.no_grad()
-    def rollout(step):
+    def rollout(step):  # -> a batch, and the metrics of its rewards
         asked = [p for p in batch_of(problems, args.prompts_per_step, step, args.seed)
                  for _ in range(args.group_size)]
-        answers = run.respond([p["ids"] for p in asked], args.max_new_tokens, args.temperature,
-                              args.seed * 100_003 + step, tool=args.tool)
-        batch = collate([(ids, mask) for ids, mask, _ in answers], device=run.device)
-        rewards = reward_model.score([ids for ids, *_ in answers]) if reward_model else \
-            torch.tensor([verify(p, text) for p, (*_, text) in zip(asked, answers)])
+        answers = run.respond([p["ids"] for p in asked], args.temperature,
+                              args.seed * 100_003 + step)
+        texts, masks, said = zip(*answers)
+        rewards = torch.cat([reward_model.score(texts[i : i + args.micro_batch]) for i in range(
+            0, len(texts), args.micro_batch)]) if reward_model else torch.tensor(
+                [*map(verify, asked, said)], device=run.device)
         if not rewards.isfinite().all():
             raise ValueError("a reward is not a finite number")
-        shown[:] = list(zip(asked, answers, rewards.tolist()))[:: args.group_size]
-        return batch | {"rewards": rewards.to(run.device)}
-
-    @torch.no_grad()
-    def prepare(batch):  # what the losses need to know from before the updates
-        found = []
+        shown[:] = list(zip(asked, said, rewards.tolist()))[:: args.group_size]
+        batch = collate(list(zip(texts, masks)), device=run.device) | {"rewards": rewards}
+        row = {"reward": rewards.mean().item(), "solved": (rewards >= 1).float().mean().item(),
+               "length": batch["response_mask"].sum(1).float().mean().item()}
+        if algorithm == "expert":  # what was right, each response once
+            right = {texts[i]: i for i in range(len(texts)) if rewards[i] >= 1}
+            batch = {name: x[list(right.values())] for name, x in batch.items()}
+        found = []  # what the losses need to know from before the updates
         for part in parts(batch):
             found.append({} if on_policy else {"old": look(model, part)["log_probs"]})
             if reference:
                 found[-1]["reference"] = look(reference, part)["log_probs"]
             if critic:
                 found[-1]["values"] = critic(part["input_ids"])
-        batch |= {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        return batch | {"advantages": advantages_of(batch, args)} | batch
+        if found:
+            batch |= {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            batch["advantages"] = advantages_of(batch, args)
+        return batch, row
 
     def learn(mini):  # one update -> its metrics
         sums = Counter()
         mini["weights"] = token_weights(mini["response_mask"], average, args.max_new_tokens)
         if not critic and not args.kl:  # advantages of 0 have no gradient
             mini = {name: x[mini["advantages"][:, 0] != 0] for name, x in mini.items()}
-        mean = token_weights(mini["response_mask"])[:1].amax() if len(mini["rewards"]) else 0
-        for part in parts(mini):
-            found, mask = look(model, part), part["response_mask"]
+        mean = token_weights(mini["response_mask"])
+        for part, share in zip(parts(mini), mean.split(args.micro_batch)):
+            found = look(model, part)
             log_probs, new = found["log_probs"], found["log_probs"].detach()
             old = part.get("old", new)
             losses = policy_loss(log_probs, part["advantages"],
@@ -1474,20 +1394,12 @@ def run_rl(args):
             outside = (ratio < 1 - clip[0]) | (ratio > 1 + clip[1])
             for name, x in (("entropy", found["token_entropy"]), ("clip_fraction", outside),
                             ("kl", kl_estimate(new, part.get("reference", old)))):
-                sums[name] += (x * mask * mean).sum().item()
+                sums[name] += (x * share).sum().item()
             sums["loss"] += loss.item()
         return {**sums, "grad_norm": run.update()} if sums else {}
 
     def do_step(step):
-        batch, updates = rollout(step), []
-        rewards, lengths = batch["rewards"], batch["response_mask"].sum(1).float()
-        row = {"reward": rewards.mean().item(), "solved": (rewards >= 1).float().mean().item(),
-               "length": lengths.mean().item()}
-        if algorithm == "expert":  # what was right, each response once
-            ids = torch.cat((batch["input_ids"], batch["labels"]), 1).tolist()
-            right = {tuple(ids[i]): i for i in range(len(ids)) if rewards[i] >= 1}
-            batch = {name: x[list(right.values())] for name, x in batch.items()}
-        batch = prepare(batch) if len(batch["rewards"]) else batch
+        (batch, row), updates = rollout(step), []
         for epoch in range(args.epochs if len(batch["rewards"]) else 0):
             g = torch.Generator().manual_seed(args.seed * 7919 + step * 101 + epoch)
             order = torch.randperm(len(batch["rewards"]), generator=g).to(run.device)
@@ -1497,11 +1409,10 @@ def run_rl(args):
         return row | {name: statistics.fmean(u[name] for u in updates) for name in updates[0]}
 
     def evaluate():
-        for problem, (*_, text), reward in shown[:3]:
+        for problem, text, reward in shown[:3]:
             prompt = problem["messages"][-1]["content"]
             print(f"    {prompt[-200:]!r} -> {text[:300]!r}: {reward:.2f}", flush=True)
-        return {"val_accuracy": solve(run, held_out, args.max_new_tokens, args.tool)} \
-            if held_out else {}
+        return {"val_accuracy": solve(run, held_out)} if held_out else {}
 
     run.fit(do_step, evaluate)
 
@@ -1511,63 +1422,47 @@ def run_rl(args):
 
 
 def run_synth(args):
-    """`synth`: problems from a program; or, from a checkpoint, verified responses to those in
-    --data (rejection sampling), pairs of a better and a worse one, or documents written anew."""
-    rows, rng = {}, random.Random(args.seed)
+    """`synth`: without --ckpt, n problems of a kind and level, made by a program. With it, samples of
+    verified responses to the problems in --data, or --pairs of a right and a wrong one. With
+    --rewrite, a file of documents, these as the model writes them anew by --instruction: what
+    curate.py mix takes."""
+    rows = {}
     if not args.ckpt:
+        rng = random.Random(args.seed)
         for _ in range(50 * args.n):
             problem = make_problem(args.kind, args.level, rng)
             if len(rows) < args.n:
                 rows.setdefault(problem["prompt"], problem)
         return write_rows(args.out, list(rows.values()))
-    writer = Assistant(args.ckpt, args.device, args.template)
-    judge = Assistant(args.judge, args.device) if args.judge else None
-    if args.rewrite:
-        texts = read_rows(args.rewrite, lambda row: field(row, "text"))
-        problems = [{"messages": [{"role": "user", "content": f"{args.instruction}\n\n{text}"}]}
-                    for text in texts]
-    else:
-        problems = read_rows(args.data, (lambda row: {"messages": read_prompt(row)}) if judge else
-                             read_problem)
-    problems = [(p, writer.encode(p["messages"])) for p in problems[: args.limit or None]]
-    asked = [(p, ids) for p, ids in problems if len(ids) < writer.model.config.block_size]
-    print(f"{len(problems) - len(asked)} of {len(problems)} prompts are too long", flush=True)
-    n = 1 if args.rewrite else args.samples
-    answers = writer.respond([ids for _, ids in asked for _ in range(n)], args.max_new_tokens,
-                             args.temperature, args.seed, args.batch_size, args.tool)
-    rows = []
-    for i, (problem, _) in enumerate(asked):
-        texts = [text for *_, text in answers[i * n : (i + 1) * n] if text.strip()]
-        texts, chat = list(dict.fromkeys(texts)), problem["messages"]
-        row = {"prompt": chat if len(chat) > 1 else chat[0]["content"],
-               **{name: problem[name] for name in ("answer", "tests") if name in problem}}
+    writer, n = Assistant(args), 1 if args.rewrite else args.samples
+    problems = load_problems(writer, args.rewrite or args.data, lambda row: {"messages": [
+        {"role": "user", "content": f"{args.instruction}\n\n{field(row, 'text')}"}]}
+        if args.rewrite else read_problem(row))
+    asked = [problem["ids"] for problem in problems for _ in range(n)]
+    answers, rows = writer.respond(asked, args.temperature, args.seed), []
+    for i, problem in enumerate(problems):
+        texts = dict.fromkeys(text for *_, text in answers[i * n : i * n + n] if text.strip())
         if args.rewrite:
             rows += [{"text": text} for text in texts]
             continue
-        if judge:
-            votes = [(a, b, judge_pair(judge, chat[-1]["content"], a, b))
-                     for a, b in zip(texts[::2], texts[1::2])]
-            pairs = [(a, b)[::vote] for a, b, vote in votes if vote]
-        else:
-            right = [text for text in texts if verify(problem, text) >= 1]
-            pairs = zip(right, [text for text in texts if text not in right])
-        if args.pairs or judge:
-            rows += [row | {"chosen": a, "rejected": b} for a, b in pairs]
-        else:
-            rows += [row | {"response": text} for text in right]
+        row = {name: problem[name] for name in ("answer", "tests") if name in problem}
+        row["prompt"] = problem["messages"]
+        right = [text for text in texts if verify(problem, text) >= 1]
+        wrong = [text for text in texts if text not in right]
+        rows += [row | {"chosen": a, "rejected": b} for a, b in zip(right, wrong)] if args.pairs \
+            else [row | {"response": text} for text in right]
     write_rows(args.out, rows)
 
 
 def run_judge(args):
-    """`judge`: a checkpoint compares the two answers of each pair of a file."""
-    judge, votes = Assistant(args.ckpt, args.device, args.template), []
+    """`judge`: a checkpoint compares the two answers of each pair of a file, in both orders."""
+    judge, votes = Assistant(args), Counter()
     pairs = read_rows(args.data, read_pair)[: args.limit or None]
     for messages, a, b in pairs:
-        votes.append(judge_pair(judge, messages[-1]["content"], a, b))
-        progress("pairs", len(votes), len(pairs))
-    wins, losses = votes.count(1), votes.count(-1)
-    show({"pairs": len(votes), "first_preferred": wins, "second_preferred": losses, "undecided":
-          votes.count(0), "win_rate": share([1] * wins + [0] * losses)}, "\n", ": ")
+        votes[judge_pair(judge, messages[-1]["content"], a, b)] += 1
+        progress("pairs", votes.total(), len(pairs))
+    show({"pairs": len(pairs), "first_preferred": votes[1], "second_preferred": votes[-1],
+          "undecided": votes[0], "win_rate": share([1] * votes[1] + [0] * votes[-1])}, "\n")
 
 
 # -----------------------------------------------------------------------------
@@ -1577,9 +1472,8 @@ def run_judge(args):
 def wilson(k, n, z=1.96):
     """95% confidence interval of a proportion, k of n (Wilson 1927) -> (low, high). Unlike
     p +- z s it stays within 0 and 1, and is not empty for k = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    middle, half = (k / n + z * z / (2 * n)), z * math.sqrt(k * (n - k) / n**3 + (z / n) ** 2 / 4)
+    n = n or 1e-9
+    middle, half = k / n + z * z / (2 * n), z * math.sqrt(k * (n - k) / n**3 + (z / n) ** 2 / 4)
     low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
     return max(0.0, low), min(1.0, high)  # of rounding
 
@@ -1613,8 +1507,7 @@ def score(model, requests, batch_size=16):
     """requests: list of (ids, n), from `encode_continuation` -> list of log p of the last n ids
     given those before. Texts longer than block_size lose their beginning. Texts that differ only in
     their last id are read once."""
-    device, limit = model.embedding.weight.device, model.config.block_size
-    rows, out = {}, [0.0] * len(requests)
+    device, limit, rows, out = model.embedding.weight.device, model.config.block_size, {}, {}
     for i, (ids, n) in enumerate(requests):
         ids = ids[-(limit + 1) :]
         n = min(n, len(ids) - 1)
@@ -1626,19 +1519,17 @@ def score(model, requests, batch_size=16):
         for ((row, n), wanted), hidden in zip(some, model(ids, hidden=True)):
             log_p = torch.log_softmax(model.logits(hidden[len(row) - n : len(row)]).float(), -1)
             for i, target in wanted:
-                target = torch.tensor(target, device=device)
-                out[i] = log_p.gather(1, target[:, None]).sum().item()
+                out[i] = log_p[range(n), target].sum().item()
         progress("texts", min(at + batch_size, len(ordered)), len(ordered))
-    return out
+    return [out[i] for i in range(len(requests))]
 
 
 def lettered(question, texts):
     """A question with its choices below."""
-    choices = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, texts))
-    return f"{question}{choices}\nAnswer:"
+    return "".join([question, *(f"\n{a}. {text}" for a, text in zip(LETTERS, texts)), "\nAnswer:"])
 
 
-def plain(text):
+def unmarked(text):
     """HellaSwag's text without the marks of WikiHow."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
@@ -1650,10 +1541,11 @@ TASKS = {
     "arc": lambda r: (f"Question: {r['question']}\nAnswer:", r["choices"]["text"],
                       r["choices"]["label"].index(r["answerKey"])),
     "piqa": lambda r: (f"Question: {r['goal']}\nAnswer:", [r["sol1"], r["sol2"]], r["label"]),
-    "hellaswag": lambda r: (plain(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"),
-                            [*map(plain, r["endings"])], int(r["label"])),
+    "hellaswag": lambda r: (unmarked(f"{r['activity_label']}: {r['ctx_a']} "
+                                     f"{r['ctx_b'].capitalize()}"),
+                            [*map(unmarked, r["endings"])], int(r["label"])),
     "gsm8k": lambda r: (r["prompt"] if "prompt" in r else f"Question: {r['question']}\nAnswer:",
-                        None, str(r["answer"])),
+                        None, ("" if "prompt" in r else " ") + r["answer"]),
     "ifeval": lambda r: (field(r, "prompt"), None, "")}
 
 
@@ -1661,106 +1553,98 @@ def read_task(task, path, cot=False):
     """A file of a task (of MMLU a .csv, or a folder of them) -> list of {"context", "target",
     "header"} and {"choices", "label"} to be scored, or {"problem"} to be answered. cot: to be
     answered in words; choices, then, by their letters."""
-    header = ""
-
-    def make(row):
+    def make(row, header=""):
         context, choices, label = TASKS[task](row)
-        item = {"context": context, "header": header}
+        item = {"context": context, "header": header, "target": label}
         if choices:
             item |= {"choices": choices, "label": label, "target": " " + choices[label]}
-            if cot and task != "mmlu":
-                item["context"] = lettered(context.removesuffix("\nAnswer:"), choices)
-            problem = {"answerKey": LETTERS[label], "n": len(choices)}
+            if cot:
+                item["problem"] = {"answerKey": LETTERS[label], "n": len(choices)}
+                if task != "mmlu":
+                    item["context"] = lettered(context.removesuffix("\nAnswer:"), choices)
         else:
-            item["target"] = label if "prompt" in row else " " + label
-            problem = row | {"answer": label.split("####")[-1].strip()}
-            follows(row, "text") if task == "ifeval" and known(row) else None
-        if cot:
-            item["context"] += " Let's think step by step."
-        return item | {"problem": problem} if cot or not choices else item
+            item["problem"] = read_problem(row)
+            if item["problem"] is None:
+                return None
+        item["context"] += " Let's think step by step." if cot else ""
+        return item
 
     if task != "mmlu":
         return read_rows(path, make)
-    names, items = [path], []
-    if os.path.isdir(path):
-        names = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".csv")]
+    names, items = sorted(os.listdir(path)) if os.path.isdir(path) else [""], []
     for name in names:
-        subject = re.sub(r"_(dev|val|test)\.csv$", "", os.path.basename(name)).replace("_", " ")
-        header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        items += read_rows(name, make)
+        subject = re.sub(r"_(dev|val|test)\.csv$", "", name or os.path.basename(path))
+        header = ("The following are multiple choice questions (with answers) about "
+                  f"{subject.replace('_', ' ')}.\n\n")
+        items += read_rows(os.path.join(path, name) if name else path,
+                           functools.partial(make, header=header))
     return items
-
-
-def known(row):
-    """Whether all instructions of a row of IFEval are."""
-    return set(row["instruction_id_list"]) <= set(CONSTRAINTS)
 
 
 def bm25(passages, k1=1.5, b=0.75):
     """Okapi BM25 (Robertson et al. 1994) -> a function of a text, and n: the n passages that match
     it best. Of each word in both, the sum of idf x tf (k1 + 1) / (tf + k1 (1 - b + b length /
     mean length)): rare words count more, and a word's tenth mention hardly more than its ninth."""
-    index, lengths = {}, []
-    for i, passage in enumerate(passages):
-        words = Counter(re.findall(r"\w+", passage.lower()))
-        lengths.append(words.total())
-        for word, tf in words.items():
-            index.setdefault(word, []).append((i, tf))
-    mean = sum(lengths) / len(lengths)
+    words = [Counter(re.findall(r"\w+", passage.lower())) for passage in passages]
+    mean, index = sum(count.total() for count in words) / len(words), {}
+    for i, count in enumerate(words):
+        for word, tf in count.items():
+            weight = tf * (k1 + 1) / (tf + k1 * (1 - b + b * count.total() / mean))
+            index.setdefault(word, []).append((i, weight))
 
     def best(text, n):
         scores = Counter()
         for word in set(re.findall(r"\w+", text.lower())) & set(index):
             found = index[word]
-            idf = math.log(1 + (len(passages) - len(found) + 0.5) / (len(found) + 0.5))
-            for i, tf in found:
-                scores[i] += idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * lengths[i] / mean))
+            idf = math.log(1 + (len(words) - len(found) + 0.5) / (len(found) + 0.5))
+            scores.update({i: idf * weight for i, weight in found})
         return [passages[i] for i, _ in scores.most_common(n)]
     return best
 
 
 def run_eval(args):
-    """`eval`: measure a checkpoint at a task."""
-    assistant = Assistant(args.ckpt, args.device, args.template)
+    """`eval`: measure a checkpoint at a task: ppl (of text), mmlu, arc, hellaswag, piqa, gsm8k,
+    ifeval. --fewshot: solved examples before each question, from --fewshot_data or --data; --cot:
+    think step by step; --chat: in the chat template; --samples: pass@k and a vote; --tool
+    calculator; --retrieve: documents, of which the best --passages come before the question."""
+    assistant = Assistant(args)
     if args.task == "ppl":
-        return show({"task": "ppl"} | perplexity(assistant, args), "\n", ": ")
+        return show(perplexity(assistant, args), "\n")
     items = read_task(args.task, args.data, args.cot)
     shots = read_task(args.task, args.fewshot_data, args.cot) if args.fewshot_data else items
     solved = [(shot["header"], shot["context"], shot["target"]) for shot in shots]
     items = items[: args.limit or None]
     for item in items:  # n solved examples (of the same subject), but never the item itself
         own = item["header"], item["context"], item["target"]
-        same = (a + b + "\n\n" for header, a, b in solved if header == own[0] and
-                (header, a, b) != own)
+        same = [a + b + "\n\n" for header, a, b in solved if header == own[0] and
+                (header, a, b) != own]
         item["question"] = item["context"]
-        item["context"] = "".join([own[0], *itertools.islice(same, args.fewshot), own[1]])
-    show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n", ": ")
+        item["context"] = "".join([own[0], *same[: args.fewshot], own[1]])
+    show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n")
     if args.retrieve:
         texts = read_rows(args.retrieve, lambda row: field(row, "text"))
-        best = bm25([p.strip() for text in texts for p in text.split("\n\n") if p.strip()])
+        best = bm25([part for text in texts for part in text.split("\n\n") if part.strip()])
         for item in items:
             item["context"] = "\n\n".join([*best(item["question"], args.passages), item["context"]])
         found = measure(assistant, items, args)
-        show({f"open_{name}": value for name, value in found.items()}, "\n", ": ")
+        show({f"open_{name}": value for name, value in found.items()}, "\n")
 
 
 def measure(assistant, items, args):
     """Accuracies of a checkpoint -> dict. Of choices: by likelihood, and by likelihood per
     character. Of answers: of the first of n, pass@k, and of the answer that most of them give
-    (self-consistency: Wang et al. 2022); of a number, also if the last one of a text is taken."""
-    tokenizer, limit = assistant.tokenizer, assistant.model.config.block_size
-
-    def ids_of(item):
-        if args.chat:
-            return assistant.encode([{"role": "user", "content": item["context"]}])
-        return tokenizer.encode_ordinary(item["context"]) or [tokenizer.eot_id or 0]
-
+    (self-consistency: Wang et al. 2022); of a number, also if the last one of a text is taken, which
+    is too lenient for a reward."""
+    tokenizer, limit, n = assistant.tokenizer, assistant.model.config.block_size, args.samples
+    limit -= min(args.max_new_tokens, limit // 2)
+    asked = [assistant.encode([{"role": "user", "content": item["context"]}]) if args.chat else
+             tokenizer.encode_ordinary(item["context"]) or [tokenizer.eot_id] for item in items]
     if "problem" not in items[0]:
         requests = []
-        for item, choice in ((item, choice) for item in items for choice in item["choices"]):
-            tail = tokenizer.encode_ordinary(choice)
-            requests.append((ids_of(item) + tail, len(tail)) if args.chat else
-                            encode_continuation(tokenizer, item["context"], " " + choice))
+        for item, ids in zip(items, asked):
+            tails = map(tokenizer.encode_ordinary, item["choices"])
+            requests += [(ids + tail, len(tail)) for tail in tails] if args.chat else [
+                encode_continuation(tokenizer, item["context"], " " + c) for c in item["choices"]]
         found, hits = iter(score(assistant.model, requests, args.batch_size)), []
         for item in items:
             own = [(next(found), len(choice)) for choice in item["choices"]]
@@ -1768,77 +1652,56 @@ def measure(assistant, items, args):
             hits.append([way.index(max(way)) == item["label"] for way in ways])
         return {name: share(column) for name, column in zip(("acc", "acc_norm"), zip(*hits))}
 
-    n, limit = args.samples, limit - min(args.max_new_tokens, limit // 2)
-    prompts = [ids_of(item)[-limit:] for item in items for _ in range(n)]
-    said = [text if args.chat else text.split("Question:")[0] for *_, text in assistant.respond(
-        prompts, args.max_new_tokens, args.temperature if n > 1 else 0, args.seed,
-        args.batch_size, args.tool)]
-    said = [said[i : i + n] for i in range(0, len(said), n)]
+    answers = assistant.respond([ids[-limit:] for ids in asked for _ in range(n)],
+                                args.temperature if n > 1 else 0, args.seed)
+    said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
+    both = [(item["problem"], said[i * n : i * n + n]) for i, item in enumerate(items)]
     if args.out:
         write_rows(args.out, [{"prompt": item["context"], "responses": texts}
-                              for item, texts in zip(items, said)])
-    both = [(item["problem"], texts) for item, texts in zip(items, said)]
+                              for item, (_, texts) in zip(items, both)])
     if args.task == "ifeval":  # all of a prompt's instructions, and each
-        both, values = [(p, texts[0]) for p, texts in both if known(p)], {}
+        values = {}
         for name, loose in (("strict", False), ("loose", True)):
-            each = [follows(problem, text, loose) for problem, text in both]
+            each = [follows(problem, texts[0], loose) for problem, texts in both]
             values |= {f"prompt_{name}": share([all(hits) for hits in each]),
-                       f"instruction_{name}": share([hit for hits in each for hit in hits])}
-        return values | {"left_out": len(items) - len(both)}
+                       f"instruction_{name}": share(sum(each, []))}
+        return values
     right = [[verify(problem, text) >= 1 for text in texts] for problem, texts in both]
     values = {"acc": share([hits[0] for hits in right])}
-    if "answer" in both[0][0]:
-        values["acc_last_number"] = share([grade_math(last_number(texts[0]), problem["answer"])
-                                           for problem, texts in both])
+    if args.task == "gsm8k":
+        numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", texts[0]) or [""] for _, texts in both]
+        values["acc_last_number"] = share([grade_math(some[-1].rstrip(","), problem["answer"])
+                                           for some, (problem, _) in zip(numbers, both)])
     if n > 1:
         values |= {f"pass@{k}": statistics.fmean(pass_at_k(n, sum(hits), k) for hits in right)
                    for k in sorted({2**j for j in range(n.bit_length())} | {n})}
         votes = []
-        for problem, texts in both:
-            answers = [find_choice(text, problem["n"]) if "answerKey" in problem else
-                       clean(extract_answer(text)[:1000]) for text in texts]
-            most = Counter(filter(None, answers)).most_common(1)
-            votes.append(bool(most) and verify(problem, most[0][0]) >= 1)
+        for (problem, texts), hits in zip(both, right):
+            given = [find_choice(text, problem["n"]) if "n" in problem else
+                     repr(read(extract_answer(text)[:1000], False)) for text in texts]
+            most = Counter(filter(None, given)).most_common(1)
+            votes.append(bool(most) and hits[given.index(most[0][0])])
         values[f"majority@{n}"] = share(votes)
     return values
 
 
-def last_number(text):
-    """The last number of a text: too lenient for a reward, since prose can mean anything by it."""
-    return (re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text) or [""])[-1].rstrip(",")
-
-
 def perplexity(assistant, args):
     """Of text: each document, after an end-of-text token, in windows of block_size."""
-    texts = read_rows(args.data, lambda row: row if type(row) is str else field(row, "text"))
-    texts = [text for text in texts if text.strip()][: args.limit or None]
-    requests, T = [], assistant.model.config.block_size
+    texts = read_rows(args.data, lambda row: (row if type(row) is str else row["text"]) or None)
+    requests, T, texts = [], assistant.model.config.block_size, texts[: args.limit or None]
     for text in texts:
-        ids = [assistant.tokenizer.eot_id] if assistant.tokenizer.eot_id is not None else []
-        ids += assistant.tokenizer.encode_ordinary(text)
-        windows = [ids[i : i + T + 1] for i in range(0, len(ids) - 1, T)]
-        requests += [(window, len(window) - 1) for window in windows]
-    loss, tokens = -sum(score(assistant.model, requests, args.batch_size)), 0
-    tokens = sum(n for _, n in requests)
-    words, size = (sum(len(part(text)) for text in texts) for part in (str.split, str.encode))
+        ids = encode_continuation(assistant.tokenizer, "", text)[0]
+        requests += [(ids[i : i + T + 1], len(ids[i : i + T + 1]) - 1)
+                     for i in range(0, len(ids) - 1, T)]
+    loss, tokens = -sum(score(assistant.model, requests, args.batch_size)), sum(
+        n for _, n in requests)
+    bits = loss / math.log(2) / sum(len(text.encode()) for text in texts)
     return {"tokens": tokens, "loss": f"{loss / tokens:.4f}",
-            "perplexity": f"{math.exp(min(700, loss / tokens)):.4f}",
-            "word_perplexity": f"{math.exp(min(700, loss / words)):.4f}",
-            "bits_per_byte": f"{loss / math.log(2) / size:.4f}"}
+            "perplexity": f"{math.exp(min(700, loss / tokens)):.4f}", "bits_per_byte": f"{bits:.4f}"}
 
 
 # -----------------------------------------------------------------------------
 # The demonstration.
-
-MUON = "--optimizer muon --weight_decay 0.1 --schedule cosine"
-RL = f"--max_new_tokens 4 --eval_interval 15 {MUON}"
-DEMO = {  # the flags of each command
-    "sft": f"--no_packing --batch_size 128 --learning_rate 2e-2 {MUON}",
-    "ppo": f"--max_iters 80 --prompts_per_step 256 --group_size 4 --minibatches 2 --lam 1 "
-           f"--learning_rate 7e-3 {RL}",
-    "expert": f"--max_iters 12 --prompts_per_step 512 --group_size 8 --minibatches 16 "
-              f"--learning_rate 7e-3 {RL} --eval_interval 2",
-    "": f"--max_iters 80 --prompts_per_step 128 --group_size 8 --learning_rate 1e-2 {RL}"}
 
 
 def run_demo(args):
@@ -1848,27 +1711,24 @@ def run_demo(args):
     problems without sums, and a verifier, which says of each sum that the model writes whether it
     is right (rl). Would longer imitation have done as well? The control tries, for as many seconds.
     Seeds are processes of their own, two at a time."""
-    begin = time.perf_counter()
-    jobs = [(args, seed) for seed in range(args.seed, args.seed + args.seeds)]
+    begin, jobs = time.perf_counter(), [(args, args.seed + i) for i in range(args.seeds)]
     with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
         results = pool.starmap(demonstrate, jobs, chunksize=1)
     print(f"\n{'held-out problems solved':26}{'sft':>12}{args.algorithm:>12}{'control':>12}")
-    for (_, seed), (row, _) in zip(jobs, results):
-        print(f"seed {seed:<21}" + "".join(f"{cell:12.1%}" for cell in row))
-    for title, table, form in (("mean", 0, "12.1%"), ("seconds of training", 1, "12.1f")):
-        columns = zip(*(result[table] for result in results))
-        print(f"{title:26}" + "".join(f"{statistics.mean(cells):{form}}" for cells in columns))
+    for (_, seed), row in zip(jobs, results):
+        print(f"seed {seed:<21}" + "".join(f"{cell:12.1%}" for cell, _ in row))
+    for title, i, form in ("mean", 0, "12.1%"), ("seconds of training", 1, "12.1f"):
+        means = [statistics.fmean(cell[i] for cell in column) for column in zip(*results)]
+        print(f"{title:26}" + "".join(f"{mean:{form}}" for mean in means))
     print(f"\nseconds: {time.perf_counter() - begin:.1f}\nout_dir: {args.out_dir}", flush=True)
 
 
 def demonstrate(args, seed):
-    """One seed -> (accuracies, seconds) of sft, the algorithm, and the control. Of the first seed
-    the output is shown."""
-    folder, accuracies, seconds = os.path.join(args.out_dir, f"seed{seed}", ""), [], {}
+    """One seed -> [(accuracy, seconds) of sft, rl, and the control]; the first one's output shows."""
+    folder, results, teacher, taught = f"{args.out_dir}/seed{seed}/", [], random.Random(seed), []
     problems = [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)}
                 for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(problems)
-    teacher, taught = random.Random(seed), []
     for problem in problems[1000:]:
         a, b = map(int, problem["prompt"][:-1].split("+"))
         forgotten = (a // 10 + b // 10) * 10 + (a + b) % 10
@@ -1879,119 +1739,80 @@ def demonstrate(args, seed):
     model = Transformer(TransformerConfig(vocab_size=13, block_size=12, n_layer=2, n_head=4,
                                           n_embd=48, position="learned"))
 
-    def command(name, line):  # does and shows what could have been typed
+    def command(name, line):  # does and shows what could have been typed -> its steps' seconds
         line += (f" --out_dir {folder}{name} --val_data {folder}valid.jsonl --device cpu --seed "
-                 f"{seed} --log_interval 1000")
+                 f"{seed} --log_interval 1000 --optimizer muon --weight_decay 0.1 --schedule cosine")
         print(f"\n$ python align.py {line}", flush=True)
         run_command(line.split())
-        seconds[name] = [float(row["seconds"]) for row in read_log(folder + name)]
-        assistant = Assistant(f"{folder}{name}/ckpt.pt", "cpu")
+        seconds = [float(row["seconds"]) for row in read_log(folder + name)]
         test = [p | {"ids": tokenizer.encode(p["prompt"])} for p in problems[:500]]
-        accuracies.append(solve(assistant, test, 4))
+        done = argparse.Namespace(ckpt=f"{folder}{name}/ckpt.pt", device="cpu", template="",
+                                  max_new_tokens=4, batch_size=500, tool="")
+        results.append((solve(Assistant(done), test), sum(seconds)))
+        return seconds
 
     with contextlib.redirect_stdout(sys.stdout if seed == args.seed else open(os.devnull, "w")):
-        for name, rows in (("test", problems[:500]), ("valid", problems[500:1000]),
-                           ("train", problems[1000:]), ("taught", taught)):
+        for name, rows in (("valid", problems[500:1000]), ("train", problems[1000:]),
+                           ("taught", taught)):
             write_rows(f"{folder}{name}.jsonl", rows)
         save_checkpoint(folder + "base.pt", model, tokenizer=tokenizer.to_json())
-        sft = f"sft --data {folder}taught.jsonl {DEMO['sft']}"
-        command("sft", f"{sft} --ckpt {folder}base.pt --max_iters 450 --eval_interval 150")
-        command(args.algorithm, f"rl --algorithm {args.algorithm} --ckpt {folder}sft/ckpt.pt --data "
-                f"{folder}train.jsonl {DEMO.get(args.algorithm, DEMO[''])}")
-        steps = round(sum(seconds[args.algorithm]) / statistics.median(seconds["sft"]))
-        command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --max_iters {steps} "
-                           f"--eval_interval {max(1, steps // 5)}")
-    return accuracies, [sum(times) for times in seconds.values()]
+        sft = f"sft --data {folder}taught.jsonl --no_packing --batch_size 128 --learning_rate 2e-2"
+        seconds = command("sft", f"{sft} --ckpt {folder}base.pt --max_iters 450")
+        rl = sum(command(args.algorithm, f"rl --algorithm {args.algorithm} --max_new_tokens 4 --ckpt "
+                         f"{folder}sft/ckpt.pt --data {folder}train.jsonl --max_iters 80 "
+                         "--prompts_per_step 128 --eval_interval 20 --learning_rate 1e-2"))
+        command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --eval_interval 200 --max_iters "
+                           f"{round(rl / statistics.median(seconds))}")
+    return results
 
 
 # -----------------------------------------------------------------------------
 # The command line.
 
-TRAIN, ROWS, WRITE = "sft dpo reward rl ", "sft dpo reward ", "synth eval "
-CHOICES = {
-    "template": (*TEMPLATES, *OWN), "schedule": ("constant", "cosine", "wsd"),
-    "optimizer": ("adamw", "muon", "soap"), "dtype": ("float32", "bfloat16"),
-    "algorithm": ("grpo", "reinforce", "ppo", "dr_grpo", "dapo", "expert"),
-    "kind": ("arithmetic", "addition", "word"), "tool": ("calculator",), "task": (*TASKS, "ppl")}
-FLAGS = (  # name, default, the commands that have it, meaning
-    ("ckpt", "", TRAIN + WRITE + "judge", "checkpoint to use"),
-    ("template", None, TRAIN + WRITE + "judge", "of a chat (default: the checkpoint's, or raw)"),
-    ("device", "auto", TRAIN + WRITE + "judge", "auto, cpu, cuda, mps"),
-    ("seed", 1, TRAIN + WRITE + "demo", "of all that is drawn"),
-    ("data", "", TRAIN + WRITE + "judge", "file of rows; for eval as it was published"),
-    ("limit", 0, WRITE + "judge", "only the first rows of it; 0: all"),
-    ("out", "", WRITE, "file to write; for eval: of the responses"),
-    ("out_dir", "out-align", TRAIN + "demo", "folder for checkpoints and log.csv"),
-    ("val_data", "", TRAIN, "held-out rows, measured as it learns"),
-    ("resume", False, TRAIN, "go on with out_dir/ckpt.pt, by its run's flags"),
-    ("max_iters", 200, TRAIN, "steps"),
-    ("learning_rate", 1e-5, TRAIN, "the highest"),
-    ("warmup_iters", 0, TRAIN, "steps to get there"),
-    ("schedule", "constant", TRAIN, "from there to the end"),
-    ("optimizer", "adamw", TRAIN, "see train.py"),
-    ("weight_decay", 0.0, TRAIN, "of matrices"),
-    ("grad_clip", 1.0, TRAIN, "largest norm of the gradient; 0: any"),
-    ("eval_interval", 50, TRAIN, "steps between evaluations, and between checkpoints"),
-    ("log_interval", 10, TRAIN, "steps between lines on the terminal"),
-    ("dtype", "float32", TRAIN, "of matrix products"),
-    ("batch_size", 16, ROWS + WRITE, "rows of a step, or texts at a time"),
-    ("gradient_accumulation_steps", 1, ROWS, "parts that a batch is computed in"),
-    ("no_packing", False, "sft", "one text to a row, filled up"),
-    ("beta", 0.1, "dpo", "how near to stay to the reference"),
-    ("tool", "", "sft rl " + WRITE, "what the model can call: <<48/2=24>>"),
-    ("algorithm", "grpo", "rl demo", "of reinforcement learning"),
-    ("prompts_per_step", 16, "rl", "prompts in a batch"),
-    ("group_size", 8, "rl", "responses to each prompt"),
-    ("epochs", 1, "rl", "passes over each batch"),
-    ("minibatches", 1, "rl", "updates in a pass"),
-    ("micro_batch", 1024, "rl", "responses at a time; does not change the result"),
-    ("clip", 0.2, "rl", "of ratios, below and above 1; 0: none"),
-    ("clip_high", 0.0, "rl", "above 1 (default: as --clip; dapo 0.28)"),
-    ("kl", 0.0, "rl", "weight of the distance from --ckpt"),
-    ("gamma", 1.0, "rl", "ppo: discount"), ("lam", 0.95, "rl", "ppo: lambda of GAE"),
-    ("value_weight", 0.1, "rl", "ppo: weight of the critic's loss"),
-    ("reward_model", "", "rl", "checkpoint whose score takes the place of a verifier's"),
-    ("max_new_tokens", 256, "rl " + WRITE, "tokens of a response, at most"),
-    ("temperature", 1.0, "rl " + WRITE, "that logits are divided by"),
-    ("seeds", 5, "demo", "how many runs"),
-    ("kind", "arithmetic", "synth", "of problems"),
-    ("level", 2, "synth", "digits, operations, or steps"), ("n", 1000, "synth", "problems"),
-    ("samples", 1, WRITE, "responses to each; for eval pass@k and a vote; 1: greedy"),
-    ("pairs", False, "synth", "write chosen and rejected responses, by the verifier"),
-    ("judge", "", "synth", "checkpoint by whose judgement to write pairs"),
-    ("rewrite", "", "synth", "documents to write anew, for curate.py mix"),
-    ("instruction", "Rewrite this text clearly, keeping all facts:", "synth", "how"),
-    ("task", "", "eval", "what to measure"), ("fewshot", 0, "eval", "solved examples before each"),
-    ("fewshot_data", "", "eval", "where they are (default: --data)"),
-    ("cot", False, "eval", "think step by step; choices are answered, not scored"),
-    ("chat", False, "eval", "put the question in the chat template"),
-    ("retrieve", "", "eval", "documents: also with the best passages before the question"),
-    ("passages", 1, "eval", "how many"))
-COMMANDS = {"demo": run_demo, "sft": run_sft, "dpo": run_dpo, "reward": run_reward, "rl": run_rl,
-            "synth": run_synth, "judge": run_judge, "eval": run_eval}
+MODEL = "ckpt='' template='' device=auto seed=1 data='' batch_size=16 max_new_tokens=256 "
+TRAIN = MODEL + ("val_data='' out_dir=out-align resume=False max_iters=200 learning_rate=1e-5 "
+                 "warmup_iters=0 schedule=constant optimizer=adamw weight_decay=0.0 grad_clip=1.0 "
+                 "eval_interval=50 log_interval=10 dtype=float32 gradient_accumulation_steps=1 ")
+WRITE = MODEL + "limit=0 out='' samples=1 temperature=1.0 tool='' "
+COMMANDS = {  # its flags and their defaults, which have the type of what is given
+    run_demo: "seed=1 seeds=5 algorithm=grpo out_dir=out-align",
+    run_sft: TRAIN + "no_packing=False tool=''", run_dpo: TRAIN + "beta=0.1", run_reward: TRAIN,
+    run_rl: TRAIN + "algorithm=grpo prompts_per_step=16 group_size=8 epochs=1 minibatches=1 "
+    "micro_batch=1024 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0 lam=0.95 "
+    "value_weight=0.1 reward_model='' tool=''",
+    run_synth: WRITE + "kind=arithmetic level=2 n=1000 pairs=False rewrite='' "
+    "instruction='Rewrite_this_text_clearly,_keeping_all_facts.'",
+    run_judge: WRITE,
+    run_eval: WRITE + "task='' fewshot=0 fewshot_data='' cot=False chat=False retrieve='' "
+    "passages=1"}
+CHOICES = {"algorithm": ("grpo", "reinforce", "ppo", "dr_grpo", "dapo", "expert"),
+           "kind": ("arithmetic", "addition", "word"), "task": ("ppl", *TASKS), "tool": (
+               "", "calculator"), "optimizer": ("adamw", "muon", "soap", "sgd"), "dtype": (
+               "float32", "bfloat16"), "schedule": ("constant", "cosine", "wsd")}
 
 
 def run_command(words):
-    """What was typed after `python align.py`. A run that is resumed has its own flags first."""
-    parser = argparse.ArgumentParser(description="From a base model to an aligned one. Without a "
-                                     "command: the demonstration.")
+    """Do what was typed after `python align.py`."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, function in COMMANDS.items():
-        text = function.__doc__.split(": ", 1)[1]
-        command = commands.add_parser(name, help=text.split(".")[0].split(";")[0], description=text)
-        for flag, default, users, meaning in FLAGS:
-            if name in users.split():
-                how = {"type": str if default is None else type(default), "choices": CHOICES.get(flag)}
-                how = SWITCH if default is False else how
-                command.add_argument(f"--{flag}", default=default, help=f"{meaning} (default: "
-                                     f"{default})" if default else meaning, **how)
+    for function, flags in COMMANDS.items():
+        name, text = function.__doc__[1:].split("`: ")
+        command = commands.add_parser(name, help=text.split(".")[0], description=text)
+        command.error = lambda message: parser.exit(2, f"align.py: error: {message}\n")
+        command.set_defaults(function=function)
+        for flag, default in (flag.split("=") for flag in flags.split()):
+            with contextlib.suppress(ValueError):
+                default = ast.literal_eval(default)
+            how = SWITCH if default is False else {"type": type(default), "choices":
+                                                   CHOICES.get(flag)}
+            command.add_argument(f"--{flag}", default=default, **how, help=f"default {default!r}")
     args = parser.parse_args(words or ["demo"])
-    if getattr(args, "resume", False):
+    if getattr(args, "resume", False):  # the flags of its run, and what is given now
         saved = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt"))[1]["args"]
-        words = [args.command, *saved[1:], *words[1:]]
-        args = parser.parse_args(words)
+        args = parser.parse_args(words := [args.command, *saved[1:], *words[1:]])
     args.words = words
-    COMMANDS[args.command](args)
+    args.function(args)
 
 
 def main():
@@ -2005,8 +1826,7 @@ def main():
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as error:
-        print(f"align.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"align.py: error: {error}")
 
 
 if __name__ == "__main__":
