@@ -6,9 +6,7 @@ learning with verifiers, and evaluation. Each command's flags: python align.py C
     python align.py sft --ckpt out/ckpt.pt --data chats.jsonl --template chatml --out_dir out-sft
     python align.py dpo --ckpt out-sft/ckpt.pt --data pairs.jsonl --out_dir out-dpo   # or reward
     python align.py rl --algorithm grpo --ckpt out-sft/ckpt.pt --data problems.jsonl --out_dir rl
-    python align.py synth --kind word --level 2 --n 1000 --out problems.jsonl
-    python align.py synth --ckpt out-sft/ckpt.pt --data problems.jsonl --pairs --out pairs.jsonl
-    python align.py judge --ckpt smol.pt --data pairs.jsonl
+    python align.py synth --kind word --level 2 --n 1000 --out problems.jsonl         # or judge
     python align.py eval --task gsm8k --ckpt smol.pt --chat --data test.jsonl --limit 100
 
 Training goes on with --resume --out_dir DIR. Data is .jsonl or .json, also .gz. For sft: `prompt`
@@ -59,7 +57,8 @@ def read_rows(path, make):
     """make(row) of each row of a .jsonl, .json (a list), .csv or .txt file (documents) -> list
     without None. Raises ValueError, with the row, where it fails, or if nothing is left."""
     kind, made, number = os.path.splitext(path.removesuffix(".gz"))[1], [], 0
-    split = {".json": json.loads, ".csv": lambda text: csv.reader(re.split("(?<=\n)", text)),
+    split = {".json": json.loads,
+             ".csv": lambda text: filter(None, csv.reader(re.split("(?<=\n)", text))),
              ".txt": lambda text: text.split("<|endoftext|>"),
              ".jsonl": lambda text: filter(str.strip, text.split("\n"))}
     try:
@@ -69,13 +68,11 @@ def read_rows(path, make):
             made.append(make(json.loads(row) if kind == ".jsonl" else row))
     except Exception as error:
         raise ValueError(f"{path}, row {number}: {error!r}") from None
-    kept = [item for item in made if item is not None]
-    if len(kept) < len(made) or not kept:
-        print(f"{len(made) - len(kept)} of {len(made)} rows of {path} dropped: empty, not known, or "
-              "too long for the model", flush=True)
-    if not kept:
+    if None in made or not made:
+        print(f"{made.count(None)} of {len(made)} rows of {path} dropped: empty, unknown, too long")
+    if made.count(None) == len(made):
         raise ValueError(f"{path} holds no row that can be used")
-    return kept
+    return [item for item in made if item is not None]
 
 
 def field(row, *names):
@@ -131,7 +128,8 @@ def read_problem(row):
         follows(row, "text")
     else:
         row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
-        if not grade_math(rf"\boxed{{{row['answer']}}}", row["answer"]):
+        found = read(row["answer"], False)
+        if found[0] == "text" and not re.fullmatch(r"[^\\(){}\[\]=]+", found[1]):
             raise ValueError(f"no answer that can be verified: {row['answer']!r:.80}")
     return row | {"messages": read_prompt(row)}
 
@@ -172,12 +170,10 @@ def collate(examples, pad_id=0, device="cpu"):
 
 
 def tokenize_prompts_and_responses(prompts, responses, tokenizer):
-    """Lists of B strings -> dict of input_ids, labels (int64) and response_mask (bool), (B, T),
-    where T is one less than the longest prompt with its response. The tokenizer is ours or one of
-    Hugging Face's, which may begin a prompt, but no response, with a token of its own."""
-    ours = hasattr(tokenizer, "encode_ordinary")
-    encode, how = (tokenizer.encode_ordinary, {}) if ours else (
-        tokenizer.encode, {"add_special_tokens": False})
+    """Lists of B strings -> dict of `collate`, where T is one less than the longest prompt with its
+    response. The tokenizer is ours, or Hugging Face's, which may begin a prompt with a token."""
+    encode = getattr(tokenizer, "encode_ordinary", tokenizer.encode)
+    how = {} if hasattr(tokenizer, "encode_ordinary") else {"add_special_tokens": False}
     pairs = [(encode(a), encode(b, **how)) for a, b in zip(prompts, responses, strict=True)]
     pads = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id", "eot_id"))
     return collate([(a + b, [0] * len(a) + [1] * len(b)) for a, b in pairs],
@@ -882,7 +878,7 @@ def verify(problem, response):
 
 class ScalarModel(torch.nn.Module):
     """A learned verifier: a Transformer with one output per position in place of logits. Its value
-    at the last token is the score of a reward model; those at all tokens are PPO's value function.
+    at the last token is a reward model's score; those at all tokens are PPO's value function.
     body: a Transformer; head: (1, C), 0 at first, so that all rewards begin equal."""
 
     def __init__(self, body):
@@ -905,12 +901,14 @@ class ScalarModel(torch.nn.Module):
 def judge_pair(judge, question, a, b):
     """A checkpoint as judge of two answers (Zheng et al. 2023): which of the letters A and B is
     likelier to follow, asked in both orders, since models favour a place. -> 1 if a is preferred
-    both times, -1 if b is, 0 if the verdict depends on the order."""
+    both times, -1 if b is, 0 if the verdict depends on the order, or they are too long."""
     letters, votes = [judge.tokenizer.encode_ordinary(letter)[0] for letter in "AB"], []
     for first, second in ((a, b), (b, a)):
         ids = judge.encode([{"role": "user", "content": (
             f"Question: {question}\n\nAnswer A: {first}\n\nAnswer B: {second}\n\nWhich answer is "
             "better? Reply with A or B only.")}])
+        if len(ids) > judge.model.config.block_size:
+            return 0
         logits = judge.model(torch.tensor([ids], device=judge.device), last=1)[0, 0, letters]
         votes.append((logits[0] > logits[1]).item())
     return votes[0] - votes[1]
@@ -921,7 +919,6 @@ def judge_pair(judge, question, a, b):
 
 WORD_PROBLEMS = (  # text and steps: letters are drawn, _ is the result of the last step
     ("Ana has {a} apples and buys {b} more. How many apples does she have?", "{a}+{b}"),
-    ("A box holds {a} pencils, and Ben has {d} boxes. How many pencils are there?", "{a}*{d}"),
     ("Dora buys {d} books at {a} dollars each and pays with {c}00 dollars. How many dollars does "
      "she get back?", "{d}*{a};{c}00-_"),
     ("A farm has {d} fields with {a} rows each, and each row gives {b} pumpkins. Emil sells {c} of "
@@ -937,8 +934,8 @@ def make_problem(kind, level, rng):
         return {"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)}
     drawn = {"a": rng.randrange(5, 20), "b": rng.randrange(5, 20), "c": rng.randrange(20, 60),
              "d": rng.randrange(2, 10)}
-    text, steps = rng.choice([p for p in WORD_PROBLEMS if p[1].count(";") == min(level, 3) - 1])
-    text, steps, value, lines = text.format(**drawn), steps.format(**drawn).split(";"), "", []
+    text, steps = (part.format(**drawn) for part in WORD_PROBLEMS[min(level, 3) - 1])
+    steps, value, lines = steps.split(";"), "", []
     if kind == "arithmetic":
         steps = [f"_ {rng.choice('+-*')} {rng.randrange(2, 10)}" for _ in range(level)]
         steps[0] = steps[0].replace("_", str(drawn["a"]))
@@ -991,46 +988,46 @@ class Assistant:
 
     def text(self, ids):
         """Decode what the tokenizer knows, without an end."""
-        return self.tokenizer.decode([i for i in ids if i in self.tokenizer.vocab
-                                      and i not in self.stops])
+        known = self.tokenizer.vocab.keys() - set(self.stops)
+        return self.tokenizer.decode([i for i in ids if i in known])
 
     def respond(self, prompts, temperature, seed=0):
         """Sample a response to each of the prompts, lists of ids -> list of (ids with the prompt,
         mask, text of the response). At temperature 0: greedy. Where the model has written <<48/2=
-        and the tool is the calculator, this writes 24>>, and the model goes on. The mask is 1 for
-        what the model has written."""
+        and has a tool, this writes 24>>, and the model goes on. The mask is 1 for what the model
+        has written."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         ends = [min(len(ids) + self.args.max_new_tokens, self.model.config.block_size)
                 for ids in prompts]
         calls = {i for i, x in self.tokenizer.vocab.items() if self.args.tool and x[-1:] == b"="}
-        size = getattr(self.args, "micro_batch", self.args.batch_size)
-        for first in range(0, len(prompts), size):
+        for first in range(0, len(prompts), self.args.batch_size):
             generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + first)
-            rows = list(range(first, min(first + size, len(prompts))))
+            rows = list(range(first, min(first + self.args.batch_size, len(prompts))))
             progress("responses", rows[-1] + 1, len(prompts))
             while rows:
                 new = self.model.generate(
                     [texts[i] for i in rows], [max(0, ends[i] - len(texts[i])) for i in rows],
                     temperature, stop={*self.stops, *calls}, generator=generator)
-                for i, texts[i] in zip(rows, new):
-                    masks[i] += [1] * (len(texts[i]) - len(masks[i]))
-                rows = [i for i in rows if texts[i][-1] in calls and len(texts[i]) < ends[i]]
-                for i in rows:
-                    call = [*CALL.finditer(self.text(texts[i][len(prompts[i]) :])), None][-2:][0]
-                    if call and not call[2]:  # what follows is the tool's
-                        result = self.tokenizer.encode_ordinary(f"{calculate(call[1])}>>")
-                        texts[i] += result[: ends[i] - len(texts[i])]
-                        masks[i] += [0] * (len(texts[i]) - len(masks[i]))
-                rows = [i for i in rows if len(texts[i]) < ends[i]]
+                for i, ids in zip(rows, new):
+                    call = None
+                    if ids[-1] in calls:  # what follows may be the tool's
+                        call = re.search(CALL.pattern + "$", self.text(ids[len(prompts[i]) :]))
+                    masks[i] += [1] * (len(ids) - len(masks[i]))
+                    if call:
+                        ids += self.tokenizer.encode_ordinary(f"{calculate(call[1])}>>")
+                        del ids[ends[i] :]
+                        masks[i] += [0] * (len(ids) - len(masks[i]))
+                    texts[i] = ids
+                rows = [i for i in rows if calls and len(texts[i]) < ends[i] and
+                        texts[i][-1] not in self.stops]
         return [(ids, mask, self.text(ids[len(prompt) :]))
                 for ids, mask, prompt in zip(texts, masks, prompts)]
 
 
 def calculate(text):
     """The value of an arithmetic expression as a short decimal number, or "?"."""
-    value = math_value(text)
-    exact = value and isinstance(value[0], Fraction) and value[0] == value[1]
-    return f"{float(value[0]):.10g}" if exact else "?"
+    x, y, _ = math_value(text) or ("", "", "")
+    return f"{float(x):.10g}" if isinstance(x, Fraction) and x == y else "?"
 
 
 # -----------------------------------------------------------------------------
@@ -1057,9 +1054,8 @@ def progress(what, done, total):
         print(f"\r{what}: {done:,} of {total:,}", end="\n" * (done >= total), file=sys.stderr)
 
 
-def show(values, between=" | "):
+def show(values, between=" | ", equals=" "):
     """Names and values, in a line or in lines."""
-    equals = ": " if between == "\n" else " "
     print(between.join(f"{name}{equals}{value:.4g}" if type(value) is float else
                        f"{name}{equals}{value}" for name, value in values.items()), flush=True)
 
@@ -1111,7 +1107,7 @@ class Run(Assistant):
     def fit(self, do_step, evaluate):
         """The loop of every kind of training: learning rate, step, log, evaluation, checkpoint.
         do_step(step) -> metrics, after it has changed the parameters; evaluate() -> metrics."""
-        args, rows, step, log = self.args, [], 0, os.path.join(self.args.out_dir, "log.csv")
+        args, rows, step = self.args, [], 0
         for module in self.modules:
             body = getattr(module, "body", module)
             self.optimizers += make_optimizers(body, args.optimizer, args.learning_rate,
@@ -1128,7 +1124,8 @@ class Run(Assistant):
         else:
             show({"step": 0} | evaluate())
             os.makedirs(args.out_dir, exist_ok=True)
-        kept = {name: self.saved.get(name) for name in ("begin", "tokenizer")}
+        kept = {name: self.saved.get(name) for name in ("begin", "tokenizer")} | {
+            "template": self.template, "stop": self.stops, "names": self.names, "args": args.words}
         self.saved = None  # its memory is free again
         while step < args.max_iters:
             begin, lr = time.perf_counter(), get_lr(
@@ -1145,23 +1142,20 @@ class Run(Assistant):
             if step % args.log_interval == 0 or due:
                 show(row)
             if due:  # the log first: a run killed between the two has rows too many, left out above
-                with replacing(log, "w", newline="") as file:
+                with replacing(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
                     writer = csv.DictWriter(file, dict.fromkeys(name for r in rows for name in r))
                     writer.writeheader()
                     writer.writerows(rows)
-                save_checkpoint(self.path, self.model, self.optimizers, step=step, args=args.words,
-                                rng=torch.get_rng_state(), template=self.template,
-                                stop=self.stops, names=self.names, **kept,
-                                modules=[module.state_dict() for module in self.modules])
-        if not self.updates:
-            print("nothing was learned: in no step were there rewards that differ")
-        print(f"ckpt: {self.path}", flush=True)
+                save_checkpoint(self.path, self.model, self.optimizers, step=step, **kept,
+                                modules=[module.state_dict() for module in self.modules],
+                                rng=torch.get_rng_state())
+        print("" if self.updates else "nothing was learned: in no step did rewards differ\n",
+              f"ckpt: {self.path}", sep="", flush=True)
 
 
 def fit_rows(run, load, measure, count=len):
-    """The training of sft, dpo and reward. load(path) -> list of rows; measure(rows) -> dict of
-    scalars, means over these rows, of which "loss" is minimised; count(rows): what a mean over
-    them is divided by."""
+    """The training of sft, dpo and reward. load(path) -> rows; measure(rows) -> dict of means over
+    them, of which "loss" is minimised; count(rows): what such a mean is divided by."""
     args = run.args
     data, held_out = load(args.data), load(args.val_data) if args.val_data else []
     print(f"{len(data):,} rows, {len(held_out):,} held out | {run.device}", flush=True)
@@ -1188,7 +1182,7 @@ def fit_rows(run, load, measure, count=len):
 
 
 def run_sft(args):
-    """`sft`: learn to answer as the examples do."""
+    """`sft`: learn to answer as the examples do. Several texts share a row, unless --no_packing."""
     run = Run(args)
     model, limit = run.model, run.model.config.block_size
     packing = not args.no_packing and not {"linear", "hyena"} & set(model.kinds)  # they have states
@@ -1196,9 +1190,6 @@ def run_sft(args):
     def make(row):
         found = run.examples(chat) if (chat := read_chat(row)) else []
         return [example for example in found if len(example[0]) <= limit + 1] or None
-
-    def load(path):
-        return sum(read_rows(path, make), [])
 
     def measure(examples):
         model.train(torch.is_grad_enabled())
@@ -1208,7 +1199,8 @@ def run_sft(args):
         log_probs = run.log_probs(model, batch, positions=batch.get("positions"))["log_probs"]
         return {"loss": sft_loss(log_probs, batch["response_mask"])}
 
-    fit_rows(run, load, measure, lambda examples: sum(sum(mask[1:]) for _, mask in examples))
+    fit_rows(run, lambda path: sum(read_rows(path, make), []), measure,
+             lambda examples: sum(sum(mask[1:]) for _, mask in examples))
 
 
 def load_pairs(run, path):
@@ -1217,9 +1209,8 @@ def load_pairs(run, path):
         prompt, *texts = read_pair(row) or [[]]
         pair = [run.examples([*prompt, {"role": "assistant", "content": text}], 1)[-1]
                 for text in texts]
-        return pair if pair and max(len(ids) for ids, _ in pair) <= limit + 1 else None
-
-    limit = run.model.config.block_size
+        fits = all(len(ids) <= run.model.config.block_size + 1 for ids, _ in pair)
+        return pair if pair and fits else None
     return read_rows(path, make)
 
 
@@ -1230,7 +1221,8 @@ def preferences(chosen, rejected):
 
 
 def run_dpo(args):
-    """`dpo`: make chosen responses likelier than rejected ones, compared with where it began."""
+    """`dpo`: make chosen responses likelier than rejected ones, compared with where it began; beta:
+    how near to stay to that."""
     run = Run(args)
     model = run.model.eval()  # without dropout, so that at step 0 the policy is the reference
     reference = load_checkpoint(run.start, run.device)[0].requires_grad_(False)
@@ -1299,7 +1291,7 @@ def load_problems(assistant, path, read=read_problem):
 
     limit = assistant.model.config.block_size
     limit -= min(assistant.args.max_new_tokens, limit // 2)
-    return read_rows(path, make)[: getattr(assistant.args, "limit", 0) or None]
+    return read_rows(path, make)
 
 
 def solve(assistant, problems):
@@ -1309,9 +1301,11 @@ def solve(assistant, problems):
 
 
 def run_rl(args):
-    """`rl`: sample responses, have them verified, and make the good ones likelier. One step is: a
-    batch of prompts, args.group_size responses to each, and args.epochs passes over all of them in
-    args.minibatches updates each."""
+    """`rl`: sample responses, have them verified, and make the good ones likelier. One step: a
+    batch of prompts_per_step prompts, group_size responses to each, and epochs over all of them in
+    minibatches updates each; micro_batch are computed at a time. kl: weight of the distance from
+    --ckpt. clip: of ratios, below and above 1 (clip_high: above); 0: none. ppo: gamma, lam(bda),
+    value_weight (of the critic's loss). reward_model: a checkpoint in place of a verifier."""
     run, algorithm = Run(args), args.algorithm
     model = run.model.eval()  # no dropout: log-probs have to agree
     problems = load_problems(run, args.data)
@@ -1343,12 +1337,10 @@ def run_rl(args):
     def rollout(step):  # -> a batch, and the metrics of its rewards
         asked = [p for p in batch_of(problems, args.prompts_per_step, step, args.seed)
                  for _ in range(args.group_size)]
-        answers = run.respond([p["ids"] for p in asked], args.temperature,
-                              args.seed * 100_003 + step)
-        texts, masks, said = zip(*answers)
-        rewards = torch.cat([reward_model.score(texts[i : i + args.micro_batch]) for i in range(
-            0, len(texts), args.micro_batch)]) if reward_model else torch.tensor(
-                [*map(verify, asked, said)], device=run.device)
+        texts, masks, said = zip(*run.respond([p["ids"] for p in asked], args.temperature,
+                                              args.seed * 100_003 + step))
+        rewards = reward_model.score(texts) if reward_model else torch.tensor(
+            [*map(verify, asked, said)], device=run.device)
         if not rewards.isfinite().all():
             raise ValueError("a reward is not a finite number")
         shown[:] = list(zip(asked, said, rewards.tolist()))[:: args.group_size]
@@ -1356,7 +1348,7 @@ def run_rl(args):
         row = {"reward": rewards.mean().item(), "solved": (rewards >= 1).float().mean().item(),
                "length": batch["response_mask"].sum(1).float().mean().item()}
         if algorithm == "expert":  # what was right, each response once
-            right = {texts[i]: i for i in range(len(texts)) if rewards[i] >= 1}
+            right = {tuple(texts[i]): i for i in range(len(texts)) if rewards[i] >= 1}
             batch = {name: x[list(right.values())] for name, x in batch.items()}
         found = []  # what the losses need to know from before the updates
         for part in parts(batch):
@@ -1371,12 +1363,12 @@ def run_rl(args):
         return batch, row
 
     def learn(mini):  # one update -> its metrics
-        sums = Counter()
-        mini["weights"] = token_weights(mini["response_mask"], average, args.max_new_tokens)
+        sums, mask = Counter(), mini["response_mask"]
+        mini["weights"] = token_weights(mask, average, args.max_new_tokens)
         if not critic and not args.kl:  # advantages of 0 have no gradient
             mini = {name: x[mini["advantages"][:, 0] != 0] for name, x in mini.items()}
-        mean = token_weights(mini["response_mask"])
-        for part, share in zip(parts(mini), mean.split(args.micro_batch)):
+        mini["shares"] = token_weights(mini["response_mask"])
+        for part in parts(mini):
             found = look(model, part)
             log_probs, new = found["log_probs"], found["log_probs"].detach()
             old = part.get("old", new)
@@ -1391,10 +1383,10 @@ def run_rl(args):
             loss = (part["weights"] * losses).sum()
             loss.backward()
             ratio = (new - old).exp()
-            outside = (ratio < 1 - clip[0]) | (ratio > 1 + clip[1])
-            for name, x in (("entropy", found["token_entropy"]), ("clip_fraction", outside),
+            for name, x in (("entropy", found["token_entropy"]),
+                            ("clip_fraction", (ratio < 1 - clip[0]) | (ratio > 1 + clip[1])),
                             ("kl", kl_estimate(new, part.get("reference", old)))):
-                sums[name] += (x * share).sum().item()
+                sums[name] += (x * part["shares"]).sum().item()
             sums["loss"] += loss.item()
         return {**sums, "grad_norm": run.update()} if sums else {}
 
@@ -1437,7 +1429,7 @@ def run_synth(args):
     writer, n = Assistant(args), 1 if args.rewrite else args.samples
     problems = load_problems(writer, args.rewrite or args.data, lambda row: {"messages": [
         {"role": "user", "content": f"{args.instruction}\n\n{field(row, 'text')}"}]}
-        if args.rewrite else read_problem(row))
+        if args.rewrite else read_problem(row))[: args.limit or None]
     asked = [problem["ids"] for problem in problems for _ in range(n)]
     answers, rows = writer.respond(asked, args.temperature, args.seed), []
     for i, problem in enumerate(problems):
@@ -1462,7 +1454,7 @@ def run_judge(args):
         votes[judge_pair(judge, messages[-1]["content"], a, b)] += 1
         progress("pairs", votes.total(), len(pairs))
     show({"pairs": len(pairs), "first_preferred": votes[1], "second_preferred": votes[-1],
-          "undecided": votes[0], "win_rate": share([1] * votes[1] + [0] * votes[-1])}, "\n")
+          "undecided": votes[0], "win_rate": share([1] * votes[1] + [0] * votes[-1])}, "\n", ": ")
 
 
 # -----------------------------------------------------------------------------
@@ -1609,7 +1601,7 @@ def run_eval(args):
     calculator; --retrieve: documents, of which the best --passages come before the question."""
     assistant = Assistant(args)
     if args.task == "ppl":
-        return show(perplexity(assistant, args), "\n")
+        return show(perplexity(assistant, args), "\n", ": ")
     items = read_task(args.task, args.data, args.cot)
     shots = read_task(args.task, args.fewshot_data, args.cot) if args.fewshot_data else items
     solved = [(shot["header"], shot["context"], shot["target"]) for shot in shots]
@@ -1620,14 +1612,14 @@ def run_eval(args):
                 (header, a, b) != own]
         item["question"] = item["context"]
         item["context"] = "".join([own[0], *same[: args.fewshot], own[1]])
-    show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n")
+    show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n", ": ")
     if args.retrieve:
         texts = read_rows(args.retrieve, lambda row: field(row, "text"))
         best = bm25([part for text in texts for part in text.split("\n\n") if part.strip()])
         for item in items:
             item["context"] = "\n\n".join([*best(item["question"], args.passages), item["context"]])
         found = measure(assistant, items, args)
-        show({f"open_{name}": value for name, value in found.items()}, "\n")
+        show({f"open_{name}": value for name, value in found.items()}, "\n", ": ")
 
 
 def measure(assistant, items, args):
@@ -1769,17 +1761,17 @@ def demonstrate(args, seed):
 # -----------------------------------------------------------------------------
 # The command line.
 
-MODEL = "ckpt='' template='' device=auto seed=1 data='' batch_size=16 max_new_tokens=256 "
+MODEL = "ckpt='' template='' device=auto seed=1 data='' batch_size=16 max_new_tokens=256 tool='' "
 TRAIN = MODEL + ("val_data='' out_dir=out-align resume=False max_iters=200 learning_rate=1e-5 "
                  "warmup_iters=0 schedule=constant optimizer=adamw weight_decay=0.0 grad_clip=1.0 "
                  "eval_interval=50 log_interval=10 dtype=float32 gradient_accumulation_steps=1 ")
-WRITE = MODEL + "limit=0 out='' samples=1 temperature=1.0 tool='' "
+WRITE = MODEL + "limit=0 out='' samples=1 temperature=1.0 "
 COMMANDS = {  # its flags and their defaults, which have the type of what is given
     run_demo: "seed=1 seeds=5 algorithm=grpo out_dir=out-align",
-    run_sft: TRAIN + "no_packing=False tool=''", run_dpo: TRAIN + "beta=0.1", run_reward: TRAIN,
+    run_sft: TRAIN + "no_packing=False", run_dpo: TRAIN + "beta=0.1", run_reward: TRAIN,
     run_rl: TRAIN + "algorithm=grpo prompts_per_step=16 group_size=8 epochs=1 minibatches=1 "
     "micro_batch=1024 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0 lam=0.95 "
-    "value_weight=0.1 reward_model='' tool=''",
+    "value_weight=0.1 reward_model='' batch_size=1024",
     run_synth: WRITE + "kind=arithmetic level=2 n=1000 pairs=False rewrite='' "
     "instruction='Rewrite_this_text_clearly,_keeping_all_facts.'",
     run_judge: WRITE,
@@ -1795,13 +1787,14 @@ def run_command(words):
     """Do what was typed after `python align.py`."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"align.py: error: {message}\n")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for function, flags in COMMANDS.items():
         name, text = function.__doc__[1:].split("`: ")
         command = commands.add_parser(name, help=text.split(".")[0], description=text)
-        command.error = lambda message: parser.exit(2, f"align.py: error: {message}\n")
+        command.error = parser.error
         command.set_defaults(function=function)
-        for flag, default in (flag.split("=") for flag in flags.split()):
+        for flag, default in dict(flag.split("=") for flag in flags.split()).items():
             with contextlib.suppress(ValueError):
                 default = ast.literal_eval(default)
             how = SWITCH if default is False else {"type": type(default), "choices":
