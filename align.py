@@ -317,7 +317,7 @@ def token_weights(mask, average="token", longest=1):
     token     1 / number of tokens: all count the same (DAPO: Yu et al. 2025; fine-tuning; PPO)
     response  1 / (B length of its response): all responses do (GRPO: Shao et al. 2024)
     constant  1 / (B longest): long wrong answers gain nothing (Dr. GRPO: Liu et al. 2025)"""
-    mask = mask.float()
+    mask = mask * 1.0
     if average == "response":
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
     return mask / (len(mask) * longest if average == "constant" else mask.sum().clamp(min=1))
@@ -373,7 +373,7 @@ FUNCTION = rf"\\?(?:sqrt|{'|'.join(FUNCTIONS)})(?![a-z])|√"
 LETTER = (r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega)(?![a-z]))"
           r"(?:_(?:\w|\{\w+\}))?'*")
 NAME = re.compile(rf"\s*{LETTER}\s*(?:\([^()=]*\))?\s*")  # x, f(x), \theta
-TOTAL = re.compile(rf"(?!(?i:not?)\b)(?:{LETTER}|[-+*|(){{}},\s]|\^\d)+")  # a + b, |AB|, (x, y)
+NAMES = re.compile(rf"(?!(?i:not?)\b)(?:{LETTER}|[|(){{}},\s])+")  # |AB|, (x, y)
 SIGNS = dict(pair.split() for pair in (
     "pi π,infty ∞,le ≤,leq ≤,ge ≥,geq ≥,lt <,gt >,ne ≠,neq ≠,in ∈,cup ∪,pm ±,mp ∓,lvert |,rvert |,"
     "vert |,emptyset ∅,varnothing ∅,cdot *,times *,div /,degree °").split(","))
@@ -426,7 +426,7 @@ def parse(text, point):
         return complex(x) ** complex(y)
 
     def small(x):  # an integer whose factorial can be computed, or -1, which has none
-        return int(x) if x == int(x) <= 1000 else -1
+        return int(x) if x == int(x) <= 100 else -1
 
     def total():
         sign, x = take("[+-]?"), product()
@@ -463,7 +463,7 @@ def parse(text, point):
         x = FUNCTIONS[name](x) / (FUNCTIONS[name](base) if base else 1)
         return raised(x, exponent or Fraction(1))
 
-    def atom(number=r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"):
+    def atom(number=r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d\d?(?!\d))?"):
         nonlocal bars
         if digits := take(number):
             return Fraction(digits)
@@ -496,7 +496,7 @@ def math_value(text):
         if not (word.isupper() or re.fullmatch(f"{FUNCTION}|[^eiou]{{3}}", word)):
             return None
     with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
-        return [parse(text, point) for point in range(3)]
+        return [parse(text, point) for point in range(3)] if len(text) <= 1000 else None
 
 
 def close(x, y):
@@ -597,9 +597,9 @@ def same(a, b):
             return all(a[2] + b[2]) and all(
                 close(a[2][i] * b[2][0], a[2][0] * b[2][i]) for i in (1, 2))
         return a[1] == b[1] and same(a[3], b[3])
-    if a[0] == "=":  # x = 5 and a + b = 5 give 5; 2x = 5 and -x = 5 do not
-        total = TOTAL.fullmatch(a[1]) and len(set(re.findall(LETTER, a[1]))) > 1
-        return bool(NAME.fullmatch(a[1]) or total and not is_free(a[3])) and same(a[3], b)
+    if a[0] == "=":  # x = 5 and AB = 5 give 5; 2x = 5 and -x = 5 do not
+        names = NAMES.fullmatch(a[1]) and len(set(re.findall(LETTER, a[1]))) > 1
+        return bool(NAME.fullmatch(a[1]) or names and not is_free(a[3])) and same(a[3], b)
     if b[0] == "=":
         return bool(NAME.fullmatch(b[1])) and same(a, b[3])
     if a[0] == "list" != b[0] and len(a[1]) == 1:
@@ -623,6 +623,8 @@ def same(a, b):
 
 def grade_math(response, truth):
     """Whether a response, or an answer alone, gives the true answer, both strings."""
+    if not isinstance(response, str) or not isinstance(truth, str):
+        return False
     answer = extract_answer(response[-20_000:])
     truth = extract_answer(truth) if re.search(r"####|\\boxed", truth) else truth
     with contextlib.suppress(ArithmeticError, RecursionError):
@@ -639,12 +641,12 @@ def find_choice(response, n=4):
     at its beginning ("B. because"), or as its last word ("it must be C"); else None. No choice are
     letters side by side, negated ones, and A and I as words."""
     end = (r"(?=[).:,;*\"'$}\]<\n]|\s*$|\s+because\b)"
-           rf"(?!\W*(?:or|and)\b|[\s,/()&]*[{LETTERS[:n]}]\b)")
-    letter = rf"\W*([{LETTERS[:n]}])"
+           rf"(?!\W{{0,9}}(?:or|and)\b|[\s,/()&]*[{LETTERS[:n]}]\b)")
+    letter = rf"\W{{0,9}}([{LETTERS[:n]}])"
     marks = r"(?:\\boxed(?:\{\\text\w*)?|####|<answer>|(?i:answer|choice|option)(?i:\s+is|:))"
     last = r"(?<!not )(?<!n't )(?<!never )\b(?i:is|be|choose|pick)" + letter + r"\W*$"
     for pattern in marks + letter + end, "^" + letter + end.replace(r"\s+because\b", "$"), last:
-        if found := re.findall(pattern, response):
+        if found := re.findall(pattern, response[-20_000:]):
             return found[-1]
     return None
 
@@ -652,7 +654,7 @@ def find_choice(response, n=4):
 def sentences(text):
     """How many: the points of titles and initials end none, nor those of abbreviations (p.m.) and
     decimals where no capital follows, nor those of a numbered list."""
-    text = re.sub(r"(?m)^\s*\d+\.|\b(?:Mrs?|Ms|Dr|Prof|St|Jr|Sr|vs|[A-HJ-Z])\.(?=\s)|"
+    text = re.sub(r"(?m)^[^\S\n]*\d+\.|\b(?:Mrs?|Ms|Dr|Prof|St|Jr|Sr|vs|[A-HJ-Z])\.(?=\s)|"
                   r"\b(?:etc\.|(?:[a-zA-Z]\.){2,})(?!\s+[A-Z])", "", text)
     return len(re.findall(r"[^.!?\s](?:[^.!?]|[.!?](?=\w))*(?:[.!?]+|$)", text))
 
@@ -1772,12 +1774,12 @@ COMMANDS = {  # its flags and their defaults, which have the type of what is giv
     run_rl: TRAIN + "algorithm=grpo prompts_per_step=16 group_size=8 epochs=1 minibatches=1 "
     "micro_batch=1024 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0 lam=0.95 "
     "value_weight=0.1 reward_model='' batch_size=1024",
-    run_synth: WRITE + "kind=arithmetic level=2 n=1000 pairs=False rewrite='' "
+    run_synth: WRITE + "out=synth.jsonl kind=arithmetic level=2 n=1000 pairs=False rewrite='' "
     "instruction='Rewrite_this_text_clearly,_keeping_all_facts.'",
     run_judge: WRITE,
     run_eval: WRITE + "task='' fewshot=0 fewshot_data='' cot=False chat=False retrieve='' "
     "passages=1"}
-CHOICES = {"algorithm": ("grpo", "reinforce", "ppo", "dr_grpo", "dapo", "expert"),
+CHOICES = {"template": ("", *TEMPLATES), "algorithm": ("grpo", "reinforce", "ppo", "dr_grpo", "dapo", "expert"),
            "kind": ("arithmetic", "addition", "word"), "task": ("ppl", *TASKS), "tool": (
                "", "calculator"), "optimizer": ("adamw", "muon", "soap", "sgd"), "dtype": (
                "float32", "bfloat16"), "schedule": ("constant", "cosine", "wsd")}
