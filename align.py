@@ -32,7 +32,6 @@ import os
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -696,21 +695,28 @@ def follows(problem, response, loose=False):
             for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
 
-# Code of a model is never run in this process, nor beside its tests: two child processes talk over
-# a socket, both without files, network and further processes. One holds the code; the other runs
-# the tests, and asks the first for every call. What they exchange are literals, as text. So the
-# code never sees a test, an expected value or the verdict, and an object that claims to be equal to
+# Code of a model is never run in this process, nor beside its tests. Another process splits in two,
+# both without files, network and further processes: one holds the code; the other reads the tests,
+# and asks the first for every call. What they exchange are literals, as text. So the code never
+# sees a test, an expected value or the verdict, and an object that claims to be equal to
 # everything, os._exit(0) and printing are no use.
 SANDBOX = r'''
-import ast, contextlib, ctypes, io, json, os, platform, resource, struct, sys
+import ast, contextlib, ctypes, io, json, os, platform, resource, socket, struct, sys
 import bisect, builtins, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions
 import functools, hashlib, heapq, itertools, math, operator, random, re, statistics, string
 import textwrap, time, typing, _strptime
 
-role, seconds, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-told, tell = open(1, "rb"), open(1, "wb")  # the socket
-source, program = json.load(sys.stdin)
-sys.stdin, sys.stdout = io.StringIO(), open(os.devnull, "w")
+seconds, memory, (code, program) = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+names = {name: module for name, module in sys.modules.items() if "." not in name}
+sys.stdout, ends, null = open(os.devnull, "w"), socket.socketpair(), os.open(os.devnull, os.O_RDWR)
+holds_code = os.fork() == 0  # from here on two processes; this one holds the code, or reads tests
+ends[not holds_code].close()
+link = ends[holds_code].detach()
+told, tell = open(link, "rb"), open(link, "wb")
+tests = "" if holds_code else sys.stdin.read()
+if holds_code:
+    for number in range(3):
+        os.dup2(null, number)
 
 
 def confine():  # -> whether the system can take away system calls, beside other rights
@@ -792,17 +798,16 @@ def run(text):  # the code as a program, with this as its input
     sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
     out = sys.stdout = io.TextIOWrapper(io.BytesIO(), write_through=True)
     with contextlib.suppress(SystemExit):
-        exec(compile(source, "solution", "exec"), {"__name__": "__main__"})
+        exec(compile(code, "solution", "exec"), {"__name__": "__main__"})
     return out.buffer.getvalue().decode()
 
 
-names = {name: module for name, module in sys.modules.items() if "." not in name}
 confined = confine()
 sys.addaudithook(hook)
-del sys.modules["ctypes"], names["ctypes"]
-if role == "code":
+del sys.modules["ctypes"], sys.modules["socket"]
+if holds_code:
     names = {"__name__": "solution", "run": run}
-    answer(lambda: exec("" if program else source, names) or list(names))
+    answer(lambda: exec("" if program else code, names) or list(names))
     for line in told:
         name, args, kwargs = ast.literal_eval(line.decode())
         answer(lambda *args, **kwargs: names[name](*args, **kwargs), *args, **kwargs)
@@ -810,7 +815,7 @@ if role == "code":
 try:
     names |= {name: functools.partial(ask, name) for name in hear()[0]
               if name[:1] != "_" and not hasattr(builtins, name)}
-    exec(compile(source, "tests", "exec"), names)
+    exec(compile(tests, "tests", "exec"), names)
     verdict = ""
 except BaseException as error:
     verdict = (type(error).__name__ + ": " + str(error))[:300]
@@ -832,7 +837,7 @@ class Verdict(NamedTuple):
 def run_code(code, tests, timeout=5.0, memory_mb=512):
     """Run Python code of a stranger and then tests of it, source or a list of lines such as
     `assert f(1) == 2`; or a list of {"input", "output"}, where the code is a program that reads and
-    prints -> `Verdict`. Both get `timeout` seconds together, memory_mb megabytes each, and a part
+    prints -> `Verdict`. Together they get `timeout` seconds, each memory_mb megabytes, and a part
     of the standard library (see SANDBOX). Functions take and give literals: numbers, strings,
     lists, tuples, dicts, sets. On Linux (x86-64, aarch64) 19 system calls are left to them; on
     macOS only limits hold, and a warning says so."""
@@ -840,18 +845,13 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     program = not isinstance(tests[0], str)
     if program:
         tests = [f"assert run({t['input']!r}).split() == {t['output']!r}.split()" for t in tests]
-    command = [sys.executable, "-I", "-S", "-c", SANDBOX]
-    limits, (ours, theirs) = [str(int(timeout) + 2), str(memory_mb << 20)], socket.socketpair()
-    with ours, theirs:  # from here on only the children have them
-        children = [subprocess.Popen(
-            [*command, role, *limits], cwd="/", env={}, stdin=subprocess.PIPE, stdout=end,
-            stderr=error, start_new_session=True) for role, end, error in (
-                ("code", ours, subprocess.DEVNULL), ("tests", theirs, subprocess.PIPE))]
+    job = json.dumps([code[:20_000], program])  # words of a command line have a largest size
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", SANDBOX, str(int(timeout) + 2), str(memory_mb << 20), job],
+        cwd="/", env={}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True)
     try:
-        with contextlib.suppress(BrokenPipeError), children[0].stdin as file:
-            file.write(json.dumps([code, program]).encode())
-        job = json.dumps(["\n".join(tests), program]).encode()
-        confined, error = json.loads(children[1].communicate(job, timeout)[1])
+        confined, error = json.loads(child.communicate("\n".join(tests).encode(), timeout)[1])
         if not confined:
             warnings.warn("on this system only limits of resources confine code")
     except subprocess.TimeoutExpired:
@@ -859,9 +859,8 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     except ValueError:
         error = "the tests did not come to an end"
     finally:
-        for child in children:
-            with contextlib.suppress(OSError), child:
-                os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError), child:
+            os.killpg(child.pid, signal.SIGKILL)
     return Verdict(not error, error)
 
 
