@@ -626,6 +626,8 @@ def grade_math(response, truth):
         return False
     answer = extract_answer(response[-20_000:])
     truth = extract_answer(truth) if re.search(r"####|\\boxed", truth) else truth
+    if answer == truth != "":  # often, and fast
+        return True
     with contextlib.suppress(ArithmeticError, RecursionError):
         return len(answer) <= 1000 and any(
             same(read(answer, way), read(truth, way)) for way in (False, True))
@@ -1061,17 +1063,17 @@ def show(values, between=" | ", equals=" "):
                        f"{name}{equals}{value}" for name, value in values.items()), flush=True)
 
 
+@functools.lru_cache(2)
+def epoch_order(n, seed, epoch):
+    """A permutation of n items that depends on seed and epoch alone, so that runs can be resumed."""
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
 def batch_of(items, batch_size, step, seed):
-    """Batch number `step`: epochs follow each other, each a permutation of the items that depends
-    on seed and epoch alone, so that a run can be resumed."""
-    batch, order, last = [], [], None
-    for at in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(at, len(items))
-        if epoch != last:
-            order, last = list(items), epoch
-            random.Random(f"{seed} {epoch}").shuffle(order)
-        batch.append(order[i])
-    return batch
+    """Batch number `step` of the epochs, one after the other."""
+    n = len(items)
+    return [items[epoch_order(n, seed, at // n)[at % n]]
+            for at in range(step * batch_size, (step + 1) * batch_size)]
 
 
 class Run(Assistant):
