@@ -606,7 +606,7 @@ def test_dpo_reward_model_and_what_it_is_for(tmp_path, trained):
              for p in sums(100)]
     data, test = write(tmp_path / "a.jsonl", pairs[:80]), write(tmp_path / "b.jsonl", pairs[80:])
     rows = train("dpo", trained[0], data, tmp_path / "dpo", f"--val_data {test} --max_iters 30 "
-                 "--learning_rate 5e-3 --eval_interval 15 --gradient_accumulation_steps 2")
+                 "--learning_rate 3e-3 --eval_interval 15 --gradient_accumulation_steps 2 --optimizer muon")
     assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6
     assert statistics.mean(float(r["margin"]) for r in rows[-10:]) > 0.05
     assert float(rows[-1]["val_accuracy"]) > 0.5 and float(rows[-1]["val_margin"]) > 0
