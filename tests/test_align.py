@@ -602,15 +602,13 @@ def test_resume_is_exact(tmp_path, trained, kind, flags, capsys):
 
 
 def test_dpo_reward_model_and_what_it_is_for(tmp_path, trained):
-    pairs = [{"prompt": p["prompt"], "chosen": p["answer"], "rejected": str(int(p["answer"]) + 1)}
-             for p in sums(100)]
+    pairs = [{"prompt": p["prompt"], "chosen": p["answer"], "rejected": "no"} for p in sums(100)]
     data, test = write(tmp_path / "a.jsonl", pairs[:80]), write(tmp_path / "b.jsonl", pairs[80:])
-    rows = train("dpo", trained[0], data, tmp_path / "dpo", f"--val_data {test} --max_iters 30 "
-                 "--learning_rate 3e-3 --eval_interval 15 --gradient_accumulation_steps 2 --optimizer muon")
+    rows = train("dpo", trained[0], data, tmp_path / "dpo", f"--val_data {test} --max_iters 20 "
+                 "--learning_rate 2e-3 --eval_interval 10 --gradient_accumulation_steps 2")
     assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6
-    assert statistics.mean(float(r["margin"]) for r in rows[-10:]) > 0.05
-    assert float(rows[-1]["val_accuracy"]) > 0.5 and float(rows[-1]["val_margin"]) > 0
-    pairs = write(tmp_path / "c.jsonl", [pair | {"rejected": "no"} for pair in pairs[:40]])
+    assert float(rows[-1]["margin"]) > 0.1 and float(rows[-1]["val_accuracy"]) == 1
+    pairs = write(tmp_path / "c.jsonl", pairs[:40])
     rows = train("reward", trained[0], pairs, tmp_path / "rm", f"--val_data {pairs} --max_iters "
                  "15 --learning_rate 1e-2")
     assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6
