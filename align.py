@@ -848,10 +848,10 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     if program:
         tests = [f"assert run({t['input']!r}).split() == {t['output']!r}.split()" for t in tests]
     job = json.dumps([code[:20_000], program])  # words of a command line have a largest size
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", SANDBOX, str(int(timeout) + 2), str(memory_mb << 20), job],
-        cwd="/", env={}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        start_new_session=True)
+    limits, pipe = [str(int(timeout) + 2), str(memory_mb << 20)], subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-I", "-S", "-c", SANDBOX, *limits, job], cwd="/",
+                             env={}, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe,
+                             start_new_session=True)
     try:
         confined, error = json.loads(child.communicate("\n".join(tests).encode(), timeout)[1])
         if not confined:
@@ -1065,7 +1065,7 @@ def show(values, between=" | ", equals=" "):
 
 @functools.lru_cache(2)
 def epoch_order(n, seed, epoch):
-    """A permutation of n items that depends on seed and epoch alone, so that runs can be resumed."""
+    """A permutation of n items, by seed and epoch alone, so that runs can be resumed."""
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
@@ -1417,10 +1417,11 @@ def run_rl(args):
 
 
 def run_synth(args):
-    """`synth`: without --ckpt, n problems of a kind and level, made by a program. With it, samples of
-    verified responses to the problems in --data, or --pairs of a right and a wrong one. With
-    --rewrite, a file of documents, these as the model writes them anew by --instruction: what
+    """`synth`: without --ckpt, n problems of a kind and level, made by a program. With it, verified
+    responses, of so many samples, to the problems in --data, or --pairs of a right and a wrong one.
+    With --rewrite, a file of documents, these as the model writes them anew by --instruction: what
     curate.py mix takes."""
+    how = args.instruction or "Rewrite this text clearly, keeping all facts."
     rows = {}
     if not args.ckpt:
         rng = random.Random(args.seed)
@@ -1431,10 +1432,10 @@ def run_synth(args):
         return write_rows(args.out, list(rows.values()))
     writer, n = Assistant(args), 1 if args.rewrite else args.samples
     problems = load_problems(writer, args.rewrite or args.data, lambda row: {"messages": [
-        {"role": "user", "content": f"{args.instruction}\n\n{field(row, 'text')}"}]}
+        {"role": "user", "content": f"{how}\n\n{field(row, 'text')}"}]}
         if args.rewrite else read_problem(row))[: args.limit or None]
-    asked = [problem["ids"] for problem in problems for _ in range(n)]
-    answers, rows = writer.respond(asked, args.temperature, args.seed), []
+    asked, rows = [problem["ids"] for problem in problems for _ in range(n)], []
+    answers = writer.respond(asked, args.temperature, args.seed)
     for i, problem in enumerate(problems):
         texts = dict.fromkeys(text for *_, text in answers[i * n : i * n + n] if text.strip())
         if args.rewrite:
@@ -1550,29 +1551,26 @@ def read_task(task, path, cot=False):
     answered in words; choices, then, by their letters."""
     def make(row, header=""):
         context, choices, label = TASKS[task](row)
-        item = {"context": context, "header": header, "target": label}
+        item = {"header": header, "context": context, "target": label}
         if choices:
             item |= {"choices": choices, "label": label, "target": " " + choices[label]}
-            if cot:
-                item["problem"] = {"answerKey": LETTERS[label], "n": len(choices)}
-                if task != "mmlu":
-                    item["context"] = lettered(context.removesuffix("\nAnswer:"), choices)
-        else:
-            item["problem"] = read_problem(row)
-            if item["problem"] is None:
-                return None
-        item["context"] += " Let's think step by step." if cot else ""
-        return item
+            if cot and task != "mmlu":
+                item["context"] = lettered(context.removesuffix("\nAnswer:"), choices)
+        if cot or not choices:
+            item["context"] += " Let's think step by step." if cot else ""
+            item["problem"] = read_problem(row) if not choices else {
+                "answerKey": LETTERS[label], "n": len(choices)}
+        return item if item.get("problem", item) else None
 
     if task != "mmlu":
         return read_rows(path, make)
-    names, items = sorted(os.listdir(path)) if os.path.isdir(path) else [""], []
+    names, items = [path], []
+    if os.path.isdir(path):
+        names = [os.path.join(path, name) for name in sorted(os.listdir(path))]
     for name in names:
-        subject = re.sub(r"_(dev|val|test)\.csv$", "", name or os.path.basename(path))
-        header = ("The following are multiple choice questions (with answers) about "
-                  f"{subject.replace('_', ' ')}.\n\n")
-        items += read_rows(os.path.join(path, name) if name else path,
-                           functools.partial(make, header=header))
+        subject = re.sub(r"_(dev|val|test)\.csv$", "", os.path.basename(name)).replace("_", " ")
+        header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        items += read_rows(name, functools.partial(make, header=header))
     return items
 
 
@@ -1628,8 +1626,8 @@ def run_eval(args):
 def measure(assistant, items, args):
     """Accuracies of a checkpoint -> dict. Of choices: by likelihood, and by likelihood per
     character. Of answers: of the first of n, pass@k, and of the answer that most of them give
-    (self-consistency: Wang et al. 2022); of a number, also if the last one of a text is taken, which
-    is too lenient for a reward."""
+    (self-consistency: Wang et al. 2022); of a number, also if the last one of a text is taken,
+    which is too lenient for a reward."""
     tokenizer, limit, n = assistant.tokenizer, assistant.model.config.block_size, args.samples
     limit -= min(args.max_new_tokens, limit // 2)
     asked = [assistant.encode([{"role": "user", "content": item["context"]}]) if args.chat else
@@ -1692,7 +1690,7 @@ def perplexity(assistant, args):
         n for _, n in requests)
     bits = loss / math.log(2) / sum(len(text.encode()) for text in texts)
     return {"tokens": tokens, "loss": f"{loss / tokens:.4f}",
-            "perplexity": f"{math.exp(min(700, loss / tokens)):.4f}", "bits_per_byte": f"{bits:.4f}"}
+            "perplexity": f"{math.exp(loss / tokens):.4f}", "bits_per_byte": f"{bits:.4f}"}
 
 
 # -----------------------------------------------------------------------------
@@ -1710,16 +1708,16 @@ def run_demo(args):
     with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
         results = pool.starmap(demonstrate, jobs, chunksize=1)
     print(f"\n{'held-out problems solved':26}{'sft':>12}{args.algorithm:>12}{'control':>12}")
-    for (_, seed), row in zip(jobs, results):
-        print(f"seed {seed:<21}" + "".join(f"{cell:12.1%}" for cell, _ in row))
-    for title, i, form in ("mean", 0, "12.1%"), ("seconds of training", 1, "12.1f"):
-        means = [statistics.fmean(cell[i] for cell in column) for column in zip(*results)]
-        print(f"{title:26}" + "".join(f"{mean:{form}}" for mean in means))
+    means = [[*map(statistics.fmean, zip(*column))] for column in zip(*results)]
+    for title, row in (*((f"seed {seed}", row) for (_, seed), row in zip(jobs, results)),
+                       ("mean", means)):
+        print(f"{title:26}" + "".join(f"{accuracy:12.1%}" for accuracy, _ in row))
+    print(f"{'seconds of training':26}" + "".join(f"{seconds:12.1f}" for _, seconds in means))
     print(f"\nseconds: {time.perf_counter() - begin:.1f}\nout_dir: {args.out_dir}", flush=True)
 
 
 def demonstrate(args, seed):
-    """One seed -> [(accuracy, seconds) of sft, rl, and the control]; the first one's output shows."""
+    """One seed -> [(accuracy, seconds) of sft, rl, control]. The first one's output is shown."""
     folder, results, teacher, taught = f"{args.out_dir}/seed{seed}/", [], random.Random(seed), []
     problems = [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b)}
                 for a in range(10, 100) for b in range(10, 100)]
@@ -1736,7 +1734,7 @@ def demonstrate(args, seed):
 
     def command(name, line):  # does and shows what could have been typed -> its steps' seconds
         line += (f" --out_dir {folder}{name} --val_data {folder}valid.jsonl --device cpu --seed "
-                 f"{seed} --log_interval 1000 --optimizer muon --weight_decay 0.1 --schedule cosine")
+                 f"{seed} --log_interval 999 --optimizer muon --weight_decay 0.1 --schedule cosine")
         print(f"\n$ python align.py {line}", flush=True)
         run_command(line.split())
         seconds = [float(row["seconds"]) for row in read_log(folder + name)]
@@ -1753,9 +1751,9 @@ def demonstrate(args, seed):
         save_checkpoint(folder + "base.pt", model, tokenizer=tokenizer.to_json())
         sft = f"sft --data {folder}taught.jsonl --no_packing --batch_size 128 --learning_rate 2e-2"
         seconds = command("sft", f"{sft} --ckpt {folder}base.pt --max_iters 450")
-        rl = sum(command(args.algorithm, f"rl --algorithm {args.algorithm} --max_new_tokens 4 --ckpt "
-                         f"{folder}sft/ckpt.pt --data {folder}train.jsonl --max_iters 80 "
-                         "--prompts_per_step 128 --eval_interval 20 --learning_rate 1e-2"))
+        rl = sum(command("rl", f"rl --algorithm {args.algorithm} --ckpt {folder}sft/ckpt.pt --data "
+                         f"{folder}train.jsonl --max_new_tokens 4 --prompts_per_step 128 "
+                         "--max_iters 80 --eval_interval 20 --learning_rate 1e-2"))
         command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --eval_interval 200 --max_iters "
                            f"{round(rl / statistics.median(seconds))}")
     return results
@@ -1776,14 +1774,15 @@ COMMANDS = {  # its flags and their defaults, which have the type of what is giv
     "micro_batch=1024 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0 lam=0.95 "
     "value_weight=0.1 reward_model='' batch_size=1024",
     run_synth: WRITE + "out=synth.jsonl kind=arithmetic level=2 n=1000 pairs=False rewrite='' "
-    "instruction='Rewrite_this_text_clearly,_keeping_all_facts.'",
+    "instruction=''",
     run_judge: WRITE,
     run_eval: WRITE + "task='' fewshot=0 fewshot_data='' cot=False chat=False retrieve='' "
     "passages=1"}
-CHOICES = {"template": ("", *TEMPLATES), "algorithm": ("grpo", "reinforce", "ppo", "dr_grpo", "dapo", "expert"),
-           "kind": ("arithmetic", "addition", "word"), "task": ("ppl", *TASKS), "tool": (
-               "", "calculator"), "optimizer": ("adamw", "muon", "soap", "sgd"), "dtype": (
-               "float32", "bfloat16"), "schedule": ("constant", "cosine", "wsd")}
+CHOICES = {
+    "algorithm": ("grpo", "reinforce", "ppo", "dr_grpo", "dapo", "expert"), "tool": (
+        "", "calculator"), "kind": ("arithmetic", "addition", "word"), "task": ("ppl", *TASKS),
+    "template": ("", *TEMPLATES), "optimizer": ("adamw", "muon", "soap", "sgd"),
+    "dtype": ("float32", "bfloat16"), "schedule": ("constant", "cosine", "wsd")}
 
 
 def run_command(words):
