@@ -966,12 +966,14 @@ class Assistant:
     def __init__(self, args):
         self.args, self.device = args, pick_device(args.device)
         self.model, self.saved = load_checkpoint(args.ckpt, self.device)
-        self.tokenizer = Tokenizer.from_json(self.saved["tokenizer"] or "{}")
-        end = self.tokenizer.decode([self.tokenizer.eot_id])
+        self.tokenizer = Tokenizer.from_json(self.saved.get("tokenizer") or "{}")
+        end = self.tokenizer.decode([i for i in [self.tokenizer.eot_id] if i is not None])
         self.names = self.saved.get("names") or {"bos_token": end, "eos_token": end}
         self.template = TEMPLATES.get(args.template) or self.saved.get("template") or RAW
         self.stops = chat_stops(self.tokenizer, self.template, **self.names)
         self.stops += self.saved.get("stop") or []
+        if not self.stops:
+            raise ValueError(f"{args.ckpt}: no token of its tokenizer ends a text")
 
     def encode(self, messages):
         """Ids of a conversation up to where the assistant speaks next."""
@@ -991,8 +993,8 @@ class Assistant:
 
     def text(self, ids):
         """Decode what the tokenizer knows, without an end."""
-        known = self.tokenizer.vocab.keys() - set(self.stops)
-        return self.tokenizer.decode([i for i in ids if i in known])
+        return self.tokenizer.decode([i for i in ids if i in self.tokenizer.vocab
+                                      and i not in self.stops])
 
     def respond(self, prompts, temperature, seed=0):
         """Sample a response to each of the prompts, lists of ids -> list of (ids with the prompt,
@@ -1102,8 +1104,6 @@ class Run(Assistant):
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not all(p.isfinite().all() for p in params):
-            raise ValueError("weights are no longer finite; try a smaller --learning_rate")
         self.updates += 1
         return norm
 
@@ -1139,7 +1139,8 @@ class Run(Assistant):
             row |= {"learning_rate": lr, "seconds": time.perf_counter() - begin}
             due = step % args.eval_interval == 0 or step == args.max_iters
             row |= evaluate() if due else {}
-            if not all(map(math.isfinite, row.values())):
+            if not all(map(math.isfinite, row.values())) or due and not all(
+                    p.isfinite().all() for module in self.modules for p in module.parameters()):
                 raise ValueError(f"step {step} is not finite: {row}; try a smaller --learning_rate")
             rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
             if step % args.log_interval == 0 or due:
@@ -1202,7 +1203,7 @@ def run_sft(args):
         log_probs = run.log_probs(model, batch, positions=batch.get("positions"))["log_probs"]
         return {"loss": sft_loss(log_probs, batch["response_mask"])}
 
-    fit_rows(run, lambda path: sum(read_rows(path, make), []), measure,
+    fit_rows(run, lambda path: [*itertools.chain(*read_rows(path, make))], measure,
              lambda examples: sum(sum(mask[1:]) for _, mask in examples))
 
 
@@ -1342,7 +1343,8 @@ def run_rl(args):
                  for _ in range(args.group_size)]
         texts, masks, said = zip(*run.respond([p["ids"] for p in asked], args.temperature,
                                               args.seed * 100_003 + step))
-        rewards = reward_model.score(texts) if reward_model else torch.tensor(
+        rewards = torch.cat([reward_model.score(texts[i : i + args.micro_batch]) for i in range(
+            0, len(texts), args.micro_batch)]) if reward_model else torch.tensor(
             [*map(verify, asked, said)], device=run.device)
         if not rewards.isfinite().all():
             raise ValueError("a reward is not a finite number")
