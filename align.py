@@ -550,7 +550,7 @@ def read(text, literal):
         number = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     if number[:1] == "¤":
         number, unit = number[1:], "$"
-    elif not literal and (found := UNIT.fullmatch(number)) and not re.search(FUNCTION, text):
+    elif not literal and (found := UNIT.fullmatch(number)):
         number, size, unit, per, power = found.groups()
         names = [UNITS.get(x, UNITS.get(x.rstrip("s"), x)) for x in (unit, per) if x]
         unit = "/".join(names) + ({"square ": "2", "cubic ": "3"}.get(size, power) or "")
