@@ -11,13 +11,10 @@ The Transformer language model, written from its parts, and everything needed to
     python model.py import DIR --out theirs.pt       # a folder in Hugging Face's format
     python model.py export DIR --ckpt out/ckpt.pt    # a folder that transformers opens
 
-The default is a pre-norm decoder as in Llama (Touvron et al. 2023): RMSNorm, rotary positions,
-SwiGLU, no biases. Every part has alternatives: see TransformerConfig.
-
-Names are nanoGPT's; a course may say d_model for n_embd, num_layers for n_layer, num_heads for
-n_head, context_length for block_size. In comments: B batch, T time (position in the sequence), S
-all positions up to now (T and those in the cache), C channels (n_embd), H heads, D head size, V
-vocabulary.
+The default is Llama's decoder (Touvron et al. 2023); every part has alternatives, which
+TransformerConfig lists. Names are nanoGPT's; a course may say d_model for n_embd, num_layers for
+n_layer, num_heads for n_head, context_length for block_size. In comments: B batch, T positions of a
+pass, S all positions up to now, C channels (n_embd), H heads, D head size, V vocabulary.
 """
 
 import signal
@@ -36,7 +33,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import time
@@ -48,13 +44,11 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 kernels = None  # kernels.py, when its Triton kernels are to compute: see train.py --kernels
 
-# -----------------------------------------------------------------------------
-# The parts.
-
+# ---- The parts.
 
 class Linear(nn.Module):
-    """y = x W^T + b. weight: (d_out, d_in), truncated normal of variance 2 / (d_in + d_out)
-    (Glorot & Bengio 2010), cut at three standard deviations."""
+    """y = x W^T + b. weight: (d_out, d_in), normal of variance 2 / (d_in + d_out) (Glorot & Bengio
+    2010), cut at three standard deviations."""
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
@@ -65,7 +59,6 @@ class Linear(nn.Module):
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         return F.linear(x, self.weight, self.bias)  # x @ weight.T + bias
-
 
 class Embedding(nn.Module):
     """A vector for each of n ids: row i of the table. weight: (n, d)"""
@@ -78,15 +71,12 @@ class Embedding(nn.Module):
     def forward(self, ids):  # (...) int64 -> (..., d)
         return F.embedding(ids, self.weight)  # self.weight[ids], whose backward pass is slower
 
-
 def upcast(x):
     """bfloat16 and float16 as float32; what is more precise stays."""
     return x if x.dtype == torch.float64 else x.float()
 
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019). Squares are too much for
-    bfloat16, so it computes in float32. weight: (d,)"""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in float32. weight: (d,)"""
 
     def __init__(self, d, eps=1e-5):
         super().__init__()
@@ -100,21 +90,17 @@ class RMSNorm(nn.Module):
         mean = torch.rsub(square, self.eps, alpha=-1 / h.shape[-1])  # eps + square / d
         return (h * torch.rsqrt(mean) * self.weight).type_as(x)
 
-
 def make_norm(config):
-    """The norm that the config asks for: LayerNorm (Ba et al. 2016) as in GPT-2, or RMSNorm."""
-    if config.norm == "none":
-        return nn.Identity()
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
-    return RMSNorm(config.n_embd, config.norm_eps)
-
+    """The norm that the config asks for: RMSNorm, or LayerNorm (Ba et al. 2016) as in GPT-2."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    layernorm = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+    return layernorm if config.norm == "layernorm" else nn.Identity()
 
 def softmax(x, dim=-1):
     """exp(x) / sum(exp(x)), the maximum subtracted first, so that nothing overflows."""
     e = torch.exp(x - x.amax(dim, keepdim=True))
     return e / e.sum(dim, keepdim=True)
-
 
 def scaled_dot_product_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v: each query takes a mean of the values, weighted by how well
@@ -126,7 +112,6 @@ def scaled_dot_product_attention(q, k, v, mask=None):
         return softmax(scores) @ v
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # (-inf: NaN without a key)
     return softmax(scores).masked_fill(~mask, 0.0) @ v
-
 
 def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
     """Cosines and sines for `apply_rope`: pair i of the D / 2 pairs of channels turns by position *
@@ -142,9 +127,8 @@ def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
     angles = positions[..., None] * both  # of (a, b); in `apply_rope` the sine of a is negative
     return angles.cos(), angles.sin()
 
-
 def apply_rope(x, cos, sin, interleaved=False):
-    """Rotary positions (Su et al. 2021): rotate pairs of channels by angles that grow with position,
+    """Rotary positions (Su et al. 2021): turn pairs of channels by angles that grow with position,
     so that the dot product of a query and a key depends only on their distance: (a, b) becomes
     (a cos - b sin, b cos + a sin). x, cos, sin: (..., T, D). Which channels form a pair is a
     convention, and the wrong one ruins a model without any error: i and i + D / 2, as in Hugging
@@ -154,16 +138,11 @@ def apply_rope(x, cos, sin, interleaved=False):
              h.roll(h.shape[-1] // 2, -1))
     return torch.addcmul(h * cos, other, sin).type_as(x)
 
+# ---- The configuration.
 
-# -----------------------------------------------------------------------------
-# The configuration.
-
-CHOICES = {
-    "activation": ("swiglu", "relu", "gelu", "gelu_tanh", "silu", "relu2", "moe"),
-    "position": ("rope", "learned", "sinusoidal", "none"), "norm_place": ("pre", "post"),
-    "norm": ("rmsnorm", "layernorm", "none"),
-    "attention": ("full", "sliding", "linear", "latent", "hyena")}
-
+CHOICES = {"activation": "swiglu relu gelu gelu_tanh silu relu2 moe", "norm_place": "pre post",
+           "position": "rope learned sinusoidal none", "norm": "rmsnorm layernorm none",
+           "attention": "full sliding linear latent hyena"}
 
 @dataclasses.dataclass
 class TransformerConfig:
@@ -209,21 +188,16 @@ class TransformerConfig:
             self.d_ff = max(64, round(8 / 3 * self.n_embd / 64) * 64) if gated else 4 * self.n_embd
             self.d_ff //= self.top_k if self.activation == "moe" else 1
         for name, choices in CHOICES.items():
-            if not set(getattr(self, name).split(",")) <= set(choices):
-                raise ValueError(f"{name} is one of {', '.join(choices)}")
-
+            if not set(getattr(self, name).split(",")) <= set(choices.split()):
+                raise ValueError(f"{name} is one of {choices}")
 
 def build(part, config):
-    """An instance of part, from those fields of the config that its __init__ (or a parent's) has
-    as arguments."""
+    """An instance of part, whose arguments are the config's fields of the same names."""
     names = {name for kind in part.__mro__ for name in inspect.signature(kind.__init__).parameters}
     return part(**{name: value for name, value in vars(config).items() if name in names})
 
-
-# -----------------------------------------------------------------------------
-# Attention, in five kinds: x (..., T, C) -> (..., T, C), where no position sees a later one. All
+# ---- Attention, in five kinds: x (..., T, C) -> (..., T, C), where no position sees a later one. All
 # have to know where their T tokens stand (Where), and what came before them (cache, a dict).
-
 
 class Where:
     """Where the T tokens of a pass stand among the S of their rows. positions: (B, S), of the
@@ -232,16 +206,15 @@ class Where:
     token each, at position 0. config: of rotary positions; None: there are none."""
 
     def __init__(self, T, S=0, positions=None, config=None, device="cpu"):
-        S = S or T
-        self.plain, self.T, self.config = positions is None, T, config
-        self.ropes, self.masks = {}, {}
+        self.plain, self.T, self.config, S = positions is None, T, config, S or T
         self.at = torch.arange(S - T, S, device=device) if self.plain else positions[:, -T:]
         self.text = None if self.plain else (positions == 0).cumsum(1)  # the number of its text
+        self.ropes, self.masks = {}, {}
 
     def rotate(self, x):
         """Rotary positions for queries or keys x: (..., H, T, D)."""
         D, c = x.shape[-1], self.config
-        if c is None or c.position != "rope":
+        if not c or c.position != "rope":
             return x
         if D not in self.ropes:
             at = self.at if self.plain else self.at[:, None]  # the same for all heads
@@ -249,33 +222,28 @@ class Where:
         return apply_rope(x, *self.ropes[D], c.rope_interleaved)
 
     def mask(self, S, window):
-        """Which of the last S tokens each of ours sees: (T, S) or (B, 1, T, S) of bool; None: all"""
+        """Which of the last S tokens each of ours sees, (T, S) or (B, 1, T, S); None: all."""
         if self.plain and self.T == 1 and S <= window:
             return None
         if (S, window) not in self.masks:
             i, j = (torch.arange(-m, 0, device=self.at.device) for m in (self.T, S))
             seen = (j <= i[:, None]) & (i[:, None] - j < window)
             if not self.plain:
-                same = self.text[:, -self.T :, None] == self.text[:, None, -S:]
-                seen = (seen & same)[:, None]
+                seen = (seen & (self.text[:, -self.T :, None] == self.text[:, None, -S:]))[:, None]
             self.masks[S, window] = seen
         return self.masks[S, window]
 
     def without_padding(self, x):
-        """x: (B, H, T, D) with 0 for padding, for layers that sum up all that came before, and can
-        not tell several texts in a row apart: then it raises ValueError."""
-        if self.plain:
-            return x
-        last = self.text[:, -self.T :] == self.text[:, -1:]
-        if (self.at * ~last).any():
+        """x: (B, H, T, D), with 0 for padding, for layers that sum up all that came before. They
+        can not tell several texts in a row apart: ValueError."""
+        last = None if self.plain else self.text[:, -self.T :] == self.text[:, -1:]
+        if last is not None and (self.at * ~last).any():
             raise ValueError("linear and hyena attention take one text in a row: no packing")
-        return x * last[:, None, :, None]
-
+        return x if last is None else x * last[:, None, :, None]
 
 def keep(cache, name, new, most=2**40):
-    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). Of these
-    it keeps the last `most`. They are a view of a buffer with room for 64 more: to copy them all
-    for every token would take longer than attention does."""
+    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). The last
+    `most` stay, in a buffer with room for 64 more, so that few tokens make it copy all."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
@@ -286,7 +254,6 @@ def keep(cache, name, new, most=2**40):
     both[:, :, S - T :] = new
     cache[name] = both if S <= most else both[:, :, -most:]
     return both
-
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries, each
@@ -300,13 +267,12 @@ class CausalSelfAttention(nn.Module):
         n_kv_head, D = n_kv_head or n_head, head_size or n_embd // n_head
         self.D, self.n_kv_head, self.dropout, width = D, n_kv_head, dropout, n_head * D
         self.join = not qk_norm and n_embd * (width + 2 * n_kv_head * D) <= 2**20
-        self.q_proj = Linear(n_embd, width, bias or qkv_bias)
-        self.k_proj = Linear(n_embd, n_kv_head * D, bias or qkv_bias)
-        self.v_proj = Linear(n_embd, n_kv_head * D, bias or qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (
+            Linear(n_embd, D * n, bias or qkv_bias) for n in (n_head, n_kv_head, n_kv_head))
         self.o_proj = Linear(width, n_embd, bias)
         # scores of normalised queries and keys can not grow freely (Henry et al. 2020)
-        self.q_norm = RMSNorm(D, norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, norm_eps) if qk_norm else nn.Identity()
+        norms = (RMSNorm(D, norm_eps) if qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = norms
 
     def heads(self, x, rotate, cache=None):
         """x -> q: (..., H, T, D); k, v: (..., n_kv_head, T, D); q and k rotated"""
@@ -318,57 +284,48 @@ class CausalSelfAttention(nn.Module):
             w, b = zip(*((part.weight, part.bias) for part in parts))
             cache["qkv"] = torch.cat(w), None if b[0] is None else torch.cat(b)
         y = F.linear(x, *cache["qkv"]).unflatten(-1, (-1, self.D)).transpose(-3, -2)
-        qk = rotate(y[:, : -n])
-        return qk[:, : -n], qk[:, -n:], y[:, -n:]
+        qk = rotate(y[:, :-n])
+        return qk[:, :-n], qk[:, -n:], y[:, -n:]
 
     def forward(self, x, where=None, cache=None):  # (..., T, C) -> (..., T, C)
         where = where or Where(x.shape[-2], device=x.device)
         q, k, v = self.heads(x, where.rotate, cache)
         k, v = (keep(cache, name, a, self.window + SLACK) for name, a in (("k", k), ("v", v)))
-        T, S, dropout = q.shape[-2], k.shape[-2], self.dropout if self.training else 0.0
+        T, S, kind, dropout = q.shape[-2], k.shape[-2], q.dtype, self.dropout * self.training
         alone = where.plain and T == S  # no cache, one text
+        mask = None if alone and self.window >= T else where.mask(S, self.window)
         if alone and kernels and not dropout:
-            window = self.window if self.window < T else None
-            y = kernels.flash_attention(q, k, v, causal=True, window=window)
-        else:
-            mask = None if alone and self.window >= T else where.mask(S, self.window)
-            kind, enabled = q.dtype, torch.is_autocast_enabled(x.device.type)
-            if kind == torch.bfloat16 and x.device.type == "cpu" and self.D < 64:
-                q, k, v, enabled = q.float(), k.float(), v.float(), False  # bfloat16 is slow here
-            with torch.autocast(x.device.type, enabled=enabled):
+            y = kernels.flash_attention(q, k, v, True, None if mask is None else self.window)
+        else:  # (with small heads, the backward pass in bfloat16 is slow on CPUs)
+            slow = kind == torch.bfloat16 and x.device.type == "cpu" and self.D < 64
+            q, k, v = (a.float() if slow else a for a in (q, k, v))
+            with torch.autocast(x.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(
                     q, k, v, mask, dropout, is_causal=mask is None and alone,
                     enable_gqa=q.shape[-3] != k.shape[-3]).to(kind)
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
 
-
 SLACK = 16  # what a sliding cache keeps beyond the window: `speculate` takes back fewer tokens
 
-
 class SlidingWindowAttention(CausalSelfAttention):
-    """Attention to the last `window` positions, one's own included (Beltagy et al. 2020), and a
-    cache of no more than these."""
+    """Attention to the last `window` positions only (Beltagy et al. 2020), as is the cache."""
 
     def __init__(self, n_embd, n_head, window=64, **more):
         super().__init__(n_embd, n_head, **more)
         self.window = window
 
-
 def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
     """Attention with phi(q) . phi(k), phi = elu + 1, in place of exp(q . k) (Katharopoulos et al.
-    2020). The sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state
-    of fixed size: with chunk=1 this is a recurrent network. Larger chunks compute the same, with a
-    matrix of scores inside each.
-
-    q, k: phi of queries and keys; rq, rk: these rotated, for the numerator alone (Su et al. 2021),
-    since a rotated sum could be 0; v: values; all (..., T, D) -> y: (..., T, D), S, z."""
+    2020). Sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state of
+    fixed size: with chunk=1 this is a recurrent network, and larger chunks compute the same. q, k:
+    phi of them; rq, rk: these rotated, for the numerator alone, as a rotated sum could be 0 (Su et
+    al. 2021); v: values; all (..., T, D) -> y: (..., T, D), S, z."""
     out, S = [], S + rk[..., :0, :].mT @ v[..., :0, :]
     for q, k, v, rq, rk in zip(*(x.split(chunk, -2) for x in (q, k, v, rq, rk))):
         norm = (q * (z + k.cumsum(-2))).sum(-1, keepdim=True)
         out.append(((rq @ rk.mT).tril() @ v + rq @ S) / (norm + 1e-9))  # (padding has a norm of 0)
         S, z = S + rk.mT @ v, z + k.sum(-2, keepdim=True)
     return torch.cat(out, -2), S, z
-
 
 class LinearAttention(CausalSelfAttention):
     """Attention without softmax, in time proportional to T: see `linear_attention`."""
@@ -383,12 +340,10 @@ class LinearAttention(CausalSelfAttention):
         y, cache["S"], cache["z"] = linear_attention(q, k, v, rq, rk, **cache)
         return self.o_proj(y.type_as(x).transpose(-3, -2).flatten(-2))
 
-
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are
-    projected up from one small vector per token, and only that vector is cached. A rotation can
-    not be moved past this projection, so `rope_size` further channels carry the position; all
-    heads share their key."""
+    """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are made
+    from one small vector per token, and only that is cached. A rotation can not be moved past this
+    projection, so `rope_size` further channels carry the position; all heads share their key."""
 
     def __init__(self, n_embd, n_head, head_size, kv_rank, rope_size, bias=False, dropout=0.0,
                  norm_eps=1e-5):
@@ -410,39 +365,34 @@ class LatentAttention(nn.Module):
         if cache is not None:  # few queries: q . (U l) = (U^T q) . l, so move U over to the query
             q, k, v = q @ self.k_up.weight.unflatten(0, (-1, D)), keys, latent
         else:
-            k, v = (up(latent.squeeze(-3)).unflatten(-1, (-1, D)).transpose(-3, -2)
-                    for up in (self.k_up, self.v_up))
+            k, v = (latent @ up.weight.unflatten(0, (-1, D)).mT for up in (self.k_up, self.v_up))
             k = torch.cat((k, k_rope.expand_as(q_rope)), -1)
         k, v = (a.expand(*q.shape[:-2], -1, -1) for a in (k, v))
-        y = F.scaled_dot_product_attention(
-            torch.cat((q, q_rope), -1), k, v, where.mask(k.shape[-2], 2**40),
-            self.dropout * self.training, scale=(D + R) ** -0.5)
+        q, mask = torch.cat((q, q_rope), -1), where.mask(k.shape[-2], 2**40)
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout * self.training,
+                                           scale=(D + R) ** -0.5)
         if cache is not None:  # and the sum of p (V l) is V (sum of p l)
             y = y @ self.v_up.weight.unflatten(0, (-1, D)).mT
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
-
 
 class Hyena(nn.Module):
     """A long convolution between two gates, in place of attention (Poli et al. 2023; order 2):
     y = o(x0 * (h conv (x1 * v))), in O(T log T). The filter h is as long as the text, and not
     stored: a small network computes it, times a decay that is slower from channel to channel."""
 
-    BANDS, WIDTH = 8, 32  # frequencies that describe a position; units of the filter's network
-
     def __init__(self, n_embd, block_size, bias=False):
         super().__init__()
         self.block_size = block_size
         self.in_proj = nn.ModuleList(Linear(n_embd, n_embd, bias) for _ in range(3))
         self.short = nn.Parameter(torch.randn(3, 3 * n_embd, 1) / 3)  # three taps for each channel
-        self.filter_in = Linear(2 * self.BANDS + 1, self.WIDTH, bias=True)
-        self.filter_out = Linear(self.WIDTH, n_embd)
+        self.filter_in, self.filter_out = Linear(17, 32, bias=True), Linear(32, n_embd)
         self.skip = nn.Parameter(torch.ones(n_embd))
         self.o_proj = Linear(n_embd, n_embd, bias)
 
     def filter(self, T):
         """h: (T, C)"""
         t = torch.arange(T, device=self.skip.device)[:, None] / self.block_size
-        angles = 2 * math.pi * t * torch.linspace(1e-4, self.BANDS - 1, self.BANDS).to(t)
+        angles = 2 * math.pi * t * torch.linspace(1e-4, 7, 8).to(t)  # a position in 8 frequencies
         x = torch.cat((t, angles.cos(), angles.sin()), 1).type_as(self.skip)
         h = self.filter_out(torch.sin(10 * self.filter_in(x)))  # high frequencies, or too smooth
         decay = torch.linspace(0, math.log(5e-4), len(self.skip)).to(t).exp()
@@ -462,13 +412,10 @@ class Hyena(nn.Module):
         y = torch.fft.irfft(math.prod(spectra), 2 * S, dim=-2)[..., :S, :].type_as(v)
         return self.o_proj(x0 * (y + self.skip * v)[..., -T:, :])
 
-
 ATTENTION = {"full": CausalSelfAttention, "sliding": SlidingWindowAttention,
              "linear": LinearAttention, "latent": LatentAttention, "hyena": Hyena}
 
-# -----------------------------------------------------------------------------
-# Feed-forward parts.
-
+# ---- Feed-forward parts.
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x): a feed-forward part whose units are gated (Shazeer 2020)."""
@@ -481,7 +428,6 @@ class SwiGLU(nn.Module):
     def forward(self, x):  # (..., C) -> (..., C)
         gate, up = self.w1(x), self.w3(x)
         return self.w2(kernels.swiglu(gate, up) if kernels else F.silu(gate) * up)
-
 
 class FeedForward(nn.Module):
     """w2(f(w1 x))"""
@@ -497,11 +443,9 @@ class FeedForward(nn.Module):
     def forward(self, x):  # (..., C) -> (..., C)
         return self.w2(self.f(self.w1(x)))
 
-
 class MixtureOfExperts(nn.Module):
-    """Several feed-forward parts, the experts. A router sends each token to top_k of them: more
-    parameters at the same cost (Shazeer et al. 2017). The output is their sum, weighted by the
-    router's probabilities, scaled to add up to 1. A loss keeps them equally busy (Fedus et al.
+    """A router sends each token to top_k of several feed-forward parts, and adds what they say by
+    its probabilities (Shazeer et al. 2017). A loss keeps these experts equally busy (Fedus et al.
     2021): E sum_i f_i P_i, f_i the share of tokens and P_i the mean probability of expert i."""
 
     def __init__(self, n_embd, d_ff, n_expert, top_k=2, balance_weight=0.01, bias=False):
@@ -522,15 +466,11 @@ class MixtureOfExperts(nn.Module):
         self.loss = self.balance_weight * E * (share * p.mean(0)).sum()
         return y.view_as(x)
 
-
-# -----------------------------------------------------------------------------
-# The model.
-
+# ---- The model.
 
 class Block(nn.Module):
-    """Attention, then the feed-forward part; each adds to what is there. pre: x + part(norm(x)),
-    where nothing stands in the way of the gradient; post, as in 2017: norm(x + part(x)), which
-    makes deep models hard to train (Xiong et al. 2020)."""
+    """Attention, then the feed-forward part; each adds to what is there. pre: x + part(norm(x));
+    post, as in 2017: norm(x + part(x)), which trains less well (Xiong et al. 2020)."""
 
     def __init__(self, config, kind="full"):
         super().__init__()
@@ -547,25 +487,21 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.attn_norm(x), where, cache))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-
 class Cache:
-    """What the layers keep of the `length` tokens that a model has read: a dict of tensors each,
-    whose first dimension is the row of the batch."""
+    """What the layers keep of the `length` tokens read so far: a dict of (B, ...) tensors each."""
 
     def __init__(self, model):
         self.layers, self.length = [{} for _ in model.blocks], 0
 
     def change(self, f):
         """Replace all tensors x by f(x); joined weights stay."""
-        self.layers = [{name: f(x) if torch.is_tensor(x) else x for name, x in layer.items()}
-                       for layer in self.layers]
+        for layer in self.layers:
+            layer.update({name: f(x) for name, x in layer.items() if torch.is_tensor(x)})
 
     def cut(self, length):
         """Take back the tokens after the first `length`; keys and values only, no states."""
         back, self.length = self.length - length, length
-        if back:
-            self.change(lambda x: x[:, :, :-back])
-
+        self.change(lambda x: x[:, :, : x.shape[2] - back])
 
 class Transformer(nn.Module):
     """The language model: ids of a text -> for each position, scores of the next id."""
@@ -582,7 +518,6 @@ class Transformer(nn.Module):
             self.positions = Embedding(config.block_size, config.n_embd, self.std)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in self.kinds)
-        # (post: the last block ends with a norm)
         self.final_norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
         self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
@@ -594,19 +529,17 @@ class Transformer(nn.Module):
 
     def forward(self, ids, cache=None, positions=None, last=0, hidden=False):
         """ids: (B, T) int64 -> logits: (B, T, V). cache: a `Cache` of the tokens before these, and
-        afterwards of these as well. positions: (B, S), those before included: see `Where`. last:
-        logits of only so many last positions; 0: all. hidden: the head's input instead. Raises
-        ValueError for more than block_size tokens."""
+        afterwards of these, too. positions: (B, S), those before included: see `Where`. last: of so
+        many last positions only; 0: all. hidden: the head's input instead. Raises ValueError."""
         T, S = ids.shape[1], ids.shape[1] + (cache.length if cache else 0)
         if S > self.config.block_size:
             raise ValueError(f"{S} tokens are more than block_size {self.config.block_size}")
         where = Where(T, S, positions, self.config, ids.device)
         x = self.embed(ids, where.at)
-        for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpointed(block, x, where, use_reentrant=False)
-            else:
-                x = block(x, where, cache.layers[i] if cache else None)
+        call = functools.partial(checkpointed, use_reentrant=False) if self.training and \
+            self.activation_checkpointing else lambda block, *args: block(*args)
+        for block, past in zip(self.blocks, cache.layers if cache else self.kinds):
+            x = call(block, x, where, past if cache else None)
         if cache:
             cache.length = S
         x = self.final_norm(x[:, -last:])
@@ -635,13 +568,12 @@ class Transformer(nn.Module):
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(),
                  generator=None, on_token=None):
         """Continue texts, token by token. prompts: lists of ids, or (B, T) int64 -> list of lists.
-        max_new_tokens: a number, or one for each text. temperature, top_k, top_p, generator: see
-        `sample`. stop: an id, or several, that end a text. on_token: called with (number of the
-        text, id) for each new id. Of texts longer than block_size the model sees the end. Raises
-        ValueError for an empty text."""
+        max_new_tokens: a number, or a list of one for each. temperature, top_k, top_p, generator:
+        see `sample`. stop: an id, or several, that end a text. on_token: called with (number of the
+        text, id) for each new one. Of texts longer than block_size the model sees the end."""
         texts, limit = [list(map(int, text)) for text in prompts], self.config.block_size
         if not all(texts):
-            raise ValueError("an empty text can not be continued: give it one id at least")
+            raise ValueError("a text without an id can not be continued")
         device, was_training, cache = self.embedding.weight.device, self.training, None
         most = max_new_tokens if type(max_new_tokens) is list else [max_new_tokens] * len(texts)
         ends = [len(text) + n for text, n in zip(texts, most)]
@@ -665,17 +597,14 @@ class Transformer(nn.Module):
                 if on_token:
                     on_token(i, token)
             alive = [j for j, i in enumerate(rows)
-                     if len(texts[i]) < ends[i] and texts[i][-1] not in stop]
+                     if len(texts[i]) < ends[i] and ids[j] not in stop]
             if len(alive) < len(rows):
                 cache.change(lambda x: x[alive])
                 rows, pad = [rows[j] for j in alive], None if pad is None else pad[alive]
         self.train(was_training)
         return texts
 
-
-# -----------------------------------------------------------------------------
-# Sampling.
-
+# ---- Sampling.
 
 def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     """The distribution that `sample` draws from. logits: (..., V) -> (..., V), float32."""
@@ -688,39 +617,33 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     p = softmax(logits)
-    if top_p:  # the fewest ids that together have at least this probability (Holtzman et al. 2020)
+    if top_p:
         ordered, order = p.sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the likelier ids are enough
         p = p.masked_fill(drop.scatter(-1, order, drop), 0.0)
     return p / p.sum(-1, keepdim=True)
 
-
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw the next ids. logits: (B, V) -> (B,) int64. temperature: logits are divided by it; 0
-    takes the likeliest id. top_k: only the k likeliest ids; top_p: only the fewest that together
-    have this probability. Raises ValueError."""
+    """Draw the next ids. logits: (B, V) -> (B,) int64. Logits are divided by temperature; 0 takes
+    the likeliest id. top_k: only the k likeliest ids; top_p: the fewest with this probability."""
     p = token_probabilities(logits, temperature, top_k, top_p)
-    if temperature < 1e-6:
-        return p.argmax(-1)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
-
 
 @torch.no_grad()
 def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
               stop=(), generator=None, on_token=None):
-    """Continue a text with exactly the distribution of target.generate, in fewer calls of the
-    target (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma
-    tokens, and one call of the target judges all of them, since it gives p for every position at
-    once. A proposal x drawn from q is kept with probability min(1, p(x) / q(x)); in place of the
-    first one rejected, an id is drawn from max(0, p - q), normalised. If all are kept, the call
-    gives one further token. Where the window of either is full, the target goes on alone.
-    text: list of ids -> (text, continued; {"proposed", "accepted", "calls" of the target}); both
-    models end in eval mode. Raises ValueError for a state, which can not take guesses back."""
+    """Continue a text with the distribution of target.generate, in fewer calls of the target
+    (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma tokens; one
+    call of the target gives p for all of their places. A proposal x drawn from q is kept with
+    probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from
+    max(0, p - q), normalised; if all are kept, one from the last p. It ends where the window of
+    either is full. text: list of ids -> (text, continued; {"proposed", "accepted", "calls" of the
+    target}). Raises ValueError for a state, which can not take guesses back."""
     if {"linear", "hyena"} & {*target.kinds, *draft.kinds} or not 0 < gamma < SLACK:
         raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
-    text, how, end = list(text), (temperature, top_k, top_p), len(text) + max_new_tokens
-    limit = min(end, target.config.block_size, draft.config.block_size)
-    stop, done = {stop} if type(stop) is int else set(stop or ()), False
+    text, how = list(text), (temperature, top_k, top_p)
+    end = min(len(text) + max_new_tokens, target.config.block_size, draft.config.block_size)
+    stop, done = {stop} if type(stop) is int else {*(stop or ())}, False
     caches, counts = (Cache(target.eval()), Cache(draft.eval())), collections.Counter()
 
     def draw(p):
@@ -730,8 +653,8 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         new = torch.tensor([text[cache.length :]], device=model.embedding.weight.device)
         return token_probabilities(model(new, cache, last=last)[0], *how)
 
-    while len(text) < limit and not done:
-        n, guesses, q, kept = min(gamma, limit - len(text) - 1), [], [], 0
+    while len(text) < end and not done:
+        n, guesses, q, kept = min(gamma, end - len(text) - 1), [], [], 0
         for _ in range(n):
             q.append(ask(draft, caches[1], text + guesses, 1)[0])
             guesses.append(draw(q[-1]))
@@ -741,37 +664,30 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
             kept += 1
         last = draw((p[kept] - q[kept]).clamp(min=0) if kept < n else p[n])
         for token in guesses[:kept] + [last]:
-            text.append(token)
-            if on_token:
-                on_token(0, token)
-            if done := token in stop:
-                break
+            if not done:
+                text.append(token)
+                if on_token:
+                    on_token(0, token)
+            done = done or token in stop
         for cache in caches:
             cache.cut(min(cache.length, len(text) - 1))
         counts.update(proposed=n, accepted=kept, calls=1)
-    if not done and len(text) < end:
-        counts["calls"] += end - len(text)
-        text, = target.generate([text], end - len(text), *how, stop, generator, on_token)
     return text, counts
 
-
-# -----------------------------------------------------------------------------
-# Quantization: weights as small integers. Every new token needs every weight once, so generation,
+# ---- Quantization: weights as small integers. Every new token needs every weight once, so generation,
 # one token at a time, is as fast as memory delivers them: bytes are time.
 
 GROUP = 32  # int4: weights that share a scale
 
-
 class QuantizedLinear(nn.Module):
-    """A Linear whose weights are integers: weight = scale * integer + low. Not trainable. int8:
-    -127 to 127, a scale for each row, no `low`; weight: (d_out, d_in) int8. int4: 0 to 15, scale
-    and low for each GROUP weights of a row, the last group padded with zeros; weight: (d_out,
-    d_in / 2) uint8, two in a byte, the first in its low half."""
+    """A Linear whose weights are scale * integer + low. int8: -127 to 127, a scale for each row, no
+    `low`; weight: (d_out, d_in). int4: 0 to 15, scale and low for each GROUP weights of a row, its
+    end padded by zeros; weight: (d_out, d_in / 2) uint8, two in a byte, the low half first."""
 
     def __init__(self, linear, kind):
         super().__init__()
-        w, self.bias = linear.weight.detach().float(), linear.bias
-        self.d_in, low = w.shape[1], None
+        w, self.bias, low = linear.weight.detach().float(), linear.bias, None
+        self.d_in = w.shape[1]
         if kind == "int8":
             scale = (w.abs().amax(1) / 127).clamp(min=1e-30)
             weight = (w / scale[:, None]).round().to(torch.int8)
@@ -781,7 +697,7 @@ class QuantizedLinear(nn.Module):
             scale = ((high - low) / 15).clamp(min=1e-30)
             weight = ((w - low[..., None]) / scale[..., None]).round().to(torch.uint8).flatten(1)
             weight = weight[:, 0::2] | weight[:, 1::2] << 4
-        for name, x in (("weight", weight), ("scale", scale), ("low", low)):
+        for name, x in {"weight": weight, "scale": scale, "low": low}.items():
             self.register_buffer(name, x)
 
     def rows(self):
@@ -805,13 +721,12 @@ class QuantizedLinear(nn.Module):
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, one) * self.scale
         else:
             y = rows @ self.rows().to(x.dtype).T
-        y = y.view(*x.shape[:-1], -1).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 def quantize(model, kind):
-    """Make the weights of a Transformer's linear layers int8 or int4, in place -> the model. The
-    head, where errors matter most, becomes int8 in any case; embeddings and routers stay."""
+    """Make a Transformer's linear layers int8 or int4, in place -> the model. Its head, where errors
+    matter most, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
     if model.quantized or kind not in ("int8", "int4"):
         raise ValueError(f"{kind}, of {model.quantized or 'floats'}: it is int8 or int4, once")
     kept = ("router", "k_up", "v_up", "filter_in", "filter_out")
@@ -822,31 +737,29 @@ def quantize(model, kind):
     model.head, model.quantized = QuantizedLinear(model.head, "int8"), kind
     return model.requires_grad_(False)
 
-
-# -----------------------------------------------------------------------------
-# Pruning: a smaller model out of a larger one, to be trained a little more with that as a teacher.
-
+# ---- Pruning: a smaller model out of a larger one, to be trained a little more with that as a teacher.
 
 @torch.no_grad()
 def prune(model, ids, n_layer=0, d_ff=0):
     """Keep the n_layer blocks that change the direction of their input most (Men et al. 2024), and
     in each the d_ff units with the largest activation (Muralidharan et al. 2024), measured on ids,
     (B, T) int64 of text -> the smaller Transformer. 0: all. Raises ValueError."""
-    c, change, size, hooks = model.config, {}, {}, []
+    c, change, size, hooks = model.config, [], [], []
     n_layer, d_ff = n_layer or c.n_layer, d_ff or c.d_ff
     if n_layer > c.n_layer or model.quantized or len({*model.kinds}) > 1:
         raise ValueError(f"{n_layer} layers can not be cut out of {model.quantized or c}")
-    for i, block in enumerate(model.blocks):
-        hooks.append(block.register_forward_hook(lambda _, args, y, i=i: change.update(
-            {i: F.cosine_similarity(args[0], y, dim=-1).mean().item()})))
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(lambda _, args, y: change.append(
+            F.cosine_similarity(args[0], y, dim=-1).mean().item())))
         if d_ff != c.d_ff:  # (experts have no w2 of their own: AttributeError)
-            hooks.append(block.ffn.w2.register_forward_hook(lambda _, args, y, i=i: size.update(
-                {i: args[0].abs().mean((0, 1))})))
+            hooks.append(block.ffn.w2.register_forward_hook(
+                lambda _, args, y: size.append(args[0].abs().mean((0, 1)))))
     model(ids)
     for hook in hooks:
         hook.remove()
+    kept = sorted(sorted(range(c.n_layer), key=change.__getitem__)[:n_layer])
     state = {name: x for name, x in model.state_dict().items() if not name.startswith("blocks.")}
-    for new, old in enumerate(sorted(sorted(change, key=change.get)[:n_layer])):
+    for new, old in enumerate(kept):
         units = size[old].topk(d_ff).indices.sort().values if size else slice(None)
         for name, x in model.blocks[old].state_dict().items():
             if name.startswith(("ffn.w1", "ffn.w3")):
@@ -856,22 +769,17 @@ def prune(model, ids, n_layer=0, d_ff=0):
     small.load_state_dict(state)
     return small.to(ids.device).eval()
 
-
-# -----------------------------------------------------------------------------
-# Checkpoints: one torch.save of a dict of tensors and plain values.
-
+# ---- Checkpoints: one torch.save of a dict of tensors and plain values.
 
 @contextlib.contextmanager
 def replacing(path, mode="wb", **how):
-    """A file to write that takes the place of `path` once it is whole and on the disk. Its name is
-    this process's own; what processes that were killed have left is removed."""
+    """A file of this process's own that takes the place of `path` once it is whole and on the disk;
+    what writers that were killed have left is removed."""
     for name in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
         try:
-            os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks)
+            os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
         except ProcessLookupError:
             os.remove(name)
-        except (ValueError, OSError):
-            pass
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, mode, **how) as file:
@@ -883,23 +791,15 @@ def replacing(path, mode="wb", **how):
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
-
-def save_checkpoint(path, model, optimizer=None, **more):
-    """Write a model, an optimizer or a list of them, and what else there is: step, rng, args,
-    tokenizer (the text of its tokenizer.json), template, stop, begin, names. Model and optimizers
-    can be their state dicts, the model's with its config. Raises OSError, RuntimeError."""
-    def state(x):
-        if type(x) in (list, tuple):
-            return list(map(state, x))
-        return x.state_dict() if hasattr(x, "state_dict") else x
-
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+def save_checkpoint(path, model, optimizers=(), **more):
+    """Write a model, its optimizers, and what else there is: step, rng, args, tokenizer (the text
+    of its tokenizer.json), template, stop, begin, names. Models and optimizers can be state dicts;
+    then the model's `config` is given, too. Raises OSError, RuntimeError."""
     config = more.pop("config", getattr(model, "config", None))
+    parts = [x if isinstance(x, dict) else x.state_dict() for x in (model, *optimizers)]
     with replacing(path) as file:
-        torch.save({"config": dataclasses.asdict(config) if config else None, "model": state(model),
-                    "quantize": getattr(model, "quantized", None), "optimizer": state(optimizer),
-                    **more}, file)
-
+        torch.save({"config": vars(config) if config else None, "model": parts[0], "optimizer":
+                    parts[1:], "quantize": getattr(model, "quantized", None), **more}, file)
 
 def load_checkpoint(path, device="cpu"):
     """-> (Transformer in eval mode, the dict that was saved). Only tensors and plain values are
@@ -908,49 +808,37 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"there is no checkpoint {path}: python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        state, kind = checkpoint["model"], checkpoint.get("quantize")
-        model = empty_model(TransformerConfig(**checkpoint["config"]), len(state))
+        state, config = checkpoint["model"], TransformerConfig(**checkpoint["config"])
         for name, x in state.items():
             if x.untyped_storage().nbytes() < x.nbytes:  # strides of 0: gigabytes in a small file
                 raise ValueError(f"{name} has fewer bytes than numbers")
-        return fill(quantize(model, kind) if kind else model, state, device), checkpoint
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError,
-            EOFError, pickle.UnpicklingError) as error:
+        return from_state(config, state, device, checkpoint.get("quantize")), checkpoint
+    except Exception as error:  # what torch raises for broken files varies
         why = re.split(r"\n|\. ", str(error) or "it ends too early")[0]
         raise ValueError(f"{path} is no checkpoint of train.py ({why}); for a folder in Hugging "
                          "Face's format: python model.py import FOLDER") from None
 
-
-def empty_model(config, n_tensors=2**20):
-    """A Transformer of shapes without numbers, to be filled with so many tensors: a small file
-    that claims a million layers must not cost minutes. Raises ValueError."""
-    if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > n_tensors:
-        raise ValueError(f"{config.n_layer} layers can not come of {n_tensors} tensors")
-    with torch.device("meta"):
-        return Transformer(config)
-
-
-def fill(model, state, device="cpu"):
-    """Give it the tensors of a state dict -> the model, in eval mode."""
+def from_state(config, state, device="cpu", quantized=None):
+    """A Transformer in eval mode, with the tensors of a state dict. Raises ValueError and the like."""
+    if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > len(state):
+        raise ValueError("it has too few tensors")  # a small file must not cost minutes
+    with torch.device("meta"):  # shapes without numbers
+        model = Transformer(config)
+    model = quantize(model, quantized) if quantized else model
     model.load_state_dict(state, assign=True)
-    if model.config.tie_embeddings and not model.quantized:
+    if config.tie_embeddings and not quantized:
         model.head.weight = model.embedding.weight
     return model.to(device).eval()
 
-
 def pick_device(name="auto"):
     """The best device there is, or the one asked for."""
-    if name != "auto":
-        return name
-    mps = torch.backends.mps.is_available()
-    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    return name if name != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
 
-
-# -----------------------------------------------------------------------------
-# Models from outside, and models for others: folders in the format of Hugging Face's transformers,
+# ---- Models from outside, and models for others: folders in the format of Hugging Face's transformers,
 # with config.json, model.safetensors (or several) and tokenizer.json.
 
-# {ours: theirs}, of numbers in config.json and, replaced one after the other, in names of tensors
+# {ours: theirs}, of numbers in config.json, and of parts of names of tensors
 NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer":
            "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
            "n_embd": "hidden_size", "head_size": "head_dim", "d_ff": "intermediate_size", "norm_eps":
@@ -959,9 +847,9 @@ TENSORS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head"
            "blocks.": "model.layers.", "attn_norm": "input_layernorm", "ffn_norm":
            "post_attention_layernorm", "attn.": "self_attn.", "ffn.w1": "mlp.gate_proj", "ffn.w2":
            "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
-GPT2_NUMBERS = {"vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer",
-                "n_head": "n_head", "n_embd": "n_embd", "d_ff": "n_inner", "norm_eps":
-                "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings"}
+GPT2_KEYS = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",
+             "num_attention_heads": "n_head", "hidden_size": "n_embd", "intermediate_size": "n_inner",
+             "rms_norm_eps": "layer_norm_epsilon"}  # {Llama's name: GPT-2's}
 GPT2_TENSORS = {"embedding": "transformer.wte", "positions": "transformer.wpe", "final_norm":
                 "transformer.ln_f", "head": "lm_head", "blocks.": "transformer.h.", "attn_norm":
                 "ln_1", "ffn_norm": "ln_2", "attn.q_proj": "attn.c_attn", "attn.k_proj":
@@ -974,27 +862,23 @@ QWEN = LLAMA | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "ma
                 28, "use_sliding_window": False, "sliding_window": 4096}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}, LLAMA),
-    "mistral": ("MistralForCausalLM", {}, LLAMA | {
-        "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}),
+    "mistral": ("MistralForCausalLM", {}, LLAMA | {"sliding_window": 4096, "num_key_value_heads": 8,
+                                                   "max_position_embeddings": 131072}),
     "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}, QWEN),
     "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True}, QWEN | {"head_dim": 128}),
     "gpt2": ("GPT2LMHeadModel", {"position": "learned", "norm": "layernorm", "bias": True,
                                  "activation": "gelu_tanh"},
-             {"n_positions": 1024, "n_inner": None, "layer_norm_epsilon": 1e-5,
-              "tie_word_embeddings": True})}
+             LLAMA | {"max_position_embeddings": 1024, "intermediate_size": None,
+                      "rms_norm_eps": 1e-5, "tie_word_embeddings": True})}
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "scale_attn_weights":
          True, "partial_rotary_factor": 1.0, "activation_function": "gelu_new",
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # as ours is
 ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "bos_token_id",
-         "eos_token_id", "pad_token_id")  # settings that a checkpoint keeps for export
-
 
 def their_name(ours, family):
     """blocks.3.ffn.w1.weight -> model.layers.3.mlp.gate_proj.weight"""
     table = GPT2_TENSORS if family == "gpt2" else TENSORS
     return functools.reduce(lambda name, pair: name.replace(*pair), table.items(), ours)
-
 
 def config_from(theirs):
     """Their config.json, a dict -> (TransformerConfig, family). Raises ValueError for models that
@@ -1003,179 +887,163 @@ def config_from(theirs):
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not among {', '.join(FAMILIES)}")
     rope = (theirs.get("rope_scaling") or {}) | (theirs.get("rope_parameters") or {})
+    keys = {gpt2: llama for llama, gpt2 in GPT2_KEYS.items()} if family == "gpt2" else {}
+    theirs = {keys.get(key, key): value for key, value in theirs.items()}
     ours, theirs = dict(FAMILIES[family][1]), FAMILIES[family][2] | theirs | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     wrong = [f"{key} {theirs[key]}" for key in FIXED if theirs.get(key, FIXED[key]) != FIXED[key]]
     if wrong or kind not in ("default", "llama3"):
         raise ValueError(f"a {family} with {', '.join(wrong) or 'rope ' + kind} can't be imported")
-    for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
-        if theirs[key] is not None:
-            ours[name] = theirs[key]
+    ours |= {name: theirs[key] for name, key in NUMBERS.items() if theirs[key] is not None}
     if kind == "llama3":
         ours["rope_scaling"] = ",".join(str(float(rope[key])) for key in ROPE)
-    if theirs.get("sliding_window") and theirs.get("use_sliding_window", True):
+    window = theirs["sliding_window"] if "sliding_window" in FAMILIES[family][2] else None
+    if window and theirs.get("use_sliding_window", True):
         n, full = ours["n_layer"], theirs.get("max_window_layers", 0)
         kinds = theirs.get("layer_types") or ["full"] * min(n, full) + ["sliding"] * (n - full)
-        ours["attention"] = ",".join(kind.removesuffix("_attention") for kind in kinds)
-        ours["window"] = theirs["sliding_window"]
+        ours |= {"window": window, "attention": ",".join(kinds).replace("_attention", "")}
     return TransformerConfig(**ours), family
-
 
 def read_safetensors(path):
     """-> {name: tensor} of the floating-point tensors. Raises ValueError, KeyError, OSError."""
     size, found = os.path.getsize(path), {}
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
         if n > size - 8:
             raise ValueError(f"{path} is no safetensors file, or not all of it")
         header = json.loads(file.read(n))
-    data = torch.from_file(path, size=size, dtype=torch.uint8)[8 + n :]  # memory-mapped
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n :]  # memory-mapped
     for name, part in header.items():
-        kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(
-            part.get("dtype"))
-        if kind:  # (not __metadata__, nor the masks in GPT-2's files)
+        if kind := kinds.get(part.get("dtype")):  # (not __metadata__, nor the masks of GPT-2)
             (begin, end), shape = part["data_offsets"], part["shape"]
-            if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
+            size = math.prod(shape) * kind.itemsize
+            if not 0 <= begin <= end <= len(data) or end - begin != size:
                 raise ValueError(f"{path} has no room for {name}")
             found[name] = data[begin:end].clone().view(kind).view(shape)
     return found
 
-
-def write_safetensors(path, tensors):
-    """{name: tensor} as float32."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, x in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(x.shape),
-                        "data_offsets": [end, end := end + 4 * x.numel()]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for x in tensors.values():
-            file.write(x.float().contiguous().cpu().numpy().data)
-
-
-def read_json(*path):
-    """A JSON file -> dict; an empty one if there is no such file."""
+def read_text(*path):
+    """A file of UTF-8 text, or "" if there is none."""
     with contextlib.suppress(FileNotFoundError), open(os.path.join(*path), encoding="utf8") as file:
-        return json.load(file)
-    return {}
-
+        return file.read()
+    return ""
 
 def import_folder(folder):
-    """A folder as transformers writes it -> (Transformer in eval mode, float32; what else
-    `save_checkpoint` is to keep: see `settings_from`). GPT-2, Llama 1 to 3 (SmolLM2 is one),
-    Mistral, Qwen 2, 2.5 and 3. Raises ValueError, KeyError, RuntimeError, OSError."""
-    config, family = config_from(read_json(folder, "config.json"))
-    index, theirs, state = read_json(folder, "model.safetensors.index.json"), {}, {}
-    for name in sorted(set(index.get("weight_map", {"": "model.safetensors"}).values())):
+    """A folder as transformers writes it, of one of the FAMILIES -> (Transformer in eval mode,
+    float32; what `settings_from` finds). Raises ValueError, KeyError, RuntimeError, OSError."""
+    config, family = config_from(json.loads(read_text(folder, "config.json") or "{}"))
+    index = json.loads(read_text(folder, "model.safetensors.index.json") or "{}")
+    theirs, state = {}, {}
+    for name in {*index.get("weight_map", {"": "model.safetensors"}).values()}:
         theirs |= read_safetensors(os.path.join(folder, os.path.basename(name)))
     if family == "gpt2" and "wte.weight" in theirs:  # OpenAI's own files lack the prefix
         theirs = {f"transformer.{name}": x for name, x in theirs.items()}
     if config.tie_embeddings:  # a head of its own in the file wins
         embedding = theirs[their_name("embedding.weight", family)]
-        config.tie_embeddings = torch.equal(theirs.setdefault("lm_head.weight", embedding), embedding)
-    model = empty_model(config, len(theirs))
-    for ours in model.state_dict():
-        x = theirs[their_name(ours, family)]
+        head = theirs.setdefault("lm_head.weight", embedding)
+        config.tie_embeddings = torch.equal(head, embedding)
+    with torch.device("meta"):
+        names = {ours: their_name(ours, family) for ours in Transformer(config).state_dict()}
+    for ours, name in names.items():
+        x, part = theirs[name], re.search("attn.([qkv])_proj", ours)
         if family == "gpt2" and "blocks." in ours:
-            part = re.search("attn.([qkv])_proj", ours)
             x = x.chunk(3, -1)["qkv".index(part[1])] if part else x
             x = x.t() if x.ndim == 2 else x
         state[ours] = x.float().contiguous()
-    left = {*theirs} - {their_name(ours, family) for ours in state}
-    if left := [x for x in left if not re.search(r"inv_freq$|attn\.(masked_)?bias$", x)]:
+    left = {*theirs} - {*names.values()}  # (some files have frequencies and masks)
+    if left := [name for name in left if not re.search(r"inv_freq$|attn\.\w*bias$", name)]:
         raise ValueError(f"{folder} has tensors without a place in a {family}: {left[:3]}")
-    return fill(model, state), settings_from(folder)
-
+    return from_state(config, state), settings_from(folder)
 
 def settings_from(folder):
-    """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template:
-    in Jinja, stop: ids that end a text, begin: the id that begins one, or None, names: settings
-    that templates read and export writes back}. Raises ValueError."""
+    """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template: in
+    Jinja, stop: ids that end a text, begin: the id that begins one, names: what templates read}."""
     from bpe import Tokenizer
 
-    files, said = ("config.json", "tokenizer_config.json", "generation_config.json"), {}
-    for name in files:  # the later wins
-        said |= read_json(folder, name)
-    names = {key: said[key] for key in NAMES if said.get(key) is not None}
-    names = {key: x["content"] if isinstance(x, dict) else x for key, x in names.items()}
-    template, path = said.get("chat_template"), os.path.join(folder, "chat_template.jinja")
+    said = {}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        said |= json.loads(read_text(folder, name) or "{}")  # the later wins
+    names = {key: x["content"] if isinstance(x, dict) else x for key, x in said.items()
+             if x is not None and re.fullmatch("add_bos_token|(bos|eos|pad|unk)_token(_id)?", key)}
+    template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
-    if os.path.exists(path):
-        template = open(path, encoding="utf-8").read()
-    path = os.path.join(folder, "tokenizer.json")
+    template = read_text(folder, "chat_template.jinja") or template
+    text = read_text(folder, "tokenizer.json")
     try:  # (without that file: vocab.json and merges.txt)
-        tokenizer = Tokenizer.from_file(path if os.path.exists(path) else folder)
+        tokenizer = Tokenizer.from_json(text) if text else Tokenizer.from_file(folder)
     except (OSError, ValueError) as error:
         print(f"its tokenizer is not taken over: {error}", file=sys.stderr)
         return {"template": template, "names": names}
-    text = open(path, encoding="utf-8").read() if os.path.exists(path) else tokenizer.to_json()
-    special, stop = tokenizer.special_tokens, names.get("eos_token_id", [])
+    text, special = text or tokenizer.to_json(), tokenizer.special_tokens
+    stop, bos = names.get("eos_token_id", []), names.get("bos_token")
     stop = {*(stop if isinstance(stop, list) else [stop]), special.get(names.get("eos_token"))}
-    bos, after = names.get("bos_token"), json.dumps(read_json(path).get("post_processor"))
+    after = json.dumps(json.loads(text).get("post_processor"))
     begins = names.get("add_bos_token") or bos and json.dumps(bos) in after
     return {"tokenizer": text, "template": template, "stop": sorted(stop - {None}),
             "begin": special.get(bos) if begins else None, "names": names}
 
-
 def export_folder(model, folder, checkpoint):
     """Write a model, and what its checkpoint has beside it, as a new folder that transformers
     opens -> its family there. Raises ValueError if there is no such family, OSError."""
-    c, tensors = model.config, collections.defaultdict(list)
+    c, kinds = model.config, model.kinds
     family = ("gpt2" if c.position == "learned" else "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias
-              else "mistral" if c.attention == "sliding" else "llama")
+              else "mistral" if {*kinds} == {"sliding"} else "llama")
     theirs = {"model_type": family, "architectures": [FAMILIES[family][0]], "dtype": "float32"}
-    for name, key in (GPT2_NUMBERS if family == "gpt2" else NUMBERS).items():
-        theirs[key] = getattr(c, name)
+    for name, key in NUMBERS.items():
+        theirs[GPT2_KEYS.get(key, key) if family == "gpt2" else key] = getattr(c, name)
     if c.rope_scaling:
-        theirs["rope_scaling"] = {"rope_type": "llama3"} | dict(
-            zip(ROPE, map(float, c.rope_scaling.split(","))))
-    if "sliding" in model.kinds:
-        kinds = [f"{kind}_attention" for kind in model.kinds]
-        theirs |= {"sliding_window": c.window, "use_sliding_window": True, "layer_types": kinds}
+        *numbers, length = map(float, c.rope_scaling.split(","))
+        theirs["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE, (*numbers, int(length))))}
+    if "sliding" in kinds:
+        theirs |= {"sliding_window": c.window, "use_sliding_window": True,
+                   "layer_types": [f"{kind}_attention" for kind in kinds]}
     back = config_from(theirs)[0]  # it has to be the same, but for what is of no matter here
-    back.attention = c.attention if "sliding" in model.kinds else back.attention
-    free = {"dropout", "window", "kv_rank", "rope_size", "n_expert", "top_k", "balance_weight"}
-    wrong = [name for name, value in vars(c).items()
-             if getattr(back, name) != value and name not in free]
+    free = "dropout window kv_rank rope_size n_expert top_k balance_weight".split()
+    back.attention = back.attention.replace(",".join(kinds), c.attention)
+    wrong = [n for n in vars(c) if getattr(back, n) != getattr(c, n) and n not in free]
     if wrong or model.quantized:
         raise ValueError(f"it is no {family}: {model.quantized or ', '.join(wrong)}")
+    tensors, header, end = {}, {"__metadata__": {"format": "pt"}}, 0
     for ours, x in model.state_dict().items():
         if ours != "head.weight" or not c.tie_embeddings:
-            turn = family == "gpt2" and "blocks." in ours and x.ndim == 2
-            tensors[their_name(ours, family)].append(x.t() if turn else x)
+            name, turn = their_name(ours, family), family == "gpt2" and "blocks." in ours
+            x = (x.t() if turn and x.ndim == 2 else x).float().cpu()
+            tensors[name] = torch.cat((tensors[name], x), -1) if name in tensors else x
+    for name, x in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(x.shape),
+                        "data_offsets": [end, end := end + 4 * x.numel()]}
+    header = json.dumps(header).encode()
     names = checkpoint.get("names") or {"eos_token_id": checkpoint.get("stop")}
     ids = {key: value for key, value in names.items() if key.endswith("_id")}
     tokens = {key: value for key, value in names.items() if key not in ids}
     os.makedirs(temporary := f"{folder}.{os.getpid()}.tmp")
-    write_safetensors(os.path.join(temporary, "model.safetensors"),
-                      {name: torch.cat(parts, -1) for name, parts in tensors.items()})
-    for name, content in (
-            ("config", theirs | ids), ("generation_config", ids), ("tokenizer_config", tokens | {
-                "chat_template": checkpoint.get("template")}),
-            ("tokenizer", json.loads(checkpoint.get("tokenizer") or "{}"))):
+    with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for x in tensors.values():
+            file.write(x.contiguous().numpy().data)
+    tokens["chat_template"] = checkpoint.get("template")
+    contents = {"config": theirs | ids, "generation_config": ids, "tokenizer_config": tokens,
+                "tokenizer": json.loads(checkpoint.get("tokenizer") or "{}")}
+    for name, content in contents.items():
         with open(os.path.join(temporary, f"{name}.json"), "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
     os.rename(temporary, folder)
     return family
 
-
-# -----------------------------------------------------------------------------
-# Resource accounting: what a model costs.
-
+# ---- Resource accounting: what a model costs.
 
 def count(config):
     """-> ({part: parameters}, {part: FLOPs per token}) of a forward pass over block_size tokens;
-    training takes three times that. A multiplication and its addition are two FLOPs. Counted are
-    the products with weights (of experts, those a token meets) and what attention does beside
-    them: scores and sums of values over the half (or the window) that the mask leaves."""
-    c, model = config, empty_model(config)
-    parameters, flops = collections.Counter(), collections.Counter()
+    training takes three times that. Counted are products with weights (of the experts a token
+    meets), and scores and sums of values over the half (or the window) that the mask leaves."""
+    c, parameters, flops = config, collections.Counter(), collections.Counter()
+    with torch.device("meta"):  # shapes without numbers
+        model = Transformer(c)
     for name, p in model.named_parameters(remove_duplicate=False):
-        part = name.split(".")[2 if name.startswith("blocks.") else 0].replace("ffn", "feed-forward")
-        part = "norms" if part.endswith("norm") else part.replace("attn", "attention")
+        part = name.split(".")[2 if name.startswith("blocks.") else 0]
+        part = "norms" if part.endswith("norm") else part
         share = c.top_k / c.n_expert if ".experts." in name else 1
         parameters[part] += 0 if part == "head" and c.tie_embeddings else p.numel()
         if p.ndim == 2 and part not in ("embedding", "positions") and "filter" not in name:
@@ -1189,25 +1057,22 @@ def count(config):
             "hyena": c.n_embd * 15 * math.log2(2 * T)}[kind])  # three transforms of 2 T numbers
     return parameters, flops
 
-
 def info(config, batch_size):
     """Print what a model of this config costs."""
     (parameters, flops), c = count(config), config
-    n, kept = parameters.total(), c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd
-    memory = {"weights": 4 * n, "gradients": 4 * n, "optimizer (AdamW)": 8 * n,
-              f"activations of {batch_size} texts, about": 4 * batch_size * c.block_size
-              * (kept + 2 * c.vocab_size)}
+    kept = c.n_layer * (12 * c.n_embd + 4 * c.d_ff) + 4 * c.n_embd + 2 * c.vocab_size  # a token
+    memory = {"weights": 4, "gradients": 4, "optimizer (AdamW)": 8}
+    memory = {part: n * parameters.total() for part, n in memory.items()}
+    memory["activations, about"] = 4 * batch_size * c.block_size * kept
     for title, table in (("parameters", parameters), ("FLOPs per token, forward", flops),
-                         ("bytes for training in float32", memory)):
+                         (f"bytes to train on {batch_size} texts in float32", memory)):
         total = sum(table.values())
-        print(f"\n{title:40}{total:18,.0f}")
+        print(f"{title:40}{total:20,.0f}")
         for part, value in table.items():
-            print(f"  {part:38}{value:18,.0f}{value / total:8.1%}")
-    print(f"\nFLOPs per token, training: {3 * flops.total():,.0f} (6 x parameters: {6 * n:,})")
+            print(f"  {part:38}{value:20,.0f}{value / total:8.1%}")
+    print(f"FLOPs per token, training: {3 * flops.total():,.0f}")
 
-
-# -----------------------------------------------------------------------------
-# Chat: a model's own template, a stranger's program in Jinja, makes a text of a conversation. It
+# ---- Chat: a model's own template, a stranger's program in Jinja, makes a text of a conversation. It
 # runs in a sandbox, with little time and memory; nothing in a message becomes a special token.
 
 TEMPLATES = {  # for models without one
@@ -1217,18 +1082,16 @@ TEMPLATES = {  # for models without one
              "'assistant' }}\n{% endfor %}{{ 'assistant:' if add_generation_prompt }}"}
 MARK = "\U000f0000"  # a private character, put into what looks like a special token and is none
 
-
 @functools.lru_cache
 def compiled(template):
     """Jinja's sandbox, set up as transformers does it."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals["strftime_now"] = time.strftime
-    # {% generation %}, around what the assistant says, has no effect on the text
+    # ({% generation %}, around what the assistant says, has no effect on the text)
     return sandbox.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
-
 
 def render(template, messages, reply=True, **names):
     """The text of a list of {"role": ..., "content": ...}; with reply, up to where the assistant
@@ -1255,7 +1118,6 @@ def render(template, messages, reply=True, **names):
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
-
 def encode_chat(tokenizer, template, messages, reply=True, **names):
     """The ids of what `render` returns, where nothing in a message is a special token."""
     special = tokenizer.special_tokens
@@ -1268,7 +1130,6 @@ def encode_chat(tokenizer, template, messages, reply=True, **names):
     return [i for part in parts for i in ([special[part]] if part in special else
                                           tokenizer.encode_ordinary(part.replace(MARK, "")))]
 
-
 def chat_stops(tokenizer, template, **names):
     """Ids that end a reply: of the first special token after one, and of the end of a text."""
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
@@ -1276,46 +1137,40 @@ def chat_stops(tokenizer, template, **names):
     ids = [i for i in tokenizer.encode("".join(after)) if i in tokenizer.special_tokens.values()]
     return [i for i in (*ids[:1], tokenizer.eot_id) if i is not None]
 
-
 def chat(model, tokenizer, template, names, system, max_new_tokens, stop, **how):
     """Talk, line by line from standard input, until its end."""
-    messages = [{"role": "system", "content": system}] if system else []
+    messages = [{"role": "system", "content": system}] * bool(system)
     stop, first = {*stop, *chat_stops(tokenizer, template, **names)}, len(messages)
     for line in sys.stdin:
         messages.append({"role": "user", "content": line.strip()})
-        ids = encode_chat(tokenizer, template, messages, **names)
-        while len(ids) + max_new_tokens > model.config.block_size and len(messages) > first + 1:
-            del messages[first : first + 2]  # forget what was said first
+        while True:
             ids = encode_chat(tokenizer, template, messages, **names)
-        text, = model.generate([ids], max_new_tokens, stop=stop,
-                               on_token=printer(tokenizer, stop), **how)
+            if len(ids) + max_new_tokens <= model.config.block_size or len(messages) < first + 3:
+                break
+            del messages[first : first + 2]  # forget what was said first
+        show = printer(tokenizer, stop)
+        text, = model.generate([ids], max_new_tokens, stop=stop, on_token=show, **how)
         print()
         reply = tokenizer.decode([i for i in text[len(ids) :] if i not in stop])
         messages.append({"role": "assistant", "content": reply.strip()})
 
-
 def printer(tokenizer, stop):
-    """-> a function for `on_token` that prints ids as they come. A token can be half of a
-    character, which waits for the rest; ids that only fill up a vocabulary have no text."""
+    """-> a function for `on_token` that prints ids as they come; half a character waits for the
+    rest, and ids that only fill up a vocabulary have no text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return lambda _, i: i in stop or print(
         decoder.decode(tokenizer.vocab.get(i, b"")), end="", flush=True)
 
-
-# -----------------------------------------------------------------------------
-# The command line.
-
+# ---- The command line.
 
 SWITCH = {"type": lambda text: bool(json.loads(text.lower())), "nargs": "?", "const": True,
           "metavar": "True"}  # --bias, --bias=True, --bias=False
 
-
 def add_config_flags(add):
-    """--n_layer and so on, for all of TransformerConfig; None where one is not given."""
+    """--n_layer and so on, as TransformerConfig has them; None where one is not given."""
     for field in dataclasses.fields(TransformerConfig):
         how = SWITCH if field.type is bool else {"type": field.type, "metavar": "X"}
         add(f"--{field.name}", **how, help=f"default {field.default}")
-
 
 def main():
     parser = argparse.ArgumentParser(
@@ -1325,49 +1180,43 @@ def main():
     add("command", nargs="?", default="sample", choices=(
         "sample", "chat", "info", "prune", "quantize", "import", "export"))
     add("folder", nargs="?", help="import, export: in the format of transformers")
-    add("--ckpt", default="out/ckpt.pt", help="the checkpoint to read")
+    add("--ckpt", default="out/ckpt.pt", help="the checkpoint to read (default out/ckpt.pt)")
     add("--out", help="prune, quantize, import: the checkpoint to write (default out/COMMAND.pt)")
     add("--prompt", "--start", default="", help="text to continue (default: a new document)")
-    add("--num_samples", type=int, default=1)
-    add("--max_new_tokens", type=int, default=200)
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    for name, default, text in (
+            ("num_samples", 1, "texts"), ("max_new_tokens", 200, "tokens of each"),
+            ("temperature", 0.8, "0: always the likeliest token"), ("seed", 1337, "of the draws"),
+            ("gamma", 4, "tokens that the draft guesses"), ("device", "auto", "or cpu, cuda, mps"),
+            ("batch_size", 32, "texts, for info")):
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     add("--top_p", type=float, help="draw from the likeliest tokens that have this probability")
-    add("--seed", type=int, default=1337)
+    add("--draft", help="a small checkpoint that guesses ahead; the distribution stays the same")
+    add("--quantize", choices=("int8", "int4"), help="weights as integers")
     add("--system", help="chat: what the assistant is told to be")
     add("--template", choices=TEMPLATES, help="chat: in place of the checkpoint's")
-    add("--draft", help="a small checkpoint that guesses ahead; the distribution stays the same")
-    add("--gamma", type=int, default=4, help="tokens that it guesses")
-    add("--quantize", choices=("int8", "int4"), help="weights as integers")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--batch_size", type=int, default=32, help="info: texts")
     add_config_flags(parser.add_argument_group(
         "sizes, for info and prune (--top_k is for sampling, too)").add_argument)
     args = parser.parse_args()
     if (args.command in ("import", "export")) != bool(args.folder):
         parser.error("import and export, and no other command, take a folder")
-    sizes = {f.name: getattr(args, f.name) for f in dataclasses.fields(TransformerConfig)
-             if getattr(args, f.name) is not None}
     if args.command == "info":
-        saved = {} if sizes else dataclasses.asdict(load_checkpoint(args.ckpt)[0].config)
+        sizes = {k: v for k, v in vars(args).items() if k in vars(TransformerConfig()) and v is not None}
+        saved = {} if sizes else vars(load_checkpoint(args.ckpt)[0].config)
         return info(TransformerConfig(**saved | sizes), args.batch_size)
     out = args.out or os.path.join("out", f"{args.command}.pt")
-    if args.command in ("import", "prune", "quantize"):
-        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     if args.command == "import":
         model, more = import_folder(args.folder)
         save_checkpoint(out, model, **more)
         return print(f"{out}: weights, " + ", ".join(key for key in more if more[key]))
-
     device = pick_device(args.device)
     model, checkpoint = load_checkpoint(args.ckpt, device)
     if args.command == "export":
         return print(f"{args.folder}: a {export_folder(model, args.folder, checkpoint)}")
     from bpe import Tokenizer
     tokenizer = Tokenizer.from_json(checkpoint["tokenizer"] or "{}")
-    names, eot = checkpoint.get("names"), tokenizer.eot_id
-    if names is None:
-        name = tokenizer.decode([] if eot is None else [eot])
-        names = {"bos_token": name, "eos_token": name}
+    eot = tokenizer.eot_id
+    names = checkpoint.get("names") or {"eos_token": tokenizer.vocab.get(eot, b"").decode()}
     stop = {*(checkpoint.get("stop") or ()), eot}
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,
                max_new_tokens=args.max_new_tokens,
@@ -1377,17 +1226,15 @@ def main():
     if args.command == "chat":
         template = TEMPLATES.get(args.template) or checkpoint.get("template") or TEMPLATES["plain"]
         return chat(model, tokenizer, template, names, args.system, **how)
+    if args.command == "prune":  # measured on what the model itself writes
+        texts = model.generate([ids] * 16, model.config.block_size - len(ids))
+        model = prune(model, torch.tensor(texts, device=device), args.n_layer, args.d_ff)
+    if args.quantize or args.command == "quantize":
+        quantize(model, args.quantize or "int8")
     if args.command in ("prune", "quantize"):
-        if args.command == "prune":  # measured on what the model itself writes
-            texts = model.generate([ids] * 16, model.config.block_size - len(ids))
-            model = prune(model, torch.tensor(texts, device=device), args.n_layer, args.d_ff)
-        else:
-            quantize(model, args.quantize or "int8")
         keys = {*checkpoint} - {"config", "model", "quantize", "optimizer"}
         save_checkpoint(out, model, **{key: checkpoint[key] for key in keys})
         return print(f"{out}: {os.path.getsize(out):,} bytes")
-    if args.quantize:
-        quantize(model, args.quantize)
     draft = load_checkpoint(args.draft, device)[0] if args.draft else None
     for i in range(args.num_samples):
         print("---------------\n" * (i > 0) + args.prompt, end="", flush=True)
@@ -1397,7 +1244,6 @@ def main():
         else:
             model.generate([ids], **how)
         print()
-
 
 if __name__ == "__main__":
     try:

@@ -6,11 +6,10 @@ Train a Transformer language model.
     python train.py --init_from out/ckpt.pt --data data/mine --out_dir out-mine
     python train.py --eval_only --init_from out/ckpt.pt
 
-Data is a folder with train.bin, val.bin and tokenizer.json, as bpe.py leaves it; nanoGPT's and
-llm.c's .bin files do as well. A run leaves in --out_dir: ckpt.pt (all that is needed to sample, or
-to go on), log.csv, and loss.png if matplotlib is installed. It can be stopped at any time, by
-Ctrl-C, SIGTERM or the power cord: --resume goes on from the last checkpoint, and gives bit for bit
-(on a CPU) the losses of a run that was never stopped.
+Data is a folder with train.bin, val.bin and tokenizer.json, as bpe.py leaves it, or nanoGPT's or
+llm.c's .bin files. A run leaves ckpt.pt (all that is needed to sample, or to go on), log.csv, and
+loss.png if matplotlib is installed. It can be stopped at any time, by Ctrl-C or the power cord:
+--resume then gives bit for bit (on a CPU) the losses of a run that was never stopped.
 """
 
 import signal
@@ -24,6 +23,7 @@ import csv
 import functools
 import math
 import os
+import re
 import sys
 import time
 
@@ -35,9 +35,7 @@ from bpe import Tokenizer
 from model import (SWITCH, Linear, Transformer, TransformerConfig, add_config_flags, count,
                    load_checkpoint, pick_device, replacing, save_checkpoint, upcast)
 
-# -----------------------------------------------------------------------------
-# Loss.
-
+# ---- Loss.
 
 def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0.0):
     """Negative log-likelihood of the targets, in nats: their mean, or "sum". z_loss: weight of
@@ -51,30 +49,24 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean", z_loss=0
     total = losses.masked_fill(~valid, 0.0).sum()
     return total if reduction == "sum" else total / valid.sum().clamp(min=1)
 
-
 def distillation_loss(logits, teacher_logits, targets, temperature=1.0):
     """Sum over tokens of KL(teacher || student), both at a temperature, times its square, which
     keeps the gradient's size (Hinton et al. 2015). Shapes as in `cross_entropy`."""
-    log_p, log_q = (torch.log_softmax(upcast(x) / temperature, -1) for x in (teacher_logits, logits))
+    log_p, log_q = ((upcast(x) / temperature).log_softmax(-1) for x in (teacher_logits, logits))
     losses = (log_p.exp() * (log_p - log_q)).sum(-1)
     return temperature**2 * losses.masked_fill(targets == -100, 0.0).sum()
 
-
 def gradient_noise_scale(small_norms, big_norms, small, big):
     """The batch size at which noise and signal in a gradient are equal, tr(covariance) / |g|^2:
-    larger batches hardly make more progress per step (McCandlish et al. 2018).
-
-    small_norms, big_norms: squared norms of mean gradients over `small` and `big` samples. As
-    E|g_B|^2 = |g|^2 + tr(covariance) / B, the two give both unknowns. Infinity: no signal."""
-    small_mean, big_mean = sum(small_norms) / len(small_norms), sum(big_norms) / len(big_norms)
+    larger ones hardly make more progress per step (McCandlish et al. 2018). small_norms, big_norms:
+    squared norms of mean gradients over `small` and `big` samples. As E|g_B|^2 = |g|^2 +
+    tr(covariance) / B, the two give both unknowns. Infinity: no signal."""
+    small_mean, big_mean = (sum(norms) / len(norms) for norms in (small_norms, big_norms))
     signal = (big * big_mean - small * small_mean) / (big - small)
     noise = (small_mean - big_mean) / (1 / small - 1 / big)
     return noise / signal if signal > 0 else math.inf
 
-
-# -----------------------------------------------------------------------------
-# Optimizers. Each changes, in `update`, one parameter p that has a gradient g; s is its state.
-
+# ---- Optimizers. Each changes, in `update`, one parameter p that has a gradient g; s is its state.
 
 class Optimizer(torch.optim.Optimizer):
     """What they have in common."""
@@ -90,25 +82,22 @@ class Optimizer(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 self.update(p, p.grad, self.state[p], **group)
 
-
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019).
-
+    """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019):
     m <- beta1 m + (1 - beta1) g          a running mean of the gradient
     v <- beta2 v + (1 - beta2) g^2        and of its square
-    p <- p - lr * decay * p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-    """
+    p <- p - lr * decay * p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)"""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def update(self, p, g, s, lr, betas, eps, **_):
-        m, v = (s[n] if n in s else s.setdefault(n, torch.zeros_like(p)) for n in "mv")
-        m.lerp_(g, 1 - betas[0])
+        if "m" not in s:
+            s |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        m, v = s["m"].lerp_(g, 1 - betas[0]), s["v"]
         v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         root = math.sqrt(1 - betas[1] ** s["step"])
         p.addcdiv_(m, v.sqrt().add_(eps * root), value=-lr * root / (1 - betas[0] ** s["step"]))
-
 
 class SGD(Optimizer):
     """Gradient descent with momentum: v <- momentum v + g; p <- p - lr * decay * p - lr v"""
@@ -119,7 +108,6 @@ class SGD(Optimizer):
     def update(self, p, g, s, lr, momentum, **_):
         v = s.setdefault("v", torch.zeros_like(p)).mul_(momentum).add_(g)
         p.sub_(v, alpha=lr)
-
 
 def zeropower_newton_schulz(G, steps=5, eps=1e-7):
     """About U V^T for a matrix G = U S V^T: all singular values become roughly 1 (0.7 to 1.2),
@@ -134,36 +122,30 @@ def zeropower_newton_schulz(G, steps=5, eps=1e-7):
         X = a * X + (b * A + c * A @ A) @ X
     return X.T if tall else X
 
-
 class Muon(Optimizer):
     """Momentum, orthogonalized: every matrix moves by the same amount in all its directions, rare
     ones included (Jordan et al. 2024). For hidden matrices only; one that is really several (fused
     Q, K, V) should be given in parts. Steps are as large as AdamW's, whose learning rate and decay
-    then serve here, too (Liu et al. 2025).
-
+    then serve here, too (Liu et al. 2025):
     m <- momentum m + (1 - momentum) g;  u = zeropower((1 - momentum) g + momentum m)
-    p <- p - lr * decay * p - lr * 0.2 sqrt(max(m, n)) * u
-    """
+    p <- p - lr * decay * p - lr * 0.2 sqrt(max(m, n)) * u"""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
     def update(self, p, g, s, lr, momentum, **_):
         m = s.setdefault("m", torch.zeros_like(p)).lerp_(g, 1 - momentum)
-        u = g.lerp(m, momentum)
-        dtype = torch.bfloat16 if has_fast_bfloat16(p.device) else p.dtype
-        u = zeropower_newton_schulz(u.to(dtype)).to(p.dtype)
+        u = g.lerp(m, momentum).to(torch.bfloat16 if has_fast_bfloat16(p.device) else p.dtype)
+        u = zeropower_newton_schulz(u).to(p.dtype)
         p.sub_(u, alpha=lr * 0.2 * math.sqrt(max(p.shape)))
 
-
 class SOAP(Optimizer):
-    """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024).
-
+    """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024), for matrices:
     L <- b2 L + (1 - b2) G G^T and R <- b2 R + (1 - b2) G^T G are running means; the gradient is
     turned to their eigenvectors, Q_L^T G Q_R, where Adam's division by each entry's own size is
     closest to the right one; the step is turned back. Every precondition_frequency steps one power
     iteration and a QR decomposition bring the eigenvectors up to date. The first gradient only
-    makes them, and moves nothing. For matrices."""
+    makes them, and moves nothing."""
 
     def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.01,
                  precondition_frequency=10):
@@ -194,43 +176,33 @@ class SOAP(Optimizer):
                 s["Q" + side] = torch.linalg.qr(s[side] @ Q[:, order])[0]
             s["m"] = s["QL"].T @ m @ s["QR"]
 
-
 def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
     """-> list of optimizers for all parameters of the model. adamw and sgd take all; muon and soap
     the hidden matrices, which map vectors to vectors, and AdamW what is left: embeddings, head and
     routers (their rows belong to tokens or experts, and each should move by its own frequency),
-    and, without weight decay, gains and biases. Raises ValueError for mup without its rules.
-
-    mup: the width at which the learning rate was found, to hold at this one, too (Yang et al.
-    2022). Adam moves every weight by about the learning rate. A unit adds up its inputs' moves,
-    which all go the way that the loss wants: from n inputs, n times as far. So matrices of n
-    inputs learn mup / n times as fast, with the same decay; Muon's, whose steps have one size in
-    all directions, sqrt(mup / n) times. An embedding's row is one input."""
+    and, without weight decay, gains and biases. mup: the width at which the learning rate was
+    found, to hold at this one, too (Yang et al. 2022). Adam moves every weight by about that rate,
+    and a unit adds up its inputs' moves, which all go the way that the loss wants: from n inputs, n
+    times as far. So matrices of n inputs learn mup / n times as fast, with the same decay; Muon's,
+    whose steps have one size in all directions, sqrt(mup / n) times. Raises ValueError."""
     if mup and (kind in ("soap", "sgd") or model.config.tie_embeddings):
         raise ValueError("mup is for adamw and muon, and a head of its own")
     scale = mup / model.config.n_embd if mup else 1.0
-    hidden = {m.weight for name, m in model.blocks.named_modules() if isinstance(m, Linear)
-              and not name.endswith("router") and "filter" not in name}
-    linear = {m.weight for m in model.modules() if isinstance(m, Linear)}
     groups = [{"params": [], "weight_decay": decay, "lr_scale": by} for decay, by in (
-        (0.0, 1.0), (weight_decay, 1.0), (weight_decay / scale, scale))]
-    matrices = []
+        (0.0, 1.0), (weight_decay, 1.0), (weight_decay / scale, scale),
+        (weight_decay / scale**0.5, scale**0.5))]
+    linear = {m.weight: name for name, m in model.named_modules() if isinstance(m, Linear)}
     for p in model.parameters():
-        if kind in ("muon", "soap") and p in hidden:
-            matrices.append(p)
-        else:
-            groups[0 if p.ndim < 2 else 2 if p in linear else 1]["params"].append(p)
-    groups = [group for group in groups if group["params"]]
+        hidden = "blocks" in linear.get(p, "") and not re.search("router|filter", linear[p])
+        matrix = 3 if hidden and kind in ("muon", "soap") else 2 if p in linear else 1
+        groups[matrix if p.ndim > 1 else 0]["params"].append(p)
+    *others, matrices = groups
+    others = [group for group in others if group["params"]]
     if kind == "sgd":
-        return [SGD(groups, lr, momentum)]
-    optimizers = [AdamW(groups, lr, betas)]
-    if kind == "soap":
-        optimizers.append(SOAP(matrices, lr, weight_decay=weight_decay))
-    if kind == "muon":
-        optimizers.append(Muon([{"params": matrices, "lr_scale": scale**0.5,
-                                 "weight_decay": weight_decay / scale**0.5}], lr, 0.0, momentum))
-    return optimizers
-
+        return [SGD(others, lr, momentum)]
+    more = {"muon": lambda: [Muon([matrices], lr, 0.0, momentum)],
+            "soap": lambda: [SOAP([matrices], lr)], "adamw": list}[kind]()
+    return [AdamW(others, lr, betas), *more]
 
 @torch.no_grad()
 def clip_grad_norm(params, max_norm, eps=1e-6):
@@ -242,7 +214,6 @@ def clip_grad_norm(params, max_norm, eps=1e-6):
         for g in grads:
             g.mul_((max_norm / (norm + eps)).clamp(max=1.0))
     return norm
-
 
 def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine",
            decay_fraction=0.2):
@@ -261,19 +232,14 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
         share = 0.5 * (1 - math.cos(math.pi * left / max(1, max_iters - warmup_iters)))
     return min_lr + (learning_rate - min_lr) * share
 
-
 def has_fast_bfloat16(device):
     """Whether matrix products in bfloat16 are faster than in float32: on NVIDIA's cards since
     Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.device(device).type == "cpu" and (
+    kind = torch.device(device).type
+    return kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or kind == "cpu" and (
         torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
-
-# -----------------------------------------------------------------------------
-# Data.
-
+# ---- Data.
 
 def open_bin(path):
     """A .bin (see bpe.py) -> (memory-mapped ids, header as int32 or None). Without a header it is
@@ -282,34 +248,30 @@ def open_bin(path):
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2]))
     if dtype and len(header) == 256:
         return np.memmap(path, dtype, "r", header.nbytes), header
-    data = np.memmap(path, "<u2", "r")
+    data = np.memmap(path, "<u2", "r", shape=os.path.getsize(path) // 2)
     wide = len(data) > 3 and not data[1 : 2**20 : 2].any()  # every second one is 0
     if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
-        raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's files do")
+        raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's do")
     return data, None
-
 
 def open_data(folder):
     """A folder of bpe.py -> (train ids, val ids, the text of tokenizer.json or None, vocabulary
     size or None, bytes of text per token of val.bin or 0). Raises ValueError, OSError."""
-    tokenizer, size, opened, path = None, None, [], os.path.join(folder, "tokenizer.json")
+    tokenizer, sizes, opened, path = None, set(), [], os.path.join(folder, "tokenizer.json")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             tokenizer = file.read()
-        size = Tokenizer.from_json(tokenizer).vocab_size
+        sizes.add(Tokenizer.from_json(tokenizer).vocab_size)
     for path in (os.path.join(folder, name) for name in ("train.bin", "val.bin")):
         if not os.path.exists(path):
-            raise ValueError(f"there is no {path}: python bpe.py makes data/stdlib, "
-                             "python bpe.py encode --out FOLDER others")
+            raise ValueError(f"there is no {path}: see python bpe.py --help")
         data, header = open_bin(path)
-        own = size if header is None else int(header[3])  # (without a header: uint16)
-        if own != (size or own) or header is None and (own or 0) > 2**16:
-            raise ValueError(f"{path} was not made with the tokenizer.json beside it")
-        size = own
+        sizes |= set() if header is None else {int(header[3])}
         opened.append(data)
+    if len(sizes) > 1:
+        raise ValueError(f"the files in {folder} are of vocabularies of {sizes} ids")
     n_bytes = 0 if header is None else int(header[5:7].copy().view("<i8")[0])
-    return *opened, tokenizer, size, n_bytes / len(data)
-
+    return *opened, tokenizer, max(sizes, default=None), n_bytes / len(data)
 
 def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     """block_size ids from each start, and, as targets, the same shifted by one: two tensors
@@ -328,7 +290,6 @@ def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
-
 @functools.lru_cache(maxsize=2)
 def window_order(n, block_size, seed, epoch):
     """Where the windows of an epoch start: all there are, shuffled, from another offset each."""
@@ -336,11 +297,10 @@ def window_order(n, block_size, seed, epoch):
     first = int(rng.integers(min(block_size, n - block_size)))
     return first + block_size * rng.permutation((n - 1 - first) // block_size)
 
-
 def get_batch(data, batch_size, block_size, device="cpu", number=None, seed=1337, vocab_size=2**32):
     """Batch `number` of a fixed order, which depends on the seed alone, so that a run can be taken
-    up at any step; None: windows drawn at random -> ids and targets, two tensors (batch_size,
-    block_size) of int64. Raises ValueError if data is not longer than block_size."""
+    up at any step; None: drawn at random -> ids and targets, two tensors (batch_size, block_size)
+    of int64. Raises ValueError."""
     if len(data) <= block_size:
         raise ValueError(f"data of {len(data):,} tokens is too short for block_size {block_size}")
     starts, epoch, at = [], 0, (number or 0) * batch_size  # windows counted through all epochs
@@ -352,32 +312,29 @@ def get_batch(data, batch_size, block_size, device="cpu", number=None, seed=1337
         epoch, at = epoch + 1, max(0, at - len(order))
     return windows(data, starts, block_size, device, vocab_size)
 
-
 @torch.no_grad()
 def evaluate(model, data, batch_size, block_size, device, autocast, max_batches=0):
     """Mean loss in nats over fixed windows that together are all of data (or, of more than
     max_batches, that many evenly spaced), each predicted from its own beginning."""
-    starts, total, n = np.arange(0, len(data) - 1, block_size), 0.0, 0
+    starts, total, n, V = np.arange(0, len(data) - 1, block_size), 0.0, 0, model.config.vocab_size
     if max_batches and len(starts) > max_batches * batch_size:
         starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
     model.eval()
     for i in range(0, len(starts), batch_size):
-        x, y = windows(data, starts[i : i + batch_size], block_size, device, model.config.vocab_size)
+        x, y = windows(data, starts[i : i + batch_size], block_size, device, V)
         with autocast():
             total += cross_entropy(model(x), y, reduction="sum").item()
         n += int((y != -100).sum())
     model.train()
     return total / n
 
+# ---- The command line.
 
-# -----------------------------------------------------------------------------
-# The command line.
-
+COLUMNS = "step tokens seconds loss val_loss val_bpb learning_rate grad_norm".split()  # log.csv's
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71}
 
-
 def build_parser(name="train.py"):
-    """The command line. Flags of the architecture have no default here: a checkpoint has its own."""
+    """The command line. The architecture's flags have no default here: a checkpoint has its own."""
     parser = argparse.ArgumentParser(description="Train a Transformer language model.")
     parser.error = lambda message: parser.exit(2, f"{name}: error: {message}\n")
     add = parser.add_argument
@@ -390,18 +347,17 @@ def build_parser(name="train.py"):
     add("--eval_only", **SWITCH, help="print the validation loss and stop")
     for name, default, text in (
             ("batch_size", 8, "sequences at a time"), ("gradient_accumulation_steps", 1, "batches"),
-            ("max_iters", 450, "steps"), ("learning_rate", 3e-3, "the highest"),
-            ("min_lr", 0.0, "the last"), ("warmup_iters", -1, "steps; -1: a twentieth of all"),
-            ("decay_fraction", 0.2, "of the steps: wsd's end"), ("weight_decay", 0.1, "of matrices"),
-            ("momentum", 0.95, "of muon, sgd"), ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"),
-            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("seed", 1337, "of all that is drawn"),
-            ("eval_interval", 100, "steps; saves, too"), ("log_interval", 10, "steps"),
-            ("eval_iters", 20, "batches of val.bin; 0: all"), ("device", "auto", "cpu, cuda or mps"),
-            ("z_loss", 0.0, "weight; PaLM's is 1e-4"),
+            ("max_iters", 450, "steps"), ("learning_rate", 3e-3, "the highest"), ("min_lr", 0.0, "last"),
+            ("warmup_iters", -1, "steps; -1: a twentieth of all"), ("weight_decay", 0.1, "of matrices"),
+            ("decay_fraction", 0.2, "of the steps: wsd's end"), ("momentum", 0.95, "of muon, sgd"),
+            ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"), ("seed", 1337, "of what is drawn"),
+            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("log_interval", 10, "steps"),
+            ("eval_interval", 100, "steps; saves, too"), ("device", "auto", "cpu, cuda or mps"),
+            ("eval_iters", 20, "batches of val.bin; 0: all"), ("z_loss", 0.0, "weight; PaLM's is 1e-4"),
+            ("peak_flops", 0.0, "TFLOP/s, for MFU"), ("teacher_weight", 0.5, "in the loss"),
             ("mup", 0, "n_embd at which the rate is best, to be it at any; 0: off"),
             ("teacher", "", "distillation: a checkpoint whose predictions to learn from"),
-            ("teacher_weight", 0.5, "in the loss"), ("teacher_temperature", 1.0, "of both"),
-            ("peak_flops", 0.0, "of the device in TFLOP/s, for MFU")):
+            ("teacher_temperature", 1.0, "of both")):
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     for name, values in (("optimizer", "adamw muon soap sgd"), ("schedule", "wsd cosine constant"),
                          ("dtype", "auto float32 bfloat16"),
@@ -416,27 +372,22 @@ def build_parser(name="train.py"):
     add("--lr_decay_iters", type=int, help=argparse.SUPPRESS)
     return parser
 
-
 def parse_args(parser, words):
-    """The words of a command line -> (Namespace, those words, the checkpoint to resume or None).
-    For a run that is resumed they come after its own. Exits with 2, raises ValueError."""
+    """The words of a command line -> (Namespace, words, the checkpoint to resume or None). For a
+    run that is resumed, they come after its own. Exits with 2, raises ValueError, TypeError."""
     args, checkpoint = parser.parse_args(words), None
     if args.resume or args.init_from == "resume":
         checkpoint, out_dir = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt")), args.out_dir
-        was = checkpoint[1].get("args") or []
-        words = [str(word) for word in was] + words
-        optimizer, args = parser.parse_args(words[: len(was)]).optimizer, parser.parse_args(words)
+        was = [str(word) for word in checkpoint[1]["args"]]
+        optimizer, args = parser.parse_args(was).optimizer, parser.parse_args(words := was + words)
         args.out_dir, args.resume = out_dir, True
         if args.optimizer != optimizer:
             raise ValueError(f"a run of {optimizer} can't go on with {args.optimizer}")
     if args.config or args.lr_decay_iters not in (None, args.max_iters):
-        parser.error("there are no config files; the rate ends at --max_iters: see --help for flags")
+        parser.error("there are no config files, and the rate ends at --max_iters: see --help")
     return args, words, checkpoint
 
-
-# -----------------------------------------------------------------------------
-# The run.
-
+# ---- The run.
 
 def main():
     args, words, checkpoint = parse_args(build_parser(), sys.argv[1:])
@@ -450,23 +401,22 @@ def main():
 
     # the data, and a model from scratch, from a checkpoint, or from where a run was stopped
     train_data, val_data, tokenizer, vocab_size, bytes_per_token = open_data(args.data)
-    given = {f: getattr(args, f) for f in vars(TransformerConfig()) if getattr(args, f) is not None}
-    resumed = checkpoint is not None
-    if args.init_from not in ("scratch", "resume") and not resumed:
-        checkpoint = load_checkpoint(args.init_from)
-    if checkpoint:
-        model, checkpoint = checkpoint
-        theirs, model = checkpoint.get("tokenizer") or tokenizer, model.to(device)
-        if tokenizer and Tokenizer.from_json(theirs).vocab != Tokenizer.from_json(tokenizer).vocab:
-            raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
-        if wrong := [f"{k} {v}" for k, v in given.items() if v != getattr(model.config, k)]:
-            raise ValueError(f"the checkpoint's model has not {', '.join(wrong)}")
-    else:  # (without a word on the ids: GPT-2's 50,257, to a multiple of 64, as in nanoGPT)
-        given = {"vocab_size": vocab_size or 50304} | given
-        model = Transformer(TransformerConfig(**given)).to(device)
+    given = {k: getattr(args, k) for k in vars(TransformerConfig()) if getattr(args, k) is not None}
+    resumed, (model, saved) = bool(checkpoint), checkpoint or (None, {})
+    if not resumed and args.init_from != "scratch":
+        model, saved = load_checkpoint(args.init_from)
+    if model is None:  # (without a word on the ids: GPT-2's 50,257, to a multiple of 64)
+        model = Transformer(TransformerConfig(**{"vocab_size": vocab_size or 50304} | given))
         if args.mup:  # or the first logits would differ with the width
             torch.nn.init.zeros_(model.head.weight)
-    config, T, n = model.config, model.config.block_size, args.gradient_accumulation_steps
+    model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
+    if wrong := [f"{k} {v}" for k, v in given.items() if v != getattr(config, k)]:
+        raise ValueError(f"the checkpoint's model has not {', '.join(wrong)}")
+    theirs = saved.get("tokenizer") or tokenizer
+    if tokenizer and Tokenizer.from_json(theirs).vocab != Tokenizer.from_json(tokenizer).vocab:
+        raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
+    if config.vocab_size > 2**16 and train_data.offset == 0:  # (no header: uint16)
+        raise ValueError(f"{args.data} does not say that its ids are of {config.vocab_size:,}")
     model.activation_checkpointing = args.activation_checkpointing
     if args.kernels:
         import kernels
@@ -477,74 +427,65 @@ def main():
 
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
                                  (args.beta1, args.beta2), args.momentum, args.mup)
-    step, rows, best, small_norms, big_norms, seconds = 0, [], math.inf, [], [], 0.0
-    log_path, tokens_per_step = os.path.join(args.out_dir, "log.csv"), args.batch_size * n * T
+    step, rows, best, loss, seconds, small_norms, big_norms = 0, [], math.inf, 0.0, 0.0, [], []
+    T, log_path = config.block_size, os.path.join(args.out_dir, "log.csv")
     if resumed:
-        try:
-            step, best = int(checkpoint["step"]), float(checkpoint["best_val_loss"])
-            for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-                settings = optimizer.state_dict()["param_groups"]  # from the flags, not the file
-                optimizer.load_state_dict({"state": state["state"], "param_groups": settings})
-            torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-            if device.type in checkpoint["rng"] and device.type != "cpu":
-                torch.get_device_module(device).set_rng_state(checkpoint["rng"][device.type].cpu())
-            with open(log_path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            seconds = float(rows[-1]["seconds"]) if rows else 0.0
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} or {log_path} is not as train.py leaves it: {error}") from None
+        step, best = int(saved["step"]), float(saved["best_val_loss"])
+        for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
+            settings = optimizer.state_dict()["param_groups"]  # from the flags, not the file
+            optimizer.load_state_dict({"state": state["state"], "param_groups": settings})
+        random_state(device, dict(saved["rng"]))
+        with open(log_path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        seconds = float(rows[-1]["seconds"]) if rows else 0.0
     elif os.path.exists(path) and not args.eval_only:
-        aside = f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt"
-        os.rename(path, aside)
+        os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
         print(f"{path}, of another run, is now {aside}")
     warmup = args.max_iters // 20 if args.warmup_iters < 0 else args.warmup_iters
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = args.peak_flops or next((PEAK[name] for name in PEAK if name in card), 0)
-    flops_per_token = 3 * sum(count(config)[1].values())
+    flops_per_token, tokens_per_step = 3 * count(config)[1].total(), args.batch_size * n * T
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {tokens_per_step:,} tokens "
           f"per step | {args.max_iters * tokens_per_step / len(train_data):.2f} epochs | {device}")
 
     stop = []  # a signal, or what is wrong with the data: finish the step, save, leave
     def on_signal(number, _):
         stop.append(128 + number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        signal.signal(number, signal.SIG_DFL)  # the second time at once
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     model.train()
     since, counted = time.perf_counter(), step
     while True:
         # evaluate, and save all that is needed to go on
-        done = step >= args.max_iters
-        if args.eval_only or done or stop or (step % args.eval_interval == 0 and step):
-            evaluated = rows and int(rows[-1]["step"]) == step and rows[-1].get("val_loss")
-            if args.eval_only or not (stop or evaluated):
-                try:
-                    loss = evaluate(model, val_data, args.batch_size, T, device, autocast,
-                                    0 if done or args.eval_only else args.eval_iters)
-                except ValueError as error:
-                    stop.append(error)
-                    continue
+        done, evaluated = step >= args.max_iters, rows and rows[-1].get("val_loss")
+        due = args.eval_only or done or (step > 0 and step % args.eval_interval == 0)
+        try:
+            batches = [] if done else [
+                get_batch(train_data, args.batch_size, T, device, i, args.seed, config.vocab_size)
+                for i in range(step * n, (step + 1) * n)]
+            if due and not stop and not (evaluated and int(rows[-1]["step"]) == step):
+                loss = evaluate(model, val_data, args.batch_size, T, device, autocast,
+                                0 if done or args.eval_only else args.eval_iters)
                 best, bits = min(best, loss), loss / math.log(2) / (bytes_per_token or math.inf)
-                print(f"step {step:6d} | val loss {loss:.4f}"
-                      + (f" | {bits:.4f} bits per byte" if bits else ""), flush=True)
-                if args.eval_only:
-                    return
+                print(f"step {step:6d} | val loss {loss:.4f}" + f" | {bits:.4f} bits per byte"
+                      * bool(bits), flush=True)
                 if rows:
-                    rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" if bits else ""}
-                if not math.isfinite(loss):
-                    raise ValueError("the validation loss is not finite; the checkpoint before stays")
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise ValueError("weights are not finite; the checkpoint before stays")
+                    rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" * bool(bits)}
+        except ValueError as error:  # a file that is damaged, or has become shorter
+            stop.append(error)
+        if args.eval_only:
+            break
+        if due or stop:
+            # (weights of 1e20 are finite, and their norm is not)
+            if not all(math.isfinite(x) for x in (loss, *(p.norm() for p in model.parameters()))):
+                raise ValueError("loss or weights are not finite; the checkpoint stays as it was")
             with replacing(log_path, "w", newline="") as file:
-                names = "step tokens seconds loss val_loss val_bpb learning_rate grad_norm".split()
-                writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
-            rng = {"cpu": torch.get_rng_state()}
-            if device.type != "cpu":
-                rng[device.type] = torch.get_device_module(device).get_rng_state()
             save_checkpoint(path, model, optimizers, step=step, best_val_loss=best, args=words,
-                            rng=rng, tokenizer=tokenizer)
+                            rng=random_state(device), tokenizer=tokenizer)
             since, counted = time.perf_counter(), step
         if done or stop:
             break
@@ -556,12 +497,6 @@ def main():
 
         # the gradient of the mean loss over all targets of n batches: the sum is divided once, by
         # the number of all, since a mean of the batches' means would weigh tokens unequally
-        try:
-            batches = [get_batch(train_data, args.batch_size, T, device, i, args.seed,
-                                 config.vocab_size) for i in range(step * n, (step + 1) * n)]
-        except ValueError as error:
-            stop.append(error)
-            continue
         if args.noise_scale and n == 1:  # two sizes of batch: the halves, and the whole
             batches = [half for x, y in batches for half in zip(x.chunk(2), y.chunk(2))]
         targets, loss, before = sum(int((y != -100).sum()) for _, y in batches), 0.0, 0.0
@@ -601,15 +536,15 @@ def main():
                 move_state(optimizer, "cpu")
         step += 1
 
-        if step % args.log_interval == 0 or step % args.eval_interval == 0 or step == args.max_iters:
+        if not step % args.log_interval or not step % args.eval_interval or step == args.max_iters:
             now = time.perf_counter()
             rate, seconds = (step - counted) * tokens_per_step / (now - since), seconds + now - since
             mfu = f" | mfu {rate * flops_per_token / peak / 1e12:.1%}" if peak else ""
             left = (args.max_iters - step) * tokens_per_step / rate / 60
-            print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} "
-                  f"| {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
-            rows.append({"step": step, "tokens": step * tokens_per_step, "seconds": f"{seconds:.2f}",
-                         "loss": f"{loss:.6f}", "learning_rate": f"{lr:.6g}", "grad_norm": f"{norm:.4f}"})
+            print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
+                  f" | {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
+            rows.append(dict(zip(COLUMNS, (step, step * tokens_per_step, f"{seconds:.2f}",
+                                           f"{loss:.6f}", "", "", f"{lr:.6g}", f"{norm:.4f}"))))
             since, counted = now, step
 
     if stop and isinstance(stop[0], ValueError):
@@ -617,16 +552,22 @@ def main():
     if small_norms:
         scale = gradient_noise_scale(small_norms, big_norms, 1 / max(2, n), 1)
         print(f"noise_scale_tokens: {scale * tokens_per_step:.0f}")
-    plot_log(os.path.join(args.out_dir, "loss.png"), rows)
-    print(f"{path}: step {step} of {args.max_iters}" + (", go on with --resume" if stop else ""))
+    if not args.eval_only:
+        plot_log(os.path.join(args.out_dir, "loss.png"), rows)
+        print(f"{path}: step {step} of {args.max_iters}" + ", go on with --resume" * bool(stop))
     sys.exit(stop[0] if stop else 0)
 
+def random_state(device, new=None):
+    """The state of the random numbers that dropout draws, of CPU and device; new: one to take up."""
+    parts = {device.type: torch.get_device_module(device), "cpu": torch}
+    for name in parts.keys() & (new or {}):
+        parts[name].set_rng_state(new[name].cpu())
+    return {name: part.get_rng_state() for name, part in parts.items()}
 
 def move_state(optimizer, device):
     """Move the state of an optimizer to a device: to the CPU's memory between steps."""
     for state in optimizer.state.values():
         state |= {name: x.to(device) for name, x in state.items() if torch.is_tensor(x)}
-
 
 def plot_log(path, rows):
     """loss.png, if matplotlib is installed."""
@@ -640,11 +581,10 @@ def plot_log(path, rows):
         axes.legend()
         axes.figure.savefig(path, dpi=120)
 
-
 if __name__ == "__main__":
     try:
         main()
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as error:
         sys.exit(f"train.py: error: {error}")
