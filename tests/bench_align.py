@@ -76,8 +76,8 @@ def losses(args):
             differences(f"{kind}, kl {beta}, Liger", ours(kind, beta), loss, (hidden, weight))
         theirs = LigerFusedLinearDPOLoss(beta=0.3, compiled=False, average_log_prob=False)
         before = hidden.detach() + 0.3 * torch.randn_like(hidden)
-        loss, _ = theirs(weight, hidden, ids.masked_fill(~mask, -100), ref_input=before,
-                         ref_weight=weight.detach())
+        target = ids.masked_fill(~mask, -100)
+        loss, _ = theirs(weight, hidden, target, ref_input=before, ref_weight=weight.detach())
         models = (lambda x, h=h: h @ w.T for h, w in ((hidden, weight), (before, weight.detach())))
         sums = [A.sequence_log_probs(model, ids, ids, mask).view(2, -1) for model in models]
         differences("dpo, Liger", A.dpo_loss(*sums[0], *sums[1], 0.3), loss, (hidden, weight))
@@ -88,8 +88,8 @@ def losses(args):
         print(f"TRL is skipped: {type(error).__name__} {str(error).splitlines()[0]}")
         return
     found = A.response_log_probs(lambda x: logits, ids, ids)["log_probs"].sum()
-    differences("log-probs, TRL", found, selective_log_softmax(logits, ids).sum(),
-                (hidden, weight))
+    theirs = selective_log_softmax(logits, ids).sum()
+    differences("log-probs, TRL", found, theirs, (hidden, weight))
     differences("entropy, TRL", A.entropy(logits).sum(), entropy_from_logits(logits).sum(),
                 (hidden, weight))
     anything = type("Any", (types.SimpleNamespace,), {"__getattr__": lambda *_: None})
@@ -135,7 +135,7 @@ def code(args):
                              row["test"] + f"\ncheck({row['entry_point']})", timeout=30)
         passed += verdict.passed
         print("" if verdict else f"{row['task_id']}: {verdict.error}\n", end="")
-    print(f"{passed} of {len(rows)} pass | {(time.perf_counter() - begin) / len(rows):.3f} s each")
+    print(f"{passed} of {len(rows)} pass, {(time.perf_counter() - begin) / len(rows):.3f} s each")
 
 
 def align(args, *flags):
@@ -152,7 +152,6 @@ def align(args, *flags):
 @torch.no_grad()
 def evals(args):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     if args.arc:
@@ -166,9 +165,8 @@ def evals(args):
                 scores.append(log_p.gather(1, torch.tensor(whole[start:])[:, None]).sum().item())
             by_length = [s / len(choice) for s, choice in zip(scores, choices)]
             hits.append([way.index(max(way)) == label for way in (scores, by_length)])
-        acc, acc_norm = (sum(column) / len(hits) for column in zip(*hits))
-        print(f"ARC, transformers: acc {acc:.4f} acc_norm {acc_norm:.4f} seconds "
-              f"{time.perf_counter() - begin:.0f}", flush=True)
+        acc, norm, seconds = *(sum(x) / len(hits) for x in zip(*hits)), time.perf_counter() - begin
+        print(f"ARC, transformers: acc {acc:.4f} acc_norm {norm:.4f} seconds {seconds:.0f}")
     if args.gsm8k:
         kept = os.path.join(args.out, "gsm8k.jsonl")
         print("GSM8K, ours: ", align(args, "--task", "gsm8k", "--data", args.gsm8k, "--chat",
