@@ -314,8 +314,8 @@ def test_rows_that_no_verifier_can_read_are_reported_when_loaded(tmp_path, row):
 WRONG = [(text, "5") for text in (
     "not 5", "minus 5", "half of 5", "at least 5", "between 4 and 5", "6 or 5", "5 dozen", "500%",
     "It is 5", r"\[6 - 5i\]", "(2, 5)", "$52_8$", r"\boxed{x > 5}", r"\boxed{\pm 5}", "5!", "5=6",
-    r"\boxed{5", "5 million", "2x=5", "#### 6\n5", r"\boxed{5 \text{ or } 6}", "x = 5 or x = 6")] + [
-    ("15 cm^2", "2"), ("8", "$52_8$"), ("53530/97", "x"), ("5 m", "5 cm"), (r"\{1,1,2\}", r"\{1,2,2\}"),
+    r"\boxed{5", "5 million", "2x=5", "#### 6\n5", r"\boxed{5 \text{ or } 6}", "x = 5 or 6")] + [
+    ("15 cm^2", "2"), ("8", "$52_8$"), ("53530/97", "x"), ("5 m", "5 cm"), ("{1,1,2}", "{1,2,2}"),
     ("5=6", "6"), ("0.333", "1/3"), ("9^9^9^9", "1"), ("(1,2)", "(2,1)"), ("2x-y=0", "2x+y=0"),
     ("", ""), ("{" * 900, "1"), (r"\boxed{" * 3000, "1"), ("1e999999999", "1"), ("x+2", "2"),
     ("10^{20}", "10^{20}+1"), ("x<3", "(-\\infty,3]"), ("i", "-i"), (r"\sqrt{x^2}", "x"),
@@ -345,10 +345,10 @@ def test_answers():
 
 def test_choices_and_sentences():
     for text, letter in (
-            ("The answer is (B).", "B"), ("B", "B"), ("(C) because", "C"), ("D. photosynthesis", "D"),
+            ("The answer is (B).", "B"), ("B", "B"), ("(C) because", "C"), ("D. a leaf", "D"),
             ("A or B", None), ("A cat sat on it", None), ("cannot be A", None), ("not A", None),
             ("(A) (B) (C) (D)", None), ("it must be C", "C"), (r"\boxed{D}", "D"), ("E", None),
-            ("First A seems right, but the correct answer is B", "B"), ("The answer is A, B", None)):
+            ("A seems right, but the correct answer is B", "B"), ("The answer is A, B", None)):
         assert A.find_choice(text) == letter, text
     assert A.find_choice("I think", 10) is None
     assert A.sentences("Dr. Smith met Mr. Jones at 5 p.m.") == 1
@@ -356,26 +356,23 @@ def test_choices_and_sentences():
 
 
 def test_instructions_of_ifeval():
-    for name, arguments, good, bad in (
+    least, less = {"relation": "at least"}, {"relation": "less than", "let_relation": "less than"}
+    for name, k, good, bad in (
             ("keywords:existence", {"keywords": ["cat", "Dog"]}, "a dog and a CAT", "a dog"),
             ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, "category", "a Cat."),
-            ("keywords:frequency", {"keyword": "the", "frequency": 2, "relation": "at least"},
-             "The the", "the"),
-            ("keywords:letter_frequency", {"letter": "a", "let_frequency": 2, "let_relation":
-                                           "less than"}, "bA", "banana"),
-            ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"},
-             "One. Two!", "One"),
-            ("length_constraints:number_words", {"num_words": 3, "relation": "less than"},
-             "two words", "now three words"),
+            ("keywords:frequency", {"keyword": "the", "frequency": 2} | least, "The the", "the"),
+            ("keywords:letter_frequency", {"letter": "a", "let_frequency": 2} | less, "bA", "aa"),
+            ("length_constraints:number_sentences", {"num_sentences": 2} | least, "Yes. No!", "One"),
+            ("length_constraints:number_words", {"num_words": 3} | less, "two words", "a b c"),
             ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a]"),
             ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a"),
             ("startend:end_checker", {"end_phrase": "The end."}, 'x the end."', "the end. x"),
-            ("startend:quotation", None, '"x"', 'x"'),
+            ("startend:quotation", None, '"x"', 'x"'), ("punctuation:no_comma", None, "a", "a, b"),
             ("change_case:english_capital", {}, "ABC 1", "ABc"),
-            ("change_case:english_lowercase", {}, "abc", "Abc"),
-            ("punctuation:no_comma", None, "a b", "a, b")):
-        row = {"instruction_id_list": [name], "kwargs": [arguments]}
+            ("change_case:english_lowercase", {}, "abc", "Abc")):
+        row = {"instruction_id_list": [name], "kwargs": [k]}
         assert [A.verify(row, text) for text in (good, bad, " ")] == [1, 0, 0], name
+    row = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     assert A.follows(row, "Sure, here:\nno comma", loose=True) == [True]
 
 
@@ -490,7 +487,7 @@ def test_tasks_are_read_as_published(tmp_path, base, capsys):
     (folder / "high_school_art_dev.csv").write_text('"Q, one?",w,x,y,z,C\nQ2\u2028,w,x,y,z,A\n',
                                                     "utf-8")
     first, second = A.read_task("mmlu", str(folder))
-    assert first["context"] == "Q, one?\nA. w\nB. x\nC. y\nD. z\nAnswer:" and first["target"] == " C"
+    assert first["context"] == "Q, one?\nA. w\nB. x\nC. y\nD. z\nAnswer:"
     assert second["header"].endswith("about high school art.\n\n")
     for task, row in (("arc", {"question": "q", "choices": {"text": ["a"], "label": []}}),
                       ("gsm8k", {"question": "q"}), ("hellaswag", {"endings": []})):
