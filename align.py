@@ -56,17 +56,17 @@ def read_rows(path, make):
     """make(row) of each row of a .jsonl, .json (a list), .csv or .txt file (documents) -> list
     without None. Raises ValueError, with the row, where it fails, or if nothing is left."""
     kind, made, number = os.path.splitext(path.removesuffix(".gz"))[1], [], 0
-    split = {".json": json.loads,
-             ".csv": lambda text: filter(None, csv.reader(re.split("(?<=\n)", text))),
-             ".txt": lambda text: text.split("<|endoftext|>"),
-             ".jsonl": lambda text: filter(str.strip, text.split("\n"))}
+    split = {".json": json.loads, ".txt": lambda text: text.split("<|endoftext|>"),
+             ".csv": lambda text: filter(None, csv.reader(re.split("(?<=\n)", text)))}
+    lines = kind in (".jsonl", ".ndjson")
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            rows = split[kind](file.read().decode())
-        for number, row in enumerate(rows, 1):
-            made.append(make(json.loads(row) if kind == ".jsonl" else row))
+            text = file.read().decode()
+        for number, row in enumerate(text.split("\n") if lines else split[kind](text), 1):
+            if not lines or row.strip():
+                made.append(make(json.loads(row) if lines else row))
     except Exception as error:
-        raise ValueError(f"{path}, row {number}: {error!r}") from None
+        raise ValueError(f"{path}, row {number}: {error!r:.200}") from None
     if None in made or not made:
         print(f"{made.count(None)} of {len(made)} rows of {path} dropped: empty, unknown, too long")
     if made.count(None) == len(made):
@@ -1823,7 +1823,7 @@ def main():
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as error:
-        sys.exit(f"align.py: error: {error}")
+        sys.exit(f"align.py: error: {' '.join(str(error).split()):.500}")
 
 
 if __name__ == "__main__":
