@@ -1785,6 +1785,9 @@ CHOICES = {
         "", "calculator"), "kind": ("arithmetic", "addition", "word"), "task": ("ppl", *TASKS),
     "template": ("", *TEMPLATES), "optimizer": ("adamw", "muon", "soap", "sgd"),
     "dtype": ("float32", "bfloat16"), "schedule": ("constant", "cosine", "wsd")}
+HELP = ("--ckpt: a checkpoint; --template: of a chat, in place of the checkpoint's; --val_data is "
+        "measured, and the run saved, every --eval_interval steps; --tool calculator: the model "
+        "writes <<48/2= and reads 24>>. What train.py has, too, is explained there.")
 
 
 def run_command(words):
@@ -1795,7 +1798,7 @@ def run_command(words):
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for function, flags in COMMANDS.items():
         name, text = function.__doc__[1:].split("`: ")
-        command = commands.add_parser(name, help=text.split(".")[0], description=text)
+        command = commands.add_parser(name, help=text.split(".")[0], description=text, epilog=HELP)
         command.error = parser.error
         command.set_defaults(function=function)
         for flag, default in dict(flag.split("=") for flag in flags.split()).items():
