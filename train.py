@@ -70,7 +70,6 @@ def gradient_noise_scale(small_norms, big_norms, small, big):
 
 class Optimizer(torch.optim.Optimizer):
     """What they have in common."""
-
     def __init__(self, params, **settings):
         super().__init__(params, settings)
 
@@ -87,7 +86,6 @@ class AdamW(Optimizer):
     m <- beta1 m + (1 - beta1) g          a running mean of the gradient
     v <- beta2 v + (1 - beta2) g^2        and of its square
     p <- p - lr * decay * p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)"""
-
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
@@ -101,7 +99,6 @@ class AdamW(Optimizer):
 
 class SGD(Optimizer):
     """Gradient descent with momentum: v <- momentum v + g; p <- p - lr * decay * p - lr v"""
-
     def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -129,7 +126,6 @@ class Muon(Optimizer):
     then serve here, too (Liu et al. 2025):
     m <- momentum m + (1 - momentum) g;  u = zeropower((1 - momentum) g + momentum m)
     p <- p - lr * decay * p - lr * 0.2 sqrt(max(m, n)) * u"""
-
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
@@ -146,7 +142,6 @@ class SOAP(Optimizer):
     closest to the right one; the step is turned back. Every precondition_frequency steps one power
     iteration and a QR decomposition bring the eigenvectors up to date. The first gradient only
     makes them, and moves nothing."""
-
     def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.01,
                  precondition_frequency=10):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,

@@ -428,7 +428,7 @@ def test_hostile_checkpoints_are_one_line_in_a_second(tmp_path, monkeypatch, nam
     monkeypatch.chdir(tmp_path)
     torch.save(broken_checkpoints()[name], "bad.pt")
     start = time.perf_counter()
-    with pytest.raises(ValueError, match="bad.pt is no checkpoint of train.py") as error:
+    with pytest.raises(ValueError, match="bad.pt is no checkpoint") as error:
         M.load_checkpoint("bad.pt")
     assert "\n" not in str(error.value) and time.perf_counter() - start < 2
     assert not os.path.exists("evil")
@@ -438,7 +438,7 @@ def test_files_of_other_kinds(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="import FOLDER"):
             M.load_checkpoint(tmp_path / name)
-    with pytest.raises(ValueError, match="python train.py makes one"):
+    with pytest.raises(ValueError, match="No such file"):
         M.load_checkpoint(tmp_path / "nothing.pt")
 
 # ---- Folders in Hugging Face's format.
@@ -656,8 +656,8 @@ def test_command_line(tmp_path, tokenizer):
     done = run("info", "--n_layer", 12, "--n_embd", 768, "--bias=True", cwd=tmp_path)
     assert done.returncode == 0 and "FLOPs per token, training" in done.stdout
     for args, code, message in (
-            (["--ckpt", "none.pt"], 1, "there is no checkpoint none.pt"),
-            (["--temprature", "1"], 2, "unrecognized arguments: --temprature"),
+            (["--ckpt", "none.pt"], 1, "none.pt is no checkpoint"),
+            (["--temprature=1"], 2, "unrecognized arguments: --temprature"),
             (["import"], 2, "take a folder"), ([*at, "--temperature", "-1"], 1, "has no sense"),
             (["export", "folder", *at], 1, "folder")):
         done = run(*args, cwd=tmp_path)
