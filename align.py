@@ -153,8 +153,7 @@ def encode_conversation(tokenizer, template, messages, last=0, ends=None, **name
 
 
 def padded(rows, fill, width, device="cpu"):
-    """Lists of numbers -> (B, width) int64, filled up on the right, which causal attention does not
-    see."""
+    """Lists of numbers -> (B, width) int64; causal attention does not see what fills the right."""
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows],
                         dtype=torch.int64, device=device).view(-1, width)
 
@@ -489,9 +488,8 @@ def parse(text, point):
 
 @functools.lru_cache(10_000)
 def math_value(text):
-    """The values of an expression for two choices of positive letters and one of negative ones, or
-    None. A word is no product of letters."""
-    for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", text):
+    """The values of an expression at two choices of positive letters, one of negative; or None."""
+    for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", text):  # no product of letters
         if not (word.isupper() or re.fullmatch(f"{FUNCTION}|[^eiou]{{3}}", word)):
             return None
     with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
@@ -999,8 +997,7 @@ class Assistant:
     def respond(self, prompts, temperature, seed=0):
         """Sample a response to each of the prompts, lists of ids -> list of (ids with the prompt,
         mask, text of the response). At temperature 0: greedy. Where the model has written <<48/2=
-        and has a tool, this writes 24>>, and the model goes on. The mask is 1 for what the model
-        has written."""
+        and has a tool, this writes 24>>, and the model goes on; the mask is 0 there."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         ends = [min(len(ids) + self.args.max_new_tokens, self.model.config.block_size)
                 for ids in prompts]
@@ -1225,8 +1222,7 @@ def preferences(chosen, rejected):
 
 
 def run_dpo(args):
-    """`dpo`: make chosen responses likelier than rejected ones, compared with where it began; beta:
-    how near to stay to that."""
+    """`dpo`: make chosen responses likelier than rejected ones. beta: nearness to --ckpt."""
     run = Run(args)
     model = run.model.eval()  # without dropout, so that at step 0 the policy is the reference
     reference = load_checkpoint(run.start, run.device)[0].requires_grad_(False)
@@ -1489,10 +1485,9 @@ def pass_at_k(n, c, k):
 
 
 def encode_continuation(tokenizer, context, continuation):
-    """-> (ids of both, how many of the last are the continuation's). Both are tokenized as one
-    text, as in training data: tokenize(a) + tokenize(b) would cut "Answer:" + " 42" where no
-    training text was cut. Spaces at the end of the context belong to the continuation then. An
-    empty context is the end of a document."""
+    """-> (ids of both, how many of the last are the continuation's). They are one text here:
+    tokenize(a) + tokenize(b) would cut "Answer:" + " 42" where no training text was cut. Spaces at
+    the end of the context belong to the continuation. An empty one is the end of a document."""
     kept, whole = context.rstrip(), tokenizer.encode_ordinary(context + continuation)
     if not kept:
         start = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
@@ -1503,8 +1498,7 @@ def encode_continuation(tokenizer, context, continuation):
 @torch.no_grad()
 def score(model, requests, batch_size=16):
     """requests: list of (ids, n), from `encode_continuation` -> list of log p of the last n ids
-    given those before. Texts longer than block_size lose their beginning. Texts that differ only in
-    their last id are read once."""
+    given those before. Long texts lose their beginning; if only the last id differs, one is read."""
     device, limit, rows, out = model.embedding.weight.device, model.config.block_size, {}, {}
     for i, (ids, n) in enumerate(requests):
         ids = ids[-(limit + 1) :]
