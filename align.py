@@ -1498,7 +1498,7 @@ def encode_continuation(tokenizer, context, continuation):
 @torch.no_grad()
 def score(model, requests, batch_size=16):
     """requests: list of (ids, n), from `encode_continuation` -> list of log p of the last n ids
-    given those before. Long texts lose their beginning; if only the last id differs, one is read."""
+    given those before. Long texts lose their beginning; those equal but for the last id are one."""
     device, limit, rows, out = model.embedding.weight.device, model.config.block_size, {}, {}
     for i, (ids, n) in enumerate(requests):
         ids = ids[-(limit + 1) :]
