@@ -223,13 +223,13 @@ class Where:
 
 def keep(cache, name, new, most=2**40):
     """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). The last
-    `most` stay, in a buffer with room for 64 more, so that few tokens make it copy all."""
+    `most` stay, in a buffer with room for up to 64 more, so that few tokens make it copy all."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
     S = T + (old.shape[2] if name in cache else 0)
     if name not in cache or old.storage_offset() + S * D > old.stride(1):
-        old = F.pad(old[:, :, : S - T], (0, 0, 0, T + 64))
+        old = F.pad(old[:, :, : S - T], (0, 0, 0, T + min(64, S)))
     both = old.as_strided((B, H, S, D), old.stride())
     both[:, :, S - T :] = new
     cache[name] = both if S <= most else both[:, :, -most:]
