@@ -23,7 +23,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word, at any time
 
 import argparse, codecs, collections, contextlib, dataclasses, functools, glob, inspect, json, math
-import os, re, sys, time
+import os, pathlib, re, sys, time
 
 import torch
 import torch.nn as nn
@@ -598,7 +598,7 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next ids. logits: (B, V) -> (B,) int64. Logits are divided by temperature; 0 takes
     the likeliest id. top_k: only the k likeliest ids; top_p: the fewest with this probability."""
-    if temperature == 0:
+    if temperature == 0 and not (top_k or top_p):
         return logits.argmax(-1)
     p = token_probabilities(logits, temperature, top_k, top_p)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
@@ -750,8 +750,8 @@ def replacing(path, mode="wb", **how):
         try:
             os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
         except ProcessLookupError:
-            os.remove(name)
-        except (ValueError, PermissionError):  # no name of ours, or somebody else's
+            pathlib.Path(name).unlink(missing_ok=True)  # (it may just have been renamed)
+        except (ValueError, OverflowError, PermissionError):  # no name of ours, or somebody else's
             pass
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -761,8 +761,7 @@ def replacing(path, mode="wb", **how):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        pathlib.Path(temporary).unlink(missing_ok=True)
 
 def save_checkpoint(path, model, optimizers=(), **more):
     """Write a model, its optimizers, and what else there is: step, rng, args, tokenizer (the text
@@ -989,7 +988,7 @@ def export_folder(model, folder, checkpoint):
     names = checkpoint.get("names") or {"eos_token_id": checkpoint.get("stop")}
     ids = {key: value for key, value in names.items() if key.endswith("_id")}
     tokens = {key: value for key, value in names.items() if key not in ids}
-    os.makedirs(temporary := f"{folder}.{os.getpid()}.tmp")
+    os.makedirs(temporary := f"{os.path.normpath(folder)}.{os.getpid()}.tmp")
     with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for x in tensors.values():
@@ -1185,7 +1184,7 @@ def main():
     if args.command == "export":
         return print(f"{args.folder}: a {export_folder(model, args.folder, checkpoint)}")
     from bpe import Tokenizer
-    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"] or "{}")
+    tokenizer = Tokenizer.from_json(checkpoint.get("tokenizer") or "{}")
     eot = tokenizer.eot_id
     names = checkpoint.get("names") or {"eos_token": tokenizer.vocab.get(eot, b"").decode()}
     stop = {*(checkpoint.get("stop") or ()), eot}
@@ -1198,7 +1197,7 @@ def main():
         template = TEMPLATES.get(args.template) or checkpoint.get("template") or TEMPLATES["plain"]
         return chat(model, tokenizer, template, names, args.system, **how)
     if args.command == "prune":  # measured on what the model itself writes
-        texts = model.generate([ids] * 16, model.config.block_size - len(ids))
+        texts = model.generate([ids] * 16, min(256, model.config.block_size - len(ids)))
         model = prune(model, torch.tensor(texts, device=device), args.n_layer, args.d_ff)
     if args.quantize or args.command == "quantize":
         quantize(model, args.quantize or "int8")
@@ -1221,5 +1220,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as error:
-        sys.exit(f"model.py: error: {error}")
+    except Exception as error:  # (what a stranger's file can raise varies)
+        sys.exit(f"model.py: error: {' '.join(str(error).split())}")

@@ -17,15 +17,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while torch loads
 
-import argparse
-import contextlib
-import csv
-import functools
-import math
-import os
-import re
-import sys
-import time
+import argparse, contextlib, csv, functools, math, os, re, sys, time
 
 import numpy as np
 import torch
@@ -33,7 +25,7 @@ import torch
 import model as model_py
 from bpe import Tokenizer
 from model import (SWITCH, Linear, Transformer, TransformerConfig, add_config_flags, count,
-                   load_checkpoint, pick_device, replacing, save_checkpoint, upcast)
+                   from_state, load_checkpoint, pick_device, replacing, save_checkpoint, upcast)
 
 # ---- Loss.
 
@@ -273,10 +265,11 @@ def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     """block_size ids from each start, and, as targets, the same shifted by one: two tensors
     (len(starts), block_size) of int64. Behind the end of the data ids are 0 and targets -100.
     Raises ValueError for ids beyond the vocabulary, and a file that has become shorter."""
-    if isinstance(data, np.memmap):  # opened anew, or all pages ever read stay in memory
+    if getattr(data, "filename", None) and not isinstance(data.base, np.ndarray):  # a whole file
         if os.path.getsize(data.filename) < data.offset + data.nbytes:
             raise ValueError(f"{data.filename} has become shorter since it was opened")
-        data = np.memmap(data.filename, data.dtype, "r", data.offset)
+        # opened anew, or all pages ever read stay in memory
+        data = np.memmap(data.filename, data.dtype, "r", data.offset, data.shape)
     rows = np.full((len(starts), block_size + 1), -100, "i8")
     for row, start in zip(rows, starts):
         ids = data[start : start + block_size + 1]
@@ -286,7 +279,7 @@ def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
-@functools.lru_cache(maxsize=2)
+@functools.cache  # (8 bytes for each block_size tokens of training)
 def window_order(n, block_size, seed, epoch):
     """Where the windows of an epoch start: all there are, shuffled, from another offset each."""
     rng = np.random.default_rng((seed, epoch))
@@ -331,8 +324,8 @@ PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 1
 
 def build_parser(name="train.py"):
     """The command line. The architecture's flags have no default here: a checkpoint has its own."""
-    parser = argparse.ArgumentParser(description="Train a Transformer language model.")
-    parser.error = lambda message: parser.exit(2, f"{name}: error: {message}\n")
+    parser = argparse.ArgumentParser(name, description="Train a Transformer language model.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
     add("config", nargs="*", help=argparse.SUPPRESS)
     add("--data", default="data/stdlib", help="folder with train.bin, val.bin, tokenizer.json")
@@ -347,7 +340,7 @@ def build_parser(name="train.py"):
             ("min_lr", 0.0, "the last"), ("warmup_iters", -1, "steps; -1: a twentieth of all"),
             ("decay_fraction", 0.2, "of the steps: wsd's end"), ("momentum", 0.95, "of muon, sgd"),
             ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"), ("seed", 1337, "of all draws"),
-            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("weight_decay", 0.1, "of matrices"),
+            ("grad_clip", 1.0, "largest norm; 0: any"), ("weight_decay", 0.1, "of matrices"),
             ("eval_interval", 100, "steps; saves, too"), ("device", "auto", "cpu, cuda or mps"),
             ("eval_iters", 20, "batches of val.bin; 0: all"), ("log_interval", 10, "steps"),
             ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("teacher_weight", 0.5, "in the loss"),
@@ -406,13 +399,19 @@ def main():
         model = Transformer(TransformerConfig(**{"vocab_size": vocab_size or 50304} | given))
         if args.mup:  # or the first logits would differ with the width
             torch.nn.init.zeros_(model.head.weight)
-    model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
-    if wrong := [f"{k} {v}" for k, v in given.items() if v != getattr(config, k)]:
+    wanted, free = TransformerConfig(**vars(model.config) | given), {"dropout", "block_size"}
+    free -= {"block_size"} if "hyena" in model.kinds else set()  # (its filter depends on it)
+    changed = {k for k in given if getattr(wanted, k) != getattr(model.config, k)}
+    if wrong := [f"{k} {given[k]}" for k in sorted(changed - free)]:
         raise ValueError(f"the checkpoint's model has not {', '.join(wrong)}")
+    if changed:  # (a smaller block_size, or another dropout)
+        model = from_state(wanted, model.state_dict(), quantized=model.quantized)
+    model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
     theirs = saved.get("tokenizer") or tokenizer
+    more = {k: saved[k] for k in ("template", "stop", "begin", "names") if k in saved}
     if tokenizer and Tokenizer.from_json(theirs).vocab != Tokenizer.from_json(tokenizer).vocab:
         raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
-    if config.vocab_size > 2**16 and train_data.offset == 0:  # (no header: uint16)
+    if config.vocab_size > 2**16 and 0 in (train_data.offset, val_data.offset):  # uint16
         raise ValueError(f"{args.data} does not say that its ids are of {config.vocab_size:,}")
     model.activation_checkpointing = args.activation_checkpointing
     if args.kernels:
@@ -455,34 +454,35 @@ def main():
     since, counted = time.perf_counter(), step
     while True:
         # evaluate, and save all that is needed to go on
-        done, evaluated = step >= args.max_iters, rows and rows[-1].get("val_loss")
+        done, at_last = step >= args.max_iters, bool(rows) and int(rows[-1]["step"]) == step
         due = args.eval_only or done or (step > 0 and step % args.eval_interval == 0)
         try:
             batches = [] if done else [
                 get_batch(train_data, args.batch_size, T, device, i, args.seed, config.vocab_size)
                 for i in range(step * n, (step + 1) * n)]
-            if due and not stop and not (evaluated and int(rows[-1]["step"]) == step):
+            if due and not stop and (args.eval_only or not at_last or not rows[-1].get("val_loss")):
                 loss = evaluate(model, val_data, args.batch_size, T, device, autocast,
                                 0 if done or args.eval_only else args.eval_iters)
-                best, bits = min(best, loss), loss / math.log(2) / (bytes_per_token or math.inf)
+                best, bits = min(loss, best), loss / math.log(2) / (bytes_per_token or math.inf)
                 print(f"step {step:6d} | val loss {loss:.4f}" + f" | {bits:.4f} bits per byte"
                       * bool(bits), flush=True)
-                if rows:
+                if step > 0:
+                    rows += [] if at_last else [{"step": step, "seconds": f"{seconds:.2f}"}]
                     rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" * bool(bits)}
         except ValueError as error:  # a file that is damaged, or has become shorter
             stop.append(error)
         if args.eval_only:
             break
         if due or stop:
-            # (weights of 1e20 are finite, and their norm is not)
-            if not all(math.isfinite(x) for x in (loss, *(p.detach().norm() for p in model.parameters()))):
+            norms = [p.detach().norm() for p in model.parameters()]  # (of 1e20: infinity)
+            if not all(map(math.isfinite, (loss, *norms))):
                 raise ValueError("loss or weights are not finite; the checkpoint stays as it was")
             with replacing(log_path, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(rows)
             save_checkpoint(path, model, optimizers, step=step, best_val_loss=best, args=words,
-                            rng=random_state(device), tokenizer=tokenizer)
+                            rng=random_state(device), tokenizer=theirs, **more)
             since, counted = time.perf_counter(), step
         if done or stop:
             break
@@ -584,5 +584,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as error:
-        sys.exit(f"train.py: error: {error}")
+    except Exception as error:  # (what a stranger's file can raise varies)
+        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
