@@ -235,7 +235,8 @@ def open_bin(path):
     header = np.fromfile(path, "<i4", 256)
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2]))
     if dtype and len(header) == 256:
-        return np.memmap(path, dtype, "r", header.nbytes), header
+        n = int(header[2])  # (2^31 - 1: that many, or more)
+        return np.memmap(path, dtype, "r", 1024, (n,) if n < 2**31 - 1 else None), header
     data = np.memmap(path, "<u2", "r", shape=os.path.getsize(path) // 2)
     wide = len(data) > 3 and not data[1 : 2**20 : 2].any()  # every second one is 0
     if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
@@ -266,9 +267,7 @@ def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     (len(starts), block_size) of int64. Behind the end of the data ids are 0 and targets -100.
     Raises ValueError for ids beyond the vocabulary, and a file that has become shorter."""
     if getattr(data, "filename", None) and not isinstance(data.base, np.ndarray):  # a whole file
-        if os.path.getsize(data.filename) < data.offset + data.nbytes:
-            raise ValueError(f"{data.filename} has become shorter since it was opened")
-        # opened anew, or all pages ever read stay in memory
+        # opened anew, or all pages ever read stay in memory (and one that has shrunk: ValueError)
         data = np.memmap(data.filename, data.dtype, "r", data.offset, data.shape)
     rows = np.full((len(starts), block_size + 1), -100, "i8")
     for row, start in zip(rows, starts):
@@ -548,7 +547,8 @@ def main():
     if stop and isinstance(stop[0], ValueError):
         raise stop[0]
     if small_norms:
-        scale = gradient_noise_scale(small_norms, big_norms, 1 / max(2, n), 1)
+        few = len(big_norms) / len(small_norms)  # (of one sequence there is no smaller batch)
+        scale = gradient_noise_scale(small_norms, big_norms, few, 1)
         print(f"noise_scale_tokens: {scale * tokens_per_step:.0f}")
     if not args.eval_only:
         plot_log(os.path.join(args.out_dir, "loss.png"), rows)

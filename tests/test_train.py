@@ -236,7 +236,7 @@ def test_bins_of_nanogpt_and_llm_c_and_what_is_none(tmp_path):
     with pytest.raises(ValueError, match="id 19 in the data is beyond the vocabulary of 19"):
         T.get_batch(data, 2, 40, vocab_size=19)
     os.truncate(path, 1100)
-    with pytest.raises(ValueError, match="has become shorter"):
+    with pytest.raises(ValueError, match="greater than file size"):
         T.get_batch(data, 2, 9)
 
 def test_evaluate_is_the_mean_over_all_tokens_and_draws_nothing():
@@ -402,7 +402,7 @@ def test_a_new_run_moves_the_old_checkpoint_aside_and_a_shrunken_bin_keeps_the_l
                            how=lambda: os.truncate("copy/train.bin", 1100))
     aside, = [name for name in os.listdir("a") if name.startswith("ckpt-")]
     assert aside in out and torch.equal(M.load_checkpoint(f"a/{aside}")[0].head.weight, old)
-    assert code == 1 and "has become shorter" in error
+    assert code == 1 and "greater than file size" in error
     assert M.load_checkpoint("a/ckpt.pt")[1]["step"] == 6
 
 def test_nothing_changes_the_losses_that_should_not(run):
@@ -439,3 +439,28 @@ def test_nanogpts_habits_and_wrong_flags_get_one_line(run, data, monkeypatch):
         os.link("nano.bin", f"data/raw/{name}")
     code, out, err = run("--dataset=raw", "--out_dir", "raw", "--vocab_size", "60")
     assert code == 1 and "beyond the vocabulary of 60" in err
+
+def test_sizes_given_as_0_resume_and_a_finished_run_can_be_evaluated(run):
+    assert run("--out_dir", "a", "--d_ff", 0, "--n_kv_head", 0)[0] == 0
+    assert "val loss" in run("--out_dir", "a", "--resume", "--eval_only")[1]
+    assert len(log("a")) == 8
+    code, _, error = run("--out_dir", "a", "--resume", "--dropout", 0.3, "--block_size", 8,
+                         "--max_iters", 10, "--log_interval", 20)
+    config = M.load_checkpoint("a/ckpt.pt")[0].config
+    assert code == 0 and (config.dropout, config.block_size) == (0.3, 8)
+    assert [row["step"] for row in log("a") if row["val_loss"]] == ["3", "6", "8", "9", "10"]
+    saved = torch.load("a/ckpt.pt", weights_only=True)
+    torch.save(saved | {"begin": 3, "stop": [4], "template": "x"}, "theirs.pt")
+    run("--out_dir", "b", "--init_from", "theirs.pt", "--block_size", 8, "--max_iters", 1)
+    kept = torch.load("b/ckpt.pt", weights_only=True)
+    assert kept["begin"] == 3 and kept["stop"] == [4] and kept["template"] == "x"
+
+def test_slices_of_a_file_are_themselves_and_a_file_cut_off_is_refused(tmp_path):
+    np.arange(1, 101, dtype="<u2").tofile(tmp_path / "x.bin")
+    data = np.memmap(tmp_path / "x.bin", "<u2", "r")
+    for part in (data[50:], data[50:].astype("<i4"), np.array(data[50:])):
+        assert T.windows(part, [0], 4)[0].tolist() == [[51, 52, 53, 54]]
+    write_bin(tmp_path / "y.bin", list(range(20)))
+    os.truncate(tmp_path / "y.bin", 1024 + 30)
+    with pytest.raises(ValueError):
+        T.open_bin(tmp_path / "y.bin")
