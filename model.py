@@ -988,11 +988,11 @@ def export_folder(model, folder, checkpoint):
     names = checkpoint.get("names") or {"eos_token_id": checkpoint.get("stop")}
     ids = {key: value for key, value in names.items() if key.endswith("_id")}
     tokens = {key: value for key, value in names.items() if key not in ids}
+    os.path.isdir(folder) and os.rmdir(folder)  # (OSError if there is something in it)
     os.makedirs(temporary := f"{os.path.normpath(folder)}.{os.getpid()}.tmp")
     with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for x in tensors.values():
-            file.write(x.contiguous().numpy().data)
+        file.writelines(x.contiguous().numpy().data for x in tensors.values())
     tokens["chat_template"] = checkpoint.get("template")
     contents = {"config": theirs | ids, "generation_config": ids, "tokenizer_config": tokens,
                 "tokenizer": json.loads(checkpoint.get("tokenizer") or "{}")}
@@ -1221,4 +1221,4 @@ if __name__ == "__main__":
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # (what a stranger's file can raise varies)
-        sys.exit(f"model.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"model.py: error: {' '.join(str(error).split()):.300}")

@@ -585,4 +585,4 @@ if __name__ == "__main__":
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # (what a stranger's file can raise varies)
-        sys.exit(f"train.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"train.py: error: {' '.join(str(error).split()):.300}")

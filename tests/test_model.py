@@ -283,7 +283,8 @@ def test_sampling_follows_its_distribution():
     counts = torch.bincount(M.sample(logits.expand(20000, 4)), minlength=4) / 20000
     close(counts, torch.softmax(logits, -1)[0], 0.02)
     assert M.sample(logits, temperature=0).tolist() == [0]
-    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 1.5}, {"temperature": math.nan}):
+    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 1.5}, {"temperature": math.nan},
+                {"temperature": 0, "top_k": -1}):
         with pytest.raises(ValueError, match="no sense"):
             M.sample(logits, **bad)
 
@@ -397,6 +398,17 @@ def test_checkpoint_round_trip_and_what_a_killed_writer_left(tmp_path):
     M.save_checkpoint(path, model.state_dict(), config=model.config)  # as ddp.py does
     assert torch.equal(M.load_checkpoint(path)[0](ids(2, 9)), model(ids(2, 9)))
 
+def test_another_writers_file_may_vanish_at_any_moment(tmp_path, monkeypatch):
+    (tmp_path / "x.1.tmp").touch()
+
+    def renamed_and_gone(pid, number):
+        (tmp_path / "x.1.tmp").unlink()
+        raise ProcessLookupError
+    monkeypatch.setattr(os, "kill", renamed_and_gone)
+    with M.replacing(tmp_path / "x") as file:
+        file.write(b"1")
+    assert os.listdir(tmp_path) == ["x"]
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     M.save_checkpoint(path, make(), step=1)
@@ -467,6 +479,7 @@ def test_export_and_import(tmp_path, name):
     assert ("lm_head.weight" in names) != model.config.tie_embeddings
     with pytest.raises(OSError):
         M.export_folder(model, tmp_path / "out", {})  # never over what is there
+    assert os.listdir(tmp_path) == ["out"]
 
 def test_a_llama_by_its_formulas(tmp_path):
     """What transformers computes for a Llama of one layer, written out from its file's names."""
@@ -655,7 +668,7 @@ def test_command_line(tmp_path, tokenizer):
         small = M.load_checkpoint(tmp_path / "out" / f"{command[0]}.pt")
         assert small[1]["tokenizer"] == tokenizer.to_json()
     assert small[0].config.n_layer == 1 and small[0].config.d_ff == 64
-    assert run("export", "folder", *at, cwd=tmp_path).stdout == "folder: a llama\n"
+    assert run("export", "folder/", *at, cwd=tmp_path).stdout == "folder/: a llama\n"
     done = run("import", "folder", "--out", "again.pt", cwd=tmp_path)
     assert "tokenizer" in done.stdout, done.stderr
     assert torch.equal(M.load_checkpoint(tmp_path / "again.pt")[0](ids(1, 9)), model(ids(1, 9)))
