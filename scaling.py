@@ -78,7 +78,7 @@ class PowerLaw(namedtuple("PowerLaw", "coefficient exponent")):
 def fit_power_law(x, y):
     """Least squares of log y against log x -> PowerLaw. Raises ValueError."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(np.unique(x)) < 2 or not min(x.min(), y.min()) > 0:
+    if len(np.unique(x)) < 2 or not (x.min() > 0 and y.min() > 0):
         raise ValueError("a power law needs at least 2 different points, of positive numbers")
     x, y = np.log(x), np.log(y)
     d = x - x.mean()
