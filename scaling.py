@@ -178,12 +178,11 @@ def minimize_huber(theta, x, y, z, weights, delta, iterations=1000):
 
 def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0):
     """Approach 3: fit L(N, D) = E + A / N^alpha + B / D^beta, by the sum over runs of the Huber
-    loss of log L - log loss -> Parametric. Raises ValueError where the runs do not determine it.
-    From the best 60 of the published grid's 4,500 starts, until the gradient vanishes. (The first
-    published fit stopped early: it minimized the mean instead of the sum, which fell below the
-    optimizer's tolerance; Besiroglu et al. 2024.) Runs more than `outliers` standard deviations
-    (estimated by the median) from the law are left out, and the rest is fitted again: at 11, just
-    the five of Hoffmann et al.'s 245 that Besiroglu et al. leave out; None: keep all."""
+    loss of log L - log loss -> Parametric. From the best 60 of the published grid's 4,500 starts,
+    until the gradient vanishes. (The first published fit stopped early: it minimized the mean, not
+    the sum, below its tolerance; Besiroglu et al. 2024.) Runs more than `outliers` robust standard
+    deviations off are left out, and the rest is fitted again: at 11, just the five of Hoffmann et
+    al.'s 245 that Besiroglu et al. leave out. Raises ValueError where runs do not determine it."""
     x, y, z = (np.log(np.asarray(column, np.float64)) for column in (N, D, loss))
     if min(len(x) / 2, len(set(x)), len(set(y))) < 3 or np.corrcoef(x, y)[0, 1] > 0.99999:
         raise ValueError("the law needs 6 runs, 3 different N and 3 D, and D not tied to N")
@@ -406,9 +405,10 @@ def save(path, result, table, fit):
 
 def make_data(folder):
     """Python's own standard library in 512 tokens, few, so that small models are not all head."""
-    files = sorted(glob.glob(f"{os.path.dirname(os.__file__)}/**/*.py", recursive=True))
-    files = [path for path in files if os.path.getsize(path)
-             and "-packages" not in path and "/test" not in path]
+    library = os.path.dirname(os.__file__)
+    names = sorted(glob.glob("**/*.py", root_dir=library, recursive=True))
+    files = [path for name in names if os.path.getsize(path := os.path.join(library, name))
+             and "-packages" not in name and "test" not in name]
     for words in ("train --vocab_size 512", f"encode --val_fraction 0.02 --tokenizer {folder}"):
         subprocess.run([sys.executable, f"{ROOT}/bpe.py", *words.split(), "--out", folder,
                         "--input", *files])
