@@ -956,8 +956,9 @@ class Parallel:
     def full_state(self):
         """-> (state dict of the whole model, state dict of each optimizer as on one process); all
         ranks take part."""
+        model = self.module.state_dict()  # (first: it puts FSDP2's parameters back into parts)
         params = dict(self.module.named_parameters(remove_duplicate=False))
-        model = {name: whole(params.get(name), x) for name, x in self.module.state_dict().items()}
+        model = {name: whole(params.get(name), x) for name, x in model.items()}
         name_of = {p: name for name, p in self.params.items()}
         states = {name_of[p]: {key: whole(p, x) if torch.is_tensor(x) else x
                                for key, x in state.items()}
@@ -1341,7 +1342,7 @@ def main():
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as error:
-        fail(error)
+        import traceback; traceback.print_exc(); fail(error)
 
 if __name__ == "__main__":
     main()
