@@ -11,14 +11,11 @@ Training on many processes, from collectives up.
     python ddp.py plan --params 70e9 --gpus 1024          # what fits, and what it waits for
 
 NCCL on GPUs, gloo on CPUs. Flags, files and losses are train.py's: a run can be resumed here on
-another number of processes, or there; with --max_restarts 3 torchrun itself goes on after a
-process has died. Several machines, each with 8 GPUs:
+another number of processes, or there; torchrun --max_restarts 3 goes on when a process has died.
+On each of 4 machines: torchrun --nnodes 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...
 
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ddp.py
-
-In comments: W processes, each with its rank; P bytes of parameters. What collectives cost, in bytes
-sent by all ranks together: all-gather and reduce-scatter (W - 1) P, all-reduce, which is one of
-each, 2 (W - 1) P.
+In comments: W processes, each with its rank; P bytes of parameters. Bytes sent by all together:
+all-gather and reduce-scatter (W - 1) P, all-reduce, which is one of each, 2 (W - 1) P.
 """
 
 import signal
@@ -28,7 +25,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import csv
 import datetime
 import functools
 import itertools
@@ -47,6 +43,7 @@ import torch.nn.functional as F
 
 import model as model_py
 import train
+from train import cross_entropy, get_batch, make_optimizers, random_state
 
 # ---- Collectives of a group of processes (None: all of them). A single process needs no group.
 
@@ -66,11 +63,10 @@ def unflatten(flat, tensors):
     """Views into a flat tensor with the shapes of these."""
     return [x.view(t.shape) for x, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
-def broadcast(tensors, group=None):
-    """Overwrite the tensors of all ranks by those of the first."""
-    if world(group) > 1:
-        for x in tensors:
-            dist.broadcast(x.detach(), group=group, group_src=0)
+def broadcast(module, group=None):
+    """Overwrite the parameters and buffers of all ranks by those of the first."""
+    for x in itertools.chain(module.parameters(), module.buffers()) if world(group) > 1 else ():
+        dist.broadcast(x.detach(), group=group, group_src=0)
 
 def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
     """Sum (or maximum) over ranks, in place -> x."""
@@ -80,33 +76,24 @@ def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
 
 def all_gather(x, group=None, out=None):
     """Start to gather equally long parts of all ranks in `out`, one after the other: (n,) -> a
-    function that waits for it and returns it, (W n,)"""
+    function that waits, and returns it: (W n,)"""
     out = x.new_empty(world(group) * len(x)) if out is None else out
     if world(group) == 1:
-        out.copy_(x)
-        return lambda: out
+        return functools.partial(out.copy_, x)
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # (old name)
     work = gather(out, x.contiguous(), group=group, async_op=True)
-
-    def wait():
-        work.wait()
-        return out
-    return wait
+    return lambda: [work.wait(), out][1]
 
 def reduce_scatter(x, sizes, group=None, dtype=None):
     """Start to sum x over ranks, of which rank r is to get the r-th part, sizes[r] numbers -> a
-    function that waits for it and returns it. Gloo's own sends as much as an all-reduce; to
-    exchange parts, and to sum up what comes (in this dtype), is the least that can be sent."""
+    function that waits, and returns it. Gloo's own sends as much as an all-reduce; to exchange
+    parts, and to sum up (in this dtype) what comes, is the least that can be sent."""
     own, W = sizes[rank(group)], world(group)
     if W == 1:
         return lambda: x.to(dtype or x.dtype)
     parts = x.new_empty(W * own)
     work = dist.all_to_all_single(parts, x, [own] * W, sizes, group=group, async_op=True)
-
-    def wait():
-        work.wait()
-        return parts.view(W, own).sum(0, dtype=dtype)
-    return wait
+    return lambda: [work.wait(), parts.view(W, own).sum(0, dtype=dtype)][1]
 
 class Collective(torch.autograd.Function):
     """forward(x), whose gradient is backward(g): the mirror image of a collective is another."""
@@ -120,44 +107,38 @@ class Collective(torch.autograd.Function):
     def backward(ctx, g):
         return ctx.mirror(g.contiguous()), None, None
 
-# ---- Data parallel: every rank has the whole model and a part of the batch; gradients are averaged.
-
-def fill_buckets(params, bucket_mb):
-    """Parameters in groups of one dtype and about so many MB: 0, each alone; math.inf, all in one.
-    The last come first, as in the backward pass."""
-    buckets, room = [], -1
-    for p in reversed([p for p in params if p.requires_grad]):
-        if p.nbytes > room or p.dtype != buckets[-1][0].dtype:
-            buckets.append([])
-            room = bucket_mb * 2**20
-        buckets[-1].append(p)
-        room -= p.nbytes
-    return buckets
+# ---- Data parallel: each rank has the whole model and a part of the batch; gradients are averaged.
 
 class Buckets:
     """Groups of parameters whose gradients travel together. start(bucket) begins, and returns a
-    function that waits and gives {parameter: gradient}. With `overlap` a bucket leaves as soon as
-    its gradients are there, while the backward pass computes those of earlier layers. The order,
-    and the number of messages, are the same on all ranks, whichever parameters a rank has used, or
-    they would wait for one another."""
+    function that waits and gives the reduced gradients: {parameter: tensor}. With `overlap` a
+    bucket leaves as soon as its gradients are there, while the backward pass computes those of
+    earlier layers. Order and number of messages are the same on all ranks, whichever parameters a
+    rank has used, or they would wait for one another."""
 
-    def __init__(self, buckets, start, group=None, overlap=True):
+    def __init__(self, start, group=None, overlap=True):
         self.buckets, self.start, self.group, self.overlap = [], start, group, overlap
-        self.add(buckets)
 
-    def add(self, buckets):
-        """Take in further buckets, ahead of those there are."""
-        self.buckets = buckets + self.buckets
-        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        for p in itertools.chain(*buckets):
+    def add(self, params, bucket_mb):
+        """Divide parameters into buckets of one dtype and about so many MB, ahead of those there
+        are. The last parameters come first, as in the backward pass."""
+        new, room = [], -1
+        for p in reversed([p for p in params if p.requires_grad]):
+            if p.nbytes > room or p.dtype != new[-1][0].dtype:
+                new.append([])
+                room = bucket_mb * 2**20
+            new[-1].append(p)
+            room -= p.nbytes
             p.register_post_accumulate_grad_hook(self._ready)
+        self.buckets = new + self.buckets
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self._begin()
 
     def _begin(self):
         self.missing, self.had, self.sent = [set(bucket) for bucket in self.buckets], set(), []
 
     def _ready(self, p):
-        """The gradient of p is there: send what is complete, and was not sent before."""
+        """The gradient of p is there: send what is complete, and has not been sent."""
         if self.overlap:
             self.missing[self.bucket_of[p]].discard(p)
             while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
@@ -170,21 +151,19 @@ class Buckets:
             p.grad = None
 
     def finish(self):
-        """Send what is left, and wait -> {parameter: reduced gradient}, for those that have got
-        one on any rank. A bucket that has got more in another backward pass leaves once more."""
+        """Send what is left, and wait -> {parameter: reduced gradient}, without those that have
+        none on any rank. A bucket that another backward pass has added to leaves once more."""
         for bucket in self.buckets[len(self.sent) :]:
             self._send(bucket)
-        late = [any(p.grad is not None for p in bucket) for bucket in self.buckets]
-        flags = [*late, *(p in self.had for p in self.bucket_of)]
-        if world(self.group) > 1:
-            device = next(iter(self.bucket_of)).device if self.bucket_of else "cpu"
-            flags = torch.tensor(flags, dtype=torch.uint8, device=device)
-            flags = all_reduce(flags, self.group, dist.ReduceOp.MAX).tolist()
+        flags = [any(p.grad is not None for p in bucket) for bucket in self.buckets]
+        flags = torch.tensor([*flags, *(p in self.had for p in self.bucket_of)], dtype=torch.uint8)
+        if world(self.group) > 1 and len(flags):
+            flags = all_reduce(flags.to(self.buckets[0][0].device), self.group, dist.ReduceOp.MAX)
+        flags, result = flags.tolist(), {}
         for bucket, again in zip(self.buckets, flags):
             if again:
                 self._send(bucket)
-        had = {p for p, some in zip(self.bucket_of, flags[len(late) :]) if some}
-        result = {}
+        had = {p for p, some in zip(self.bucket_of, flags[len(self.buckets) :]) if some}
         for wait in self.sent:
             for p, g in wait().items():
                 if p in had:
@@ -206,7 +185,7 @@ def gradients(params):
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 def start_average(params, group=None):
-    """Start to average gradients over ranks -> a function that waits: {parameter: gradient}"""
+    """Start to average gradients over ranks -> see `Buckets`."""
     flat, W = flatten(gradients(params)), world(group)
     work = dist.all_reduce(flat, group=group, async_op=True) if W > 1 else None
 
@@ -221,26 +200,22 @@ class DDP(nn.Module):
 
         model = DDP(model); loss = ...; loss.backward(); model.finish_gradient_synchronization()
 
-    bucket_mb: see `fill_buckets`; 0 is known as naive, math.inf as flat. overlap: see `Buckets`.
-    Parameters without a gradient on any rank keep none; where only one rank has none, it counts as
-    0. Use `with model.no_sync()` around the backward passes of a step but the last.
-    """
+    bucket_mb: of gradients that travel together: 0, each alone (naive); math.inf, all (flat).
+    overlap: see `Buckets`. Where only some ranks have a gradient it is 0 on others. Use `with
+    model.no_sync()` around the backward passes of a step but the last."""
 
     def __init__(self, module, bucket_mb=25.0, overlap=True, group=None):
         super().__init__()
         self.module = module
-        broadcast([*module.parameters(), *module.buffers()], group)
-        start = functools.partial(start_average, group=group)
-        self.buckets = Buckets(fill_buckets(module.parameters(), bucket_mb), start, group, overlap)
+        broadcast(module, group)
+        self.buckets = Buckets(functools.partial(start_average, group=group), group, overlap)
+        self.buckets.add(module.parameters(), bucket_mb)
+        self.no_sync = self.buckets.no_sync
 
     def finish_gradient_synchronization(self):
         """After the backward pass: wait until all gradients are the mean over ranks."""
         for p, g in self.buckets.finish().items():
             p.grad = g
-
-    def no_sync(self):
-        """A context in which backward passes only add to this rank's own gradients."""
-        return self.buckets.no_sync()
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -255,16 +230,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Gradients can be averaged before by DDP; or by `reduce_gradients`, which gives each only to its
     owner, so that with the parameters that come back no more is sent than for DDP alone. With
-    shard_gradients they leave in the backward pass, in buckets, and what a rank does not own it
-    frees at once (ZeRO-2); `no_sync` as in DDP. state_dict() is this rank's part of the state.
-    """
+    shard_gradients they leave in the backward pass, in buckets of bucket_mb, and are freed (ZeRO-2);
+    `no_sync` as in DDP. state_dict() is this rank's part of the state."""
 
     def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, bucket_mb=0.0,
                  **kwargs):
         self.group, self.owner, self.load = group, {}, [0] * world(group)
-        self.shard_gradients, self.reduced = shard_gradients, False
+        self.pending = self.shard_gradients = shard_gradients
         self.bucket_mb = bucket_mb if shard_gradients else math.inf
-        self.buckets = Buckets([], self._start, group, shard_gradients)
+        self.buckets = Buckets(self._start, group, shard_gradients)
+        self.no_sync = self.buckets.no_sync
         # has all parameters, but makes a state only of those that have gradients when it steps
         self.local = optimizer_cls(params, **kwargs)
         super().__init__(self.local.param_groups, self.local.defaults)
@@ -277,7 +252,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in sorted(params, key=lambda p: -p.numel()):
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += p.numel()
-        self.buckets.add(fill_buckets(params, self.bucket_mb))
+        self.buckets.add(params, self.bucket_mb)
 
     def load_state_dict(self, state_dict):
         """Take up what state_dict() gave on this rank."""
@@ -296,195 +271,167 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Average the gradients over ranks, each at its owner; all others are freed."""
         for p, g in self.buckets.finish().items():
             p.grad = g
-        self.reduced = True
-
-    def no_sync(self):
-        """A context in which backward passes only add to this rank's own gradients."""
-        return self.buckets.no_sync()
+        self.pending = False
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update own parameters, then take over those of the other ranks."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        if self.shard_gradients and not self.reduced:
+        if self.pending:
             self.reduce_gradients()
-        parts, self.reduced = {}, False
-        for p, r in self.owner.items():  # all of an owner will travel together
+        parts, self.pending = {}, self.shard_gradients
+        for p, r in self.owner.items():  # all of an owner travel together
             parts.setdefault((r, p.dtype), []).append(p)
-            if r != rank(self.group):
-                p.grad = None
+            p.grad = p.grad if r == rank(self.group) else None
         self.local.step()
-        if world(self.group) > 1:
-            flats = [flatten(part) for part in parts.values()]
-            works = [dist.broadcast(flat, group=self.group, group_src=r, async_op=True)
-                     for flat, (r, _) in zip(flats, parts)]
-            for work, flat, (r, _), part in zip(works, flats, parts, parts.values()):
-                work.wait()
-                if r != rank(self.group):
-                    torch._foreach_copy_(part, unflatten(flat, part))
+        for (r, _), part in parts.items() if world(self.group) > 1 else ():
+            flat = flatten(part)
+            dist.broadcast(flat, group=self.group, group_src=r)
+            torch._foreach_copy_(part, unflatten(flat, part))
         return loss
 
 # ---- Fully sharded: no rank has a whole matrix but while it is used (ZeRO-3; Zhao et al. 2023).
 
 def whole(p, x):
     """The whole of x, which is p or of its shape, if p is this rank's part of a parameter."""
-    return p.to_whole(x) if hasattr(p, "to_whole") and x.shape == p.shape else x
+    return p.to_whole(x.detach()) if hasattr(p, "to_whole") and x.shape == p.shape else x
 
 class FSDP(nn.Module):
     """Wrap a module so that each rank keeps 1/W of the numbers of every Linear's and Embedding's
-    weight, a flat tensor; other parameters are small, and stay whole, as in DDP. Linear and
-    Embedding are any classes of these names, and what inherits from one.
+    weight (classes of these names, and what inherits from one); others, small, stay whole.
 
-    All matrices of a block (what is in a ModuleList; elsewhere a layer) are gathered just ahead of
-    its forward pass and of its backward pass, and freed right after; those of the next one are
-    already on their way while it computes. For the backward pass the graph keeps views of a matrix:
-    they share a storage that is emptied and filled again.
+    The matrices of a unit (what is in a ModuleList; elsewhere, a layer) are gathered just ahead of
+    its forward and its backward pass, and freed right after; those of the next one are on their way
+    while it computes. The graph keeps views of a matrix, and their storage is emptied and refilled.
 
-    compute_dtype: bfloat16 or float16, of gathered matrices and their gradients; the parts stay as
-    they are (float32 masters). parameters() are the parts: AdamW, which looks at each number by
-    itself, works on them; Muon, which needs matrices, does not. Methods as in DDP.
-    """
+    compute_dtype: of a Linear's gathered weight and its gradient, bfloat16 or float16; the parts
+    stay as they are. parameters() are the parts: AdamW, which looks at each number by itself, works
+    on them; Muon, which needs matrices, does not. Methods as in DDP."""
 
     def __init__(self, module, compute_dtype=None, group=None):
         super().__init__()
         self.module, self.compute_dtype, self.group = module, compute_dtype, group
-        broadcast([*module.parameters(), *module.buffers()], group)
+        self.kept, self.units = {}, []  # kept: gradients of earlier backward passes
+        broadcast(module, group)
         lists = [name for name, m in module.named_modules() if isinstance(m, nn.ModuleList)]
-        units, self.kept = {}, {}  # kept: gradients of earlier backward passes
+        roots = {}  # name of a unit's module -> unit
         for name, layer in module.named_modules():
             kinds = {cls.__name__ for cls in type(layer).__mro__}
-            p = layer._parameters.get("weight")
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
-            if getattr(p, "full_shape", () if p is None else p.shape)[1:] == () or not kinds & {"Linear", "Embedding"} or \
-                    "NonDynamicallyQuantizableLinear" in kinds:
+            if not kinds & {"Linear", "Embedding"} or "NonDynamicallyQuantizableLinear" in kinds:
                 continue
             root = next((".".join(name.split(".")[: outer.count(".") + 2])
                          for outer in lists if name.startswith(f"{outer}.")), name)
-            if root not in units:
-                units[root] = types.SimpleNamespace(
-                    params=[], number=len(units), needed=False, in_backward=False)
+            if root not in roots:
+                roots[root] = unit = types.SimpleNamespace(
+                    number=len(roots), params=[], own=[], lookup=True, in_backward=False)
                 module.get_submodule(root).register_forward_hook(functools.partial(
-                    lambda unit, *_: None if unit.in_backward else self._free(unit), units[root]))
-            unit = units[root]
-            unit.params.append(p)
-            lookup = "Embedding" in kinds
-            unit.needed |= not lookup
-            if not hasattr(p, "shard"):  # (tied ones: once)
-                self._shard(p)
-                p.unit, p.lookup = unit, lookup
-            p.lookup |= lookup
+                    lambda unit, *_: None if unit.in_backward else self._free(unit), unit))
+            unit, lookup = roots[root], "Embedding" in kinds
+            if not hasattr(layer.weight, "shard"):  # (tied ones: once)
+                self._shard(layer.weight, unit, None if lookup else compute_dtype)
+            unit.params.append(layer.weight)
+            unit.lookup &= lookup
             layer.forward = functools.partial(self._run, unit, lookup, layer.forward)
-        self.units = list(units.values())
-        buckets = [[p for p in dict.fromkeys(unit.params) if p.unit is unit and p.requires_grad]
-                   for unit in reversed(self.units)]
-        buckets.append([p for p in module.parameters()
-                        if p.requires_grad and not hasattr(p, "shard")])
-        self.buckets = Buckets([b for b in buckets if b], self._start_reduce, group)
+        self.buckets = Buckets(self._start, group)
+        self.buckets.add([p for p in module.parameters() if not hasattr(p, "shard")], math.inf)
+        for unit in roots.values():
+            self.buckets.add(unit.own, math.inf)
+        self.units = [*roots.values(), types.SimpleNamespace(params=[], lookup=False)]  # (the end)
 
-    def _shard(self, p):
+    def _shard(self, p, unit, dtype):
         """Keep this rank's part of a matrix, ceil(n / W) numbers; the last is filled up with 0."""
         n, shape, W, group = p.numel(), p.shape, world(self.group), self.group
-        p.to_part = lambda x: F.pad(x.detach().reshape(-1), (0, -n % W)).view(
-            W, -1)[rank(group)].clone()
-        p.to_whole = lambda x: all_gather(x.detach(), group)()[:n].view(shape)
-        p.full_shape, p.shard, p.full, p.coming, p.ready = shape, p.to_part(p), None, None, False
-        p.data = p.shard
+        p.to_part = lambda x: F.pad(x.reshape(-1), (0, -n % W)).view(W, -1)[rank(group)].clone()
+        p.to_whole = lambda x: all_gather(x, group)()[:n].view(shape)
+        p.data = p.shard = p.to_part(p.detach())
+        p.full = p.shard.new_empty(W * len(p), dtype=dtype)
+        p.view_full = lambda: p.full[:n].view(shape)
+        p.unit, p.coming = unit, None  # a function that waits; or True: all of it is here
+        unit.own.append(p)
 
     def _run(self, unit, lookup, forward, *args, **kwargs):
         """Call a Linear or an Embedding with its whole weight."""
         self._gather(unit, -1 if unit.in_backward else 1)  # (activation checkpointing: again)
-        lower = self.compute_dtype not in (None, unit.params[0].shard.dtype)
-        kind = unit.params[0].device.type
-        with torch.autocast(kind, self.compute_dtype) if lower else contextlib.nullcontext():
+        lower = not lookup and self.compute_dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(unit.params[0].device.type, self.compute_dtype) if lower else \
+                contextlib.nullcontext():
             y = forward(*args, **kwargs)
-        if y.requires_grad:
-            y.register_hook(lambda g: self._before_backward(unit, lookup))
-        return y
 
-    def _before_backward(self, unit, lookup):
-        """The gradient of a layer's output is there, and the matrix is needed for its input's; but
-        for a lookup, whose input has none: there the shape is enough."""
-        unit.in_backward = True
-        if not lookup:
-            return self._gather(unit, -1)
-        for p in unit.params:
-            if p.ndim == 1:  # (what is in there is not ready)
+        def before_backward(_):  # the matrix is needed for the gradient of the layer's input
+            unit.in_backward = True
+            if not lookup:
+                return self._gather(unit, -1)
+            for p in unit.params:  # ids have none: the shape is enough
                 p.full.untyped_storage().resize_(p.full.nbytes)
-                p.data = p.full[: p.full_shape.numel()].view(p.full_shape)
+                p.data = p.view_full()
+
+        if y.requires_grad:
+            y.register_hook(before_backward)
+        return y
 
     def _gather(self, unit, direction):
         """Make the matrices of a unit whole, and start with those of the next in this direction."""
-        self._start_gather(unit, direction)
+        self._start_gather(unit)
         for p in unit.params:
-            if p.coming:
+            if p.coming is not True:
                 p.coming()
-                p.data = p.full[: p.full_shape.numel()].view(p.full_shape)
-                p.coming, p.ready = None, True
-        following = unit.number + direction
-        if 0 <= following < len(self.units) and (direction > 0 or self.units[following].needed):
-            self._start_gather(self.units[following], direction)
+                p.coming, p.data = True, p.view_full()
+        following = self.units[unit.number + direction]
+        if direction > 0 or not following.lookup:
+            self._start_gather(following)
 
-    def _start_gather(self, unit, direction):
-        for p in unit.params:
-            if p.ready or p.coming:
-                continue
-            dtype, kind = self.compute_dtype or p.shard.dtype, p.device.type
-            if direction < 0 and p.full is not None:
-                dtype = p.full.dtype
-            elif torch.is_autocast_enabled(kind) and dtype == torch.float32 and not p.lookup:
-                dtype = torch.get_autocast_dtype(kind)  # or the graph would keep a copy in this one
-            x = p.shard.to(dtype)
-            if p.full is None or p.full.dtype != dtype:
-                p.full = x.new_empty(world(self.group) * len(x))
+    def _start_gather(self, unit):
+        for p in (p for p in unit.params if not p.coming):
             p.full.untyped_storage().resize_(p.full.nbytes)
-            p.coming = all_gather(x, self.group, p.full)
+            p.coming = all_gather(p.shard.to(p.full.dtype), self.group, p.full)
 
     def _free(self, unit):
         """Keep this rank's parts of a unit's matrices alone."""
         for p in unit.params:
-            if p.coming:
+            if p.coming not in (None, True):
                 p.coming()
-            p.coming, p.ready, p.data = None, False, p.shard
-            if p.full is not None:
-                p.full.untyped_storage().resize_(0)
+            p.coming, p.data = None, p.shard
+            p.full.untyped_storage().resize_(0)
         unit.in_backward = False
 
-    def _start_reduce(self, bucket):
+    def _start(self, bucket):
         """Start to average the gradients of a bucket, of which each rank gets its parts."""
         if not hasattr(bucket[0], "shard"):
             return start_average(bucket, self.group)
-        W, rows = world(self.group), []
-        for p in bucket:
-            g = torch.zeros_like(p.shard if p.full is None else p.full) if p.grad is None else p.grad
-            rows.append(F.pad(g.reshape(-1), (0, W * len(p.shard) - g.numel())).view(W, -1))
-        flat, sizes = torch.cat(rows, 1).view(-1), [len(p.shard) for p in bucket]
-        wait = reduce_scatter(flat, [sum(sizes)] * W, self.group, bucket[0].shard.dtype)
+        W, sizes = world(self.group), [len(p.shard) for p in bucket]
+        grads = (torch.zeros_like(p.full) if p.grad is None else p.grad.reshape(-1) for p in bucket)
+        rows = [F.pad(g, (0, W * n - len(g))).view(W, n) for g, n in zip(grads, sizes)]
+        wait = reduce_scatter(torch.cat(rows, 1).view(-1), [sum(sizes)] * W, self.group,
+                              bucket[0].shard.dtype)
         self._free(bucket[0].unit)
         return lambda: dict(zip(bucket, (wait() / W).split(sizes)))
 
-    def finish_gradient_synchronization(self):
-        """After the backward pass: all gradients are means over ranks, those of matrices in parts."""
-        with self.no_sync():
-            pass
-        for p, g in self.kept.items():
-            p.grad = g
-        self.kept = {}
-
     @contextlib.contextmanager
     def no_sync(self):
-        """Whole gradients would have no room: they are reduced after all, and added up in parts."""
+        """For whole gradients there is no room: they are reduced after all, and parts added up."""
         yield
+        self.add_up()
+
+    def add_up(self):
+        """Reduce the gradients of a backward pass, and add them to those of earlier ones."""
         grads = self.buckets.finish()
-        for unit in self.units:
+        for unit in self.units[:-1]:
             self._free(unit)
         for p, g in grads.items():
             self.kept[p] = self.kept[p] + g if p in self.kept else g
 
+    def finish_gradient_synchronization(self):
+        """After the backward pass: gradients become means over ranks, of which each has its parts."""
+        self.add_up()
+        for p, g in self.kept.items():
+            p.grad = g
+        self.kept = {}
+
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    @torch.no_grad()
     def gather_full_params(self):
         """{name: whole tensor} as the wrapped module's own state_dict() would be on one rank."""
         params = dict(self.module.named_parameters(remove_duplicate=False))
@@ -505,25 +452,24 @@ def sum_over(x, group=None):
 
 def part_of(n, group=None, what="size"):
     """This rank's slice of n things. Raises ValueError if they can not be divided evenly."""
-    W = world(group)
-    if n % W:
-        raise ValueError(f"{what} {n} can not be divided by {W} processes")
-    return slice(rank(group) * n // W, (rank(group) + 1) * n // W)
+    if n % world(group):
+        raise ValueError(f"{what} {n} can not be divided by {world(group)} processes")
+    n //= world(group)
+    return slice(rank(group) * n, rank(group) * n + n)
 
 def split_parameter(p, axis, group=None):
     """-> this rank's part of a parameter along an axis, a parameter. Raises ValueError."""
-    W = world(group)
-    part_of(p.shape[axis], group)
-    to_part = lambda x: x.detach().chunk(W, axis)[rank(group)].clone()
-    part = nn.Parameter(to_part(p))
-    part.to_part, part.to_whole = to_part, lambda x: torch.cat(
-        all_gather(x.detach().reshape(-1), group)().view(W, *x.shape).unbind(), axis)
-    return part
+    part, W = part_of(p.shape[axis], group), world(group)
+    own = nn.Parameter(p.detach().narrow(axis, part.start, part.stop - part.start).clone())
+    own.to_part = lambda x: x.narrow(axis, part.start, part.stop - part.start).clone()
+    own.to_whole = lambda x: torch.cat(
+        all_gather(x.reshape(-1), group)().view(W, *x.shape).unbind(), axis)
+    return own
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b of which each rank computes d_out / W columns: (..., d_in) -> (..., d_out /
-    W). weight, bias_value: parameters of the whole layer, which are cut; or random. copied: the
-    input's gradient is summed over ranks elsewhere, once for several such layers."""
+    """y = x W^T + b of which each rank computes d_out / W columns: (..., d_in) -> (..., d_out / W).
+    weight, bias_value: of the whole layer; None: random. copied: the input's gradient is summed
+    over ranks elsewhere, once for several such layers."""
 
     def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
                  copied=False):
@@ -543,8 +489,8 @@ class RowParallelLinear(nn.Module):
     def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None):
         super().__init__()
         self.group, layer = group, model_py.Linear(d_in, d_out, bias)
-        self.weight = split_parameter(layer.weight if weight is None else weight, 1, group)
         bias = layer.bias if bias_value is None else bias_value
+        self.weight = split_parameter(layer.weight if weight is None else weight, 1, group)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x):
@@ -569,13 +515,13 @@ class VocabParallelEmbedding(nn.Module):
 def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100, z_loss=0.0):
     """Sum of the losses, where each rank has the logits of its own ids: (..., V / W). Only a
     maximum, a sum and the target's logit of each position travel. z_loss: as in train.py."""
-    part = part_of(logits.shape[-1] * world(group), group)
-    logits = model_py.upcast(logits)
+    logits, n = model_py.upcast(logits), logits.shape[-1]
     m = all_reduce(logits.detach().amax(-1), group, dist.ReduceOp.MAX)
     log_z = m + sum_over((logits - m[..., None]).exp().sum(-1), group).log()
-    mine = (targets >= part.start) & (targets < part.stop)
-    at = logits.gather(-1, (targets - part.start).masked_fill(~mine, 0)[..., None])[..., 0]
-    losses = log_z - sum_over(at * mine, group) + z_loss * log_z.square()
+    at = targets - rank(group) * n
+    mine = (at >= 0) & (at < n)
+    at = logits.gather(-1, at.masked_fill(~mine, 0)[..., None])[..., 0] * mine
+    losses = log_z - sum_over(at, group) + z_loss * log_z.square()
     return losses.masked_fill(targets == ignore_index, 0.0).sum()
 
 def split_tensors(model, group=None):
@@ -591,17 +537,13 @@ def split_tensors(model, group=None):
         setattr(parent, name, kind(*old.weight.shape[::-1], old.bias is not None, group, old.weight,
                                    old.bias, **more))
 
-    def copy_input(module):  # one all-reduce for queries, keys and values, one for w1 and w3
-        module.register_forward_pre_hook(lambda _, args: (copy_to(args[0], group), *args[1:]))
-
     for block in model.blocks:
         for part in (block.attn, *getattr(block.ffn, "experts", [block.ffn])):
-            copy_input(part)
-            for name, _ in list(part.named_children()):
-                if name in ("q_proj", "k_proj", "v_proj", "w1", "w3"):
-                    split(part, name, ColumnParallelLinear, copied=True)
-                elif name in ("o_proj", "w2"):
-                    split(part, name, RowParallelLinear)
+            # one all-reduce for queries, keys and values, one for w1 and w3
+            part.register_forward_pre_hook(lambda _, args: (copy_to(args[0], group), *args[1:]))
+            for name in {*part._modules} & {"q_proj", "k_proj", "v_proj", "w1", "w3"}:
+                split(part, name, ColumnParallelLinear, copied=True)
+            split(part, "o_proj" if part is block.attn else "w2", RowParallelLinear)
         for p in (*block.attn.q_norm.parameters(), *block.attn.k_norm.parameters()):
             p.register_hook(lambda g: all_reduce(g.clone(), group))  # each rank's heads give a part
     model.embedding = VocabParallelEmbedding(c.vocab_size, c.n_embd, group, model.embedding.weight)
@@ -616,19 +558,15 @@ def split_tensors(model, group=None):
 # activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
 
 def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="cpu"):
-    """Forward and backward passes of several micro-batches through the stages of a group's ranks.
-
-    stage: this rank's module. Where what it receives is not of the shape and dtype of x, its
-    input_like(x) says what: an empty tensor. batches: list of (x, y), of which the first stage
-    takes x and the last y. loss_fn(output, y): a micro-batch's share of the loss, in the last
-    stage. Adds to gradients; under torch.no_grad() there are only forward passes. -> the sum of
-    the losses, a tensor (on the last rank; 0 elsewhere). Raises ValueError.
-    """
+    """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
+    ranks. stage: this rank's module; what it receives is like x, or an empty tensor that its
+    input_like(x) gives. batches: list of (x, y), of which the first stage takes x and the last y.
+    loss_fn(output, y): a micro-batch's share of the loss, in the last stage. -> the sum of the
+    losses, a tensor (on the last rank; 0 elsewhere). Raises ValueError."""
     if schedule not in ("gpipe", "1f1b"):
         raise ValueError(f"schedule is gpipe or 1f1b, not {schedule}")
-    W, r = world(group), rank(group)
-    like = getattr(stage, "input_like", torch.empty_like)
-    under_way, sent, loss = [], [], torch.zeros((), device=device)
+    last, r, sent, under_way = world(group) - 1, rank(group), [], []
+    loss, like = torch.zeros((), device=device), getattr(stage, "input_like", torch.empty_like)
 
     def send(x, to):  # x must live until it has left
         sent.append((dist.isend(x := x.contiguous(), group=group, group_dst=to), x))
@@ -638,20 +576,20 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
         return x
 
     # every rank is this many forward passes ahead of its backward passes
-    ahead = len(batches) if schedule == "gpipe" else W - 1 - r
+    ahead = len(batches) if schedule == "gpipe" else last - r
     for i in range(len(batches) + ahead):
         if i < len(batches):
             x, y = batches[i]
             x = receive(like(x), r - 1).requires_grad_() if r else x
-            out = stage(x) if r < W - 1 else loss_fn(stage(x), y)
-            if r < W - 1:
+            out = stage(x) if r < last else loss_fn(stage(x), y)
+            under_way.append((x, out))
+            if r < last:
                 send(out.detach(), r + 1)
             else:
                 loss = loss + out.detach()
-            under_way.append((x, out))
         if i >= ahead and torch.is_grad_enabled():
             x, out = under_way.pop(0)
-            out.backward(receive(torch.empty_like(out), r + 1) if r < W - 1 else None)
+            out.backward(receive(torch.empty_like(out), r + 1) if r < last else None)
             if r:
                 send(x.grad, r - 1)
     for work, _ in sent:
@@ -660,6 +598,8 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
 
 class Skip(nn.Module):
     """A layer that another rank has."""
+
+    ffn = None
 
     def forward(self, x, *others):
         return x
@@ -684,8 +624,7 @@ def split_layers(model, group=None):
     return model
 
 def add_tied_gradients(model, group=None):
-    """The first and the last rank of a pipeline have a copy of a tied embedding: both take the sum
-    of their gradients."""
+    """The first and the last rank of a pipeline both have a tied embedding: add up its gradients."""
     W, r = world(group), rank(group)
     if W > 1 and r in (0, W - 1):
         g = model.embedding.weight.grad
@@ -700,26 +639,23 @@ def add_tied_gradients(model, group=None):
 
 def rotate(tensors, group=None):
     """Send tensors to the next rank -> those of the one before."""
-    W, r = world(group), rank(group)
+    W, r, flat = world(group), rank(group), flatten(tensors)
     if W == 1:
         return tensors
-    out = torch.empty_like(flat := flatten(tensors))
-    ways = [dist.P2POp(dist.isend, flat, group=group, group_peer=(r + 1) % W),
-            dist.P2POp(dist.irecv, out, group=group, group_peer=(r - 1) % W)]
-    for work in dist.batch_isend_irecv(ways):
+    out = torch.empty_like(flat)
+    for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, flat, group=group, group_peer=(r + 1) % W),
+             dist.P2POp(dist.irecv, out, group=group, group_peer=(r - 1) % W)]):
         work.wait()
     return unflatten(out, tensors)
 
 def ring_scores(q, k, source, group, causal):
     """How q sees the keys of rank `source`: (..., T, T); None if all of them come later."""
-    r = rank(group)
-    if causal and source > r:
+    if causal and source > rank(group):
         return None
     s = q @ k.mT * q.shape[-1] ** -0.5
-    if causal and source == r:
-        later = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
-        s = s.masked_fill(later, -math.inf)
-    return s
+    later = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+    return s.masked_fill(later, -math.inf) if causal and source == rank(group) else s
 
 class RingAttention(torch.autograd.Function):
     """See `ring_attention`; backward as in FlashAttention, with gradients that travel. Keys and
@@ -744,7 +680,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, o, lse = ctx.saved_tensors
         W, r, delta = world(ctx.group), rank(ctx.group), (g * o).sum(-1, keepdim=True)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for step in range(W):  # the gradients travel with their keys, and are home after W steps
             s = ring_scores(q, k, (r - step) % W, ctx.group, ctx.causal)
             if s is not None:
@@ -766,8 +702,8 @@ def ring_attention(q, k, v, group=None, causal=True):
     return y.flatten(1, 2).type_as(q)
 
 def split_sequence(model, group=None):
-    """Let a Transformer's attention reach all ranks' parts of a sequence, in place -> itself. To be
-    called with this rank's `positions`. Raises ValueError."""
+    """Let a Transformer's attention reach all ranks' parts of a sequence, in place -> itself. It is
+    to be called with this rank's `positions`. Raises ValueError."""
     if {*model.kinds} != {"full"} or model.config.dropout:
         raise ValueError("--sp is for full attention, without dropout")
 
@@ -779,220 +715,213 @@ def split_sequence(model, group=None):
         block.attn.forward = functools.partial(forward, block.attn)
     return model
 
-# ---- The training run: train.py's, on several processes.
+# ---- The training run: train.py's loop, in which methods of `Parallel` replace functions.
 
 SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 
-def total(*numbers):
-    """Sums over all ranks of Python's numbers."""
-    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-    return all_reduce(torch.tensor(numbers, dtype=torch.float64, device="cuda" if nccl else "cpu")).tolist()
-
-def local(x):
-    """What this rank has of a tensor of FSDP2, or the tensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
+class Stopped(ValueError):
+    """A rank was told to stop, or can not go on: train.py saves, and leaves."""
 
 class Parallel:
-    """A Transformer on several processes, and its optimizers. Ranks of one copy of the model, tp,
-    pp or sp of them, are neighbours; the same rank of all copies forms a group for data
-    parallelism. Raises ValueError."""
+    """A Transformer on several processes. Ranks of one copy of it, tp, pp or sp of them, are
+    neighbours; the same rank of all copies forms a group for data parallelism. Raises ValueError."""
 
-    def __init__(self, model, args, device, autocast=contextlib.nullcontext):
-        self.args, self.device, self.autocast, self.module = args, device, autocast, model
-        n, W, zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
+    def __init__(self, args, device):
+        self.args, self.device, self.passes, self.signals = args, device, 0, []
+        n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
+        self.dp, self.copy, self.group, self.grads, own = W // n, rank() // n, None, None, args.impl == "own"
         if n not in (args.tp, args.pp, args.sp) or W % n or args.dp not in (0, W // n):
-            raise ValueError(f"{W} processes are dp x tp, dp x pp, or dp x sp")
-        if n > 1 and (zero or args.scheme == "fsdp" or args.impl == "torch") or \
-                args.impl == "torch" and args.scheme not in ("ddp", "fsdp"):
-            raise ValueError("--tp, --pp, --sp go with --scheme naive, flat and ddp, --impl torch "
-                             "alone with ddp and fsdp")
+            raise ValueError(f"the {W} processes are not dp, dp x tp, dp x pp or dp x sp")
+        if args.scheme not in (SCHEMES[:3] if n > 1 else SCHEMES if own else ("ddp", "fsdp")) or \
+                n > 1 and not own:
+            raise ValueError("--tp, --pp and --sp go with naive, flat and ddp, and --impl torch alone "
+                             "with ddp and fsdp")
         if args.optimizer in ("muon", "soap") and (args.scheme == "fsdp" or args.tp > 1):
             raise ValueError("fsdp and --tp split the matrices that muon and soap need whole")
-        self.dp, self.copy = W // n, rank() // n
-        pieces = self.dp * (args.microbatches if args.pp > 1 else 1)
-        if args.batch_size % pieces:
-            raise ValueError(f"--batch_size, of all together, can not be divided by {pieces}")
-        self.group = self.grads = None  # ranks of one copy; those that average their gradients
+        if args.teacher or args.noise_scale or args.kernels or args.compile:
+            raise ValueError("--teacher, --noise_scale, --kernels and --compile are train.py's alone")
+        if args.batch_size % self.dp:
+            raise ValueError(f"--batch_size, of all together, can not be divided by {self.dp}")
         if n > 1:
             make = dist.new_subgroups_by_enumeration
-            self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])
-            if args.sp == 1:  # else all have the same parameters, and different tokens
+            self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])  # one copy
+            if args.sp == 1:  # who averages gradients; else all: same parameters, other tokens
                 self.grads, _ = make([list(range(i, W, n)) for i in range(n)])
 
-        # optimizers as one process has them; then their parameters are replaced by our parts
-        self.optimizers = train.make_optimizers(
-            model, args.optimizer, args.learning_rate, args.weight_decay, (args.beta1, args.beta2),
-            args.momentum, args.mup)
-        name_of = {p: name for name, p in model.named_parameters()}
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        for group in groups:
-            group["names"] = [name_of[p] for p in group["params"]]
-        self.positions = None
-        if args.tp > 1:
+    def make_optimizers(self, model, *how):
+        """Divide a model, in place -> its optimizers, made for the whole, and then given our parts."""
+        a, self.model, self.wrapped, self.switches = self.args, model, None, []
+        optimizers, name_of = make_optimizers(model, *how), {p: k for k, p in model.named_parameters()}
+        self.names = [[[name_of[p] for p in group["params"]] for group in o.param_groups]
+                      for o in optimizers]
+        if a.tp > 1:
             split_tensors(model, self.group)
-        elif args.pp > 1:
-            split_layers(model, self.group)
-        elif args.sp > 1:
-            mine = part_of(model.config.block_size, self.group, "block_size")
-            self.positions = torch.arange(mine.start, mine.stop, device=device)[None]
-            split_sequence(model, self.group)
-        self.wrapped, own = model, args.impl == "own"
-        if args.scheme == "fsdp":
-            self.wrapped = FSDP(model) if own else fully_shard(model)
-        elif not own and W > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=args.bucket_mb)
-        elif zero:
-            broadcast([*model.parameters(), *model.buffers()])
-        elif world(self.grads) > 1:  # (of a pipeline's backward passes only the last may send)
-            size = {"naive": 0, "flat": math.inf}.get(args.scheme, args.bucket_mb)
-            self.wrapped = DDP(model, size, args.scheme == "ddp" and args.pp == 1, self.grads)
+        elif a.pp > 1:
+            self.stage = functools.partial(split_layers(model, self.group).forward)
+            self.stage.input_like = getattr(model, "input_like", None)
+            model.forward = lambda x: x  # (`cross_entropy` does all of it)
+        elif a.sp > 1:
+            part = part_of(model.config.block_size, self.group, "block_size")
+            at = torch.arange(part.start, part.stop, device=self.device)[None]
+            model.forward = functools.partial(split_sequence(model, self.group).forward, positions=at)
+        if a.impl == "torch" and a.scheme == "fsdp":
+            fully_shard(model)
+        elif a.impl == "torch":
+            self.switches = [(torch_ddp(model, a.bucket_mb), "require_backward_grad_sync")]
+        elif a.scheme == "fsdp":
+            half = train.has_fast_bfloat16(self.device) if a.dtype == "auto" else a.dtype == "bfloat16"
+            self.wrapped = FSDP(model, torch.bfloat16 if half else None)
+        elif self.zero:
+            broadcast(model)
+        else:  # (of a pipeline's backward passes only the last may send)
+            size = {"naive": 0, "flat": math.inf}.get(a.scheme, a.bucket_mb)
+            self.wrapped = DDP(model, size, a.scheme == "ddp" and a.pp == 1, self.grads)
+            self.switches = [(self.wrapped.buckets, "overlap")] * self.wrapped.buckets.overlap
         self.params = dict(model.named_parameters())
-        for group in groups:
-            group["params"] = [self.params[name] for name in group["names"] if name in self.params]
-        if zero:
-            self.optimizers = [ShardedOptimizer(o.param_groups, type(o), None, args.scheme == "zero2",
-                                                args.bucket_mb, **o.defaults) for o in self.optimizers]
+        for optimizer, groups in zip(optimizers, self.names):
+            for group, names in zip(optimizer.param_groups, groups):
+                group["params"] = [self.params[name] for name in names if name in self.params]
+        if self.zero:
+            optimizers = [ShardedOptimizer(o.param_groups, type(o), None, a.scheme == "zero2",
+                                           a.bucket_mb, **o.defaults) for o in optimizers]
+            self.switches = [(o.buckets, "overlap") for o in optimizers if o.buckets.overlap]
+        self.optimizers, self.stream = optimizers, rank() if a.pp > 1 else self.copy
+        for optimizer, groups in zip(optimizers, self.names):
+            optimizer.load_state_dict = functools.partial(self.load, optimizer, sum(groups, []))
+        if self.stream:  # random numbers, for dropout, differ
+            torch.manual_seed(a.seed + self.stream)
+        model.register_forward_pre_hook(self.before_forward)
+        return optimizers
 
-    def loss_sum(self, logits, y):
-        """Sum of the losses of this rank's part of a batch."""
-        z_loss = self.args.z_loss if self.module.training else 0.0
-        if self.args.tp > 1:
-            return vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
-        return train.cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
+    def before_forward(self, model, _):
+        """Gradients leave in the last backward pass of a step; fsdp's, in each."""
+        if model.training and torch.is_grad_enabled():
+            if self.passes and isinstance(self.wrapped, FSDP):
+                self.wrapped.add_up()
+            self.passes = (self.passes + 1) % self.args.gradient_accumulation_steps
+            for each, name in self.switches:
+                setattr(each, name, self.passes == 0)
 
-    def losses(self, batches, scale):
-        """Forward and (with gradients) backward passes of scale * loss -> its sum, on this rank."""
-        if self.args.pp > 1:
-            n = self.args.microbatches
-            batches = [piece for x, y in batches for piece in zip(x.chunk(n), y.chunk(n))]
-            with self.autocast():
-                loss = pipeline_step(
-                    self.module, batches, lambda logits, y: self.loss_sum(logits, y) * scale,
-                    self.group, self.args.pp_schedule, self.device)
-            return loss.item()
-        loss, quiet = 0.0, getattr(self.wrapped, "no_sync", contextlib.nullcontext)
-        if self.args.scheme == "zero2":
-            quiet = self.optimizers_quiet
-        for i, (x, y) in enumerate(batches):
-            if self.args.sp > 1:
-                x, y = (a.chunk(self.args.sp, 1)[rank(self.group)] for a in (x, y))
-            with quiet() if i + 1 < len(batches) else contextlib.nullcontext():
-                with self.autocast():
-                    part = self.loss_sum(self.wrapped(x, positions=self.positions), y) * scale
-                if torch.is_grad_enabled():
-                    (part + self.module.auxiliary_loss() / len(batches)).backward()
-            loss += part.item()
-        return loss
+    def get_batch(self, data, batch_size, block_size, device, number, *more):
+        """This copy's rows, and with --sp this rank's positions; or Stopped, on all ranks."""
+        error = Stopped("stopped")
+        try:
+            batch = get_batch(data, batch_size // self.dp, block_size, device,
+                              number * self.dp + self.copy, *more)
+        except ValueError as wrong:
+            batch, error = None, wrong
+        going_on = torch.tensor(bool(batch and not self.signals), dtype=torch.uint8, device=device)
+        if not all_reduce(going_on, op=dist.ReduceOp.MIN):
+            raise error
+        return self.cut(batch)
 
-    @contextlib.contextmanager
-    def optimizers_quiet(self):
-        """no_sync of all optimizers."""
-        with contextlib.ExitStack() as stack:
-            for optimizer in self.optimizers:
-                stack.enter_context(optimizer.no_sync())
-            yield
+    def cut(self, batch):
+        """With --sp, this rank's positions."""
+        return [x.chunk(self.args.sp, 1)[rank() % self.args.sp] for x in batch]
 
-    def backward(self, batches):
-        """Gradients of the mean loss over all tokens of all ranks -> this rank's part of the loss,
-        whose sum over ranks is the loss."""
-        tokens = sum(y.numel() for _, y in batches) / self.args.sp  # the same on all ranks
-        loss = self.losses(batches, 1 / tokens)
-        if self.args.pp > 1 and self.module.config.tie_embeddings:
-            add_tied_gradients(self.module, self.group)
-        if hasattr(self.wrapped, "finish_gradient_synchronization"):
-            self.wrapped.finish_gradient_synchronization()
-        if "zero" in self.args.scheme:
-            for optimizer in self.optimizers:
-                optimizer.reduce_gradients()
-        return loss * self.args.pp / world()
+    def cross_entropy(self, logits, y, reduction="sum", z_loss=0.0):
+        """The mean over copies (and parts of a sequence) of the sum of this batch's losses; the
+        gradient is that of this rank's own, as the gradients will be averaged."""
+        a, how = self.args, {"reduction": "sum", "z_loss": z_loss}
+        if a.pp > 1:  # (logits are still ids here; the backward pass, too, is in this)
+            tokens, n = y.numel() * a.gradient_accumulation_steps, a.microbatches
+            loss = tokens * pipeline_step(
+                self.stage, list(zip(logits.chunk(n), y.chunk(n))),
+                lambda logits, y: cross_entropy(logits, y, **how) / tokens, self.group,
+                a.pp_schedule, self.device).requires_grad_()
+        elif a.tp > 1:
+            loss = vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
+        else:
+            loss = cross_entropy(logits, y, **how)
+        return Collective.apply(loss, lambda x: all_reduce(x.clone()) * (a.pp / world()), lambda g: g)
 
     @torch.no_grad()
-    def clip(self, max_norm, eps=1e-6):
-        """Clip all gradients by their norm together -> the norm before, a number."""
-        grads, own, everyones = [], 0.0, 0.0  # squares, of what is on this rank alone, and on all
-        tied = self.args.pp > 1 and rank(self.group) and self.module.config.tie_embeddings
+    def clip_grad_norm(self, params, max_norm, eps=1e-6):
+        """Average all gradients, and clip them by their norm together -> the norm before."""
+        tied = self.args.pp > 1 and self.model.config.tie_embeddings
+        if tied:
+            add_tied_gradients(self.model, self.group)
+        if self.wrapped:
+            self.wrapped.finish_gradient_synchronization()
+        for optimizer in self.optimizers if self.zero else ():
+            optimizer.reduce_gradients()
+        grads, squares = [], torch.zeros(2, device=self.device)  # this rank's alone, and everyone's
         for name, p in self.params.items():
             if p.grad is not None:
-                grads.append(local(p.grad))
-                square = grads[-1].square().sum()
-                if self.args.pp > 1 or "zero" in self.args.scheme or hasattr(p, "to_whole"):
-                    own += 0 if tied and name == "embedding.weight" else square
-                else:
-                    everyones += square
-        own = all_reduce(torch.as_tensor(own, device=self.device), self.group)
-        norm = (own + everyones).sqrt()
-        if max_norm and grads:
+                grads.append(p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad)
+                if not (tied and rank(self.group) and name == "embedding.weight"):  # (the first's)
+                    own = self.args.pp > 1 or self.zero or hasattr(p, "to_whole")
+                    squares[0 if own else 1] += grads[-1].square().sum()
+        all_reduce(squares[:1], self.group)
+        norm = squares.sum().sqrt()
+        if max_norm:
             torch._foreach_mul_(grads, (max_norm / (norm + eps)).clamp(max=1.0))
-        return norm.item()
+        return norm
 
-    def step(self):
-        """Update the parameters."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def evaluate(self, data, max_batches=0):
+    def evaluate(self, model, data, batch_size, block_size, device, autocast, max_batches=0):
         """As train.evaluate, of windows that the copies of the model share."""
-        c, n, loss, count = self.module.config, self.args.batch_size, 0.0, 0
-        starts = np.arange(0, len(data) - 1, c.block_size)
-        if max_batches and len(starts) > max_batches * n:
-            starts = starts[np.linspace(0, len(starts) - 2, max_batches * n).astype(int)]
+        starts, loss, b = np.arange(0, len(data) - 1, block_size), 0.0, batch_size // self.dp
+        if max_batches and len(starts) > max_batches * batch_size:
+            starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
+        count = int(np.minimum(block_size, len(data) - 1 - starts).sum())
         # all ranks take part in all batches: in the last one some have windows without targets
-        starts = np.pad(starts, (0, -len(starts) % n), constant_values=len(data))
-        self.module.eval()
-        for i in range(self.copy * n // self.dp, len(starts), n):
-            x, y = train.windows(data, starts[i : i + n // self.dp], c.block_size, self.device,
-                                 c.vocab_size)
-            loss += self.losses([(x, y)], 1.0)
-            count += int((y != -100).sum())
-        self.module.train()
-        loss, count = total(loss / self.args.tp, count / (world() // self.dp))
+        starts, V = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data)), \
+            model.config.vocab_size
+        model.eval()
+        for i in range(self.copy * b, len(starts), batch_size):
+            x, y = self.cut(train.windows(data, starts[i : i + b], block_size, device, V))
+            with torch.no_grad(), autocast():
+                loss += self.cross_entropy(model(x), y).item() * self.dp * self.args.sp
+        model.train()
         return loss / count
 
-    # Checkpoints are those of one process.
+    def random_state(self, device, new=None):
+        """As train.random_state, with "ranks", the states of all; other ranks than those of the
+        run that was saved draw new numbers."""
+        layout = [world(), self.args.tp, self.args.pp]
+        if new:
+            same = new.get("layout", [1, 1, 1]) == layout
+            random_state(device, new.get("ranks", [new])[rank()] if same else new)
+            if not same:
+                torch.manual_seed(torch.randint(2**40, ()).item() + self.stream)
+        own = random_state(device)
+        return own | {"ranks": gather_objects(own), "layout": layout}
 
     @torch.no_grad()
-    def full_state(self):
-        """-> (state dict of the whole model, state dict of each optimizer as on one process); all
-        ranks take part."""
-        model = self.module.state_dict()  # (first: it puts FSDP2's parameters back into parts)
-        params = dict(self.module.named_parameters(remove_duplicate=False))
-        model = {name: whole(params.get(name), x) for name, x in model.items()}
-        name_of = {p: name for name, p in self.params.items()}
-        states = {name_of[p]: {key: whole(p, x) if torch.is_tensor(x) else x
-                               for key, x in state.items()}
-                  for optimizer in self.optimizers for p, state in optimizer.state.items()}
-        if self.args.pp > 1 or "zero" in self.args.scheme and world() > 1:
-            parts = [None] * world(self.group)
-            own = model if self.args.pp > 1 else {}  # with ZeRO all ranks have the whole model
-            dist.all_gather_object(parts, (own, states), group=self.group)
-            for theirs, more in parts:
-                model |= theirs
-                states |= more
-        optimizers = []
-        for optimizer in self.optimizers:
-            names = [name for group in optimizer.param_groups for name in group["names"]]
-            groups = [group | {"params": [names.index(name) for name in group["names"]]}
-                      for group in optimizer.param_groups]
-            optimizers.append({"state": {i: states[name] for i, name in enumerate(names)
-                                         if name in states}, "param_groups": groups})
-        return model, optimizers
+    def save_checkpoint(self, path, model, optimizers, **more):
+        """As model.save_checkpoint: a file as of one process, which the first one writes."""
+        state = model.state_dict()  # (first: it puts FSDP2's parameters back into parts)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        state = {name: whole(params.get(name), x) for name, x in state.items()}
+        moments = {name: {k: whole(p, x) if torch.is_tensor(x) else x for k, x in o.state[p].items()}
+                   for o in optimizers for name, p in self.params.items() if p in o.state}
+        if self.args.pp > 1 or self.zero:  # each rank has some of them
+            for theirs, of_theirs in gather_objects((state, moments), self.group):
+                state, moments = state | theirs, moments | of_theirs
+        if rank() == 0:
+            flat = [sum(groups, []) for groups in self.names]
+            dicts = [{"state": {i: moments[name] for i, name in enumerate(names) if name in moments}}
+                     for names in flat]
+            model_py.save_checkpoint(path, state, dicts, config=model.config, **more)
 
-    def load_optimizers(self, saved):
-        """Take this rank's part of the optimizers' state in a checkpoint."""
-        for optimizer, theirs in zip(self.optimizers, saved, strict=True):
-            names = [name for group in optimizer.param_groups for name in group["names"]]
-            owner = getattr(optimizer, "owner", {})
-            for i, state in theirs["state"].items():
-                p = self.params.get(names[i])
-                if p is not None and owner.get(p, rank()) == rank():
-                    part = getattr(p, "to_part", lambda x: x.to(p.device))
-                    optimizer.state[p] = {key: part(x) if torch.is_tensor(x) else x
-                                          for key, x in state.items()}
+    def load(self, optimizer, names, saved):
+        """Take this rank's part of an optimizer's state in a checkpoint."""
+        for i, state in saved["state"].items():
+            p = self.params.get(names[i])
+            if p is not None and getattr(optimizer, "owner", {}).get(p, rank()) == rank():
+                part = getattr(p, "to_part", lambda x: x.to(self.device))
+                optimizer.state[p] = {k: part(x) if torch.is_tensor(x) else x
+                                      for k, x in state.items()}
+
+def gather_objects(x, group=None):
+    """What all ranks have, a list."""
+    parts = [x] * world(group)
+    if len(parts) > 1:
+        dist.all_gather_object(parts, x, group=group)
+    return parts
 
 def fully_shard(model):
-    """PyTorch's FSDP2, whose parameters are given `to_whole` and `to_part`."""
+    """PyTorch's FSDP2, in place; its parameters are given `to_whole` and `to_part`."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
     for part in (*model.blocks, model):
@@ -1000,299 +929,190 @@ def fully_shard(model):
     for p in model.parameters():
         p.to_whole, p.to_part = type(p).full_tensor, functools.partial(
             distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
-    return model
 
-def setup(args):
-    """Join the other processes -> this one's device. Raises ValueError."""
-    device = torch.device(train.pick_device(args.device))
+def torch_ddp(model, bucket_mb):
+    """-> PyTorch's DDP, through which calls of the model go from now on."""
+    inner = nn.Module()
+    inner.model, inner.forward = model, model.forward
+    ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
+    model.forward = ddp.forward
+    return ddp
+
+def setup(name):
+    """Join the other processes -> this one's device, of the kind asked for. Raises ValueError."""
+    device = torch.device(train.pick_device(name))
     if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # else a world of one
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))) if \
-            device.type == "cuda" else torch.device("cpu")
-        if device.type == "cuda":
+        nccl, here = device.type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", here) if nccl else torch.device("cpu")
+        if nccl:
             torch.cuda.set_device(device)
         store, number, W = next(dist.rendezvous("env://"))
         # after a restart the store may still have the addresses of those that have died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store,
-                                rank=number, world_size=W, timeout=datetime.timedelta(minutes=10))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's death, even by kill -9, is ours
-        parent = os.getppid()
+        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=number, world_size=W,
+                                timeout=datetime.timedelta(minutes=10))
 
-        def watch():
-            while os.getppid() == parent:
-                time.sleep(1)
-            os._exit(1)
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-        threading.Thread(target=watch, daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed, end, too
+        threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+    if rank() > 0:  # the first one speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
-def add_flags(add):
-    """What ddp.py's command line has beside train.py's."""
-    add("--scheme", choices=SCHEMES, default="ddp", help="data parallelism: naive, flat and ddp "
-        "(in buckets, while the backward pass goes on) average gradients; zero1 divides the "
-        "optimizer's state, zero2 gradients, too, fsdp parameters, too")
-    add("--bucket_mb", type=float, default=25.0, help="of ddp, zero2 (default 25)")
+def build_parser(parser=None):
+    """What the command line has beside train.py's; a parser that is given gets that, too."""
+    parser = parser or argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: fail(message, 2)
+    add = parser.add_argument_group("processes").add_argument
+    for name, choices in (("scheme", ("ddp", *SCHEMES)), ("impl", ("own", "torch")),
+                          ("pp_schedule", ("1f1b", "gpipe"))):
+        add(f"--{name}", choices=choices, default=choices[0], help=f"(default {choices[0]})")
     for name, default, text in (
-            ("dp", 0, "copies of the model; 0: all that fit"), ("microbatches", 4, "of a pipeline"),
-            ("tp", 1, "processes that share each matrix"), ("pp", 1, "... the layers"),
-            ("sp", 1, "... each sequence")):
-        add(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    add("--pp_schedule", choices=("gpipe", "1f1b"), default="1f1b", help="(default 1f1b)")
-    add("--impl", choices=("own", "torch"), default="own", help="torch: its DDP, and FSDP2")
+            ("bucket_mb", 25.0, "of ddp and zero2"), ("dp", 0, "copies of the model; 0: all that fit"),
+            ("tp", 1, "processes that share each matrix"), ("pp", 1, "that share the layers"),
+            ("sp", 1, "that share each sequence"), ("microbatches", 4, "of a pipeline")):
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
+    return parser
 
 def run(words):
     """Train as train.py does, on all processes together."""
-    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser = train.build_parser("ddp.py")
-    for each in (ours, parser):
-        each.error = lambda message: fail(message, 2)
-        add_flags(each.add_argument_group("processes").add_argument)
-    mine, words = ours.parse_known_args(words)  # train.py, too, is to understand a checkpoint's words
+    ours, words = build_parser().parse_known_args(words)  # a checkpoint has train.py's words alone
+    parser = build_parser(train.build_parser())
     path = os.path.join(parser.parse_known_args(words)[0].out_dir, "ckpt.pt")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(path) and \
             train.load_checkpoint(path)[1]["args"] == words:
-        words.append("--resume")  # torchrun --max_restarts starts all ranks again when one has died
+        words.append("--resume")  # torchrun --max_restarts starts all again when one has died
     args, words, checkpoint = train.parse_args(parser, words)
-    args = argparse.Namespace(**vars(args) | vars(mine))
-    theirs = [name for name in ("teacher", "noise_scale", "kernels", "compile") if getattr(args, name)]
-    if theirs or args.offload != "none":
-        raise ValueError(f"--{theirs[0] if theirs else 'offload'}: that is train.py's alone")
-    device, path = setup(args), os.path.join(args.out_dir, "ckpt.pt")
-    say = print if rank() == 0 else lambda *text, **how: None
-    torch.manual_seed(args.seed)  # all ranks begin with the same numbers
-    torch.set_float32_matmul_precision("high")
-    half = train.has_fast_bfloat16(device) if args.dtype == "auto" else args.dtype == "bfloat16"
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, half)
+    args = argparse.Namespace(**vars(args) | vars(ours))
+    device = setup(args.device)
+    args.device, parallel = str(device), Parallel(args, device)
+    if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
+        os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
+        print(f"{path}, of another run, is now {aside}")
+    all_reduce(torch.zeros(1, device=device))  # (wait for that)
+    print(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
+          f"{args.scheme}; of the first one:", flush=True)
+    for name in ("make_optimizers", "get_batch", "cross_entropy", "clip_grad_norm", "evaluate",
+                 "random_state", "save_checkpoint"):
+        setattr(train, name, getattr(parallel, name))
+    train.parse_args = lambda *_: (args, words, checkpoint)
+    if rank() > 0:
+        train.plot_log = lambda *_: None
+        train.replacing = lambda *_, **how: contextlib.nullcontext(sys.stdout)
 
-    train_data, val_data, tokenizer, vocab_size, bytes_per_token = train.open_data(args.data)
-    given = {k: getattr(args, k) for k in vars(model_py.TransformerConfig())
-             if getattr(args, k) is not None}
-    resumed, (model, saved) = bool(checkpoint), checkpoint or (None, {})
-    if not resumed and args.init_from != "scratch":
-        model, saved = train.load_checkpoint(args.init_from)
-    if model is None:
-        sizes = {"vocab_size": vocab_size or 50304} | given
-        model = model_py.Transformer(model_py.TransformerConfig(**sizes))
-        if args.mup:
-            nn.init.zeros_(model.head.weight)
-    model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
-    if wrong := [f"{k} {v}" for k, v in given.items() if v != getattr(config, k)]:
-        raise ValueError(f"the checkpoint's model has not {', '.join(wrong)}")
-    theirs = saved.get("tokenizer") or tokenizer
-    if tokenizer and train.Tokenizer.from_json(theirs).vocab != \
-            train.Tokenizer.from_json(tokenizer).vocab:
-        raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
-    if config.vocab_size > 2**16 and train_data.offset == 0:  # (no header: uint16)
-        raise ValueError(f"{args.data} does not say that its ids are of {config.vocab_size:,}")
-    model.activation_checkpointing = args.activation_checkpointing
-    parallel = Parallel(model, args, device, autocast)
-    if args.eval_only:
-        return say(f"val loss {parallel.evaluate(val_data):.4f}", flush=True)
-
-    # random numbers, for dropout: those of the ranks of the same run, or others for each copy
-    step, rows, best, seconds, T, V = 0, [], math.inf, 0.0, config.block_size, config.vocab_size
-    layout, stream = [world(), args.tp, args.pp], rank() if args.pp > 1 else parallel.copy
-    log_path = os.path.join(args.out_dir, "log.csv")
-    if resumed:
-        step, best = int(saved["step"]), float(saved["best_val_loss"])
-        parallel.load_optimizers(saved["optimizer"])
-        with open(log_path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        seconds = float(rows[-1]["seconds"]) if rows else 0.0
-    elif rank() == 0:
-        os.makedirs(args.out_dir, exist_ok=True)
-        if os.path.exists(path):
-            os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-            print(f"{path}, of another run, is now {aside}")
-    if resumed and saved.get("layout", [1, 1, 1]) == layout:
-        train.random_state(device, dict(saved.get("rngs", [saved["rng"]])[rank()]))
-    elif stream or resumed:
-        torch.manual_seed(args.seed + stream + 1_000_003 * step)
-    warmup = args.max_iters // 20 if args.warmup_iters < 0 else args.warmup_iters
-    tokens_per_step, b = args.batch_size * n * T, args.batch_size // parallel.dp
-    say(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
-        f"{args.scheme} | {tokens_per_step:,} tokens per step | {device}", flush=True)
-
-    stopped, stop = [], 0  # by a signal to any process: finish the step, save, leave
     def on_signal(number, _):  # (Ctrl-C comes twice, from the terminal and from torchrun)
-        stopped.append(number)
-        if len(stopped) > 2:
+        parallel.signals.append(number)
+        if len(parallel.signals) > 2:
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    model.train()
-    since, counted = time.perf_counter(), step
-    while True:
-        done = step >= args.max_iters
-        due = done or (step > 0 and step % args.eval_interval == 0)
-        if due and not stop and not (rows and rows[-1]["val_loss"] and int(rows[-1]["step"]) == step):
-            loss = parallel.evaluate(val_data, 0 if done else args.eval_iters)
-            best, bits = min(best, loss), loss / math.log(2) / (bytes_per_token or math.inf)
-            say(f"step {step:6d} | val loss {loss:.4f}" + f" | {bits:.4f} bits per byte" * bool(bits),
-                flush=True)
-            if rows:
-                rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" * bool(bits)}
-        if due or stop:
-            (state, optimizers), rngs = parallel.full_state(), [None] * world()
-            rngs[0] = train.random_state(device)
-            if world() > 1:
-                dist.all_gather_object(rngs, rngs[0])
-            if rank() == 0:
-                if not all(math.isfinite(x.norm()) for x in state.values()):
-                    raise ValueError("weights are not finite; the checkpoint stays as it was")
-                with model_py.replacing(log_path, "w", newline="") as file:
-                    writer = csv.DictWriter(file, train.COLUMNS, extrasaction="ignore")
-                    writer.writeheader()
-                    writer.writerows(rows)
-                model_py.save_checkpoint(
-                    path, state, optimizers, config=config, step=step, best_val_loss=best,
-                    args=words, rng=rngs[0], rngs=rngs, layout=layout, tokenizer=tokenizer)
-            since, counted = time.perf_counter(), step
-        if done or stop:
-            break
 
-        lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup, args.max_iters,
-                          args.schedule, args.decay_fraction)
-        for group in (group for o in parallel.optimizers for group in o.param_groups):
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        batches = [train.get_batch(train_data, b, T, device, i * parallel.dp + parallel.copy,
-                                   args.seed, V) for i in range(step * n, (step + 1) * n)]
-        loss, stop = total(parallel.backward(batches), len(stopped))
-        norm = parallel.clip(args.grad_clip)
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm {norm}: "
-                             "try a smaller --learning_rate")
-        parallel.step()
-        step += 1
-        if not step % args.log_interval or not step % args.eval_interval or step == args.max_iters:
-            now = time.perf_counter()
-            rate, seconds = (step - counted) * tokens_per_step / (now - since), seconds + now - since
-            left = (args.max_iters - step) * tokens_per_step / rate / 60
-            say(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} "
-                f"| {rate:,.0f} tok/s | {left:.1f} min left", flush=True)
-            rows.append(dict(zip(train.COLUMNS, (step, step * tokens_per_step, f"{seconds:.2f}",
-                                                 f"{loss:.6f}", "", "", f"{lr:.6g}", f"{norm:.4f}"))))
-            since, counted = now, step
-    if rank() == 0:
-        train.plot_log(os.path.join(args.out_dir, "loss.png"), rows)
-    say(f"{path}: step {step} of {args.max_iters}" + ", go on with --resume" * bool(stop))
-    if stop:
-        sys.exit(130)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    train.signal = types.SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIGTERM=0)
+    try:
+        train.main()
+    except Stopped:
+        if not parallel.signals:
+            time.sleep(4)  # another rank has an error to tell
+        print(f"{path}: go on with --resume", flush=True)
+        os._exit(130) if world() > 1 else sys.exit(130)
+    except SystemExit as end:
+        if end.code:
+            raise
 
 # ---- bench: what the schemes send, take and keep on this machine.
 
 def sent_bytes():
-    """Bytes that went through the loopback interface so far: all that the processes of one machine
-    sent each other. nan where the system does not tell."""
+    """Bytes that went through the loopback interface so far, all that the processes of one machine
+    sent each other; nan where the system does not tell."""
+    time.sleep(0.1)  # until it has counted all of them
     with contextlib.suppress(OSError), open("/sys/class/net/lo/statistics/tx_bytes") as file:
         return int(file.read())
     return math.nan
 
-def held(parallel):
-    """MB of parameters, gradients and optimizer state on this rank."""
-    params = list(parallel.module.parameters())
-    states = [x for o in parallel.optimizers for s in o.state.values() for x in s.values()]
-    return [sum(local(x).nbytes for x in tensors if torch.is_tensor(x)) / 1e6
-            for tensors in (params, [p.grad for p in params], states)]
-
 def bench(words):
     """Print tables of all-reduce and of each scheme."""
-    parser = argparse.ArgumentParser("ddp.py bench", description="What the schemes cost here.")
-    parser.error = lambda message: fail(message, 2)
-    for name, default, text in (
-            ("max_mb", 256, "largest of the all-reduces"), ("repeat", 7, "times each is timed"),
-            ("n_embd", 256, "width of the model"), ("n_layer", 4, "layers of the model")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    args, device, flags = parser.parse_args(words), None, train.build_parser()
-    add_flags(flags.add_argument)
-    device, W = setup(flags.parse_args([])), world()
-    if W == 1:
-        raise ValueError("bench needs several: torchrun --nproc_per_node=2 ddp.py bench")
-    say = print if rank() == 0 else lambda *text, **how: None
+    parser = build_parser(train.build_parser())
+    for name, default, text in (("max_mb", 256, "largest all-reduce"), ("repeat", 7, "times each")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    a = parser.parse_args("--n_embd 256 --n_layer 4 --vocab_size 2048 --bucket_mb 4".split() + words)
+    sizes = {k: getattr(a, k) for k in vars(model_py.TransformerConfig()) if getattr(a, k) is not None}
+    config, device, W = model_py.TransformerConfig(**sizes), setup(a.device), world()
+    x, y = torch.randint(config.vocab_size, (2, 2, config.block_size), device=device)
 
     def clock():
         """The time, when all processes are here."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        dist.barrier()
+        all_reduce(torch.zeros(1, device=device)).item()
         return time.perf_counter()
 
-    def seconds_of(actions):
-        """Median time of actions that all processes begin together, one after the other."""
-        times = [[(clock(), action(), clock()) for action in actions] for _ in range(args.repeat)]
-        return [np.median([end - begin for begin, _, end in each]) for each in zip(*times)]
+    def milliseconds(*actions):
+        """Medians of the time of actions, which take turns."""
+        times = [[-clock() + (action(), clock())[1] for action in actions] for _ in range(a.repeat)]
+        return [1e3 * np.median(each) for each in zip(*times)]
 
-    say(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank", flush=True)
-    for mb in (4**i for i in range(10) if 4**i <= args.max_mb):
-        x = torch.ones(mb * 2**18, device=device)
-        seconds, = seconds_of([lambda: dist.all_reduce(x)])
-        say(f"{mb:14} {1e3 * seconds:11.2f} {2 * (W - 1) / W * x.nbytes / seconds / 1e9:16.2f}")
-
-    config = model_py.TransformerConfig(vocab_size=2048, n_embd=args.n_embd, n_layer=args.n_layer)
-    batch = torch.randint(2048, (2, 2, 256), device=device).unbind()
+    print(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank", flush=True)
+    for mb in (4**i for i in range(10) if 4**i <= a.max_mb):
+        big = torch.ones(mb * 2**18, device=device)
+        ms, = milliseconds(lambda: all_reduce(big))
+        print(f"{mb:14} {ms:11.2f} {2 * (W - 1) / W * big.nbytes / ms / 1e6:16.2f}", flush=True)
     names, steps, lines = [*SCHEMES, "torch ddp", "torch fsdp"], [], []
     for name in names:
         torch.manual_seed(0)
-        model = model_py.Transformer(config).to(device)
-        P = sum(p.nbytes for p in model.parameters())
-        scheme = ["--scheme", name.split()[-1], "--impl", "torch" if " " in name else "own"]
-        parallel = Parallel(model, flags.parse_args(["--bucket_mb", "4", *scheme]), device)
-        memory = held(parallel)
+        a.impl, a.scheme = "torch" if " " in name else "own", name.split()[-1]
+        parallel, model = Parallel(argparse.Namespace(**vars(a)), device), model_py.Transformer(config)
+        P = sum(p.nbytes for p in model.to(device).parameters())
+        optimizers = parallel.make_optimizers(model, "adamw", 3e-3, 0.1, (0.9, 0.95), 0.95)
 
-        def step(parallel=parallel):
-            parallel.backward([batch])
-            parallel.step()
+        def step(parallel=parallel, model=model, optimizers=optimizers):
+            (parallel.cross_entropy(model(x), y) / y.numel()).backward()
+            parallel.clip_grad_norm(model.parameters(), 1.0)
+            held = model.parameters(), [p.grad for p in model.parameters()], (
+                x for o in optimizers for s in o.state.values() for x in s.values())
+            held = [sum(getattr(x, "_local_tensor", x).nbytes for x in kind if torch.is_tensor(x))
+                    for kind in held]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            return "".join(f"{n / 1e6:10.1f}" for n in held)
 
-        step()  # the first one makes the optimizer's state
-        parallel.backward([batch])
-        memory += held(parallel)
-        parallel.step()
-        memory += held(parallel)
-        before = (clock(), sent_bytes())[1]
         step()
-        time.sleep(0.1)  # until the interface has counted all of it
-        sent = ((clock(), sent_bytes())[1] - before) / P
-        lines.append(f"{sent:9.2f}{(3 if 'fsdp' in name else 2) * (W - 1):8}P   "
-                     + "".join(f"{x:8.1f}" for x in memory))
+        before = sent_bytes()
+        held = step()
+        sent = (clock() and sent_bytes() - before) / P
+        lines.append(f"{sent:9.2f}{(3 if 'fsdp' in name else 2) * (W - 1):8}P {held}")
         steps.append(step)
-    say("\nsent: by all ranks; MB of parameters, gradients and optimizer state: of one rank\n"
-        f"{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}{'MB at the start':>27}"
-        f"{'before the step':>24}{'after it':>24}")
-    for name, seconds, line in zip(names, seconds_of(steps), lines):
-        say(f"{name:14}{1e3 * seconds:10.1f}{line}")
+    print("\nsent: by all ranks; MB when gradients are there: of one\nscheme         ms a step  sent, P"
+          "  formula    params     grads     optim", flush=True)
+    for name, ms, line in zip(names, milliseconds(*steps), lines):
+        print(f"{name:14}{ms:10.1f}{line}")
 
 # ---- plan: the same on paper, for machines one does not have.
 
 def estimate(params, tp, pp, scheme, a):
     """What a configuration needs, by formula -> (bytes of parameters, gradients, optimizer state
-    and activations; seconds of a step: computation, communication, and how much of that has no
-    computation to hide behind; share of the time that a pipeline waits; layers L; their width h).
-
-    The model has h = 128 L, and 12 L h^2 parameters. In bytes per parameter: 2 for bfloat16, 2 for
-    its gradient, 12 for the optimizer (float32 weights and the two means of Adam). Activations of
-    a layer take some 34 h bytes per token (Korthikanti et al. 2022), or with checkpointing the 2 h
-    of its input.
-    """
+    and activations; seconds of a step: computation, communication, how much of that has nothing to
+    hide behind; share of time that a pipeline waits; layers L; their width h). The model has h = 128
+    L, and 12 L h^2 parameters, each of 2 bytes (bfloat16), 2 for its gradient, 12 for the optimizer
+    (float32 weights, Adam's two means). Activations of a layer: some 34 h bytes per token
+    (Korthikanti et al. 2022), or with checkpointing its input's 2 h."""
     L = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
-    h = math.sqrt(params / (12 * L))
-    own, dp = params / (tp * pp), a.gpus // (tp * pp)  # parameters of a rank's part; copies
-    divided = ("ddp", "zero1", "zero2", "fsdp").index(scheme)  # how many of the three kinds
-    memory = [2 * own / (dp if divided > 2 else 1), 2 * own / (dp if divided > 1 else 1),
-              12 * own / (dp if divided > 0 else 1)]
-    if scheme == "fsdp":  # two layers at a time are whole
-        memory[0] += 2 * 2 * 12 * h * h / tp
-    tokens = a.batch_tokens / dp  # of a copy of the model, in a.microbatches pieces
-    alive = min(a.microbatches, pp)  # pieces under way in 1F1B
-    memory.append(alive * tokens / a.microbatches * L / pp * (2 if a.checkpoint else 34) * h / tp)
+    h, own, dp = math.sqrt(params / (12 * L)), params / (tp * pp), a.gpus // (tp * pp)
+    divided, fsdp = SCHEMES[2:].index(scheme), scheme == "fsdp"  # how many of the three kinds
+    memory = [n * own / (dp if divided > i else 1) for n, i in ((2, 2), (2, 1), (12, 0))]
+    memory[0] += 2 * 2 * 12 * h * h / tp if fsdp else 0  # two layers at a time are whole
+    tokens = a.batch_tokens / dp  # of a copy of the model, in pieces, as many under way as stages
+    alive = min(1, pp / a.microbatches) * tokens * L / pp
+    memory.append(alive * (2 if a.checkpoint else 34) * h / tp)
     bubble = (pp - 1) / (a.microbatches + pp - 1)
     compute = 6 * params * a.batch_tokens / (a.gpus * a.tflops * 1e12 * a.mfu) / (1 - bubble)
     compute *= 4 / 3 if a.checkpoint else 1
     fast, slow = a.node_gbs * 1e9, a.net_gbs * 1e9  # bytes/s inside a machine, and between them
-    rounds = 3 if scheme == "fsdp" else 2
-    comm = rounds * 2 * own * (dp - 1) / dp / (fast if a.gpus <= a.node else slow)
+    comm = (3 if fsdp else 2) * 2 * own * (dp - 1) / dp / (fast if a.gpus <= a.node else slow)
     comm += 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / (fast if tp <= a.node else slow)
-    # gradients leave during the backward pass, two thirds of the computation
-    exposed = max(0.0, comm - 2 / 3 * compute)
+    exposed = max(0.0, comm - 2 / 3 * compute)  # gradients leave during the backward pass
     return memory, (compute, comm, exposed), bubble, L, h
 
 def plan(words):
@@ -1301,13 +1121,12 @@ def plan(words):
     parser.error = lambda message: fail(message, 2)
     for name, default, text in (
             ("params", 7e9, "of the model"), ("gpus", 64, "in all"), ("gpu_gb", 80.0, "memory of one"),
-            ("tflops", 989.0, "of one; an H100's"), ("mfu", 0.4, "share of that in practice"),
-            ("node", 8, "GPUs in a machine"), ("node_gbs", 450.0, "GB/s of a GPU inside one"),
-            ("net_gbs", 50.0, "GB/s of a GPU between machines"),
-            ("batch_tokens", 4e6, "of a step"), ("microbatches", 16, "of a pipeline")):
+            ("tflops", 989.0, "of one, H100's"), ("mfu", 0.4, "share of that in practice"),
+            ("node", 8, "GPUs in a machine"), ("node_gbs", 450.0, "GB/s of one inside a machine"),
+            ("net_gbs", 50.0, "... between them"), ("batch_tokens", 4e6, "of a step"),
+            ("microbatches", 16, "of a pipeline"), ("checkpoint", 0, "1: keep layers' inputs only")):
         parser.add_argument(f"--{name}", type=type(default), default=default,
                             help=f"{text} (default {default:g})")
-    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
     a = parser.parse_args(words)
     *_, L, h = estimate(a.params, 1, 1, "ddp", a)
     print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
@@ -1318,31 +1137,30 @@ def plan(words):
         if tp > a.node or a.gpus % (tp * pp) or pp > L or pp > 1 and scheme in ("zero2", "fsdp"):
             continue
         memory, seconds, bubble, *_ = estimate(a.params, tp, pp, scheme, a)
-        gb = "".join(f"{x / 1e9:8.1f}" for x in [*memory, sum(memory)])
-        print(f"{scheme:8}{a.gpus // (tp * pp):6}{tp:4}{pp:4}     {gb}"
-              f"{' ' if sum(memory) <= a.gpu_gb * 1e9 else '!'}    "
+        print(f"{scheme:8}{a.gpus // (tp * pp):6}{tp:4}{pp:4}     "
+              + "".join(f"{x / 1e9:8.1f}" for x in [*memory, sum(memory)])
+              + ("     " if sum(memory) <= a.gpu_gb * 1e9 else "!    ")
               + "".join(f"{x:8.2f}" for x in seconds) + f"{bubble:8.0%}")
     print("\n! does not fit; exposed: the part of comm that has no computation to hide behind")
 
 def fail(error, code=1):
-    """End with one line. What all ranks find wrong the first one says, and torchrun ends the
-    others. They may be waiting for us: no farewell."""
+    """End with one line. What all ranks find wrong the first one says; torchrun ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)
     print(f"ddp.py: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-    os._exit(code) if "RANK" in os.environ else sys.exit(code)
+    os._exit(code) if "RANK" in os.environ else sys.exit(code)  # (others may wait: no farewell)
 
 def main():
-    words = sys.argv[1:]
+    command, words = {"bench": bench, "plan": plan}.get((*sys.argv, "")[1]), sys.argv[1:]
     try:
-        {"bench": bench, "plan": plan}.get(words[0], lambda _: run(words))(words[1:]) if words else run(words)
+        command(words[1:]) if command else run(words)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(0)
     except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as error:
-        import traceback; traceback.print_exc(); fail(error)
+        fail(error)
 
 if __name__ == "__main__":
     main()
