@@ -12,8 +12,6 @@ Training on many processes, from collectives up.
 
 NCCL on GPUs, gloo on CPUs. Flags, files and losses are train.py's: a run can be resumed here on
 another number of processes, or there; torchrun --max_restarts 3 goes on when a process has died.
-On each of 4 machines: torchrun --nnodes 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ...
-
 In comments: W processes, each with its rank; P bytes of parameters. Bytes sent by all together:
 all-gather and reduce-scatter (W - 1) P, all-reduce, which is one of each, 2 (W - 1) P.
 """
@@ -25,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import datetime
 import functools
 import itertools
 import math
@@ -112,9 +109,9 @@ class Collective(torch.autograd.Function):
 class Buckets:
     """Groups of parameters whose gradients travel together. start(bucket) begins, and returns a
     function that waits and gives the reduced gradients: {parameter: tensor}. With `overlap` a
-    bucket leaves as soon as its gradients are there, while the backward pass computes those of
-    earlier layers. Order and number of messages are the same on all ranks, whichever parameters a
-    rank has used, or they would wait for one another."""
+    bucket leaves as soon as its gradients are there, while the backward pass goes on. Order and
+    number of messages are the same on all ranks, whichever parameters a rank has used, or they
+    would wait for one another."""
 
     def __init__(self, start, group=None, overlap=True):
         self.buckets, self.start, self.group, self.overlap = [], start, group, overlap
@@ -157,17 +154,15 @@ class Buckets:
             self._send(bucket)
         flags = [any(p.grad is not None for p in bucket) for bucket in self.buckets]
         flags = torch.tensor([*flags, *(p in self.had for p in self.bucket_of)], dtype=torch.uint8)
-        if world(self.group) > 1 and len(flags):
+        if self.buckets and world(self.group) > 1:
             flags = all_reduce(flags.to(self.buckets[0][0].device), self.group, dist.ReduceOp.MAX)
-        flags, result = flags.tolist(), {}
         for bucket, again in zip(self.buckets, flags):
             if again:
                 self._send(bucket)
-        had = {p for p, some in zip(self.bucket_of, flags[len(self.buckets) :]) if some}
-        for wait in self.sent:
-            for p, g in wait().items():
-                if p in had:
-                    result[p] = result[p] + g if p in result else g
+        had, result = dict(zip(self.bucket_of, flags[len(self.buckets) :].tolist())), {}
+        for p, g in itertools.chain.from_iterable(wait().items() for wait in self.sent):
+            if had[p]:
+                result[p] = result[p] + g if p in result else g
         self._begin()
         return result
 
@@ -175,25 +170,18 @@ class Buckets:
     def no_sync(self):
         """Backward passes in here only add to this rank's own gradients."""
         before, self.overlap = self.overlap, False
-        try:
-            yield
-        finally:
-            self.overlap = before
+        yield
+        self.overlap = before
 
 def gradients(params):
     """Their gradients, 0 where there is none."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 def start_average(params, group=None):
-    """Start to average gradients over ranks -> see `Buckets`."""
+    """Start to average gradients over ranks -> a function, as in `Buckets`."""
     flat, W = flatten(gradients(params)), world(group)
-    work = dist.all_reduce(flat, group=group, async_op=True) if W > 1 else None
-
-    def wait():
-        if work:
-            work.wait()
-        return dict(zip(params, unflatten(flat.div_(W), params)))
-    return wait
+    wait = dist.all_reduce(flat, group=group, async_op=True).wait if W > 1 else bool
+    return lambda: [wait(), dict(zip(params, unflatten(flat.div_(W), params)))][1]
 
 class DDP(nn.Module):
     """Wrap a module so that gradients become the mean over ranks.
@@ -228,10 +216,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
 
-    Gradients can be averaged before by DDP; or by `reduce_gradients`, which gives each only to its
+    Gradients are averaged before by DDP; or by `reduce_gradients`, which gives each only to its
     owner, so that with the parameters that come back no more is sent than for DDP alone. With
-    shard_gradients they leave in the backward pass, in buckets of bucket_mb, and are freed (ZeRO-2);
-    `no_sync` as in DDP. state_dict() is this rank's part of the state."""
+    shard_gradients they leave in the backward pass, in buckets of bucket_mb, and are freed
+    (ZeRO-2); `no_sync` as in DDP. state_dict() is this rank's part of the state."""
 
     def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, bucket_mb=0.0,
                  **kwargs):
@@ -286,8 +274,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             p.grad = p.grad if r == rank(self.group) else None
         self.local.step()
         for (r, _), part in parts.items() if world(self.group) > 1 else ():
-            flat = flatten(part)
-            dist.broadcast(flat, group=self.group, group_src=r)
+            dist.broadcast(flat := flatten(part), group=self.group, group_src=r)
             torch._foreach_copy_(part, unflatten(flat, part))
         return loss
 
@@ -311,11 +298,10 @@ class FSDP(nn.Module):
 
     def __init__(self, module, compute_dtype=None, group=None):
         super().__init__()
-        self.module, self.compute_dtype, self.group = module, compute_dtype, group
-        self.kept, self.units = {}, []  # kept: gradients of earlier backward passes
+        self.module, self.compute_dtype, self.group, self.kept = module, compute_dtype, group, {}
         broadcast(module, group)
         lists = [name for name, m in module.named_modules() if isinstance(m, nn.ModuleList)]
-        roots = {}  # name of a unit's module -> unit
+        units, uses = {}, {}  # by names of their modules; a tied matrix is another unit's
         for name, layer in module.named_modules():
             kinds = {cls.__name__ for cls in type(layer).__mro__}
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
@@ -323,24 +309,25 @@ class FSDP(nn.Module):
                 continue
             root = next((".".join(name.split(".")[: outer.count(".") + 2])
                          for outer in lists if name.startswith(f"{outer}.")), name)
-            if root not in roots:
-                roots[root] = unit = types.SimpleNamespace(
-                    number=len(roots), params=[], own=[], lookup=True, in_backward=False)
-                module.get_submodule(root).register_forward_hook(functools.partial(
-                    lambda unit, *_: None if unit.in_backward else self._free(unit), unit))
-            unit, lookup = roots[root], "Embedding" in kinds
-            if not hasattr(layer.weight, "shard"):  # (tied ones: once)
-                self._shard(layer.weight, unit, None if lookup else compute_dtype)
-            unit.params.append(layer.weight)
-            unit.lookup &= lookup
-            layer.forward = functools.partial(self._run, unit, lookup, layer.forward)
+            p, lookup = layer.weight, "Embedding" in kinds
+            if not hasattr(p, "unit"):
+                p.unit = units.setdefault(root, types.SimpleNamespace(
+                    number=len(units), params=[], lookup=True, coming=None, in_backward=False))
+                self._shard(p, None if lookup else compute_dtype)
+            p.unit.lookup &= lookup
+            if p.unit not in uses.setdefault(root, []):
+                uses[root].append(p.unit)
+        for root, used in uses.items():
+            part = module.get_submodule(root)
+            part.register_forward_pre_hook(functools.partial(self._before_forward, used))
+            part.register_forward_hook(functools.partial(self._after_forward, used))
         self.buckets = Buckets(self._start, group)
-        self.buckets.add([p for p in module.parameters() if not hasattr(p, "shard")], math.inf)
-        for unit in roots.values():
-            self.buckets.add(unit.own, math.inf)
-        self.units = [*roots.values(), types.SimpleNamespace(params=[], lookup=False)]  # (the end)
+        self.buckets.add([p for p in module.parameters() if not hasattr(p, "unit")], math.inf)
+        for unit in units.values():
+            self.buckets.add(unit.params, math.inf)
+        self.units = [*units.values(), types.SimpleNamespace(params=[], coming=None, lookup=False)]
 
-    def _shard(self, p, unit, dtype):
+    def _shard(self, p, dtype):
         """Keep this rank's part of a matrix, ceil(n / W) numbers; the last is filled up with 0."""
         n, shape, W, group = p.numel(), p.shape, world(self.group), self.group
         p.to_part = lambda x: F.pad(x.reshape(-1), (0, -n % W)).view(W, -1)[rank(group)].clone()
@@ -348,63 +335,66 @@ class FSDP(nn.Module):
         p.data = p.shard = p.to_part(p.detach())
         p.full = p.shard.new_empty(W * len(p), dtype=dtype)
         p.view_full = lambda: p.full[:n].view(shape)
-        p.unit, p.coming = unit, None  # a function that waits; or True: all of it is here
-        unit.own.append(p)
+        p.unit.params.append(p)
 
-    def _run(self, unit, lookup, forward, *args, **kwargs):
-        """Call a Linear or an Embedding with its whole weight."""
-        self._gather(unit, -1 if unit.in_backward else 1)  # (activation checkpointing: again)
-        lower = not lookup and self.compute_dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(unit.params[0].device.type, self.compute_dtype) if lower else \
-                contextlib.nullcontext():
-            y = forward(*args, **kwargs)
+    def _before_forward(self, units, *_):
+        for unit in units:  # (activation checkpointing: this may be part of the backward pass)
+            self._gather(unit, -1 if unit.in_backward else 1)
 
-        def before_backward(_):  # the matrix is needed for the gradient of the layer's input
-            unit.in_backward = True
-            if not lookup:
-                return self._gather(unit, -1)
-            for p in unit.params:  # ids have none: the shape is enough
-                p.full.untyped_storage().resize_(p.full.nbytes)
-                p.data = p.view_full()
+    def _after_forward(self, units, part, args, y):
+        for unit in units:
+            if not unit.in_backward:
+                self._free(unit)
+            for x in y if isinstance(y, (tuple, list)) else [y]:
+                if torch.is_tensor(x) and x.requires_grad:
+                    x.register_hook(functools.partial(self._before_backward, unit))
 
-        if y.requires_grad:
-            y.register_hook(before_backward)
-        return y
+    def _before_backward(self, unit, _):
+        """The gradient of the output is there: weights are needed for that of the input; but that
+        of ids does not exist, and the shape is enough."""
+        unit.in_backward = True
+        if not unit.lookup:
+            return self._gather(unit, -1)
+        for p in unit.params:
+            p.full.untyped_storage().resize_(p.full.nbytes)
+            p.data = p.view_full()
 
     def _gather(self, unit, direction):
         """Make the matrices of a unit whole, and start with those of the next in this direction."""
         self._start_gather(unit)
-        for p in unit.params:
-            if p.coming is not True:
-                p.coming()
-                p.coming, p.data = True, p.view_full()
         following = self.units[unit.number + direction]
+        for p, wait in zip(unit.params, unit.coming):
+            wait()
+            p.data = p.view_full()
+        unit.coming = ()  # all is here
         if direction > 0 or not following.lookup:
             self._start_gather(following)
 
     def _start_gather(self, unit):
-        for p in (p for p in unit.params if not p.coming):
-            p.full.untyped_storage().resize_(p.full.nbytes)
-            p.coming = all_gather(p.shard.to(p.full.dtype), self.group, p.full)
+        if unit.coming is None:
+            for p in unit.params:
+                p.full.untyped_storage().resize_(p.full.nbytes)
+            unit.coming = [all_gather(p.shard.to(p.full.dtype), self.group, p.full)
+                           for p in unit.params]
 
     def _free(self, unit):
         """Keep this rank's parts of a unit's matrices alone."""
+        for wait in unit.coming or ():
+            wait()
         for p in unit.params:
-            if p.coming not in (None, True):
-                p.coming()
-            p.coming, p.data = None, p.shard
+            p.data = p.shard
             p.full.untyped_storage().resize_(0)
-        unit.in_backward = False
+        unit.coming, unit.in_backward = None, False
 
     def _start(self, bucket):
         """Start to average the gradients of a bucket, of which each rank gets its parts."""
-        if not hasattr(bucket[0], "shard"):
+        if not hasattr(bucket[0], "unit"):
             return start_average(bucket, self.group)
         W, sizes = world(self.group), [len(p.shard) for p in bucket]
         grads = (torch.zeros_like(p.full) if p.grad is None else p.grad.reshape(-1) for p in bucket)
         rows = [F.pad(g, (0, W * n - len(g))).view(W, n) for g, n in zip(grads, sizes)]
-        wait = reduce_scatter(torch.cat(rows, 1).view(-1), [sum(sizes)] * W, self.group,
-                              bucket[0].shard.dtype)
+        flat, dtype = torch.cat(rows, 1).view(-1), bucket[0].shard.dtype
+        wait = reduce_scatter(flat, [sum(sizes)] * W, self.group, dtype)
         self._free(bucket[0].unit)
         return lambda: dict(zip(bucket, (wait() / W).split(sizes)))
 
@@ -412,25 +402,24 @@ class FSDP(nn.Module):
     def no_sync(self):
         """For whole gradients there is no room: they are reduced after all, and parts added up."""
         yield
-        self.add_up()
+        self.finish_gradient_synchronization(more=True)
 
-    def add_up(self):
-        """Reduce the gradients of a backward pass, and add them to those of earlier ones."""
-        grads = self.buckets.finish()
-        for unit in self.units[:-1]:
-            self._free(unit)
-        for p, g in grads.items():
+    def finish_gradient_synchronization(self, more=False):
+        """After a backward pass: gradients become means over ranks, of which each has its parts.
+        more: another one of this step will follow."""
+        for p, g in self.buckets.finish().items():
             self.kept[p] = self.kept[p] + g if p in self.kept else g
-
-    def finish_gradient_synchronization(self):
-        """After the backward pass: gradients become means over ranks, of which each has its parts."""
-        self.add_up()
-        for p, g in self.kept.items():
+        for unit in self.units:
+            self._free(unit)
+        while self.kept and not more:
+            p, g = self.kept.popitem()
             p.grad = g
-        self.kept = {}
 
     def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
+        lower = self.compute_dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(next(self.parameters()).device.type, self.compute_dtype) if lower else \
+                contextlib.nullcontext():
+            return self.module(*args, **kwargs)
 
     def gather_full_params(self):
         """{name: whole tensor} as the wrapped module's own state_dict() would be on one rank."""
@@ -438,9 +427,8 @@ class FSDP(nn.Module):
         return {name: whole(params.get(name), x).clone()
                 for name, x in self.module.state_dict().items()}
 
-# ---- Tensor parallel (Shoeybi et al. 2019): every matrix is split. Of two in a row the first is
-# split by columns (each rank computes some of the units), the second by rows (each rank sums over
-# its units); only then are the sums added up: one all-reduce forward, and one backward.
+# ---- Tensor parallel (Shoeybi et al. 2019): every matrix is split; of two in a row the first by
+# columns, the second by rows: only then sums are added up, one all-reduce forward, one backward.
 
 def copy_to(x, group=None):
     """The same input for all ranks; its gradient is the sum of theirs."""
@@ -451,51 +439,47 @@ def sum_over(x, group=None):
     return Collective.apply(x, lambda x: all_reduce(x.clone(), group), lambda g: g)
 
 def part_of(n, group=None, what="size"):
-    """This rank's slice of n things. Raises ValueError if they can not be divided evenly."""
+    """This rank's range of n things. Raises ValueError if they can not be divided evenly."""
     if n % world(group):
         raise ValueError(f"{what} {n} can not be divided by {world(group)} processes")
-    n //= world(group)
-    return slice(rank(group) * n, rank(group) * n + n)
+    return slice(rank(group) * n // world(group), (rank(group) + 1) * n // world(group))
 
 def split_parameter(p, axis, group=None):
     """-> this rank's part of a parameter along an axis, a parameter. Raises ValueError."""
     part, W = part_of(p.shape[axis], group), world(group)
-    own = nn.Parameter(p.detach().narrow(axis, part.start, part.stop - part.start).clone())
-    own.to_part = lambda x: x.narrow(axis, part.start, part.stop - part.start).clone()
+    to_part = lambda x: x.detach().narrow(axis, part.start, part.stop - part.start).clone()
+    own = nn.Parameter(to_part(p))
+    own.to_part = to_part
     own.to_whole = lambda x: torch.cat(
         all_gather(x.reshape(-1), group)().view(W, *x.shape).unbind(), axis)
     return own
 
-class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b of which each rank computes d_out / W columns: (..., d_in) -> (..., d_out / W).
-    weight, bias_value: of the whole layer; None: random. copied: the input's gradient is summed
-    over ranks elsewhere, once for several such layers."""
+class ParallelLinear(nn.Module):
+    """y = x W^T + b of which each rank has a part. axis 0: it computes d_out / W columns: (...,
+    d_in) -> (..., d_out / W). axis 1: it has d_in / W inputs: (..., d_in / W) -> (..., d_out).
+    weight, bias_value: of the whole layer; None: random. copied: an input's gradient is summed over
+    ranks elsewhere, once for several layers."""
 
-    def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
+    def __init__(self, axis, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
                  copied=False):
         super().__init__()
-        self.group, self.copied, layer = group, copied, model_py.Linear(d_in, d_out, bias)
-        bias = layer.bias if bias_value is None else bias_value
-        self.weight = split_parameter(layer.weight if weight is None else weight, 0, group)
-        self.bias = None if bias is None else split_parameter(bias, 0, group)
+        layer = model_py.Linear(d_in, d_out, bias)
+        weight, b = (layer.weight if weight is None else weight,
+                     layer.bias if bias_value is None else bias_value)
+        self.axis, self.group, self.copied = axis, group, copied
+        self.weight = split_parameter(weight, axis, group)
+        self.bias = None if b is None else split_parameter(b, 0, group) if axis == 0 else \
+            nn.Parameter(b.detach().clone())
 
     def forward(self, x):
-        x = x if self.copied else copy_to(x, self.group)
-        return F.linear(x, self.weight, self.bias)
-
-class RowParallelLinear(nn.Module):
-    """y = x W^T + b of which each rank has d_in / W inputs: (..., d_in / W) -> (..., d_out)."""
-
-    def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None):
-        super().__init__()
-        self.group, layer = group, model_py.Linear(d_in, d_out, bias)
-        bias = layer.bias if bias_value is None else bias_value
-        self.weight = split_parameter(layer.weight if weight is None else weight, 1, group)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
-    def forward(self, x):
+        if self.axis == 0:
+            x = x if self.copied else copy_to(x, self.group)
+            return F.linear(x, self.weight, self.bias)
         y = sum_over(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
+
+ColumnParallelLinear = functools.partial(ParallelLinear, 0)
+RowParallelLinear = functools.partial(ParallelLinear, 1)
 
 class VocabParallelEmbedding(nn.Module):
     """An embedding of which each rank has n / W rows: ids of others give 0 here, and the sum is
@@ -552,10 +536,9 @@ def split_tensors(model, group=None):
         model.head.weight = model.embedding.weight
     return model
 
-# ---- Pipeline parallel: every rank has some of the layers, and a batch passes in pieces, so that all
-# have something to do. GPipe (Huang et al. 2019) does all forward passes, then all backward
-# passes; 1F1B (Narayanan et al. 2019) begins each backward pass as soon as it can, and keeps the
-# activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
+# ---- Pipeline parallel: every rank has some of the layers, and a batch passes in pieces. GPipe (Huang
+# et al. 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each backward pass as soon
+# as it can: activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
 
 def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="cpu"):
     """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
@@ -599,7 +582,7 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
 class Skip(nn.Module):
     """A layer that another rank has."""
 
-    ffn = None
+    ffn = None  # (it adds nothing to the loss)
 
     def forward(self, x, *others):
         return x
@@ -633,9 +616,8 @@ def add_tied_gradients(model, group=None):
         work.wait()
         g += other
 
-# ---- Sequence parallel: every rank has a part of each sequence. All parts of a model work on tokens
-# one by one, but for attention: there keys and values go around in a ring, and each rank keeps an
-# online softmax of what it has seen (Liu et al. 2023).
+# ---- Sequence parallel: every rank has a part of each sequence. For attention keys and values go
+# around in a ring, and each rank keeps an online softmax of what it has seen (Liu et al. 2023).
 
 def rotate(tensors, group=None):
     """Send tensors to the next rank -> those of the one before."""
@@ -797,7 +779,7 @@ class Parallel:
         """Gradients leave in the last backward pass of a step; fsdp's, in each."""
         if model.training and torch.is_grad_enabled():
             if self.passes and isinstance(self.wrapped, FSDP):
-                self.wrapped.add_up()
+                self.wrapped.finish_gradient_synchronization(more=True)
             self.passes = (self.passes + 1) % self.args.gradient_accumulation_steps
             for each, name in self.switches:
                 setattr(each, name, self.passes == 0)
@@ -950,7 +932,7 @@ def setup(name):
         # after a restart the store may still have the addresses of those that have died
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=number, world_size=W,
-                                timeout=datetime.timedelta(minutes=10))
+                                timeout=dist.constants.timedelta(minutes=10))
 
     def watch(parent):
         while os.getppid() == parent:
@@ -1146,6 +1128,7 @@ def plan(words):
 def fail(error, code=1):
     """End with one line. What all ranks find wrong the first one says; torchrun ends the others."""
     if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"ddp.py: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
     os._exit(code) if "RANK" in os.environ else sys.exit(code)  # (others may wait: no farewell)
