@@ -701,29 +701,27 @@ def split_sequence(model, group=None):
 
 SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 
-class Stopped(ValueError):
-    """A rank was told to stop, or can not go on: train.py saves, and leaves."""
-
 class Parallel:
     """A Transformer on several processes. Ranks of one copy of it, tp, pp or sp of them, are
     neighbours; the same rank of all copies forms a group for data parallelism. Raises ValueError."""
 
     def __init__(self, args, device):
-        self.args, self.device, self.passes, self.signals = args, device, 0, []
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
+        self.args, self.device, self.passes, self.signals = args, device, 0, []
         self.dp, self.copy, self.group, self.grads, own = W // n, rank() // n, None, None, args.impl == "own"
-        if n not in (args.tp, args.pp, args.sp) or W % n or args.dp not in (0, W // n):
-            raise ValueError(f"the {W} processes are not dp, dp x tp, dp x pp or dp x sp")
-        if args.scheme not in (SCHEMES[:3] if n > 1 else SCHEMES if own else ("ddp", "fsdp")) or \
-                n > 1 and not own:
-            raise ValueError("--tp, --pp and --sp go with naive, flat and ddp, and --impl torch alone "
-                             "with ddp and fsdp")
-        if args.optimizer in ("muon", "soap") and (args.scheme == "fsdp" or args.tp > 1):
-            raise ValueError("fsdp and --tp split the matrices that muon and soap need whole")
-        if args.teacher or args.noise_scale or args.kernels or args.compile:
-            raise ValueError("--teacher, --noise_scale, --kernels and --compile are train.py's alone")
-        if args.batch_size % self.dp:
-            raise ValueError(f"--batch_size, of all together, can not be divided by {self.dp}")
+        schemes = () if n > 1 and not own else SCHEMES[:3] if n > 1 else SCHEMES if own else ("ddp", "fsdp")
+        whole_matrices = args.optimizer in ("muon", "soap") and (args.scheme == "fsdp" or args.tp > 1)
+        for wrong, why in (
+                (n not in (args.tp, args.pp, args.sp) or W % n or args.dp not in (0, W // n),
+                 f"the {W} processes are not dp, dp x tp, dp x pp or dp x sp"),
+                (args.scheme not in schemes, "--tp, --pp and --sp go with naive, flat and ddp; --impl "
+                 "torch, alone, with ddp and fsdp"),
+                (whole_matrices, "fsdp and --tp split the matrices that muon and soap need whole"),
+                (args.teacher or args.noise_scale or args.kernels or args.compile,
+                 "--teacher, --noise_scale, --kernels and --compile are train.py's alone"),
+                (args.batch_size % max(1, self.dp), "--batch_size, of all, can not be divided")):
+            if wrong:
+                raise ValueError(why)
         if n > 1:
             make = dist.new_subgroups_by_enumeration
             self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])  # one copy
@@ -734,7 +732,8 @@ class Parallel:
         """Divide a model, in place -> its optimizers, made for the whole, and then given our parts."""
         a, self.model, self.wrapped, self.switches = self.args, model, None, []
         optimizers, name_of = make_optimizers(model, *how), {p: k for k, p in model.named_parameters()}
-        self.names = [[[name_of[p] for p in group["params"]] for group in o.param_groups]
+        groups = [group for o in optimizers for group in o.param_groups]
+        self.names = [[name_of[p] for group in o.param_groups for p in group["params"]]
                       for o in optimizers]
         if a.tp > 1:
             split_tensors(model, self.group)
@@ -749,7 +748,10 @@ class Parallel:
         if a.impl == "torch" and a.scheme == "fsdp":
             fully_shard(model)
         elif a.impl == "torch":
-            self.switches = [(torch_ddp(model, a.bucket_mb), "require_backward_grad_sync")]
+            inner = nn.Module()  # calls of the model go through PyTorch's DDP from now on
+            inner.model, inner.forward = model, model.forward
+            torch_ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=a.bucket_mb)
+            model.forward, self.switches = torch_ddp.forward, [(torch_ddp, "require_backward_grad_sync")]
         elif a.scheme == "fsdp":
             half = train.has_fast_bfloat16(self.device) if a.dtype == "auto" else a.dtype == "bfloat16"
             self.wrapped = FSDP(model, torch.bfloat16 if half else None)
@@ -760,16 +762,16 @@ class Parallel:
             self.wrapped = DDP(model, size, a.scheme == "ddp" and a.pp == 1, self.grads)
             self.switches = [(self.wrapped.buckets, "overlap")] * self.wrapped.buckets.overlap
         self.params = dict(model.named_parameters())
-        for optimizer, groups in zip(optimizers, self.names):
-            for group, names in zip(optimizer.param_groups, groups):
-                group["params"] = [self.params[name] for name in names if name in self.params]
+        for group in groups:
+            names = [name_of[p] for p in group["params"]]
+            group["params"] = [self.params[name] for name in names if name in self.params]
         if self.zero:
             optimizers = [ShardedOptimizer(o.param_groups, type(o), None, a.scheme == "zero2",
                                            a.bucket_mb, **o.defaults) for o in optimizers]
             self.switches = [(o.buckets, "overlap") for o in optimizers if o.buckets.overlap]
+        for optimizer, names in zip(optimizers, self.names):
+            optimizer.load_state_dict = functools.partial(self.load, optimizer, names)
         self.optimizers, self.stream = optimizers, rank() if a.pp > 1 else self.copy
-        for optimizer, groups in zip(optimizers, self.names):
-            optimizer.load_state_dict = functools.partial(self.load, optimizer, sum(groups, []))
         if self.stream:  # random numbers, for dropout, differ
             torch.manual_seed(a.seed + self.stream)
         model.register_forward_pre_hook(self.before_forward)
@@ -784,37 +786,37 @@ class Parallel:
             for each, name in self.switches:
                 setattr(each, name, self.passes == 0)
 
+    def cut(self, batch):
+        """With --sp, this rank's positions of (x, y)."""
+        return [x.chunk(self.args.sp, 1)[rank() % self.args.sp] for x in batch]
+
     def get_batch(self, data, batch_size, block_size, device, number, *more):
-        """This copy's rows, and with --sp this rank's positions; or Stopped, on all ranks."""
-        error = Stopped("stopped")
+        """This copy's rows, and with --sp this rank's positions. ValueError, on all ranks."""
+        batch, error = None, ValueError("stopped")
         try:
             batch = get_batch(data, batch_size // self.dp, block_size, device,
                               number * self.dp + self.copy, *more)
         except ValueError as wrong:
-            batch, error = None, wrong
+            error = wrong
         going_on = torch.tensor(bool(batch and not self.signals), dtype=torch.uint8, device=device)
         if not all_reduce(going_on, op=dist.ReduceOp.MIN):
             raise error
         return self.cut(batch)
 
-    def cut(self, batch):
-        """With --sp, this rank's positions."""
-        return [x.chunk(self.args.sp, 1)[rank() % self.args.sp] for x in batch]
-
     def cross_entropy(self, logits, y, reduction="sum", z_loss=0.0):
         """The mean over copies (and parts of a sequence) of the sum of this batch's losses; the
         gradient is that of this rank's own, as the gradients will be averaged."""
-        a, how = self.args, {"reduction": "sum", "z_loss": z_loss}
+        a, n = self.args, self.args.microbatches
         if a.pp > 1:  # (logits are still ids here; the backward pass, too, is in this)
-            tokens, n = y.numel() * a.gradient_accumulation_steps, a.microbatches
+            tokens = y.numel() * a.gradient_accumulation_steps
             loss = tokens * pipeline_step(
-                self.stage, list(zip(logits.chunk(n), y.chunk(n))),
-                lambda logits, y: cross_entropy(logits, y, **how) / tokens, self.group,
-                a.pp_schedule, self.device).requires_grad_()
+                self.stage, list(zip(logits.chunk(n), y.chunk(n))), lambda logits, y: cross_entropy(
+                    logits, y, reduction="sum", z_loss=z_loss) / tokens, self.group, a.pp_schedule,
+                self.device).requires_grad_()
         elif a.tp > 1:
             loss = vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
         else:
-            loss = cross_entropy(logits, y, **how)
+            loss = cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
         return Collective.apply(loss, lambda x: all_reduce(x.clone()) * (a.pp / world()), lambda g: g)
 
     @torch.no_grad()
@@ -830,7 +832,7 @@ class Parallel:
         grads, squares = [], torch.zeros(2, device=self.device)  # this rank's alone, and everyone's
         for name, p in self.params.items():
             if p.grad is not None:
-                grads.append(p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad)
+                grads.append(getattr(p.grad, "_local_tensor", p.grad))
                 if not (tied and rank(self.group) and name == "embedding.weight"):  # (the first's)
                     own = self.args.pp > 1 or self.zero or hasattr(p, "to_whole")
                     squares[0 if own else 1] += grads[-1].square().sum()
@@ -845,10 +847,9 @@ class Parallel:
         starts, loss, b = np.arange(0, len(data) - 1, block_size), 0.0, batch_size // self.dp
         if max_batches and len(starts) > max_batches * batch_size:
             starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
-        count = int(np.minimum(block_size, len(data) - 1 - starts).sum())
+        count, V = int(np.minimum(block_size, len(data) - 1 - starts).sum()), model.config.vocab_size
         # all ranks take part in all batches: in the last one some have windows without targets
-        starts, V = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data)), \
-            model.config.vocab_size
+        starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
         model.eval()
         for i in range(self.copy * b, len(starts), batch_size):
             x, y = self.cut(train.windows(data, starts[i : i + b], block_size, device, V))
@@ -866,8 +867,7 @@ class Parallel:
             random_state(device, new.get("ranks", [new])[rank()] if same else new)
             if not same:
                 torch.manual_seed(torch.randint(2**40, ()).item() + self.stream)
-        own = random_state(device)
-        return own | {"ranks": gather_objects(own), "layout": layout}
+        return (own := random_state(device)) | {"ranks": gather_objects(own), "layout": layout}
 
     @torch.no_grad()
     def save_checkpoint(self, path, model, optimizers, **more):
@@ -881,9 +881,8 @@ class Parallel:
             for theirs, of_theirs in gather_objects((state, moments), self.group):
                 state, moments = state | theirs, moments | of_theirs
         if rank() == 0:
-            flat = [sum(groups, []) for groups in self.names]
             dicts = [{"state": {i: moments[name] for i, name in enumerate(names) if name in moments}}
-                     for names in flat]
+                     for names in self.names]
             model_py.save_checkpoint(path, state, dicts, config=model.config, **more)
 
     def load(self, optimizer, names, saved):
@@ -912,27 +911,18 @@ def fully_shard(model):
         p.to_whole, p.to_part = type(p).full_tensor, functools.partial(
             distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
 
-def torch_ddp(model, bucket_mb):
-    """-> PyTorch's DDP, through which calls of the model go from now on."""
-    inner = nn.Module()
-    inner.model, inner.forward = model, model.forward
-    ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
-    model.forward = ddp.forward
-    return ddp
-
 def setup(name):
     """Join the other processes -> this one's device, of the kind asked for. Raises ValueError."""
-    device = torch.device(train.pick_device(name))
+    device, restarts = train.pick_device(name), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # else a world of one
-        nccl, here = device.type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", here) if nccl else torch.device("cpu")
+        nccl = device.startswith("cuda")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if nccl else "cpu"
         if nccl:
             torch.cuda.set_device(device)
         store, number, W = next(dist.rendezvous("env://"))
         # after a restart the store may still have the addresses of those that have died
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=number, world_size=W,
-                                timeout=dist.constants.timedelta(minutes=10))
+        dist.init_process_group("nccl" if nccl else "gloo", store=dist.PrefixStore(restarts, store),
+                                rank=number, world_size=W)
 
     def watch(parent):
         while os.getppid() == parent:
@@ -943,16 +933,16 @@ def setup(name):
         threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
     if rank() > 0:  # the first one speaks for all
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return device
+    return torch.device(device)
 
 def build_parser(parser=None):
     """What the command line has beside train.py's; a parser that is given gets that, too."""
     parser = parser or argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = lambda message: fail(message, 2)
     add = parser.add_argument_group("processes").add_argument
-    for name, choices in (("scheme", ("ddp", *SCHEMES)), ("impl", ("own", "torch")),
-                          ("pp_schedule", ("1f1b", "gpipe"))):
-        add(f"--{name}", choices=choices, default=choices[0], help=f"(default {choices[0]})")
+    for name, default, choices in (("scheme", "ddp", SCHEMES), ("impl", "own", ("own", "torch")),
+                                   ("pp_schedule", "1f1b", ("1f1b", "gpipe"))):
+        add(f"--{name}", choices=choices, default=default, help=f"(default {default})")
     for name, default, text in (
             ("bucket_mb", 25.0, "of ddp and zero2"), ("dp", 0, "copies of the model; 0: all that fit"),
             ("tp", 1, "processes that share each matrix"), ("pp", 1, "that share the layers"),
@@ -970,21 +960,14 @@ def run(words):
         words.append("--resume")  # torchrun --max_restarts starts all again when one has died
     args, words, checkpoint = train.parse_args(parser, words)
     args = argparse.Namespace(**vars(args) | vars(ours))
-    device = setup(args.device)
-    args.device, parallel = str(device), Parallel(args, device)
+    args.device = str(device := setup(args.device))
+    parallel = Parallel(args, device)
     if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
         os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
         print(f"{path}, of another run, is now {aside}")
     all_reduce(torch.zeros(1, device=device))  # (wait for that)
     print(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
           f"{args.scheme}; of the first one:", flush=True)
-    for name in ("make_optimizers", "get_batch", "cross_entropy", "clip_grad_norm", "evaluate",
-                 "random_state", "save_checkpoint"):
-        setattr(train, name, getattr(parallel, name))
-    train.parse_args = lambda *_: (args, words, checkpoint)
-    if rank() > 0:
-        train.plot_log = lambda *_: None
-        train.replacing = lambda *_, **how: contextlib.nullcontext(sys.stdout)
 
     def on_signal(number, _):  # (Ctrl-C comes twice, from the terminal and from torchrun)
         parallel.signals.append(number)
@@ -994,11 +977,19 @@ def run(words):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     train.signal = types.SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIGTERM=0)
+    for name in ("make_optimizers", "get_batch", "cross_entropy", "clip_grad_norm", "evaluate",
+                 "random_state", "save_checkpoint"):
+        setattr(train, name, getattr(parallel, name))
+    train.parse_args = lambda *_: (args, words, checkpoint)
+    if rank() > 0:
+        train.plot_log = lambda *_: None
+        train.replacing = lambda *_, **how: contextlib.nullcontext(sys.stdout)
     try:
         train.main()
-    except Stopped:
-        if not parallel.signals:
-            time.sleep(4)  # another rank has an error to tell
+    except ValueError as error:
+        if str(error) != "stopped":
+            raise
+        time.sleep(0 if parallel.signals else 4)  # (another rank may have an error to tell)
         print(f"{path}: go on with --resume", flush=True)
         os._exit(130) if world() > 1 else sys.exit(130)
     except SystemExit as end:
@@ -1008,8 +999,8 @@ def run(words):
 # ---- bench: what the schemes send, take and keep on this machine.
 
 def sent_bytes():
-    """Bytes that went through the loopback interface so far, all that the processes of one machine
-    sent each other; nan where the system does not tell."""
+    """Bytes that went through the loopback interface so far: all that the processes of one machine
+    sent each other. nan where the system does not tell."""
     time.sleep(0.1)  # until it has counted all of them
     with contextlib.suppress(OSError), open("/sys/class/net/lo/statistics/tx_bytes") as file:
         return int(file.read())
@@ -1020,7 +1011,8 @@ def bench(words):
     parser = build_parser(train.build_parser())
     for name, default, text in (("max_mb", 256, "largest all-reduce"), ("repeat", 7, "times each")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    a = parser.parse_args("--n_embd 256 --n_layer 4 --vocab_size 2048 --bucket_mb 4".split() + words)
+    a = parser.parse_args("--n_embd 256 --n_layer 4 --vocab_size 2048 --bucket_mb 4 --dtype "
+                          "float32".split() + words)
     sizes = {k: getattr(a, k) for k in vars(model_py.TransformerConfig()) if getattr(a, k) is not None}
     config, device, W = model_py.TransformerConfig(**sizes), setup(a.device), world()
     x, y = torch.randint(config.vocab_size, (2, 2, config.block_size), device=device)
@@ -1051,9 +1043,9 @@ def bench(words):
         def step(parallel=parallel, model=model, optimizers=optimizers):
             (parallel.cross_entropy(model(x), y) / y.numel()).backward()
             parallel.clip_grad_norm(model.parameters(), 1.0)
-            held = model.parameters(), [p.grad for p in model.parameters()], (
-                x for o in optimizers for s in o.state.values() for x in s.values())
-            held = [sum(getattr(x, "_local_tensor", x).nbytes for x in kind if torch.is_tensor(x))
+            held = [*model.parameters()], [p.grad for p in model.parameters()], [
+                v for o in optimizers for s in o.state.values() for v in s.values()]
+            held = [sum(getattr(v, "_local_tensor", v).nbytes for v in kind if torch.is_tensor(v))
                     for kind in held]
             for optimizer in optimizers:
                 optimizer.step()
@@ -1106,9 +1098,10 @@ def plan(words):
             ("tflops", 989.0, "of one, H100's"), ("mfu", 0.4, "share of that in practice"),
             ("node", 8, "GPUs in a machine"), ("node_gbs", 450.0, "GB/s of one inside a machine"),
             ("net_gbs", 50.0, "... between them"), ("batch_tokens", 4e6, "of a step"),
-            ("microbatches", 16, "of a pipeline"), ("checkpoint", 0, "1: keep layers' inputs only")):
+            ("microbatches", 16, "of a pipeline")):
         parser.add_argument(f"--{name}", type=type(default), default=default,
                             help=f"{text} (default {default:g})")
+    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
     a = parser.parse_args(words)
     *_, L, h = estimate(a.params, 1, 1, "ddp", a)
     print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
