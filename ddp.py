@@ -446,12 +446,11 @@ def part_of(n, group=None, what="size"):
 
 def split_parameter(p, axis, group=None):
     """-> this rank's part of a parameter along an axis, a parameter. Raises ValueError."""
-    part, W = part_of(p.shape[axis], group), world(group)
-    to_part = lambda x: x.detach().narrow(axis, part.start, part.stop - part.start).clone()
-    own = nn.Parameter(to_part(p))
-    own.to_part = to_part
+    part_of(p.shape[axis], group)
+    own = nn.Parameter(p.detach().chunk(world(group), axis)[rank(group)].clone())
+    own.to_part = lambda x: x.chunk(world(group), axis)[rank(group)].clone()
     own.to_whole = lambda x: torch.cat(
-        all_gather(x.reshape(-1), group)().view(W, *x.shape).unbind(), axis)
+        [*all_gather(x.reshape(-1), group)().view(-1, *x.shape)], axis)
     return own
 
 class ParallelLinear(nn.Module):
@@ -463,13 +462,12 @@ class ParallelLinear(nn.Module):
     def __init__(self, axis, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
                  copied=False):
         super().__init__()
-        layer = model_py.Linear(d_in, d_out, bias)
-        weight, b = (layer.weight if weight is None else weight,
-                     layer.bias if bias_value is None else bias_value)
         self.axis, self.group, self.copied = axis, group, copied
-        self.weight = split_parameter(weight, axis, group)
-        self.bias = None if b is None else split_parameter(b, 0, group) if axis == 0 else \
-            nn.Parameter(b.detach().clone())
+        layer = model_py.Linear(d_in, d_out, bias)
+        self.weight = split_parameter(layer.weight if weight is None else weight, axis, group)
+        self.bias = layer.bias if bias_value is None else nn.Parameter(bias_value.detach().clone())
+        if self.bias is not None and axis == 0:
+            self.bias = split_parameter(self.bias, 0, group)
 
     def forward(self, x):
         if self.axis == 0:
@@ -536,9 +534,9 @@ def split_tensors(model, group=None):
         model.head.weight = model.embedding.weight
     return model
 
-# ---- Pipeline parallel: every rank has some of the layers, and a batch passes in pieces. GPipe (Huang
-# et al. 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each backward pass as soon
-# as it can: activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
+# ---- Pipeline parallel: each rank has some layers, and a batch passes in pieces. GPipe (Huang et al.
+# 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each backward pass as soon as it
+# can: activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
 
 def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="cpu"):
     """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
@@ -582,8 +580,6 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="
 class Skip(nn.Module):
     """A layer that another rank has."""
 
-    ffn = None  # (it adds nothing to the loss)
-
     def forward(self, x, *others):
         return x
 
@@ -597,6 +593,7 @@ def split_layers(model, group=None):
     for i in range(c.n_layer):
         if not r * c.n_layer // W <= i < (r + 1) * c.n_layer // W:
             model.blocks[i] = Skip()
+    model.auxiliary_loss = lambda: 0.0
     if r > 0:
         model.input_like = lambda x: torch.empty(*x.shape, c.n_embd, dtype=p.dtype, device=p.device)
         model.embed, model.positions = lambda x, at: x, None
@@ -607,14 +604,10 @@ def split_layers(model, group=None):
     return model
 
 def add_tied_gradients(model, group=None):
-    """The first and the last rank of a pipeline both have a tied embedding: add up its gradients."""
-    W, r = world(group), rank(group)
-    if W > 1 and r in (0, W - 1):
-        g = model.embedding.weight.grad
-        work, other = dist.isend(g.clone(), group=group, group_dst=W - 1 - r), torch.empty_like(g)
-        dist.recv(other, group=group, group_src=W - 1 - r)
-        work.wait()
-        g += other
+    """The first and the last rank of a pipeline both have a tied embedding: add gradients up."""
+    c, p = model.config, next(model.parameters())
+    table = model.embedding and model.embedding.weight.grad
+    all_reduce(p.new_zeros(c.vocab_size, c.n_embd) if table is None else table, group)
 
 # ---- Sequence parallel: every rank has a part of each sequence. For attention keys and values go
 # around in a ring, and each rank keeps an online softmax of what it has seen (Liu et al. 2023).
@@ -702,21 +695,22 @@ def split_sequence(model, group=None):
 SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 
 class Parallel:
-    """A Transformer on several processes. Ranks of one copy of it, tp, pp or sp of them, are
-    neighbours; the same rank of all copies forms a group for data parallelism. Raises ValueError."""
+    """A Transformer on several processes. The tp, pp or sp ranks of one copy of it are neighbours;
+    the same rank of all copies forms a group for data parallelism. Raises ValueError."""
 
     def __init__(self, args, device):
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
         self.args, self.device, self.passes, self.signals = args, device, 0, []
-        self.dp, self.copy, self.group, self.grads, own = W // n, rank() // n, None, None, args.impl == "own"
-        schemes = () if n > 1 and not own else SCHEMES[:3] if n > 1 else SCHEMES if own else ("ddp", "fsdp")
-        whole_matrices = args.optimizer in ("muon", "soap") and (args.scheme == "fsdp" or args.tp > 1)
+        self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
+        schemes = SCHEMES[:3] if n > 1 else SCHEMES if args.impl == "own" else ("ddp", "fsdp")
+        matrices_split = args.scheme == "fsdp" or args.tp > 1
         for wrong, why in (
                 (n not in (args.tp, args.pp, args.sp) or W % n or args.dp not in (0, W // n),
                  f"the {W} processes are not dp, dp x tp, dp x pp or dp x sp"),
-                (args.scheme not in schemes, "--tp, --pp and --sp go with naive, flat and ddp; --impl "
-                 "torch, alone, with ddp and fsdp"),
-                (whole_matrices, "fsdp and --tp split the matrices that muon and soap need whole"),
+                (args.scheme not in schemes or n > 1 and args.impl == "torch", "--tp, "
+                 "--pp, --sp go with naive, flat and ddp; --impl torch, alone, with ddp and fsdp"),
+                (matrices_split and args.optimizer in ("muon", "soap"),
+                 "fsdp and --tp split the matrices that muon and soap need whole"),
                 (args.teacher or args.noise_scale or args.kernels or args.compile,
                  "--teacher, --noise_scale, --kernels and --compile are train.py's alone"),
                 (args.batch_size % max(1, self.dp), "--batch_size, of all, can not be divided")):
@@ -729,9 +723,10 @@ class Parallel:
                 self.grads, _ = make([list(range(i, W, n)) for i in range(n)])
 
     def make_optimizers(self, model, *how):
-        """Divide a model, in place -> its optimizers, made for the whole, and then given our parts."""
+        """Divide a model, in place -> its optimizers, made for the whole, then given our parts."""
         a, self.model, self.wrapped, self.switches = self.args, model, None, []
-        optimizers, name_of = make_optimizers(model, *how), {p: k for k, p in model.named_parameters()}
+        optimizers = make_optimizers(model, *how)
+        name_of = {p: name for name, p in model.named_parameters()}
         groups = [group for o in optimizers for group in o.param_groups]
         self.names = [[name_of[p] for group in o.param_groups for p in group["params"]]
                       for o in optimizers]
@@ -744,17 +739,18 @@ class Parallel:
         elif a.sp > 1:
             part = part_of(model.config.block_size, self.group, "block_size")
             at = torch.arange(part.start, part.stop, device=self.device)[None]
-            model.forward = functools.partial(split_sequence(model, self.group).forward, positions=at)
+            split_sequence(model, self.group)
+            model.forward = functools.partial(model.forward, positions=at)
         if a.impl == "torch" and a.scheme == "fsdp":
             fully_shard(model)
         elif a.impl == "torch":
             inner = nn.Module()  # calls of the model go through PyTorch's DDP from now on
             inner.model, inner.forward = model, model.forward
-            torch_ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=a.bucket_mb)
-            model.forward, self.switches = torch_ddp.forward, [(torch_ddp, "require_backward_grad_sync")]
+            ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=a.bucket_mb)
+            model.forward, self.switches = ddp.forward, [(ddp, "require_backward_grad_sync")]
         elif a.scheme == "fsdp":
-            half = train.has_fast_bfloat16(self.device) if a.dtype == "auto" else a.dtype == "bfloat16"
-            self.wrapped = FSDP(model, torch.bfloat16 if half else None)
+            fast = a.dtype == "auto" and train.has_fast_bfloat16(self.device)
+            self.wrapped = FSDP(model, torch.bfloat16 if fast or a.dtype == "bfloat16" else None)
         elif self.zero:
             broadcast(model)
         else:  # (of a pipeline's backward passes only the last may send)
@@ -817,7 +813,8 @@ class Parallel:
             loss = vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
         else:
             loss = cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
-        return Collective.apply(loss, lambda x: all_reduce(x.clone()) * (a.pp / world()), lambda g: g)
+        share = a.pp / world()
+        return Collective.apply(loss, lambda x: all_reduce(x.clone()) * share, lambda g: g)
 
     @torch.no_grad()
     def clip_grad_norm(self, params, max_norm, eps=1e-6):
@@ -847,12 +844,13 @@ class Parallel:
         starts, loss, b = np.arange(0, len(data) - 1, block_size), 0.0, batch_size // self.dp
         if max_batches and len(starts) > max_batches * batch_size:
             starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
-        count, V = int(np.minimum(block_size, len(data) - 1 - starts).sum()), model.config.vocab_size
+        count = float(np.minimum(block_size, len(data) - 1 - starts).sum())
         # all ranks take part in all batches: in the last one some have windows without targets
         starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
         model.eval()
         for i in range(self.copy * b, len(starts), batch_size):
-            x, y = self.cut(train.windows(data, starts[i : i + b], block_size, device, V))
+            x, y = self.cut(train.windows(data, starts[i : i + b], block_size, device,
+                                          model.config.vocab_size))
             with torch.no_grad(), autocast():
                 loss += self.cross_entropy(model(x), y).item() * self.dp * self.args.sp
         model.train()
@@ -875,13 +873,14 @@ class Parallel:
         state = model.state_dict()  # (first: it puts FSDP2's parameters back into parts)
         params = dict(model.named_parameters(remove_duplicate=False))
         state = {name: whole(params.get(name), x) for name, x in state.items()}
-        moments = {name: {k: whole(p, x) if torch.is_tensor(x) else x for k, x in o.state[p].items()}
-                   for o in optimizers for name, p in self.params.items() if p in o.state}
+        moments = {
+            name: {k: whole(p, x) if torch.is_tensor(x) else x for k, x in o.state[p].items()}
+            for o in optimizers for name, p in self.params.items() if p in o.state}
         if self.args.pp > 1 or self.zero:  # each rank has some of them
             for theirs, of_theirs in gather_objects((state, moments), self.group):
                 state, moments = state | theirs, moments | of_theirs
         if rank() == 0:
-            dicts = [{"state": {i: moments[name] for i, name in enumerate(names) if name in moments}}
+            dicts = [{"state": {i: moments[k] for i, k in enumerate(names) if k in moments}}
                      for names in self.names]
             model_py.save_checkpoint(path, state, dicts, config=model.config, **more)
 
@@ -944,7 +943,7 @@ def build_parser(parser=None):
                                    ("pp_schedule", "1f1b", ("1f1b", "gpipe"))):
         add(f"--{name}", choices=choices, default=default, help=f"(default {default})")
     for name, default, text in (
-            ("bucket_mb", 25.0, "of ddp and zero2"), ("dp", 0, "copies of the model; 0: all that fit"),
+            ("bucket_mb", 25.0, "of ddp, zero2"), ("dp", 0, "copies of the model; 0: all it can"),
             ("tp", 1, "processes that share each matrix"), ("pp", 1, "that share the layers"),
             ("sp", 1, "that share each sequence"), ("microbatches", 4, "of a pipeline")):
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
@@ -992,9 +991,8 @@ def run(words):
         time.sleep(0 if parallel.signals else 4)  # (another rank may have an error to tell)
         print(f"{path}: go on with --resume", flush=True)
         os._exit(130) if world() > 1 else sys.exit(130)
-    except SystemExit as end:
-        if end.code:
-            raise
+    except SystemExit:  # (its regular end)
+        pass
 
 # ---- bench: what the schemes send, take and keep on this machine.
 
@@ -1009,12 +1007,13 @@ def sent_bytes():
 def bench(words):
     """Print tables of all-reduce and of each scheme."""
     parser = build_parser(train.build_parser())
-    for name, default, text in (("max_mb", 256, "largest all-reduce"), ("repeat", 7, "times each")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--max_mb", type=int, default=256, help="largest of the all-reduces")
+    parser.add_argument("--repeat", type=int, default=7, help="times that each is timed")
     a = parser.parse_args("--n_embd 256 --n_layer 4 --vocab_size 2048 --bucket_mb 4 --dtype "
                           "float32".split() + words)
-    sizes = {k: getattr(a, k) for k in vars(model_py.TransformerConfig()) if getattr(a, k) is not None}
-    config, device, W = model_py.TransformerConfig(**sizes), setup(a.device), world()
+    names = {*vars(model_py.TransformerConfig())}
+    config = model_py.TransformerConfig(**{k: x for k, x in vars(a).items() if k in names and x})
+    device, W = setup(a.device), world()
     x, y = torch.randint(config.vocab_size, (2, 2, config.block_size), device=device)
 
     def clock():
@@ -1036,7 +1035,8 @@ def bench(words):
     for name in names:
         torch.manual_seed(0)
         a.impl, a.scheme = "torch" if " " in name else "own", name.split()[-1]
-        parallel, model = Parallel(argparse.Namespace(**vars(a)), device), model_py.Transformer(config)
+        model = model_py.Transformer(config)
+        parallel = Parallel(argparse.Namespace(**vars(a)), device)
         P = sum(p.nbytes for p in model.to(device).parameters())
         optimizers = parallel.make_optimizers(model, "adamw", 3e-3, 0.1, (0.9, 0.95), 0.95)
 
@@ -1058,8 +1058,8 @@ def bench(words):
         sent = (clock() and sent_bytes() - before) / P
         lines.append(f"{sent:9.2f}{(3 if 'fsdp' in name else 2) * (W - 1):8}P {held}")
         steps.append(step)
-    print("\nsent: by all ranks; MB when gradients are there: of one\nscheme         ms a step  sent, P"
-          "  formula    params     grads     optim", flush=True)
+    print("\nsent: by all; MB when gradients are there: of one\nscheme         ms a step  sent, P  "
+          "formula    params     grads     optim", flush=True)
     for name, ms, line in zip(names, milliseconds(*steps), lines):
         print(f"{name:14}{ms:10.1f}{line}")
 
@@ -1068,8 +1068,8 @@ def bench(words):
 def estimate(params, tp, pp, scheme, a):
     """What a configuration needs, by formula -> (bytes of parameters, gradients, optimizer state
     and activations; seconds of a step: computation, communication, how much of that has nothing to
-    hide behind; share of time that a pipeline waits; layers L; their width h). The model has h = 128
-    L, and 12 L h^2 parameters, each of 2 bytes (bfloat16), 2 for its gradient, 12 for the optimizer
+    hide behind; share of time that a pipeline waits; layers L; width h). The model has h = 128 L,
+    and 12 L h^2 parameters, each of 2 bytes (bfloat16), 2 for its gradient, 12 for the optimizer
     (float32 weights, Adam's two means). Activations of a layer: some 34 h bytes per token
     (Korthikanti et al. 2022), or with checkpointing its input's 2 h."""
     L = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
@@ -1094,7 +1094,7 @@ def plan(words):
     parser = argparse.ArgumentParser("ddp.py plan", description="What fits, and what waits.")
     parser.error = lambda message: fail(message, 2)
     for name, default, text in (
-            ("params", 7e9, "of the model"), ("gpus", 64, "in all"), ("gpu_gb", 80.0, "memory of one"),
+            ("params", 7e9, "of the model"), ("gpus", 64, "in all"), ("gpu_gb", 80.0, "of one"),
             ("tflops", 989.0, "of one, H100's"), ("mfu", 0.4, "share of that in practice"),
             ("node", 8, "GPUs in a machine"), ("node_gbs", 450.0, "GB/s of one inside a machine"),
             ("net_gbs", 50.0, "... between them"), ("batch_tokens", 4e6, "of a step"),
