@@ -534,7 +534,7 @@ def split_tensors(model, group=None):
         model.head.weight = model.embedding.weight
     return model
 
-# ---- Pipeline parallel: each rank has some layers, and a batch passes in pieces. GPipe (Huang et al.
+# ---- Pipeline parallel: each rank has some layers, a batch passes in pieces. GPipe (Huang et al.
 # 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each backward pass as soon as it
 # can: activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
 
@@ -961,12 +961,15 @@ def run(words):
     args = argparse.Namespace(**vars(args) | vars(ours))
     args.device = str(device := setup(args.device))
     parallel = Parallel(args, device)
-    if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
-        os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-        print(f"{path}, of another run, is now {aside}")
-    all_reduce(torch.zeros(1, device=device))  # (wait for that)
     print(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
           f"{args.scheme}; of the first one:", flush=True)
+
+    def prepare(model, *how):  # (train.py would do this on all ranks)
+        if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
+            os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
+            print(f"{path}, of another run, is now {aside}")
+        all_reduce(torch.zeros(1, device=device))  # (wait for that)
+        return parallel.make_optimizers(model, *how)
 
     def on_signal(number, _):  # (Ctrl-C comes twice, from the terminal and from torchrun)
         parallel.signals.append(number)
@@ -976,10 +979,10 @@ def run(words):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     train.signal = types.SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIGTERM=0)
-    for name in ("make_optimizers", "get_batch", "cross_entropy", "clip_grad_norm", "evaluate",
-                 "random_state", "save_checkpoint"):
+    for name in ("get_batch", "cross_entropy", "clip_grad_norm", "evaluate", "random_state",
+                 "save_checkpoint"):
         setattr(train, name, getattr(parallel, name))
-    train.parse_args = lambda *_: (args, words, checkpoint)
+    train.make_optimizers, train.parse_args = prepare, lambda *_: (args, words, checkpoint)
     if rank() > 0:
         train.plot_log = lambda *_: None
         train.replacing = lambda *_, **how: contextlib.nullcontext(sys.stdout)

@@ -27,24 +27,18 @@ import train as T
 
 multiprocessing.set_forkserver_preload(["torch._dynamo", "ddp", "torch.distributed.fsdp"])  # once
 
-def child(rank, world, path, f, args):
-    """One process of `spawn`: leaves a file when f has passed all it checks."""
+def child(rank, world, path, f):
+    """One process of a test: leaves a file when f has passed all it checks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.manual_seed(rank)  # different weights, until they are broadcast
     try:
-        f(rank, world, *args)
+        f(rank, world)
         dist.barrier()  # or a rank that is ready first takes the connection away from the others
         time.sleep(0.1)
         open(f"{path}.{rank}", "x").close()
     finally:
         dist.destroy_process_group()
-
-def spawn(tmp_path, world, f, *args):
-    """Run f(rank, world, *args) in so many processes; what fails in one is raised here."""
-    path = tmp_path / f"rendezvous{len(list(tmp_path.iterdir()))}"
-    mp.start_processes(child, (world, str(path), f, args), world, start_method="forkserver")
-    assert all(os.path.exists(f"{path}.{rank}") for rank in range(world))
 
 def equal(a, b, tolerance=1e-10, msg=None):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=msg)
@@ -83,7 +77,7 @@ def one_process(world, accumulate):
         optimizer.zero_grad()
     return start, data, module.state_dict()
 
-def each_scheme(rank, world):
+def each_scheme_is_one_process(rank, world):
     for scheme in ("naive", "flat", "ddp", "ddp + zero1", "zero1", "zero2", "fsdp"):
         for accumulate in (1, 3):
             start, data, expected = one_process(world, accumulate)
@@ -103,8 +97,7 @@ def each_scheme(rank, world):
                                                shard_gradients=scheme == "zero2", bucket_mb=0.0003)
             else:
                 optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-            owner = wrapped if hasattr(wrapped, "buckets") else optimizer
-            sent = []
+            owner, sent = wrapped if hasattr(wrapped, "buckets") else optimizer, []
             module.embedding.weight.register_post_accumulate_grad_hook(
                 lambda _: sent.append(len(owner.buckets.sent)))
             for batches in data:
@@ -119,8 +112,7 @@ def each_scheme(rank, world):
                 elif scheme == "zero1":
                     optimizer.reduce_gradients()
                 if scheme == "zero2":  # what others own has left already
-                    assert all(module.a.weight.grad is None or r == rank for p, r in
-                               optimizer.owner.items() if p is module.a.weight)
+                    assert (module.a.weight.grad is None) or optimizer.owner[module.a.weight] == rank
                 assert module.unused.weight.grad is None and module.frozen.weight.grad is None
                 optimizer.step()
                 optimizer.zero_grad()
@@ -136,11 +128,7 @@ def each_scheme(rank, world):
                 again.load_state_dict(optimizer.state_dict())
                 assert again.local.state.keys() == optimizer.local.state.keys()
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_each_scheme_is_one_process(tmp_path, world):
-    spawn(tmp_path, world, each_scheme)
-
-def any_order(rank, world):
+def which_parameters_a_rank_uses_does_not_matter(rank, world):
     a, b = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
     wrapped, x = D.DDP(nn.ModuleList([a, b]), bucket_mb=0), torch.ones(1, 3)
     for layer in (a, b) if rank == 0 else (b, b):
@@ -157,29 +145,18 @@ def any_order(rank, world):
     optimizer.step()  # (reduces by itself)
     equal(b.weight, before - 1.5, 1e-6)
 
-def test_which_parameters_a_rank_uses_does_not_matter(tmp_path):
-    spawn(tmp_path, 2, any_order)
-
-class Linear(nn.Module):
-    """Somebody else's."""
-
-    def __init__(self, d_in, d_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_out, d_in))
+class Linear(nn.Linear):
+    """Not F.linear, and without a bias."""
 
     def forward(self, x):
         return torch.einsum("...i,oi->...o", x, self.weight)
-
-class Embedding(nn.Embedding):
-    def forward(self, ids):
-        return self.weight[ids]
 
 class Paths(nn.Module):
     """Layers in the order that is asked for, with or without activation checkpointing."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([Embedding(6, 6), *(Linear(6, 6) for _ in range(4))])
+        self.layers = nn.ModuleList([nn.Embedding(6, 6), *(Linear(6, 6) for _ in range(4))])
         self.layers[4].weight = self.layers[0].weight
 
     def forward(self, ids, order, checkpointing):
@@ -190,7 +167,7 @@ class Paths(nn.Module):
             x = torch.tanh(x)
         return x
 
-def foreign_layers(rank, world):
+def fully_sharded_in_any_order(rank, world):
     torch.manual_seed(0)
     module, ids = Paths().double(), torch.tensor([0, 5, 2])
     wrapped = D.FSDP(copy.deepcopy(module))
@@ -220,9 +197,6 @@ def foreign_layers(rank, world):
     out.float().square().sum().backward()
     half.finish_gradient_synchronization()
     assert half.module.a.weight.grad.dtype == torch.float32
-
-def test_fully_sharded_layers_of_any_origin_in_any_order(tmp_path):
-    spawn(tmp_path, 2, foreign_layers)
 
 # ---- Parts of a model, and of a sequence.
 
@@ -266,9 +240,6 @@ def tensor_parallel(rank, world):
     with pytest.raises(ValueError, match="divided"):
         D.VocabParallelEmbedding(9, 4)
 
-def test_tensor_parallel(tmp_path):
-    spawn(tmp_path, 2, tensor_parallel)
-
 def pipeline(rank, world):
     for changes in ({"position": "learned", "norm": "layernorm"}, {"tie_embeddings": True}):
         model, ids, _, loss, grads = transformer_reference(**changes)
@@ -289,10 +260,6 @@ def pipeline(rank, world):
                 equal(p.grad, grads[name], msg=name)
     with pytest.raises(ValueError, match="schedule"):
         D.pipeline_step(stage, batches, share, schedule="later")
-
-def test_pipeline(tmp_path):
-    spawn(tmp_path, 2, pipeline)
-    spawn(tmp_path, 3, pipeline)
 
 def ring(rank, world):
     torch.manual_seed(0)
@@ -318,8 +285,14 @@ def ring(rank, world):
         for name, p in model.named_parameters():
             equal(p.grad, grads[name], msg=name)
 
-def test_ring_attention(tmp_path):
-    spawn(tmp_path, 3, ring)
+@pytest.mark.parametrize("f, world", [
+    (each_scheme_is_one_process, 1), (each_scheme_is_one_process, 2), (each_scheme_is_one_process, 3),
+    (which_parameters_a_rank_uses_does_not_matter, 2), (fully_sharded_in_any_order, 2),
+    (tensor_parallel, 2), (pipeline, 2), (pipeline, 3), (ring, 3)])
+def test_of_processes(tmp_path, f, world):
+    path = tmp_path / "rendezvous"
+    mp.start_processes(child, (world, str(path), f), world, start_method="forkserver")
+    assert all(os.path.exists(f"{path}.{rank}") for rank in range(world))
 
 # ---- The command line.
 
@@ -413,7 +386,7 @@ def test_bench_and_plan(tmp_path, monkeypatch, capsys):
     rows = {words[0]: words for words in map(str.split, printed.splitlines()) if len(words) == 7}
     params, grads, state = (float(x) for x in rows["zero1"][-3:])
     assert params / 2 < state < 1.5 * params and float(rows["ddp"][-1]) > 1.5 * params
-    assert math.isnan(float(rows["zero2"][2])) or 1.9 < float(rows["zero2"][2]) < 2.3
+    assert not float(rows["zero2"][2]) < 1.9  # (others may send, too; nan where it is not known)
     monkeypatch.setattr(sys, "argv", "ddp.py plan --params 7e9 --gpus 64 --gpu_gb 80".split())
     D.main()
     rows = {tuple(row.split()[:4]): row.split() for row in capsys.readouterr().out.splitlines()}
