@@ -701,6 +701,8 @@ class Parallel:
     def __init__(self, args, device):
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
         self.args, self.device, self.passes, self.signals = args, device, 0, []
+        # with --sp, this rank's positions of (x, y)
+        self.cut = lambda batch: [x.chunk(args.sp, 1)[rank() % args.sp] for x in batch]
         self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
         schemes = SCHEMES[:3] if n > 1 else SCHEMES if args.impl == "own" else ("ddp", "fsdp")
         matrices_split = args.scheme == "fsdp" or args.tp > 1
@@ -781,10 +783,6 @@ class Parallel:
             self.passes = (self.passes + 1) % self.args.gradient_accumulation_steps
             for each, name in self.switches:
                 setattr(each, name, self.passes == 0)
-
-    def cut(self, batch):
-        """With --sp, this rank's positions of (x, y)."""
-        return [x.chunk(self.args.sp, 1)[rank() % self.args.sp] for x in batch]
 
     def get_batch(self, data, batch_size, block_size, device, number, *more):
         """This copy's rows, and with --sp this rank's positions. ValueError, on all ranks."""
