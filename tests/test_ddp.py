@@ -329,7 +329,8 @@ def run(processes, folder, *args, name="ddp"):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "a.txt").write_text("".join(f"{i} and {i} are {2 * i}.\n" for i in range(2000)))
+    (folder / "a.txt").write_text("".join(
+        f"{i} and {i} are {2 * i}.\n" + "<|endoftext|>" * (i % 20 == 0) for i in range(2000)))
     for command in (("train", "--vocab_size", 264),
                     ("encode", "--tokenizer", folder, "--val_fraction", 0.02)):
         assert run(0, folder, *command, "--input", folder / "a.txt", "--out", folder, name="bpe")[0]
