@@ -22,20 +22,8 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word, at any time
 
-import argparse
-import codecs
-import collections
-import contextlib
-import dataclasses
-import functools
-import glob
-import inspect
-import json
-import math
-import os
-import re
-import sys
-import time
+import argparse, codecs, collections, contextlib, dataclasses, functools, glob, inspect, json, math
+import os, re, sys, time
 
 import torch
 import torch.nn as nn
@@ -49,7 +37,6 @@ kernels = None  # kernels.py, when its Triton kernels are to compute: see train.
 class Linear(nn.Module):
     """y = x W^T + b. weight: (d_out, d_in), normal of variance 2 / (d_in + d_out) (Glorot & Bengio
     2010), cut at three standard deviations."""
-
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
@@ -62,7 +49,6 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """A vector for each of n ids: row i of the table. weight: (n, d)"""
-
     def __init__(self, n, d, std=1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n, d))
@@ -77,7 +63,6 @@ def upcast(x):
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in float32. weight: (d,)"""
-
     def __init__(self, d, eps=1e-5):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
@@ -105,8 +90,7 @@ def softmax(x, dim=-1):
 def scaled_dot_product_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v: each query takes a mean of the values, weighted by how well
     their keys match it (Vaswani et al. 2017). q: (..., T, D), k and v: (..., S, D) -> (..., T, D).
-    mask: (..., T, S) of bool, True where a query may look; one that may look nowhere gets 0.
-    To be read: below PyTorch's own is called, which never stores the (T, S) matrix."""
+    mask: (..., T, S) of bool, True where a query may look. Below PyTorch's own is called."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is None:
         return softmax(scores) @ v
@@ -130,12 +114,11 @@ def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
 def apply_rope(x, cos, sin, interleaved=False):
     """Rotary positions (Su et al. 2021): turn pairs of channels by angles that grow with position,
     so that the dot product of a query and a key depends only on their distance: (a, b) becomes
-    (a cos - b sin, b cos + a sin). x, cos, sin: (..., T, D). Which channels form a pair is a
-    convention, and the wrong one ruins a model without any error: i and i + D / 2, as in Hugging
-    Face's Llama, or, interleaved, 2 i and 2 i + 1, as in the paper and Meta's own weights."""
-    h = upcast(x)  # bfloat16 can not tell position 1000 from 1001
-    other = (h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else
-             h.roll(h.shape[-1] // 2, -1))
+    (a cos - b sin, b cos + a sin). x, cos, sin: (..., T, D). The channels of a pair are i and i +
+    D / 2, as in Hugging Face's Llama, or, interleaved, 2 i and 2 i + 1, as in Meta's own weights:
+    the wrong ones ruin a model without any error."""
+    h, half = upcast(x), x.shape[-1] // 2  # bfloat16 can not tell position 1000 from 1001
+    other = h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else h.roll(half, -1)
     return torch.addcmul(h * cos, other, sin).type_as(x)
 
 # ---- The configuration.
@@ -196,15 +179,13 @@ def build(part, config):
     names = {name for kind in part.__mro__ for name in inspect.signature(kind.__init__).parameters}
     return part(**{name: value for name, value in vars(config).items() if name in names})
 
-# ---- Attention, in five kinds: x (..., T, C) -> (..., T, C), where no position sees a later one. All
-# have to know where their T tokens stand (Where), and what came before them (cache, a dict).
+# ---- Attention, in five kinds: (..., T, C) -> (..., T, C), where no position sees a later one.
 
 class Where:
     """Where the T tokens of a pass stand among the S of their rows. positions: (B, S), of the
     tokens in the cache, too; None: 0, 1, 2, ... A 0 begins a text, and texts do not see one
-    another. So several can be packed in one row; and a row can begin with padding: texts of one
+    another: so several can be packed in one row, and a row can begin with padding, texts of one
     token each, at position 0. config: of rotary positions; None: there are none."""
-
     def __init__(self, T, S=0, positions=None, config=None, device="cpu"):
         self.plain, self.T, self.config, S = positions is None, T, config, S or T
         self.at = torch.arange(S - T, S, device=device) if self.plain else positions[:, -T:]
@@ -234,22 +215,21 @@ class Where:
         return self.masks[S, window]
 
     def without_padding(self, x):
-        """x: (B, H, T, D), with 0 for padding, for layers that sum up all that came before. They
-        can not tell several texts in a row apart: ValueError."""
+        """x: (B, H, T, D), with 0 for padding, for layers that sum up all that came before."""
         last = None if self.plain else self.text[:, -self.T :] == self.text[:, -1:]
         if last is not None and (self.at * ~last).any():
-            raise ValueError("linear and hyena attention take one text in a row: no packing")
+            raise ValueError("a sum can not tell texts apart: no packing with linear or hyena")
         return x if last is None else x * last[:, None, :, None]
 
 def keep(cache, name, new, most=2**40):
     """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). The last
-    `most` stay, in a buffer with room for 64 more, so that few tokens make it copy all."""
+    `most` stay, in a buffer with room for up to 64 more, so that few tokens make it copy all."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
     S = T + (old.shape[2] if name in cache else 0)
     if name not in cache or old.storage_offset() + S * D > old.stride(1):
-        old = F.pad(old[:, :, : S - T], (0, 0, 0, T + 64))
+        old = F.pad(old[:, :, : S - T], (0, 0, 0, T + min(64, S)))
     both = old.as_strided((B, H, S, D), old.stride())
     both[:, :, S - T :] = new
     cache[name] = both if S <= most else both[:, :, -most:]
@@ -299,7 +279,7 @@ class CausalSelfAttention(nn.Module):
         else:  # (with small heads, the backward pass in bfloat16 is slow on CPUs)
             slow = kind == torch.bfloat16 and x.device.type == "cpu" and self.D < 64
             q, k, v = (a.float() if slow else a for a in (q, k, v))
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast("cpu", enabled=False) if slow else contextlib.nullcontext():
                 y = F.scaled_dot_product_attention(
                     q, k, v, mask, dropout, is_causal=mask is None and alone,
                     enable_gqa=q.shape[-3] != k.shape[-3]).to(kind)
@@ -309,7 +289,6 @@ SLACK = 16  # what a sliding cache keeps beyond the window: `speculate` takes ba
 
 class SlidingWindowAttention(CausalSelfAttention):
     """Attention to the last `window` positions only (Beltagy et al. 2020), as is the cache."""
-
     def __init__(self, n_embd, n_head, window=64, **more):
         super().__init__(n_embd, n_head, **more)
         self.window = window
@@ -329,7 +308,6 @@ def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
 
 class LinearAttention(CausalSelfAttention):
     """Attention without softmax, in time proportional to T: see `linear_attention`."""
-
     def forward(self, x, where=None, cache=None):  # (..., T, C) -> (..., T, C)
         where, cache = where or Where(x.shape[-2], device=x.device), {} if cache is None else cache
         q, k, v = self.heads(x, lambda a: a)
@@ -344,7 +322,6 @@ class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are made
     from one small vector per token, and only that is cached. A rotation can not be moved past this
     projection, so `rope_size` further channels carry the position; all heads share their key."""
-
     def __init__(self, n_embd, n_head, head_size, kv_rank, rope_size, bias=False, dropout=0.0,
                  norm_eps=1e-5):
         super().__init__()
@@ -379,7 +356,6 @@ class Hyena(nn.Module):
     """A long convolution between two gates, in place of attention (Poli et al. 2023; order 2):
     y = o(x0 * (h conv (x1 * v))), in O(T log T). The filter h is as long as the text, and not
     stored: a small network computes it, times a decay that is slower from channel to channel."""
-
     def __init__(self, n_embd, block_size, bias=False):
         super().__init__()
         self.block_size = block_size
@@ -419,7 +395,6 @@ ATTENTION = {"full": CausalSelfAttention, "sliding": SlidingWindowAttention,
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x): a feed-forward part whose units are gated (Shazeer 2020)."""
-
     def __init__(self, n_embd, d_ff, bias=False):
         super().__init__()
         self.w1, self.w3 = Linear(n_embd, d_ff, bias), Linear(n_embd, d_ff, bias)
@@ -447,7 +422,6 @@ class MixtureOfExperts(nn.Module):
     """A router sends each token to top_k of several feed-forward parts, and adds what they say by
     its probabilities (Shazeer et al. 2017). A loss keeps these experts equally busy (Fedus et al.
     2021): E sum_i f_i P_i, f_i the share of tokens and P_i the mean probability of expert i."""
-
     def __init__(self, n_embd, d_ff, n_expert, top_k=2, balance_weight=0.01, bias=False):
         super().__init__()
         self.top_k, self.balance_weight, self.loss = top_k, balance_weight, 0.0
@@ -471,7 +445,6 @@ class MixtureOfExperts(nn.Module):
 class Block(nn.Module):
     """Attention, then the feed-forward part; each adds to what is there. pre: x + part(norm(x));
     post, as in 2017: norm(x + part(x)), which trains less well (Xiong et al. 2020)."""
-
     def __init__(self, config, kind="full"):
         super().__init__()
         self.attn_norm, self.ffn_norm = make_norm(config), make_norm(config)
@@ -489,7 +462,6 @@ class Block(nn.Module):
 
 class Cache:
     """What the layers keep of the `length` tokens read so far: a dict of (B, ...) tensors each."""
-
     def __init__(self, model):
         self.layers, self.length = [{} for _ in model.blocks], 0
 
@@ -505,7 +477,6 @@ class Cache:
 
 class Transformer(nn.Module):
     """The language model: ids of a text -> for each position, scores of the next id."""
-
     def __init__(self, config):
         super().__init__()
         self.config, self.quantized = config, None  # or int8, int4: see `quantize`
@@ -583,7 +554,8 @@ class Transformer(nn.Module):
         while rows:
             if cache is None or cache.length == limit:  # read all; again when the window moves
                 cache, seen = Cache(self), [texts[i][-limit:] for i in rows]
-                pads = [max(map(len, seen)) - len(text) for text in seen]
+                longest = max(map(len, seen))
+                pads = [longest - len(text) for text in seen]
                 new = [[0] * n + text for n, text in zip(pads, seen)]
                 pad = torch.tensor(pads, device=device)[:, None] if any(pads) else None
             else:
@@ -626,6 +598,8 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next ids. logits: (B, V) -> (B,) int64. Logits are divided by temperature; 0 takes
     the likeliest id. top_k: only the k likeliest ids; top_p: the fewest with this probability."""
+    if temperature == 0:
+        return logits.argmax(-1)
     p = token_probabilities(logits, temperature, top_k, top_p)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -674,8 +648,7 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
         counts.update(proposed=n, accepted=kept, calls=1)
     return text, counts
 
-# ---- Quantization: weights as small integers. Every new token needs every weight once, so generation,
-# one token at a time, is as fast as memory delivers them: bytes are time.
+# ---- Quantization: a new token needs every weight once, so fewer bytes take less time.
 
 GROUP = 32  # int4: weights that share a scale
 
@@ -683,7 +656,6 @@ class QuantizedLinear(nn.Module):
     """A Linear whose weights are scale * integer + low. int8: -127 to 127, a scale for each row, no
     `low`; weight: (d_out, d_in). int4: 0 to 15, scale and low for each GROUP weights of a row, its
     end padded by zeros; weight: (d_out, d_in / 2) uint8, two in a byte, the low half first."""
-
     def __init__(self, linear, kind):
         super().__init__()
         w, self.bias, low = linear.weight.detach().float(), linear.bias, None
@@ -725,8 +697,8 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 def quantize(model, kind):
-    """Make a Transformer's linear layers int8 or int4, in place -> the model. Its head, where errors
-    matter most, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
+    """Make a Transformer's linear layers int8 or int4, in place -> the model. The head, where most
+    depends on it, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
     if model.quantized or kind not in ("int8", "int4"):
         raise ValueError(f"{kind}, of {model.quantized or 'floats'}: it is int8 or int4, once")
     kept = ("router", "k_up", "v_up", "filter_in", "filter_out")
@@ -737,17 +709,15 @@ def quantize(model, kind):
     model.head, model.quantized = QuantizedLinear(model.head, "int8"), kind
     return model.requires_grad_(False)
 
-# ---- Pruning: a smaller model out of a larger one, to be trained a little more with that as a teacher.
+# ---- Pruning: a smaller model out of a larger one, to be trained a little more.
 
 @torch.no_grad()
 def prune(model, ids, n_layer=0, d_ff=0):
     """Keep the n_layer blocks that change the direction of their input most (Men et al. 2024), and
     in each the d_ff units with the largest activation (Muralidharan et al. 2024), measured on ids,
-    (B, T) int64 of text -> the smaller Transformer. 0: all. Raises ValueError."""
+    (B, T) int64 of text -> the smaller Transformer. 0: all."""
     c, change, size, hooks = model.config, [], [], []
     n_layer, d_ff = n_layer or c.n_layer, d_ff or c.d_ff
-    if n_layer > c.n_layer or model.quantized or len({*model.kinds}) > 1:
-        raise ValueError(f"{n_layer} layers can not be cut out of {model.quantized or c}")
     for block in model.blocks:
         hooks.append(block.register_forward_hook(lambda _, args, y: change.append(
             F.cosine_similarity(args[0], y, dim=-1).mean().item())))
@@ -765,7 +735,8 @@ def prune(model, ids, n_layer=0, d_ff=0):
             if name.startswith(("ffn.w1", "ffn.w3")):
                 x = x[units]
             state[f"blocks.{new}.{name}"] = x[:, units] if name == "ffn.w2.weight" else x
-    small = Transformer(dataclasses.replace(c, n_layer=n_layer, d_ff=d_ff))
+    kinds = ",".join(model.kinds[i] for i in kept)
+    small = Transformer(dataclasses.replace(c, n_layer=n_layer, d_ff=d_ff, attention=kinds))
     small.load_state_dict(state)
     return small.to(ids.device).eval()
 
@@ -780,6 +751,8 @@ def replacing(path, mode="wb", **how):
             os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
         except ProcessLookupError:
             os.remove(name)
+        except (ValueError, PermissionError):  # no name of ours, or somebody else's
+            pass
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, mode, **how) as file:
@@ -804,8 +777,6 @@ def save_checkpoint(path, model, optimizers=(), **more):
 def load_checkpoint(path, device="cpu"):
     """-> (Transformer in eval mode, the dict that was saved). Only tensors and plain values are
     read, so a file from a stranger can not run code. Raises ValueError, OSError."""
-    if not os.path.exists(path):
-        raise ValueError(f"there is no checkpoint {path}: python train.py makes one")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         state, config = checkpoint["model"], TransformerConfig(**checkpoint["config"])
@@ -815,11 +786,11 @@ def load_checkpoint(path, device="cpu"):
         return from_state(config, state, device, checkpoint.get("quantize")), checkpoint
     except Exception as error:  # what torch raises for broken files varies
         why = re.split(r"\n|\. ", str(error) or "it ends too early")[0]
-        raise ValueError(f"{path} is no checkpoint of train.py ({why}); for a folder in Hugging "
-                         "Face's format: python model.py import FOLDER") from None
+        raise ValueError(f"{path} is no checkpoint as train.py makes it ({why}); for other models: "
+                         "python model.py import FOLDER") from None
 
 def from_state(config, state, device="cpu", quantized=None):
-    """A Transformer in eval mode, with the tensors of a state dict. Raises ValueError and the like."""
+    """A Transformer in eval mode with the tensors of a state dict. Raises ValueError and others."""
     if config.n_layer * (config.n_expert if config.activation == "moe" else 1) > len(state):
         raise ValueError("it has too few tensors")  # a small file must not cost minutes
     with torch.device("meta"):  # shapes without numbers
@@ -835,21 +806,21 @@ def pick_device(name="auto"):
     mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
     return name if name != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
 
-# ---- Models from outside, and models for others: folders in the format of Hugging Face's transformers,
-# with config.json, model.safetensors (or several) and tokenizer.json.
+# ---- Folders in the format of Hugging Face's transformers.
 
 # {ours: theirs}, of numbers in config.json, and of parts of names of tensors
 NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer":
-           "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-           "n_embd": "hidden_size", "head_size": "head_dim", "d_ff": "intermediate_size", "norm_eps":
-           "rms_norm_eps", "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
+           "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head":
+           "num_key_value_heads", "n_embd": "hidden_size", "head_size": "head_dim", "d_ff":
+           "intermediate_size", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+           "tie_embeddings": "tie_word_embeddings"}
 TENSORS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
            "blocks.": "model.layers.", "attn_norm": "input_layernorm", "ffn_norm":
            "post_attention_layernorm", "attn.": "self_attn.", "ffn.w1": "mlp.gate_proj", "ffn.w2":
            "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
 GPT2_KEYS = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",
-             "num_attention_heads": "n_head", "hidden_size": "n_embd", "intermediate_size": "n_inner",
-             "rms_norm_eps": "layer_norm_epsilon"}  # {Llama's name: GPT-2's}
+             "num_attention_heads": "n_head", "hidden_size": "n_embd", "rms_norm_eps":
+             "layer_norm_epsilon", "intermediate_size": "n_inner"}  # {Llama's name: GPT-2's}
 GPT2_TENSORS = {"embedding": "transformer.wte", "positions": "transformer.wpe", "final_norm":
                 "transformer.ln_f", "head": "lm_head", "blocks.": "transformer.h.", "attn_norm":
                 "ln_1", "ffn_norm": "ln_2", "attn.q_proj": "attn.c_attn", "attn.k_proj":
@@ -1072,8 +1043,7 @@ def info(config, batch_size):
             print(f"  {part:38}{value:20,.0f}{value / total:8.1%}")
     print(f"FLOPs per token, training: {3 * flops.total():,.0f}")
 
-# ---- Chat: a model's own template, a stranger's program in Jinja, makes a text of a conversation. It
-# runs in a sandbox, with little time and memory; nothing in a message becomes a special token.
+# ---- Chat: a template, a stranger's program in Jinja, makes one text of a conversation.
 
 TEMPLATES = {  # for models without one
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -1139,8 +1109,8 @@ def chat_stops(tokenizer, template, **names):
 
 def chat(model, tokenizer, template, names, system, max_new_tokens, stop, **how):
     """Talk, line by line from standard input, until its end."""
-    messages = [{"role": "system", "content": system}] * bool(system)
-    stop, first = {*stop, *chat_stops(tokenizer, template, **names)}, len(messages)
+    messages, first = [{"role": "system", "content": system}] * bool(system), bool(system)
+    stop = {*stop, *chat_stops(tokenizer, template, **names)}
     for line in sys.stdin:
         messages.append({"role": "user", "content": line.strip()})
         while True:
@@ -1200,7 +1170,8 @@ def main():
     if (args.command in ("import", "export")) != bool(args.folder):
         parser.error("import and export, and no other command, take a folder")
     if args.command == "info":
-        sizes = {k: v for k, v in vars(args).items() if k in vars(TransformerConfig()) and v is not None}
+        names = vars(TransformerConfig())
+        sizes = {k: v for k, v in vars(args).items() if k in names and v is not None}
         saved = {} if sizes else vars(load_checkpoint(args.ckpt)[0].config)
         return info(TransformerConfig(**saved | sizes), args.batch_size)
     out = args.out or os.path.join("out", f"{args.command}.pt")

@@ -70,7 +70,6 @@ def gradient_noise_scale(small_norms, big_norms, small, big):
 
 class Optimizer(torch.optim.Optimizer):
     """What they have in common."""
-
     def __init__(self, params, **settings):
         super().__init__(params, settings)
 
@@ -87,7 +86,6 @@ class AdamW(Optimizer):
     m <- beta1 m + (1 - beta1) g          a running mean of the gradient
     v <- beta2 v + (1 - beta2) g^2        and of its square
     p <- p - lr * decay * p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)"""
-
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
@@ -101,7 +99,6 @@ class AdamW(Optimizer):
 
 class SGD(Optimizer):
     """Gradient descent with momentum: v <- momentum v + g; p <- p - lr * decay * p - lr v"""
-
     def __init__(self, params, lr=1e-2, momentum=0.9, weight_decay=0.0):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -129,7 +126,6 @@ class Muon(Optimizer):
     then serve here, too (Liu et al. 2025):
     m <- momentum m + (1 - momentum) g;  u = zeropower((1 - momentum) g + momentum m)
     p <- p - lr * decay * p - lr * 0.2 sqrt(max(m, n)) * u"""
-
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
@@ -146,7 +142,6 @@ class SOAP(Optimizer):
     closest to the right one; the step is turned back. Every precondition_frequency steps one power
     iteration and a QR decomposition bring the eigenvectors up to date. The first gradient only
     makes them, and moves nothing."""
-
     def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.01,
                  precondition_frequency=10):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -235,9 +230,10 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
 def has_fast_bfloat16(device):
     """Whether matrix products in bfloat16 are faster than in float32: on NVIDIA's cards since
     Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
-    kind = torch.device(device).type
-    return kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 or kind == "cpu" and (
-        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.device(device).type == "cpu" and on_cpu
 
 # ---- Data.
 
@@ -347,14 +343,15 @@ def build_parser(name="train.py"):
     add("--eval_only", **SWITCH, help="print the validation loss and stop")
     for name, default, text in (
             ("batch_size", 8, "sequences at a time"), ("gradient_accumulation_steps", 1, "batches"),
-            ("max_iters", 450, "steps"), ("learning_rate", 3e-3, "the highest"), ("min_lr", 0.0, "last"),
-            ("warmup_iters", -1, "steps; -1: a twentieth of all"), ("weight_decay", 0.1, "of matrices"),
+            ("max_iters", 450, "steps"), ("learning_rate", 3e-3, "the highest"),
+            ("min_lr", 0.0, "the last"), ("warmup_iters", -1, "steps; -1: a twentieth of all"),
             ("decay_fraction", 0.2, "of the steps: wsd's end"), ("momentum", 0.95, "of muon, sgd"),
-            ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"), ("seed", 1337, "of what is drawn"),
-            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("log_interval", 10, "steps"),
+            ("beta1", 0.9, "of adamw"), ("beta2", 0.95, "of adamw"), ("seed", 1337, "of all draws"),
+            ("grad_clip", 1.0, "largest gradient norm; 0: any"), ("weight_decay", 0.1, "of matrices"),
             ("eval_interval", 100, "steps; saves, too"), ("device", "auto", "cpu, cuda or mps"),
-            ("eval_iters", 20, "batches of val.bin; 0: all"), ("z_loss", 0.0, "weight; PaLM's is 1e-4"),
-            ("peak_flops", 0.0, "TFLOP/s, for MFU"), ("teacher_weight", 0.5, "in the loss"),
+            ("eval_iters", 20, "batches of val.bin; 0: all"), ("log_interval", 10, "steps"),
+            ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("teacher_weight", 0.5, "in the loss"),
+            ("peak_flops", 0.0, "TFLOP/s, for MFU"),
             ("mup", 0, "n_embd at which the rate is best, to be it at any; 0: off"),
             ("teacher", "", "distillation: a checkpoint whose predictions to learn from"),
             ("teacher_temperature", 1.0, "of both")):
@@ -478,7 +475,7 @@ def main():
             break
         if due or stop:
             # (weights of 1e20 are finite, and their norm is not)
-            if not all(math.isfinite(x) for x in (loss, *(p.norm() for p in model.parameters()))):
+            if not all(math.isfinite(x) for x in (loss, *(p.detach().norm() for p in model.parameters()))):
                 raise ValueError("loss or weights are not finite; the checkpoint stays as it was")
             with replacing(log_path, "w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -538,11 +535,12 @@ def main():
 
         if not step % args.log_interval or not step % args.eval_interval or step == args.max_iters:
             now = time.perf_counter()
-            rate, seconds = (step - counted) * tokens_per_step / (now - since), seconds + now - since
+            rate = (step - counted) * tokens_per_step / (now - since)
+            seconds += now - since
             mfu = f" | mfu {rate * flops_per_token / peak / 1e12:.1%}" if peak else ""
             left = (args.max_iters - step) * tokens_per_step / rate / 60
-            print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f}"
-                  f" | {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
+            print(f"step {step:6d}/{args.max_iters} | loss {loss:.4f} | lr {lr:.2e} | norm "
+                  f"{norm:.2f} | {rate:,.0f} tok/s{mfu} | {left:.1f} min left", flush=True)
             rows.append(dict(zip(COLUMNS, (step, step * tokens_per_step, f"{seconds:.2f}",
                                            f"{loss:.6f}", "", "", f"{lr:.6g}", f"{norm:.4f}"))))
             since, counted = now, step
@@ -558,7 +556,7 @@ def main():
     sys.exit(stop[0] if stop else 0)
 
 def random_state(device, new=None):
-    """The state of the random numbers that dropout draws, of CPU and device; new: one to take up."""
+    """The state of the random numbers that dropout draws on CPU and device; new: to take up."""
     parts = {device.type: torch.get_device_module(device), "cpu": torch}
     for name in parts.keys() & (new or {}):
         parts[name].set_rng_state(new[name].cpu())

@@ -1,21 +1,19 @@
-"""
-bpe.py beside rustbpe, Hugging Face's tokenizers and tiktoken, on the same bytes. Run by hand:
+"""bpe.py beside rustbpe, Hugging Face's tokenizers and tiktoken. Run by hand:
 
-    pip install rustbpe==0.1.0 tokenizers tiktoken
-    python tests/bench_bpe.py --train code.txt --encode prose.txt --gpt2 DIR --cl100k FILE
+    pip install rustbpe tokenizers tiktoken
+    python tests/bench_bpe.py --train code.txt --encode prose.txt --gpt2 DIR [--big 1]
 
 --train   text to learn a vocabulary of 32,000 from, 50 MB or more
---encode  text to encode; --gpt2 is a folder with GPT-2's vocab.json and merges.txt, and --cl100k
-          the file cl100k_base.tiktoken
---big GB  also train on and encode the --encode text repeated to so many GB, for memory
+--encode  texts to encode; --gpt2 is a folder with GPT-2's vocab.json and merges.txt
+--big GB  also encode the first of them, repeated to so many GB, for memory; and one word of 1 MB
 
-Every measurement is a process of its own; contestants take turns, --repeat times; medians are
-printed, and ratios are medians of the ratios of runs that stood side by side.
+Every figure is of whole processes, which start, load (the vocabulary, the text), work and write:
+tokenizer.json or uint16 ids. Contestants take turns, --repeat times; medians are printed, and the
+ratios are medians of the ratios of runs that stood side by side.
 """
 
 import argparse
-import hashlib
-import json
+import base64
 import os
 import resource
 import statistics
@@ -24,206 +22,136 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import bpe
 
-
-def cpu():
-    t = os.times()
-    return t.user + t.system + t.children_user + t.children_system
-
-
-def documents(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read().split(bpe.EOT)
-
-
-def job_train_ours(a):
-    start = time.perf_counter()
-    vocab, merges = bpe.train_bpe(a.file, a.vocab, [bpe.EOT], num_proc=a.procs)
-    return time.perf_counter() - start, len(vocab)
-
-
-def job_train_rustbpe(a):
-    import rustbpe
-
-    start = time.perf_counter()
-    tokenizer = rustbpe.Tokenizer()
-    texts = iter(documents(a.file))
-    tokenizer.train_from_iterator(texts, vocab_size=a.vocab - 1, pattern=bpe.PATTERNS["gpt2"])
-    return time.perf_counter() - start, tokenizer.vocab_size + 1
-
-
-def job_train_hf(a):
-    import tokenizers
-
-    start = time.perf_counter()
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=a.vocab,
-        special_tokens=[bpe.EOT],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(iter(documents(a.file)), trainer)
-    return time.perf_counter() - start, tokenizer.get_vocab_size()
+PATTERN = bpe.PATTERNS["gpt2"]
+TRAIN = {  # arguments: text, vocabulary size
+    "rustbpe": """
+import sys, rustbpe
+texts = open(sys.argv[1], encoding="utf-8", newline="").read().split("<|endoftext|>")
+t = rustbpe.Tokenizer()
+t.train_from_iterator(iter(texts), vocab_size=int(sys.argv[2]) - 1, pattern=PATTERN)
+""",
+    "tokenizers": """
+import sys
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+texts = open(sys.argv[1], encoding="utf-8", newline="").read().split("<|endoftext|>")
+t = Tokenizer(models.BPE())
+t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+t.train_from_iterator(iter(texts), trainers.BpeTrainer(vocab_size=int(sys.argv[2]),
+    special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False))
+""",
+}
+TIKTOKEN = """
+import sys, base64, tiktoken
+ranks = {base64.b64decode(a): int(b) for a, b in (l.split() for l in open(sys.argv[1]))}
+t = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
+                      special_tokens={"<|endoftext|>": 50256})
+text = open(sys.argv[2], encoding="utf-8", newline="").read()
+t.encode_to_numpy(text, allowed_special="all").astype("uint16").tofile(sys.argv[3])
+"""
 
 
-def job_encode_ours(a):
-    tokenizer = bpe.Tokenizer.from_file(a.tokenizer)
-    with tempfile.TemporaryDirectory() as out:
-        sys.stdout = open(os.devnull, "w")
-        before, start = cpu(), time.perf_counter()
-        bpe.encode_files(tokenizer, [a.file], out, 0, num_proc=a.procs)
-        wall, used = time.perf_counter() - start, cpu() - before
-        sys.stdout = sys.__stdout__
-        ids, _ = bpe.read_bin(os.path.join(out, "train.bin"))
-        if a.procs == 1 and not a.big:
-            return wall, used, hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()[:16]
-    return wall, used, ""
-
-
-def job_encode_tiktoken(a):
-    import numpy as np
-    import tiktoken
-
-    ours = bpe.Tokenizer.from_file(a.tokenizer)  # for its vocabulary
-    ranks = {t: i for i, t in ours.vocab.items() if i not in ours.special_tokens.values()}
-    encoding = tiktoken.Encoding(
-        "x", pat_str=ours.pattern, mergeable_ranks=ranks, special_tokens=ours.special_tokens
-    )
-    encoding.encode("warm up")
-    with tempfile.NamedTemporaryFile() as out:
-        before, start = cpu(), time.perf_counter()
-        with open(a.file, encoding="utf-8", newline="") as file:
-            text = file.read()
-        if not text.endswith(bpe.EOT):
-            text += bpe.EOT
-        ids = encoding.encode_to_numpy(text, allowed_special="all")
-        ids.astype(np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32).tofile(out)
-        wall, used = time.perf_counter() - start, cpu() - before
-    return wall, used, hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()[:16]
-
-
-def run(job, **options):
-    """Run one job in a process of its own -> (its results, peak RSS in MB of it or a child)."""
-    args = [x for k, v in options.items() for x in (f"--{k}", str(v))]
-    command = [sys.executable, __file__, "--job", job, *args]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        last = result.stderr.strip().splitlines()[-1]
-        print(f"  {job}: not measured ({last})")
+def run(*command):
+    """Run a process -> (wall seconds, CPU-seconds, peak MB of it or a child so far), or None."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        print(f"  not measured: {done.stderr.strip().splitlines()[-1]}")
         return None
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, used, after.ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
 
 
-def compare(repeat, contestants):
-    """Run contestants {name: (job, options)} in turn -> {name: list of results}."""
-    results = {name: [] for name in contestants}
+def compare(commands, repeat, what, unit):
+    """Run {name: command} in turn; print medians of wall time (what = 0) or CPU time (1)."""
+    results = {name: [] for name in commands}
     for _ in range(repeat):
-        for name, (job, options) in list(contestants.items()):
-            result = run(job, **options)
-            if result is None:
-                del contestants[name], results[name]
-            else:
-                results[name].append(result)
-    return results
+        for name, command in commands.items():
+            if (result := run(*command)) is not None:
+                results[name].append(result[what])
+    ours = next(iter(results.values()))
+    for name, values in results.items():
+        if values:
+            ratio = statistics.median(b / a for a, b in zip(ours, values))
+            print(f"  {name:12} {statistics.median(values):7.2f} {unit}   {ratio:5.2f} x bpe.py")
 
 
-def median(values):
-    return statistics.median(values)
+def peak(*command):
+    """Peak memory in MB, wall seconds of a process, measured by a process in between."""
+    code = ("import subprocess, sys, resource, time; start = time.perf_counter(); "
+            "subprocess.run([sys.executable, *sys.argv[1:]], check=True, capture_output=True); "
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, "
+            "time.perf_counter() - start)")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True,
+                          capture_output=True, text=True)
+    memory, seconds = map(float, done.stdout.split())
+    return memory / (1 << (20 if sys.platform == "darwin" else 10)), seconds
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--train")
-    parser.add_argument("--encode")
+    parser.add_argument("--encode", nargs="*", default=[])
     parser.add_argument("--gpt2")
-    parser.add_argument("--cl100k")
     parser.add_argument("--big", type=float, default=0)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--job")
-    parser.add_argument("--file")
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--procs", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3)
     a = parser.parse_args()
-    if a.job:
-        result = globals()["job_" + a.job](a)
-        usage = [
-            resource.getrusage(w).ru_maxrss
-            for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ]
-        print(json.dumps([*result, max(usage) / (1 << (20 if sys.platform == "darwin" else 10))]))
-        return
-    os.environ.setdefault("RAYON_NUM_THREADS", "2")
+    os.environ["RAYON_NUM_THREADS"] = "2"
+    script, folder = os.path.join(ROOT, "bpe.py"), tempfile.mkdtemp()
+    path = lambda name: os.path.join(folder, name)
+    compare({"import bpe": ("-c", f"import sys; sys.path.insert(0, {ROOT!r}); import bpe")},
+            a.repeat, 1, "CPU-seconds")
     if a.train:
         size = os.path.getsize(a.train) / 1e6
         print(f"training, {size:.0f} MB, vocabulary {a.vocab:,}, 2 processes or threads")
-        options = {"file": a.train, "vocab": a.vocab, "procs": 2}
-        results = compare(
-            a.repeat,
-            {
-                "bpe.py": ("train_ours", options),
-                "rustbpe": ("train_rustbpe", options),
-                "tokenizers": ("train_hf", options),
-            },
-        )
-        for name, rows in results.items():
-            ratio = median([r[0] / o[0] for r, o in zip(rows, results["bpe.py"])])
-            print(
-                f"  {name:12} {median([r[0] for r in rows]):7.2f} s   {ratio:5.2f} x bpe.py   "
-                f"{median([r[-1] for r in rows]):7.0f} MB in one process"
-            )
-    kinds = {"GPT-2": a.gpt2 and os.path.join(a.gpt2, "vocab.json"), "cl100k": a.cl100k}
-    for kind, tokenizer in kinds.items():
-        if not (a.encode and tokenizer):
-            continue
-        size = os.path.getsize(a.encode) / 1e6
-        print(f"encoding to .bin, {size:.0f} MB, {kind}'s vocabulary, one process")
-        options = {"file": a.encode, "tokenizer": tokenizer}
-        results = compare(
-            a.repeat,
-            {
-                "bpe.py": ("encode_ours", options),
-                "tiktoken": ("encode_tiktoken", options),
-                "two": ("encode_ours", options | {"procs": 2}),
-            },
-        )
-        two = results.pop("two")
-        for name, rows in results.items():
-            ratio = median([r[1] / o[1] for r, o in zip(rows, results["bpe.py"])])
-            print(
-                f"  {name:12} {size / median([r[1] for r in rows]):7.1f} MB per CPU-second   "
-                f"{1 / ratio:5.2f} x bpe.py   ids {rows[0][2]}"
-            )
-        ratio = median([o[0] / t[0] for o, t in zip(results["bpe.py"], two)])
-        print(f"  two processes are {ratio:.2f} x as fast as one")
-    if a.big:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "big.txt")
-            with open(a.encode, "rb") as source, open(path, "wb") as file:
-                text = source.read()
-                while file.tell() < a.big * 1e9:
+        commands = {"bpe.py": (script, "train", "--input", a.train, "--vocab_size", a.vocab,
+                               "--num_proc", 2, "--out", folder)}
+        for name, code in TRAIN.items():
+            commands[name] = "-c", code.replace("PATTERN", repr(PATTERN)), a.train, a.vocab
+        compare(commands, a.repeat, 0, "s of wall time")
+    if a.gpt2:
+        tokenizer = bpe.Tokenizer.from_file(a.gpt2)
+        tokenizer.save(folder)
+        with open(path("gpt2.tiktoken"), "w") as file:
+            file.writelines(f"{base64.b64encode(token).decode()} {i}\n"
+                            for i, token in sorted(tokenizer.vocab.items()) if i != 50256)
+    for text in a.encode:
+        print(f"{text} to uint16, {os.path.getsize(text) / 1e6:.1f} MB, one process")
+        ours = (script, "encode", "--tokenizer", folder, "--input", text, "--out", path("o"),
+                "--val_fraction", 0, "--num_proc")
+        theirs = "-c", TIKTOKEN.replace("PATTERN", repr(PATTERN)), path("gpt2.tiktoken"), text
+        compare({"bpe.py": (*ours, 1), "tiktoken": (*theirs, path("t.bin"))}, a.repeat, 1,
+                "CPU-seconds")
+        compare({"1 process": (*ours, 1), "2 processes": (*ours, 2)}, a.repeat, 0, "s of wall time")
+        ids, expected = bpe.read_bin(path("o/train.bin"))[0], np.fromfile(path("t.bin"), np.uint16)
+        same = len(ids) - len(expected) in (0, 1) and (ids[: len(expected)] == expected).all()
+        print(f"  the same ids: {bool(same)}")
+    if a.big and a.encode:
+        with open(a.encode[0], "rb") as file:
+            text = file.read()
+        for gb in (a.big / 2, a.big):
+            with open(path("big.txt"), "wb") as file:
+                while file.tell() < gb * 1e9:
                     file.write(text)
-            size = os.path.getsize(path) / 1e6
-            result = run("train_ours", file=path, vocab=a.vocab, procs=2)
-            print(
-                f"training on {size:,.0f} MB: {result[0]:.1f} s, "
-                f"peak {result[-1]:.0f} MB per process"
-            )
-            for procs in (1, 2):
-                result = run(
-                    "encode_ours", file=path, tokenizer=kinds["GPT-2"], procs=procs, big=1
-                )
-                print(
-                    f"encoding {size:,.0f} MB, {procs} process(es): {size / result[0]:.0f} MB/s, "
-                    f"peak {result[-1]:.0f} MB per process"
-                )
+            for processes in (1, 2):
+                memory, seconds = peak(script, "encode", "--tokenizer", folder, "--input",
+                                       path("big.txt"), "--out", path("o"), "--num_proc", processes)
+                print(f"encoding {gb} GB, {processes} process(es): {seconds:.0f} s, peak "
+                      f"{memory:.0f} MB per process")
+        for size in (500_000, 1_000_000):
+            rng = np.random.default_rng(0)
+            start, word = time.process_time(), rng.integers(97, 123, size, np.uint8).tobytes()
+            tokenizer.encode(word.decode())
+            print(f"one word of {size:,} letters: {time.process_time() - start:.2f} CPU-seconds")
 
 
 if __name__ == "__main__":

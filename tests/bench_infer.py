@@ -71,7 +71,8 @@ def beside_transformers(model, folder, prompts, tokens, repeat):
 
     contestants = {"transformers": their_run, "model.py": ours(model)}
     for kind in ("int8", "int4"):
-        copy = M.from_state(model.config, {name: x.clone() for name, x in model.state_dict().items()})
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        copy = M.from_state(model.config, state)
         contestants[f"model.py, {kind}"] = ours(M.quantize(copy, kind))
     with torch.no_grad():
         rates, results = in_turn(contestants, repeat)

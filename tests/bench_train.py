@@ -6,9 +6,9 @@ train.py beside nanoGPT, on the same machine and text, and beside itself. By han
     python tests/bench_train.py steps --nanogpt nanoGPT
     python tests/bench_train.py ablations --data data/ts --repeat 2
 
-race: the CPU demonstration of nanoGPT's README (character-level tiny Shakespeare, 4 layers, 4 heads,
-width 128, block 64, batch 12, 2,000 iterations, no dropout: validation loss 1.88) and train.py at
-that size with a short recipe: seconds from the start of the process to its end, and losses.
+race: the CPU demonstration of nanoGPT's README (character-level tiny Shakespeare, 4 layers and
+heads, width 128, block 64, batch 12, 2,000 iterations, no dropout: loss 1.88) and train.py at that
+size with a short recipe: seconds from the start of the process to its end, and losses.
 steps: a training step of nanoGPT's model, of the same architecture here, and of our default parts,
 in turn. ablations: one change at a time from the default, at an equal number of tokens.
 """
@@ -33,8 +33,8 @@ import model as M
 import train as T
 
 SIZES = "--block_size=64 --n_layer=4 --n_head=4 --n_embd=128 --device=cpu".split()
-RECIPE = ("--optimizer muon --weight_decay 0.0 --eval_interval 5000 --log_interval 50 --batch_size 16 "
-          "--max_iters 165 --learning_rate 2e-2 --momentum 0.85 --warmup_iters 0 "
+RECIPE = ("--optimizer muon --weight_decay 0.0 --eval_interval 5000 --log_interval 50 --batch_size "
+          "16 --max_iters 165 --learning_rate 2e-2 --momentum 0.85 --warmup_iters 0 "
           "--decay_fraction 0.8").split()
 BUDGET = ("--n_layer 4 --n_head 4 --n_embd 128 --block_size 256 --batch_size 8 --max_iters 500 "
           "--eval_interval 5000 --log_interval 50 --device cpu --learning_rate 6e-3").split()
@@ -67,7 +67,8 @@ def timed(command, **options):
 
 def ours(out_dir, *flags, **options):
     """A run of train.py as a process -> (seconds, its last validation loss)."""
-    seconds, printed = timed([sys.executable, f"{ROOT}/train.py", "--out_dir", out_dir, *flags], **options)
+    script = [sys.executable, f"{ROOT}/train.py", "--out_dir", out_dir]
+    seconds, printed = timed([*script, *flags], **options)
     return seconds, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
 
 
@@ -88,12 +89,14 @@ def race(args):
                "--val_fraction", "0.1"])
         theirs = [sys.executable, "train.py", "config/train_shakespeare_char.py", *SIZES,
                   "--batch_size=12", "--compile=False", "--eval_iters=20", "--log_interval=100",
-                  "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0", f"--out_dir={folder}/a"]
+                  "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+                  f"--out_dir={folder}/a"]
         rows = []
         for seed in range(1, args.repeat + 1):
             a, printed = timed(theirs, cwd=copy, env=environment)
             their_loss = min(map(float, re.findall(r"val loss ([\d.]+)", printed)))
-            b, loss = ours(f"{folder}/b", *SIZES, *RECIPE, "--data", bins, "--seed", seed, env=environment)
+            b, loss = ours(f"{folder}/b", *SIZES, *RECIPE, "--data", bins, "--seed", seed,
+                           env=environment)
             rows.append((b / a, loss, their_loss))
             print(f"  nanoGPT {a:6.1f} s, {their_loss:.4f}; train.py {b:6.1f} s, {loss:.4f}: "
                   f"{b / a:.3f} of the time", flush=True)
@@ -131,7 +134,8 @@ def stepper(kind, nanogpt):
 
 def steps(args):
     kinds = ("nanoGPT", "the same here", "our default parts")
-    contestants, times = {kind: stepper(kind, args.nanogpt) for kind in kinds}, {k: [] for k in kinds}
+    contestants = {kind: stepper(kind, args.nanogpt) for kind in kinds}
+    times = {kind: [] for kind in kinds}
     for i in range(220):
         for kind, step in contestants.items():
             start = time.perf_counter()
@@ -140,13 +144,15 @@ def steps(args):
                 times[kind].append(time.perf_counter() - start)
     for kind in kinds:
         ratio = statistics.median(b / a for a, b in zip(times["nanoGPT"], times[kind]))
-        print(f"  {kind:18} {1e3 * statistics.median(times[kind]):6.1f} ms, {ratio:.2f} of nanoGPT's")
+        print(f"  {kind:18} {1e3 * statistics.median(times[kind]):6.1f} ms, {ratio:.2f} of "
+              "nanoGPT's")
 
 
 def ablations(args):
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in ABLATIONS.items():
-            found = [ours(f"{folder}/{seed}", *BUDGET, *flags.split(), "--data", args.data, "--seed", seed)
+            flags = [*BUDGET, *flags.split(), "--data", args.data]
+            found = [ours(f"{folder}/{seed}", *flags, "--seed", seed)
                      for seed in range(args.repeat)]
             seconds, loss = map(statistics.mean, zip(*found))
             print(f"  {name:32} {loss:.4f} nats {seconds:6.0f} s", flush=True)

@@ -61,11 +61,13 @@ def test_distillation_loss_and_noise_scale():
 # ---- Optimizers.
 
 @pytest.mark.parametrize("ours, theirs, shapes, how, tolerance", [
-    (T.AdamW, torch.optim.AdamW, ((5, 4), (3,), (2, 3, 4)), dict(lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1), 1e-6),
+    (T.AdamW, torch.optim.AdamW, ((5, 4), (3,), (2, 3, 4)),
+     dict(lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1), 1e-6),
     (T.SGD, torch.optim.SGD, ((3, 2), (5,)), dict(lr=0.1, momentum=0.9), 1e-6),
     # (products of bfloat16 round otherwise on another processor)
     (T.Muon, functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
-     ((24, 8), (8, 40), (16, 16)), dict(lr=0.02, momentum=0.9, weight_decay=0.1), 2e-3)], ids=["adamw", "sgd", "muon"])
+     ((24, 8), (8, 40), (16, 16)), dict(lr=0.02, momentum=0.9, weight_decay=0.1), 2e-3)],
+    ids=["adamw", "sgd", "muon"])
 def test_optimizers_equal_pytorchs_step_by_step(ours, theirs, shapes, how, tolerance):
     ps = [torch.randn(shape, requires_grad=True) for shape in shapes]
     qs = [p.detach().clone().requires_grad_() for p in ps]
@@ -171,7 +173,7 @@ def test_weight_decay_on_matrices_only_and_clipping_equals_pytorchs():
     for group in optimizer.param_groups:
         assert all((p.ndim == 2) == (group["weight_decay"] == 0.1) for p in group["params"])
     for scale, limit in ((10.0, 1.0), (1e-3, 1.0), (1.0, 0)):
-        a = [torch.randn(5, 3, requires_grad=True), torch.randn(4, requires_grad=True), torch.ones(1)]
+        a = [torch.randn(5, 3), torch.randn(4), torch.ones(1)]
         for p in a[:2]:
             p.grad = torch.randn_like(p) * scale
         b = [p.grad.clone() for p in a[:2]]
@@ -185,7 +187,8 @@ def test_learning_rate_schedules():
         rates = [T.get_lr(i, 1.0, 0.1, 10, 100, kind) for i in range(101)]
         assert rates[0] == 1 / 11 and all(a < b for a, b in zip(rates[:10], rates[1:11]))
         assert rates[10] == 1.0 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    assert T.get_lr(100, 1.0, 0.1, 10, 100, "cosine") == T.get_lr(500, 1.0, 0.1, 10, 100, "wsd") == 0.1
+    assert T.get_lr(100, 1.0, 0.1, 10, 100, "cosine") == 0.1
+    assert T.get_lr(500, 1.0, 0.1, 10, 100, "wsd") == 0.1
     assert math.isclose(T.get_lr(55, 1.0, 0.1, 10, 100, "cosine"), 0.55)
     assert T.get_lr(80, 1.0, 0.1, 10, 100, "wsd") == 1
     assert math.isclose(T.get_lr(90, 1.0, 0.1, 10, 100, "wsd"), 0.55)
@@ -243,7 +246,8 @@ def test_evaluate_is_the_mean_over_all_tokens_and_draws_nothing():
     assert torch.equal(state, torch.get_rng_state()) and model.training
     model.eval()
     rows = [torch.tensor(data[i : i + 9])[None] for i in range(0, 60, 8)]
-    total = sum(F.cross_entropy(model(r[:, :-1])[0], r[0, 1:], reduction="sum").item() for r in rows)
+    total = sum(F.cross_entropy(model(r[:, :-1])[0], r[0, 1:], reduction="sum").item()
+                for r in rows)
     assert math.isclose(loss, total / 60, rel_tol=1e-5)
     assert T.evaluate(model, data, 3, 8, "cpu", plain, 1) != loss
 
@@ -258,11 +262,9 @@ def data(tmp_path_factory):
     text = "".join(f"the {w} sat on the {v}. " for w in ("cat", "dog", "ox", "hen")
                    for v in ("mat", "log", "sea"))
     (folder / "t.txt").write_text((text + bpe.EOT) * 30)
-    subprocess.run([sys.executable, bpe.__file__, "train", "--input", "t.txt", "--vocab_size", "280",
-                    "--out", "."], cwd=folder, check=True, capture_output=True)
-    subprocess.run([sys.executable, bpe.__file__, "encode", "--tokenizer", "tokenizer.json", "--input",
-                    "t.txt", "--out", ".", "--val_fraction", "0.1"], cwd=folder, check=True,
-                   capture_output=True)
+    for words in ("train --vocab_size 280", "encode --tokenizer tokenizer.json --val_fraction 0.1"):
+        words = [bpe.__file__, *words.split(), "--input", "t.txt", "--out", "."]
+        subprocess.run([sys.executable, *words], cwd=folder, check=True, capture_output=True)
     return folder
 
 class Killed(BaseException):
@@ -372,8 +374,8 @@ def test_mistake_1_accumulation_weighs_tokens_not_batches(run, monkeypatch):
     T.windows = masked
     try:
         for name, flags in (("a", (12, 1)), ("b", (3, 4))):
-            run("--out_dir", name, "--batch_size", flags[0], "--gradient_accumulation_steps", flags[1],
-                "--dtype", "float32")
+            run("--out_dir", name, "--batch_size", flags[0], "--gradient_accumulation_steps",
+                flags[1], "--dtype", "float32")
     finally:
         T.windows = windows
     for one, many in zip(log("a"), log("b")):
