@@ -4,7 +4,7 @@ Scaling laws: small runs that predict large ones.
     python scaling.py     # the whole method: small runs, laws, a prediction at 10 x the compute
     python scaling.py run --n_layer 2 --n_embd 64 --train_flops 1e11 --learning_rate 1e-2
     python scaling.py sweep --grid learning_rate=3e-3,1e-2,3e-2 n_embd=32,64 --train_flops 1e11
-    python scaling.py isoflop --budgets 1e11,4e11 --sizes 32x2,64x2,96x3 --learning_rate 1e-2
+    python scaling.py isoflop --budgets 1e11,2e11 --sizes 24x2,32x2,40x2,48x2,56x2 --batch_size 2
     python scaling.py fit scaling/runs.jsonl --method isoflop --compute 1e13 --out scaling
     python scaling.py fit chinchilla.csv --method parametric --inference_tokens 1e12
 
@@ -454,7 +454,7 @@ def main():
             ("data", DATA, "folder of bpe.py; this one is made if need be"),
             ("budget", math.inf, "FLOPs that all in --runs may take together"),
             ("budgets", "5e10,1e11,2e11", "isoflop, study: FLOPs of a run"),
-            ("sizes", "16x2,24x2,32x2,40x2,48x2,56x2", "isoflop, study: n_embd x n_layer"),
+            ("sizes", "16x2,24x2,32x2,40x2,48x2,56x2", "n_embd x n_layer, where tokens suit them"),
             ("bootstrap", 100, "fit: resamples"),
             ("inference_tokens", 0.0, "fit: to be served later, out of the same compute"),
             ("out", "", "fit: folder for JSON, and for PNG if matplotlib is installed")):
