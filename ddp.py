@@ -10,27 +10,25 @@ Training on many processes, from collectives up.
     torchrun --nproc_per_node=2 ddp.py bench              # time, bytes and memory of each scheme
     python ddp.py plan --params 70e9 --gpus 1024          # what fits, and what it waits for
 
-NCCL on GPUs, gloo on CPUs. The flags, files and losses are those of train.py: a run can be resumed
-here on another number of processes, or there. Several machines, each with 8 GPUs:
-
-    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 ddp.py
-
-In the comments: W processes, each with its rank; P bytes of parameters. What collectives cost, in
-bytes sent by all ranks together: all-gather and reduce-scatter (W - 1) P, all-reduce, which is one
-of each, 2 (W - 1) P.
+NCCL on GPUs, gloo on CPUs. Flags, files and losses are train.py's: a run can be resumed here on
+another number of processes, or there; torchrun --max_restarts 3 goes on when a process has died.
+In comments: W processes, each with its rank; P bytes of parameters. Bytes sent by all together:
+all-gather and reduce-scatter (W - 1) P, all-reduce, which is one of each, 2 (W - 1) P.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while torch loads
+
 import argparse
-import bisect
 import contextlib
-import datetime
 import functools
-import gc
 import itertools
 import math
 import os
-import signal
 import sys
+import threading
 import time
 import types
 
@@ -42,37 +40,30 @@ import torch.nn.functional as F
 
 import model as model_py
 import train
+from train import cross_entropy, get_batch, make_optimizers, random_state
 
-# -----------------------------------------------------------------------------
-# Collectives of a group of processes (None: all of them). A single process needs no group.
-
+# ---- Collectives of a group of processes (None: all of them). A single process needs no group.
 
 def world(group=None):
     """Number of processes in a group; 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
-
 def rank(group=None):
     """This process's number in a group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
-
 def flatten(tensors):
-    """Tensors of one dtype, one after the other: (n,)"""
+    """Numbers of several tensors, one after the other: (n,)"""
     return torch.cat([x.reshape(-1) for x in tensors])
-
 
 def unflatten(flat, tensors):
     """Views into a flat tensor with the shapes of these."""
-    return [x.view_as(t) for x, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    return [x.view(t.shape) for x, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
-
-def broadcast(tensors, group=None):
-    """Overwrite the tensors of all ranks by those of the first."""
-    if world(group) > 1:
-        for x in tensors:
-            dist.broadcast(x.detach(), group=group, group_src=0)
-
+def broadcast(module, group=None):
+    """Overwrite the parameters and buffers of all ranks by those of the first."""
+    for x in itertools.chain(module.parameters(), module.buffers()) if world(group) > 1 else ():
+        dist.broadcast(x.detach(), group=group, group_src=0)
 
 def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
     """Sum (or maximum) over ranks, in place -> x."""
@@ -80,28 +71,26 @@ def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
         dist.all_reduce(x, op, group=group)
     return x
 
+def all_gather(x, group=None, out=None):
+    """Start to gather equally long parts of all ranks in `out`, one after the other: (n,) -> a
+    function that waits, and returns it: (W n,)"""
+    out = x.new_empty(world(group) * len(x)) if out is None else out
+    if world(group) == 1:
+        return functools.partial(out.copy_, x)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # (old name)
+    work = gather(out, x.contiguous(), group=group, async_op=True)
+    return lambda: [work.wait(), out][1]
 
 def reduce_scatter(x, sizes, group=None, dtype=None):
-    """Sum over ranks, of which rank r gets its part of sizes[r] numbers: (sum of sizes,) ->
-    (own,). Gloo's own sends as much as an all-reduce; an exchange and a sum of what came send the
-    least. The order of the sum is that of the ranks, the same everywhere. dtype: of the sum."""
+    """Start to sum x over ranks, of which rank r is to get the r-th part, sizes[r] numbers -> a
+    function that waits, and returns it. Gloo's own sends as much as an all-reduce; to exchange
+    parts, and to sum up (in this dtype) what comes, is the least that can be sent."""
     own, W = sizes[rank(group)], world(group)
     if W == 1:
-        return x.to(dtype or x.dtype)
+        return lambda: x.to(dtype or x.dtype)
     parts = x.new_empty(W * own)
-    dist.all_to_all_single(parts, x, [own] * W, sizes, group=group)
-    return parts.view(W, own).sum(0, dtype=dtype)
-
-
-def all_gather(x, group=None):
-    """Equally long parts of all ranks, one after the other: (n,) -> (W n,)"""
-    if world(group) == 1:
-        return x.clone()
-    out = x.new_empty(world(group) * len(x))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # (old name)
-    gather(out, x.contiguous(), group=group)
-    return out
-
+    work = dist.all_to_all_single(parts, x, [own] * W, sizes, group=group, async_op=True)
+    return lambda: [work.wait(), parts.view(W, own).sum(0, dtype=dtype)][1]
 
 class Collective(torch.autograd.Function):
     """forward(x), whose gradient is backward(g): the mirror image of a collective is another."""
@@ -115,124 +104,111 @@ class Collective(torch.autograd.Function):
     def backward(ctx, g):
         return ctx.mirror(g.contiguous()), None, None
 
-
-# -----------------------------------------------------------------------------
-# Data parallel: every rank has the whole model and a part of the batch; gradients are averaged.
-
-
-def pack_gradients(params):
-    """Gradients, 0 where a parameter has none, and then for each whether it has one: (n,)"""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    has = torch.tensor([p.grad is not None for p in params])
-    return flatten([*grads, has.to(params[0])])
-
-
-def unpack_gradients(flat, params):
-    """What `pack_gradients` made, summed over ranks -> {parameter: its gradient}, without those
-    that have none on any rank."""
-    *grads, has = unflatten(flat, [*params, flat[-len(params) :]])
-    return {p: g for p, g, some in zip(params, grads, has.tolist()) if some}
-
+# ---- Data parallel: each rank has the whole model and a part of the batch; gradients are averaged.
 
 class Buckets:
-    """Parameters in groups of about bucket_mb, the last layers first, as the backward pass comes
-    to them. While `active`, send(bucket) is called as soon as a bucket's gradients are there,
-    while those of earlier layers are still being computed; `finish` sends the rest. The order is
-    the same on all ranks, or they would wait for one another."""
+    """Groups of parameters whose gradients travel together. start(bucket) begins, and returns a
+    function that waits and gives the reduced gradients: {parameter: tensor}. With `overlap` a
+    bucket leaves as soon as its gradients are there, while the backward pass goes on. Order and
+    number of messages are the same on all ranks, whichever parameters a rank has used, or they
+    would wait for one another."""
 
-    def __init__(self, params, bucket_mb, send, active):
-        self.limit, self.send, self.active = bucket_mb * 2**20, send, active
-        self.buckets, self.bucket_of = [], {}
-        self.add(params)
+    def __init__(self, start, group=None, overlap=True):
+        self.buckets, self.start, self.group, self.overlap = [], start, group, overlap
 
-    def add(self, params):
-        """Take in further parameters. A bucket has one dtype."""
-        room = -1
+    def add(self, params, bucket_mb):
+        """Divide parameters into buckets of one dtype and about so many MB, ahead of those there
+        are. The last parameters come first, as in the backward pass."""
+        new, room = [], -1
         for p in reversed([p for p in params if p.requires_grad]):
-            if p.nbytes > room or p.dtype != self.buckets[-1][0].dtype:
-                self.buckets.append([])
-                room = self.limit
-            self.buckets[-1].append(p)
-            self.bucket_of[p] = len(self.buckets) - 1
+            if p.nbytes > room or p.dtype != new[-1][0].dtype:
+                new.append([])
+                room = bucket_mb * 2**20
+            new[-1].append(p)
             room -= p.nbytes
             p.register_post_accumulate_grad_hook(self._ready)
+        self.buckets = new + self.buckets
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self._begin()
 
     def _begin(self):
-        self.missing, self.next = [set(bucket) for bucket in self.buckets], 0
-
-    def _send(self):
-        self.next += 1
-        self.send(self.buckets[self.next - 1])
+        self.missing, self.had, self.sent = [set(bucket) for bucket in self.buckets], set(), []
 
     def _ready(self, p):
-        """The gradient of p is there."""
-        if self.active:
-            if p not in self.missing[self.bucket_of[p]]:  # this is another backward pass
-                self.finish()
-            self.missing[self.bucket_of[p]].remove(p)
-            while self.next < len(self.buckets) and not self.missing[self.next]:
-                self._send()
-
-    def finish(self):
-        """Send what is left: some of its gradients are missing."""
-        while self.next < len(self.buckets):
-            self._send()
-        self._begin()
-
-
-class DDP(nn.Module):
-    """Wrap a module so that gradients become the mean over ranks.
-
-    bucket_mb: gradients travel together in buckets of about this size: 0, each parameter alone
-    (naive); math.inf, all in one (flat). overlap: a bucket leaves as soon as its gradients are
-    there, while the backward pass still computes those of earlier layers. params: default all.
-
-        model = DDP(model); loss = ...; loss.backward(); model.finish_gradient_synchronization()
-
-    Parameters that get no gradient on any rank keep none; on a rank where one has none it counts
-    as 0. Use `with model.no_sync()` around the backward passes of a step but the last.
-    """
-
-    def __init__(self, module, bucket_mb=25.0, overlap=True, group=None, params=None):
-        super().__init__()
-        self.module, self.group, self.overlap, self.work = module, group, overlap, []
-        params = list(module.parameters()) if params is None else params
-        broadcast([*params, *module.buffers()], group)
-        self.buckets = Buckets(params, bucket_mb, self._send, overlap)
+        """The gradient of p is there: send what is complete, and has not been sent."""
+        if self.overlap:
+            self.missing[self.bucket_of[p]].discard(p)
+            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                self._send(self.buckets[len(self.sent)])
 
     def _send(self, bucket):
-        """Start the all-reduce of a bucket."""
-        if world(self.group) > 1:
-            flat = pack_gradients(bucket)
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
-            self.work.append((work, flat, bucket))
+        self.had.update(p for p in bucket if p.grad is not None)
+        self.sent.append(self.start(bucket))
+        for p in bucket:
+            p.grad = None
 
-    def finish_gradient_synchronization(self):
-        """After the backward pass: wait until all gradients are the mean over ranks."""
-        self.buckets.finish()
-        for work, flat, bucket in self.work:
-            work.wait()
-            for p, g in unpack_gradients(flat.div_(world(self.group)), bucket).items():
-                p.grad = g
-        self.work = []
+    def finish(self):
+        """Send what is left, and wait -> {parameter: reduced gradient}, without those that have
+        none on any rank. A bucket that another backward pass has added to leaves once more."""
+        for bucket in self.buckets[len(self.sent) :]:
+            self._send(bucket)
+        flags = [any(p.grad is not None for p in bucket) for bucket in self.buckets]
+        flags = torch.tensor([*flags, *(p in self.had for p in self.bucket_of)], dtype=torch.uint8)
+        if self.buckets and world(self.group) > 1:
+            flags = all_reduce(flags.to(self.buckets[0][0].device), self.group, dist.ReduceOp.MAX)
+        for bucket, again in zip(self.buckets, flags):
+            if again:
+                self._send(bucket)
+        had, result = dict(zip(self.bucket_of, flags[len(self.buckets) :].tolist())), {}
+        for p, g in itertools.chain.from_iterable(wait().items() for wait in self.sent):
+            if had[p]:
+                result[p] = result[p] + g if p in result else g
+        self._begin()
+        return result
 
     @contextlib.contextmanager
     def no_sync(self):
         """Backward passes in here only add to this rank's own gradients."""
-        self.buckets.active = False
-        try:
-            yield
-        finally:
-            self.buckets.active = self.overlap
+        before, self.overlap = self.overlap, False
+        yield
+        self.overlap = before
+
+def gradients(params):
+    """Their gradients, 0 where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+
+def start_average(params, group=None):
+    """Start to average gradients over ranks -> a function, as in `Buckets`."""
+    flat, W = flatten(gradients(params)), world(group)
+    wait = dist.all_reduce(flat, group=group, async_op=True).wait if W > 1 else bool
+    return lambda: [wait(), dict(zip(params, unflatten(flat.div_(W), params)))][1]
+
+class DDP(nn.Module):
+    """Wrap a module so that gradients become the mean over ranks.
+
+        model = DDP(model); loss = ...; loss.backward(); model.finish_gradient_synchronization()
+
+    bucket_mb: of gradients that travel together: 0, each alone (naive); math.inf, all (flat).
+    overlap: see `Buckets`. Where only some ranks have a gradient it is 0 on others. Use `with
+    model.no_sync()` around the backward passes of a step but the last."""
+
+    def __init__(self, module, bucket_mb=25.0, overlap=True, group=None):
+        super().__init__()
+        self.module = module
+        broadcast(module, group)
+        self.buckets = Buckets(functools.partial(start_average, group=group), group, overlap)
+        self.buckets.add(module.parameters(), bucket_mb)
+        self.no_sync = self.buckets.no_sync
+
+    def finish_gradient_synchronization(self):
+        """After the backward pass: wait until all gradients are the mean over ranks."""
+        for p, g in self.buckets.finish().items():
+            p.grad = g
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-
-# -----------------------------------------------------------------------------
-# ZeRO (Rajbhandari et al. 2020): W copies of the same optimizer state are W - 1 too many.
-
+# ---- ZeRO (Rajbhandari et al. 2020): W copies of the same optimizer state are W - 1 too many.
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer of any class whose state is divided: each parameter has one owner, which alone
@@ -240,24 +216,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
 
-    Gradients can be averaged before by DDP; or by `reduce_gradients`, which gives each only to its
+    Gradients are averaged before by DDP; or by `reduce_gradients`, which gives each only to its
     owner, so that with the parameters that come back no more is sent than for DDP alone. With
-    shard_gradients that happens in the backward pass, and what a rank does not own it frees at
-    once (ZeRO-2). state_dict() holds this rank's part of the state.
-    """
+    shard_gradients they leave in the backward pass, in buckets of bucket_mb, and are freed
+    (ZeRO-2); `no_sync` as in DDP. state_dict() is this rank's part of the state."""
 
-    def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, **kwargs):
+    def __init__(self, params, optimizer_cls, group=None, shard_gradients=False, bucket_mb=0.0,
+                 **kwargs):
         self.group, self.owner, self.load = group, {}, [0] * world(group)
-        self.reduced = {}  # own gradients, summed over ranks and the backward passes so far
-        limit = 0 if shard_gradients else math.inf
-        self.buckets = Buckets([], limit, self._reduce, shard_gradients)
+        self.pending = self.shard_gradients = shard_gradients
+        self.bucket_mb = bucket_mb if shard_gradients else math.inf
+        self.buckets = Buckets(self._start, group, shard_gradients)
+        self.no_sync = self.buckets.no_sync
         # has all parameters, but makes a state only of those that have gradients when it steps
         self.local = optimizer_cls(params, **kwargs)
         super().__init__(self.local.param_groups, self.local.defaults)
         self.param_groups, self.state = self.local.param_groups, self.local.state
-        for p, r in self.owner.items():  # (Adagrad has made all of it already)
-            if r != rank(group):
-                self.state.pop(p, None)
 
     def add_param_group(self, param_group):
         """Take in further parameters; each goes to the rank that has the least so far."""
@@ -266,222 +240,244 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in sorted(params, key=lambda p: -p.numel()):
             self.owner[p] = self.load.index(min(self.load))
             self.load[self.owner[p]] += p.numel()
-        self.buckets.add(params)
+        self.buckets.add(params, self.bucket_mb)
 
     def load_state_dict(self, state_dict):
         """Take up what state_dict() gave on this rank."""
         super().load_state_dict(state_dict)
         self.local.state, self.local.param_groups = self.state, self.param_groups  # (new ones)
 
-    @torch.no_grad()
-    def _reduce(self, params):
-        """Average the gradients of these parameters at their owners; the others lose them."""
-        parts = [[p for p in params if self.owner[p] == r] for r in range(world(self.group))]
-        packed = [pack_gradients(part) if part else params[0].new_empty(0) for part in parts]
-        own = reduce_scatter(flatten(packed), [len(x) for x in packed], self.group)
-        for p in params:
-            p.grad = None
-        for p, g in unpack_gradients(own / world(self.group), parts[rank(self.group)]).items():
-            self.reduced[p] = g + self.reduced.get(p, 0)
+    def _start(self, bucket):
+        """Start to average the gradients of a bucket, each at its owner."""
+        W = world(self.group)
+        parts = [[p for p in bucket if self.owner[p] == r] for r in range(W)]
+        sizes, own = [sum(p.numel() for p in part) for part in parts], parts[rank(self.group)]
+        wait = reduce_scatter(flatten(gradients(itertools.chain(*parts))), sizes, self.group)
+        return lambda: dict(zip(own, unflatten(wait() / W, own)))
 
     def reduce_gradients(self):
         """Average the gradients over ranks, each at its owner; all others are freed."""
-        self.buckets.finish()
-        for p, g in self.reduced.items():
+        for p, g in self.buckets.finish().items():
             p.grad = g
-        self.reduced = {}
+        self.pending = False
 
     @torch.no_grad()
     def step(self, closure=None):
         """Update own parameters, then take over those of the other ranks."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        for p, r in self.owner.items():
-            if r != rank(self.group):
-                p.grad = None
-        self.local.step()
-        parts = {}  # all of an owner travel together
-        for p, r in self.owner.items():
+        if self.pending:
+            self.reduce_gradients()
+        parts, self.pending = {}, self.shard_gradients
+        for p, r in self.owner.items():  # all of an owner travel together
             parts.setdefault((r, p.dtype), []).append(p)
-        if world(self.group) > 1:
-            for (r, _), part in parts.items():
-                flat = flatten(part)
-                dist.broadcast(flat, group=self.group, group_src=r)
-                torch._foreach_copy_(part, unflatten(flat, part))
+            p.grad = p.grad if r == rank(self.group) else None
+        self.local.step()
+        for (r, _), part in parts.items() if world(self.group) > 1 else ():
+            dist.broadcast(flat := flatten(part), group=self.group, group_src=r)
+            torch._foreach_copy_(part, unflatten(flat, part))
         return loss
 
-
-# -----------------------------------------------------------------------------
-# Fully sharded: no rank has a whole matrix but while it is used (ZeRO-3; Zhao et al. 2023).
-
-
-def shard_parameter(x, group=None):
-    """This rank's part of a parameter's numbers, a parameter of its own: (ceil(n / W),), the end
-    filled up with 0. It knows how parts are made of what has its shape, and wholes of parts."""
-    W, n, shape = world(group), x.numel(), x.shape
-
-    def to_part(x):
-        return F.pad(x.detach().reshape(-1), (0, -n % W)).view(W, -1)[rank(group)].clone()
-
-    shard = nn.Parameter(to_part(x), x.requires_grad)
-    shard.to_part, shard.to_whole = to_part, lambda x: all_gather(x, group)[:n].view(shape)
-    return shard
-
-
-def gather_weight(shard, dtype, group=None):
-    """Shards of all ranks -> the whole matrix; its gradient, averaged, goes back into shards."""
-    def scatter(g):
-        flat = F.pad(g.reshape(-1), (0, len(shard) * world(group) - g.numel()))
-        sizes = [len(shard)] * world(group)
-        return reduce_scatter(flat, sizes, group, shard.dtype) / world(group)
-
-    return Collective.apply(shard, lambda x: shard.to_whole(x.to(dtype)), scatter)
-
+# ---- Fully sharded: no rank has a whole matrix but while it is used (ZeRO-3; Zhao et al. 2023).
 
 def whole(p, x):
     """The whole of x, which is p or of its shape, if p is this rank's part of a parameter."""
-    return p.to_whole(x) if hasattr(p, "to_whole") and x.shape == p.shape else x
+    return p.to_whole(x.detach()) if hasattr(p, "to_whole") and x.shape == p.shape else x
 
+class FSDP(nn.Module):
+    """Wrap a module so that each rank keeps 1/W of the numbers of every Linear's and Embedding's
+    weight (classes of these names, and what inherits from one); others, small, stay whole.
 
-class FSDP(DDP):
-    """Wrap a module so that each rank keeps 1/W of every Linear's and Embedding's weight, as a
-    flat parameter; gathers it just ahead of its use, in the forward pass and again in the backward
-    pass, and frees it afterwards. Other parameters are small: they stay whole, as in DDP. Linear
-    and Embedding are any classes of these names, and what inherits from one. Raises ValueError if
-    there is none.
+    The matrices of a unit (what is in a ModuleList; elsewhere, a layer) are gathered just ahead of
+    its forward and its backward pass, and freed right after; those of the next one are on their way
+    while it computes. The graph keeps views of a matrix, and their storage is emptied and refilled.
 
-    compute_dtype: bfloat16 or float16, of gathered weights and their gradients; the shards stay as
-    they are (float32 masters). Optimizers are given FSDP's parameters(): AdamW, which looks at
-    each number by itself, works on shards; Muon, which needs matrices, does not.
-    """
+    compute_dtype: of a Linear's gathered weight and its gradient, bfloat16 or float16; the parts
+    stay as they are. parameters() are the parts: AdamW, which looks at each number by itself, works
+    on them; Muon, which needs matrices, does not. Methods as in DDP."""
 
     def __init__(self, module, compute_dtype=None, group=None):
-        shards = {}  # whole parameter -> its shard; of tied ones there is one
-        for part in module.modules():
-            names = {cls.__name__ for cls in type(part).__mro__}
-            p = part._parameters.get("weight")
+        super().__init__()
+        self.module, self.compute_dtype, self.group, self.kept = module, compute_dtype, group, {}
+        broadcast(module, group)
+        lists = [name for name, m in module.named_modules() if isinstance(m, nn.ModuleList)]
+        units, uses = {}, {}  # by names of their modules; a tied matrix is another unit's
+        for name, layer in module.named_modules():
+            kinds = {cls.__name__ for cls in type(layer).__mro__}
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
-            if p is not None and p.ndim == 2 and names & {"Linear", "Embedding"} and \
-                    "NonDynamicallyQuantizableLinear" not in names:
-                if p not in shards:
-                    broadcast([p], group)
-                    shards[p] = shard_parameter(p, group)
-                part.weight = shards[p]
-                part.forward = functools.partial(self._run, part, part.forward)
-        if not shards:
-            raise ValueError("FSDP finds nothing to shard: no Linear or Embedding whose weight is "
-                             "a matrix")
-        others = [p for p in module.parameters() if not hasattr(p, "to_whole")]
-        super().__init__(module, math.inf, False, group, others)
-        self.compute_dtype = compute_dtype
+            if not kinds & {"Linear", "Embedding"} or "NonDynamicallyQuantizableLinear" in kinds:
+                continue
+            root = next((".".join(name.split(".")[: outer.count(".") + 2])
+                         for outer in lists if name.startswith(f"{outer}.")), name)
+            p, lookup = layer.weight, "Embedding" in kinds
+            if not hasattr(p, "unit"):
+                p.unit = units.setdefault(root, types.SimpleNamespace(
+                    number=len(units), params=[], lookup=True, coming=None, in_backward=False))
+                self._shard(p, None if lookup else compute_dtype)
+            p.unit.lookup &= lookup
+            if p.unit not in uses.setdefault(root, []):
+                uses[root].append(p.unit)
+        for root, used in uses.items():
+            part = module.get_submodule(root)
+            part.register_forward_pre_hook(functools.partial(self._before_forward, used))
+            part.register_forward_hook(functools.partial(self._after_forward, used))
+        self.buckets = Buckets(self._start, group)
+        self.buckets.add([p for p in module.parameters() if not hasattr(p, "unit")], math.inf)
+        for unit in units.values():
+            self.buckets.add(unit.params, math.inf)
+        self.units = [*units.values(), types.SimpleNamespace(params=[], coming=None, lookup=False)]
 
-    def _run(self, part, forward, *args, **kwargs):
-        """Call a Linear or an Embedding with its whole weight."""
-        shard, kind = part.weight, part.weight.device.type
-        dtype = self.compute_dtype or shard.dtype
-        if dtype == torch.float32 and torch.is_autocast_enabled(kind) and any(
-                torch.is_tensor(x) and x.is_floating_point() for x in args):  # (no Embedding's)
-            dtype = torch.get_autocast_dtype(kind)  # or the graph would keep a copy in this dtype
-        full = gather_weight(shard, dtype, self.group)
-        address, numel = full.data_ptr(), full.numel()
+    def _shard(self, p, dtype):
+        """Keep this rank's part of a matrix, ceil(n / W) numbers; the last is filled up with 0."""
+        n, shape, W, group = p.numel(), p.shape, world(self.group), self.group
+        p.to_part = lambda x: F.pad(x.reshape(-1), (0, -n % W)).view(W, -1)[rank(group)].clone()
+        p.to_whole = lambda x: all_gather(x, group)()[:n].view(shape)
+        p.data = p.shard = p.to_part(p.detach())
+        p.full = p.shard.new_empty(W * len(p), dtype=dtype)
+        p.view_full = lambda: p.full[:n].view(shape)
+        p.unit.params.append(p)
 
-        def pack(x):  # in place of the whole matrix the graph keeps a note to gather it again
-            whole = x.data_ptr() == address and x.numel() == numel
-            return (x.shape, x.stride()) if whole else x
+    def _before_forward(self, units, *_):
+        for unit in units:  # (activation checkpointing: this may be part of the backward pass)
+            self._gather(unit, -1 if unit.in_backward else 1)
 
-        def unpack(x):
-            if torch.is_tensor(x):
-                return x
-            return shard.to_whole(shard.detach().to(dtype)).as_strided(*x)
+    def _after_forward(self, units, part, args, y):
+        for unit in units:
+            if not unit.in_backward:
+                self._free(unit)
+            for x in y if isinstance(y, (tuple, list)) else [y]:
+                if torch.is_tensor(x) and x.requires_grad:
+                    x.register_hook(functools.partial(self._before_backward, unit))
 
-        lower = contextlib.nullcontext() if dtype == shard.dtype else torch.autocast(kind, dtype)
-        part.__dict__["weight"] = full  # found before the parameter of this name
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, unpack), lower:
-                return forward(*args, **kwargs)
-        finally:
-            del part.__dict__["weight"]
+    def _before_backward(self, unit, _):
+        """The gradient of the output is there: weights are needed for that of the input; but that
+        of ids does not exist, and the shape is enough."""
+        unit.in_backward = True
+        if not unit.lookup:
+            return self._gather(unit, -1)
+        for p in unit.params:
+            p.full.untyped_storage().resize_(p.full.nbytes)
+            p.data = p.view_full()
 
-    @torch.no_grad()
+    def _gather(self, unit, direction):
+        """Make the matrices of a unit whole, and start with those of the next in this direction."""
+        self._start_gather(unit)
+        following = self.units[unit.number + direction]
+        for p, wait in zip(unit.params, unit.coming):
+            wait()
+            p.data = p.view_full()
+        unit.coming = ()  # all is here
+        if direction > 0 or not following.lookup:
+            self._start_gather(following)
+
+    def _start_gather(self, unit):
+        if unit.coming is None:
+            for p in unit.params:
+                p.full.untyped_storage().resize_(p.full.nbytes)
+            unit.coming = [all_gather(p.shard.to(p.full.dtype), self.group, p.full)
+                           for p in unit.params]
+
+    def _free(self, unit):
+        """Keep this rank's parts of a unit's matrices alone."""
+        for wait in unit.coming or ():
+            wait()
+        for p in unit.params:
+            p.data = p.shard
+            p.full.untyped_storage().resize_(0)
+        unit.coming, unit.in_backward = None, False
+
+    def _start(self, bucket):
+        """Start to average the gradients of a bucket, of which each rank gets its parts."""
+        if not hasattr(bucket[0], "unit"):
+            return start_average(bucket, self.group)
+        W, sizes = world(self.group), [len(p.shard) for p in bucket]
+        grads = (torch.zeros_like(p.full) if p.grad is None else p.grad.reshape(-1) for p in bucket)
+        rows = [F.pad(g, (0, W * n - len(g))).view(W, n) for g, n in zip(grads, sizes)]
+        flat, dtype = torch.cat(rows, 1).view(-1), bucket[0].shard.dtype
+        wait = reduce_scatter(flat, [sum(sizes)] * W, self.group, dtype)
+        self._free(bucket[0].unit)
+        return lambda: dict(zip(bucket, (wait() / W).split(sizes)))
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """For whole gradients there is no room: they are reduced after all, and parts added up."""
+        yield
+        self.finish_gradient_synchronization(more=True)
+
+    def finish_gradient_synchronization(self, more=False):
+        """After a backward pass: gradients become means over ranks, of which each has its parts.
+        more: another one of this step will follow."""
+        for p, g in self.buckets.finish().items():
+            self.kept[p] = self.kept[p] + g if p in self.kept else g
+        for unit in self.units:
+            self._free(unit)
+        while self.kept and not more:
+            p, g = self.kept.popitem()
+            p.grad = g
+
+    def forward(self, *args, **kwargs):
+        lower = self.compute_dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(next(self.parameters()).device.type, self.compute_dtype) if lower else \
+                contextlib.nullcontext():
+            return self.module(*args, **kwargs)
+
     def gather_full_params(self):
         """{name: whole tensor} as the wrapped module's own state_dict() would be on one rank."""
         params = dict(self.module.named_parameters(remove_duplicate=False))
         return {name: whole(params.get(name), x).clone()
                 for name, x in self.module.state_dict().items()}
 
+# ---- Tensor parallel (Shoeybi et al. 2019): every matrix is split; of two in a row the first by
+# columns, the second by rows: only then sums are added up, one all-reduce forward, one backward.
 
-# -----------------------------------------------------------------------------
-# Tensor parallel (Shoeybi et al. 2019): every matrix is split. Of two in a row the first is split
-# by columns (each rank computes some of the units), the second by rows (each rank sums over its
-# units); only then are the sums added up: one all-reduce forward, and one backward.
-
-
-def copy_to(x, group):
+def copy_to(x, group=None):
     """The same input for all ranks; its gradient is the sum of theirs."""
     return Collective.apply(x, lambda x: x.view_as(x), lambda g: all_reduce(g.clone(), group))
 
-
-def sum_over(x, group):
+def sum_over(x, group=None):
     """The sum of all ranks' outputs; each has the gradient of the sum."""
     return Collective.apply(x, lambda x: all_reduce(x.clone(), group), lambda g: g)
 
+def part_of(n, group=None, what="size"):
+    """This rank's range of n things. Raises ValueError if they can not be divided evenly."""
+    if n % world(group):
+        raise ValueError(f"{what} {n} can not be divided by {world(group)} processes")
+    return slice(rank(group) * n // world(group), (rank(group) + 1) * n // world(group))
 
-def part_of(n, group, what="size"):
-    """This rank's slice of n things. Raises ValueError if they can not be divided evenly."""
-    W = world(group)
-    if n % W:
-        raise ValueError(f"{what} {n} can not be divided by {W} processes")
-    return slice(rank(group) * n // W, (rank(group) + 1) * n // W)
+def split_parameter(p, axis, group=None):
+    """-> this rank's part of a parameter along an axis, a parameter. Raises ValueError."""
+    part_of(p.shape[axis], group)
+    own = nn.Parameter(p.detach().chunk(world(group), axis)[rank(group)].clone())
+    own.to_part = lambda x: x.chunk(world(group), axis)[rank(group)].clone()
+    own.to_whole = lambda x: torch.cat(
+        [*all_gather(x.reshape(-1), group)().view(-1, *x.shape)], axis)
+    return own
 
+class ParallelLinear(nn.Module):
+    """y = x W^T + b of which each rank has a part. axis 0: it computes d_out / W columns: (...,
+    d_in) -> (..., d_out / W). axis 1: it has d_in / W inputs: (..., d_in / W) -> (..., d_out).
+    weight, bias_value: of the whole layer; None: random. copied: an input's gradient is summed over
+    ranks elsewhere, once for several layers."""
 
-def split_parameter(x, axis, group):
-    """This rank's part of a parameter along an axis, as `shard_parameter`. Raises ValueError."""
-    W = world(group)
-    part_of(x.shape[axis], group)
-
-    def to_part(x):
-        return x.detach().chunk(W, axis)[rank(group)].clone()
-
-    def to_whole(x):
-        return torch.cat(all_gather(x.reshape(-1), group).view(W, *x.shape).unbind(), axis)
-
-    p = nn.Parameter(to_part(x))
-    p.to_part, p.to_whole = to_part, to_whole
-    return p
-
-
-class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b of which each rank computes d_out / W columns: (..., d_in) -> (..., d_out /
-    W). weight, bias_value: of the whole layer, or random. copied: the input's gradient is summed
-    over ranks elsewhere, once for several such layers."""
-
-    def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
+    def __init__(self, axis, d_in, d_out, bias=False, group=None, weight=None, bias_value=None,
                  copied=False):
         super().__init__()
-        self.group, self.copied, whole = group, copied, model_py.Linear(d_in, d_out, bias)
-        self.weight = split_parameter(whole.weight if weight is None else weight, 0, group)
-        bias = whole.bias if bias_value is None else bias_value
-        self.bias = None if bias is None else split_parameter(bias, 0, group)
+        self.axis, self.group, self.copied = axis, group, copied
+        layer = model_py.Linear(d_in, d_out, bias)
+        self.weight = split_parameter(layer.weight if weight is None else weight, axis, group)
+        self.bias = layer.bias if bias_value is None else nn.Parameter(bias_value.detach().clone())
+        if self.bias is not None and axis == 0:
+            self.bias = split_parameter(self.bias, 0, group)
 
     def forward(self, x):
-        x = x if self.copied else copy_to(x, self.group)
-        return F.linear(x, self.weight, self.bias)
-
-
-class RowParallelLinear(nn.Module):
-    """y = x W^T + b of which each rank has d_in / W inputs: (..., d_in / W) -> (..., d_out)."""
-
-    def __init__(self, d_in, d_out, bias=False, group=None, weight=None, bias_value=None):
-        super().__init__()
-        self.group, whole = group, model_py.Linear(d_in, d_out, bias)
-        self.weight = split_parameter(whole.weight if weight is None else weight, 1, group)
-        bias = whole.bias if bias_value is None else bias_value
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
-    def forward(self, x):
+        if self.axis == 0:
+            x = x if self.copied else copy_to(x, self.group)
+            return F.linear(x, self.weight, self.bias)
         y = sum_over(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
+ColumnParallelLinear = functools.partial(ParallelLinear, 0)
+RowParallelLinear = functools.partial(ParallelLinear, 1)
 
 class VocabParallelEmbedding(nn.Module):
     """An embedding of which each rank has n / W rows: ids of others give 0 here, and the sum is
@@ -498,127 +494,88 @@ class VocabParallelEmbedding(nn.Module):
         x = F.embedding((ids - self.part.start).masked_fill(~mine, 0), self.weight)
         return sum_over(x * mine[..., None], self.group)
 
-
 def vocab_parallel_cross_entropy(logits, targets, group=None, ignore_index=-100, z_loss=0.0):
     """Sum of the losses, where each rank has the logits of its own ids: (..., V / W). Only a
-    maximum, a sum and the target's logit of each position travel, not the logits. z_loss: as in
-    train.cross_entropy."""
-    part = part_of(logits.shape[-1] * world(group), group)
-    logits = model_py.upcast(logits)
+    maximum, a sum and the target's logit of each position travel. z_loss: as in train.py."""
+    logits, n = model_py.upcast(logits), logits.shape[-1]
     m = all_reduce(logits.detach().amax(-1), group, dist.ReduceOp.MAX)
     log_z = m + sum_over((logits - m[..., None]).exp().sum(-1), group).log()
-    mine = (targets >= part.start) & (targets < part.stop)
-    at = logits.gather(-1, (targets - part.start).masked_fill(~mine, 0)[..., None])[..., 0]
-    losses = log_z - sum_over(at * mine, group)
-    if z_loss:
-        losses = losses + z_loss * log_z.square()
+    at = targets - rank(group) * n
+    mine = (at >= 0) & (at < n)
+    at = logits.gather(-1, at.masked_fill(~mine, 0)[..., None])[..., 0] * mine
+    losses = log_z - sum_over(at, group) + z_loss * log_z.square()
     return losses.masked_fill(targets == ignore_index, 0.0).sum()
 
-
-def split_tensors(model, group):
+def split_tensors(model, group=None):
     """Make a Transformer tensor parallel, in place -> itself. Raises ValueError."""
-    c, W = model.config, world(group)
-    if set(c.attention.split(",")) - {"full", "sliding"} or c.norm_place != "pre" or \
-            c.activation == "moe" or c.tie_embeddings or c.qk_norm_joint or c.dropout or \
-            c.logit_cap:
-        raise ValueError("--tp is for full and sliding attention and norms before the parts, with "
-                         "no experts, tied embeddings, qk_norm_joint, dropout or logit_cap")
-    for name in ("n_head", "n_kv_head", "d_ff", "vocab_size"):
+    c = model.config
+    if {*model.kinds} & {"latent", "hyena"}:
+        raise ValueError("--tp is for attention with heads of their own: not latent, not hyena")
+    for name in ("n_head", "n_kv_head", "d_ff", "vocab_size"):  # (heads must not be cut through)
         part_of(getattr(c, name), group, name)
 
     def split(parent, name, kind, **more):
-        linear = getattr(parent, name)
-        setattr(parent, name, kind(*linear.weight.shape[::-1], linear.bias is not None, group,
-                                   linear.weight, linear.bias, **more))
+        old = getattr(parent, name)
+        setattr(parent, name, kind(*old.weight.shape[::-1], old.bias is not None, group, old.weight,
+                                   old.bias, **more))
 
     for block in model.blocks:
-        attn, ffn = block.attn, block.ffn
-        # queries, keys and values have one input, as have w1 and w3: one all-reduce for all
-        for norm in (block.attn_norm, block.ffn_norm):
-            norm.register_forward_hook(lambda module, args, y: copy_to(y, group))
-        for name in ("q_proj", "k_proj", "v_proj"):
-            split(attn, name, ColumnParallelLinear, copied=True)
-        for name in ("w1", "w3") if c.activation == "swiglu" else ("w1",):
-            split(ffn, name, ColumnParallelLinear, copied=True)
-        split(attn, "o_proj", RowParallelLinear)
-        split(ffn, "w2", RowParallelLinear)
-        attn.n_head, attn.n_kv_head = c.n_head // W, c.n_kv_head // W
-        if c.qk_norm:  # each rank's heads give a part of the gradient
-            for norm in (attn.q_norm, attn.k_norm):
-                norm.weight.register_hook(lambda g: all_reduce(g.clone(), group))
+        for part in (block.attn, *getattr(block.ffn, "experts", [block.ffn])):
+            # one all-reduce for queries, keys and values, one for w1 and w3
+            part.register_forward_pre_hook(lambda _, args: (copy_to(args[0], group), *args[1:]))
+            for name in {*part._modules} & {"q_proj", "k_proj", "v_proj", "w1", "w3"}:
+                split(part, name, ColumnParallelLinear, copied=True)
+            split(part, "o_proj" if part is block.attn else "w2", RowParallelLinear)
+        for p in (*block.attn.q_norm.parameters(), *block.attn.k_norm.parameters()):
+            p.register_hook(lambda g: all_reduce(g.clone(), group))  # each rank's heads give a part
     model.embedding = VocabParallelEmbedding(c.vocab_size, c.n_embd, group, model.embedding.weight)
     split(model, "head", ColumnParallelLinear)
+    if c.tie_embeddings:  # (both are cut by ids)
+        model.head.weight = model.embedding.weight
     return model
 
-
-# -----------------------------------------------------------------------------
-# Pipeline parallel: every rank has some of the layers, and a batch passes in pieces, so that all
-# have something to do. GPipe (Huang et al. 2019) does all forward passes, then all backward
-# passes; 1F1B (Narayanan et al. 2019) begins each backward pass as soon as it can, and keeps the
-# activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
-
-
-def receive(x, source, group):
-    """Fill x with what rank `source` sends -> x."""
-    dist.recv(x, group=group, group_src=source)
-    return x
-
+# ---- Pipeline parallel: each rank has some layers, a batch passes in pieces. GPipe (Huang et al.
+# 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each backward pass as soon as it
+# can: activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
 
 def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", device="cpu"):
-    """Forward and backward passes of several micro-batches through the stages of a group's ranks.
-
-    stage: this rank's module; batches: list of (x, y), of which the first stage takes x and the
-    last y; loss_fn(output, y): a micro-batch's share of the loss, in the last stage. Adds to
-    gradients; under torch.no_grad() there are only the forward passes. -> the sum of the losses, a
-    tensor (on the last rank; 0 elsewhere). Raises ValueError.
-    """
+    """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
+    ranks. stage: this rank's module; what it receives is like x, or an empty tensor that its
+    input_like(x) gives. batches: list of (x, y), of which the first stage takes x and the last y.
+    loss_fn(output, y): a micro-batch's share of the loss, in the last stage. -> the sum of the
+    losses, a tensor (on the last rank; 0 elsewhere). Raises ValueError."""
     if schedule not in ("gpipe", "1f1b"):
         raise ValueError(f"schedule is gpipe or 1f1b, not {schedule}")
-    W, r = world(group), rank(group)
-    first, last = r == 0, r == W - 1
-    under_way, sent, loss = [], [], torch.zeros((), device=device)
+    last, r, sent, under_way = world(group) - 1, rank(group), [], []
+    loss, like = torch.zeros((), device=device), getattr(stage, "input_like", torch.empty_like)
 
-    def send(x, to):
-        x = x.contiguous()
-        sent.append((dist.isend(x, group=group, group_dst=to), x))  # x must live until it has left
+    def send(x, to):  # x must live until it has left
+        sent.append((dist.isend(x := x.contiguous(), group=group, group_dst=to), x))
 
-    def forward(x, y):
-        nonlocal loss
-        if not first:  # what comes: first its dtype and shape, then the numbers
-            dtype, *shape = receive(torch.zeros(8, dtype=torch.int64, device=device), r - 1, group)
-            shape = [n for n in shape if n >= 0]
-            x = torch.empty(shape, dtype=DTYPES[dtype], device=device)
-            x = receive(x, r - 1, group).requires_grad_()
-        out = stage(x)
-        if last:
-            out = loss_fn(out, y)
-            loss = loss + out.detach()
-        else:
-            head = [DTYPES.index(out.dtype), *out.shape]
-            send(torch.tensor(head + [-1] * (8 - len(head)), device=device), r + 1)
-            send(out.detach(), r + 1)
-        under_way.append((x, out))
+    def receive(x, source):
+        dist.recv(x, group=group, group_src=source)
+        return x
 
-    def backward():
-        x, out = under_way.pop(0)
-        if torch.is_grad_enabled():
-            out.backward(None if last else receive(torch.empty_like(out), r + 1, group))
-            if not first:
+    # every rank is this many forward passes ahead of its backward passes
+    ahead = len(batches) if schedule == "gpipe" else last - r
+    for i in range(len(batches) + ahead):
+        if i < len(batches):
+            x, y = batches[i]
+            x = receive(like(x), r - 1).requires_grad_() if r else x
+            out = stage(x) if r < last else loss_fn(stage(x), y)
+            under_way.append((x, out))
+            if r < last:
+                send(out.detach(), r + 1)
+            else:
+                loss = loss + out.detach()
+        if i >= ahead and torch.is_grad_enabled():
+            x, out = under_way.pop(0)
+            out.backward(receive(torch.empty_like(out), r + 1) if r < last else None)
+            if r:
                 send(x.grad, r - 1)
-
-    ahead = len(batches) if schedule == "gpipe" else min(len(batches), W - 1 - r)
-    for i, batch in enumerate(batches):
-        forward(*batch)
-        if i >= ahead:
-            backward()
-    while under_way:
-        backward()
-    for handle, _ in sent:
-        handle.wait()
+    for work, _ in sent:
+        work.wait()
     return loss
-
 
 class Skip(nn.Module):
     """A layer that another rank has."""
@@ -626,86 +583,81 @@ class Skip(nn.Module):
     def forward(self, x, *others):
         return x
 
-
 def split_layers(model, group=None):
     """Leave a Transformer this rank's layers, in place -> itself. The first rank also keeps the
     embedding, and takes ids, the others (B, T, C); the last one keeps the head, and gives logits,
     the others (B, T, C). Raises ValueError."""
-    c, W, r = model.config, world(group), rank(group)
-    if c.tie_embeddings or c.activation == "moe":
-        raise ValueError("--pp does not go with tied embeddings or experts")
-    if c.n_layer < W:
-        raise ValueError(f"{c.n_layer} layers are too few for {W} stages")
+    c, W, r, p = model.config, world(group), rank(group), next(model.parameters())
+    if c.activation == "moe" or c.n_layer < W:
+        raise ValueError(f"--pp is for models without experts, and at least {W} layers")
     for i in range(c.n_layer):
         if not r * c.n_layer // W <= i < (r + 1) * c.n_layer // W:
             model.blocks[i] = Skip()
+    model.auxiliary_loss = lambda: 0.0
     if r > 0:
-        model.embedding = model.positions = None
-        model.embed = lambda x, at: x
+        model.input_like = lambda x: torch.empty(*x.shape, c.n_embd, dtype=p.dtype, device=p.device)
+        model.embed, model.positions = lambda x, at: x, None
+        if r < W - 1 or not c.tie_embeddings:  # (else it is the head, too)
+            model.embedding = None
     if r < W - 1:
-        model.final_norm = model.head = None
-        model.predict = lambda x: x
+        model.logits, model.final_norm, model.head = lambda x: x, Skip(), None
     return model
 
+def add_tied_gradients(model, group=None):
+    """The first and the last rank of a pipeline both have a tied embedding: add gradients up."""
+    c, p = model.config, next(model.parameters())
+    table = model.embedding and model.embedding.weight.grad
+    all_reduce(p.new_zeros(c.vocab_size, c.n_embd) if table is None else table, group)
 
-# -----------------------------------------------------------------------------
-# Sequence parallel: every rank has a part of each sequence. All parts of a model work on tokens
-# one by one, but for attention: there keys and values go around in a ring, and each rank keeps an
-# online softmax of what it has seen (Liu et al. 2023).
-
+# ---- Sequence parallel: every rank has a part of each sequence. For attention keys and values go
+# around in a ring, and each rank keeps an online softmax of what it has seen (Liu et al. 2023).
 
 def rotate(tensors, group=None):
-    """Send tensors to the next rank, receive those of the one before."""
-    W, r = world(group), rank(group)
+    """Send tensors to the next rank -> those of the one before."""
+    W, r, flat = world(group), rank(group), flatten(tensors)
     if W == 1:
         return tensors
-    flat = flatten(tensors)
     out = torch.empty_like(flat)
-    ways = [dist.P2POp(dist.isend, flat, group=group, group_peer=(r + 1) % W),
-            dist.P2POp(dist.irecv, out, group=group, group_peer=(r - 1) % W)]
-    for handle in dist.batch_isend_irecv(ways):
-        handle.wait()
+    for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, flat, group=group, group_peer=(r + 1) % W),
+             dist.P2POp(dist.irecv, out, group=group, group_peer=(r - 1) % W)]):
+        work.wait()
     return unflatten(out, tensors)
 
+def ring_scores(q, k, source, group, causal):
+    """How q sees the keys of rank `source`: (..., T, T); None if all of them come later."""
+    if causal and source > rank(group):
+        return None
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    later = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+    return s.masked_fill(later, -math.inf) if causal and source == rank(group) else s
 
 class RingAttention(torch.autograd.Function):
     """See `ring_attention`; backward as in FlashAttention, with gradients that travel. Keys and
     values are (B, H / n, 1, T, D), all else (B, H / n, n, T, D)."""
 
     @staticmethod
-    def visible(q, k, source, group, causal):
-        """How q sees the keys of rank `source`: scores (..., T, T); None if they come later."""
-        r = rank(group)
-        if causal and source > r:
-            return None
-        s = q @ k.mT * q.shape[-1] ** -0.5
-        if causal and source == r:
-            s = s.masked_fill(~model_py.causal_mask(q.shape[-2], q.device), -math.inf)
-        return s
-
-    @staticmethod
     def forward(ctx, q, k, v, group, causal):
-        W, r, saved = world(group), rank(group), (q, k, v)
+        W, r, kv = world(group), rank(group), (k, v)
         m, l, acc = torch.full_like(q[..., :1], -math.inf), 0.0, 0.0
         for step in range(W):
-            s = RingAttention.visible(q, k, (r - step) % W, group, causal)
+            s = ring_scores(q, kv[0], (r - step) % W, group, causal)
             if s is not None:
                 larger = torch.maximum(m, s.amax(-1, keepdim=True))
                 p, shrink = (s - larger).exp(), (m - larger).exp()
-                m, l, acc = larger, l * shrink + p.sum(-1, keepdim=True), acc * shrink + p @ v
-            if step + 1 < W:
-                k, v = rotate((k, v), group)
+                m, l, acc = larger, l * shrink + p.sum(-1, keepdim=True), acc * shrink + p @ kv[1]
+            kv = rotate(kv, group) if step + 1 < W else kv
         ctx.group, ctx.causal, o = group, causal, acc / l
-        ctx.save_for_backward(*saved, o, m + l.log())
+        ctx.save_for_backward(q, k, v, o, m + l.log())
         return o
 
     @staticmethod
     def backward(ctx, g):
         q, k, v, o, lse = ctx.saved_tensors
         W, r, delta = world(ctx.group), rank(ctx.group), (g * o).sum(-1, keepdim=True)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for step in range(W):  # the gradients travel with their keys, and are home after W steps
-            s = RingAttention.visible(q, k, (r - step) % W, ctx.group, ctx.causal)
+            s = ring_scores(q, k, (r - step) % W, ctx.group, ctx.causal)
             if s is not None:
                 p = (s - lse).exp()
                 ds = p * (g @ v.mT - delta) * q.shape[-1] ** -0.5
@@ -715,601 +667,477 @@ class RingAttention(torch.autograd.Function):
             k, v, dk, dv = rotate((k, v, dk, dv), ctx.group)
         return dq, dk, dv, None, None
 
-
 def ring_attention(q, k, v, group=None, causal=True):
     """Attention over sequences of which each rank of a group has T consecutive positions, the
     first rank the first. q: (B, H, T, D); k, v: (B, H / n, T, D) -> (B, H, T, D). Exact; no rank
     ever has more than its own and one other rank's keys."""
     q, k, v = q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)
-    return RingAttention.apply(q, k, v, group, causal).flatten(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        y = RingAttention.apply(*(model_py.upcast(x) for x in (q, k, v)), group, causal)
+    return y.flatten(1, 2).type_as(q)
 
+def split_sequence(model, group=None):
+    """Let a Transformer's attention reach all ranks' parts of a sequence, in place -> itself. It is
+    to be called with this rank's `positions`. Raises ValueError."""
+    if {*model.kinds} != {"full"} or model.config.dropout:
+        raise ValueError("--sp is for full attention, without dropout")
 
-def split_sequence(model, T, group):
-    """Let a Transformer work on this rank's T positions of each sequence, in place -> itself."""
-    c = model.config
-    if set(c.attention.split(",")) != {"full"} or c.activation == "moe" or c.dropout:
-        raise ValueError("--sp is for full attention, without experts and dropout")
-    model.first_position = rank(group) * T
+    def forward(attn, x, where, cache=None):
+        q, k, v = attn.heads(x, where.rotate)
+        return attn.o_proj(ring_attention(q, k, v, group).transpose(-3, -2).flatten(-2))
+
     for block in model.blocks:
-        block.attn.attend = functools.partial(ring_attention, group=group)
+        block.attn.forward = functools.partial(forward, block.attn)
     return model
 
-
-# -----------------------------------------------------------------------------
-# The training run: train.py's, on several processes.
+# ---- The training run: train.py's loop, in which methods of `Parallel` replace functions.
 
 SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 
-
-def say(*text):
-    """Print, on the first process."""
-    if rank() == 0:
-        print(*text, flush=True)
-
-
-def local(x):
-    """What this rank has of a tensor of FSDP2, or the tensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 class Parallel:
-    """A Transformer on several processes: what the loop of `run` needs to know of it.
+    """A Transformer on several processes. The tp, pp or sp ranks of one copy of it are neighbours;
+    the same rank of all copies forms a group for data parallelism. Raises ValueError."""
 
-    Ranks are numbered so that those of one copy of the model are neighbours. A copy has tp, pp or
-    sp ranks; the same rank of all copies forms a group for data parallelism.
-    """
-
-    def __init__(self, model, args, device):
-        self.args, self.device, self.config = args, device, model.config
-        self.autocast, self.dtype = train.make_autocast(device, args.dtype)
-        n, W = args.tp * args.pp * args.sp, world()  # ranks of one copy, and all
-        self.dp, self.copy_rank = W // n, rank() // n
-        self.group = self.grads = None  # ranks of one copy; those that average their gradients
+    def __init__(self, args, device):
+        n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
+        self.args, self.device, self.passes, self.signals = args, device, 0, []
+        # with --sp, this rank's positions of (x, y)
+        self.cut = lambda batch: [x.chunk(args.sp, 1)[rank() % args.sp] for x in batch]
+        self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
+        schemes = SCHEMES[:3] if n > 1 else SCHEMES if args.impl == "own" else ("ddp", "fsdp")
+        matrices_split = args.scheme == "fsdp" or args.tp > 1
+        for wrong, why in (
+                (n not in (args.tp, args.pp, args.sp) or W % n or args.dp not in (0, W // n),
+                 f"the {W} processes are not dp, dp x tp, dp x pp or dp x sp"),
+                (args.scheme not in schemes or n > 1 and args.impl == "torch", "--tp, "
+                 "--pp, --sp go with naive, flat and ddp; --impl torch, alone, with ddp and fsdp"),
+                (matrices_split and args.optimizer in ("muon", "soap"),
+                 "fsdp and --tp split the matrices that muon and soap need whole"),
+                (args.teacher or args.noise_scale or args.kernels or args.compile,
+                 "--teacher, --noise_scale, --kernels and --compile are train.py's alone"),
+                (args.batch_size % max(1, self.dp), "--batch_size, of all, can not be divided")):
+            if wrong:
+                raise ValueError(why)
         if n > 1:
             make = dist.new_subgroups_by_enumeration
-            self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])
-            if args.sp == 1:  # else all have the same parameters, and different tokens
+            self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])  # one copy
+            if args.sp == 1:  # who averages gradients; else all: same parameters, other tokens
                 self.grads, _ = make([list(range(i, W, n)) for i in range(n)])
 
-        # optimizers as one process has them, whose parameters are then replaced by our parts
-        self.optimizers = train.make_optimizers(
-            model, args.optimizer, args.learning_rate, args.weight_decay, (args.beta1, args.beta2),
-            args.momentum, args.mup)
+    def make_optimizers(self, model, *how):
+        """Divide a model, in place -> its optimizers, made for the whole, then given our parts."""
+        a, self.model, self.wrapped, self.switches = self.args, model, None, []
+        optimizers = make_optimizers(model, *how)
         name_of = {p: name for name, p in model.named_parameters()}
-        self.groups = [group for o in self.optimizers for group in o.param_groups]
-        for group in self.groups:
-            group["names"] = [name_of[p] for p in group["params"]]
-        if args.tp > 1:
+        groups = [group for o in optimizers for group in o.param_groups]
+        self.names = [[name_of[p] for group in o.param_groups for p in group["params"]]
+                      for o in optimizers]
+        if a.tp > 1:
             split_tensors(model, self.group)
-        elif args.pp > 1:
-            split_layers(model, self.group)
-        elif args.sp > 1:
-            part_of(self.config.block_size, self.group, "block_size")
-            split_sequence(model, self.config.block_size // args.sp, self.group)
-        self.module, self.wrapped = model, self.wrap(model)
+        elif a.pp > 1:
+            self.stage = functools.partial(split_layers(model, self.group).forward)
+            self.stage.input_like = getattr(model, "input_like", None)
+            model.forward = lambda x: x  # (`cross_entropy` does all of it)
+        elif a.sp > 1:
+            part = part_of(model.config.block_size, self.group, "block_size")
+            at = torch.arange(part.start, part.stop, device=self.device)[None]
+            split_sequence(model, self.group)
+            model.forward = functools.partial(model.forward, positions=at)
+        if a.impl == "torch" and a.scheme == "fsdp":
+            fully_shard(model)
+        elif a.impl == "torch":
+            inner = nn.Module()  # calls of the model go through PyTorch's DDP from now on
+            inner.model, inner.forward = model, model.forward
+            ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=a.bucket_mb)
+            model.forward, self.switches = ddp.forward, [(ddp, "require_backward_grad_sync")]
+        elif a.scheme == "fsdp":
+            fast = a.dtype == "auto" and train.has_fast_bfloat16(self.device)
+            self.wrapped = FSDP(model, torch.bfloat16 if fast or a.dtype == "bfloat16" else None)
+        elif self.zero:
+            broadcast(model)
+        else:  # (of a pipeline's backward passes only the last may send)
+            size = {"naive": 0, "flat": math.inf}.get(a.scheme, a.bucket_mb)
+            self.wrapped = DDP(model, size, a.scheme == "ddp" and a.pp == 1, self.grads)
+            self.switches = [(self.wrapped.buckets, "overlap")] * self.wrapped.buckets.overlap
         self.params = dict(model.named_parameters())
-        for group in self.groups:
-            group["params"] = [self.params[name] for name in group["names"] if name in self.params]
-        if "zero" in args.scheme:
-            self.optimizers = [ShardedOptimizer(o.param_groups, type(o), self.grads,
-                                                args.scheme == "zero2", **o.defaults)
-                               for o in self.optimizers]
-        # whether each optimizer state, and each gradient, is on one rank only
-        self.apart = "zero" in args.scheme or args.pp > 1
+        for group in groups:
+            names = [name_of[p] for p in group["params"]]
+            group["params"] = [self.params[name] for name in names if name in self.params]
+        if self.zero:
+            optimizers = [ShardedOptimizer(o.param_groups, type(o), None, a.scheme == "zero2",
+                                           a.bucket_mb, **o.defaults) for o in optimizers]
+            self.switches = [(o.buckets, "overlap") for o in optimizers if o.buckets.overlap]
+        for optimizer, names in zip(optimizers, self.names):
+            optimizer.load_state_dict = functools.partial(self.load, optimizer, names)
+        self.optimizers, self.stream = optimizers, rank() if a.pp > 1 else self.copy
+        if self.stream:  # random numbers, for dropout, differ
+            torch.manual_seed(a.seed + self.stream)
+        model.register_forward_pre_hook(self.before_forward)
+        return optimizers
 
-    def wrap(self, model):
-        """-> what is called in place of the model, so that gradients become means."""
-        args = self.args
-        if args.impl == "torch" and args.scheme == "fsdp":
-            from torch.distributed.fsdp import fully_shard
-            from torch.distributed.tensor import distribute_tensor
+    def before_forward(self, model, _):
+        """Gradients leave in the last backward pass of a step; fsdp's, in each."""
+        if model.training and torch.is_grad_enabled():
+            if self.passes and isinstance(self.wrapped, FSDP):
+                self.wrapped.finish_gradient_synchronization(more=True)
+            self.passes = (self.passes + 1) % self.args.gradient_accumulation_steps
+            for each, name in self.switches:
+                setattr(each, name, self.passes == 0)
 
-            for part in [*model.blocks, model]:
-                fully_shard(part)
-            for p in model.parameters():
-                p.to_whole, p.to_part = type(p).full_tensor, functools.partial(
-                    distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
-        elif args.scheme == "fsdp":
-            return FSDP(model, group=self.grads)
-        elif args.impl == "torch" and world() > 1:
-            return nn.parallel.DistributedDataParallel(model, bucket_cap_mb=args.bucket_mb)
-        elif "zero" in args.scheme:
-            broadcast([*model.parameters(), *model.buffers()])
-        elif world(self.grads) > 1:
-            size = {"naive": 0, "flat": math.inf}.get(args.scheme, args.bucket_mb)
-            # a pipeline has several backward passes, of which only the last may send
-            return DDP(model, size, args.scheme == "ddp" and args.pp == 1, self.grads)
-        return model
+    def get_batch(self, data, batch_size, block_size, device, number, *more):
+        """This copy's rows, and with --sp this rank's positions. ValueError, on all ranks."""
+        batch, error = None, ValueError("stopped")
+        try:
+            batch = get_batch(data, batch_size // self.dp, block_size, device,
+                              number * self.dp + self.copy, *more)
+        except ValueError as wrong:
+            error = wrong
+        going_on = torch.tensor(bool(batch and not self.signals), dtype=torch.uint8, device=device)
+        if not all_reduce(going_on, op=dist.ReduceOp.MIN):
+            raise error
+        return self.cut(batch)
 
-    def cut(self, x):
-        """This rank's positions of sequences: all, but for sequence parallelism."""
-        return x.chunk(self.args.sp, 1)[rank(self.group)] if self.args.sp > 1 else x
-
-    def loss_sum(self, logits, y):
-        """Sum of the losses of this rank's part of a batch."""
-        z_loss = self.args.z_loss if self.module.training else 0.0
-        if self.args.tp > 1:
-            return vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
-        return train.cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
-
-    def backward(self, batches):
-        """Gradients of the mean loss over all tokens of all ranks -> that loss, a number."""
-        batches = [(self.cut(x), self.cut(y)) for x, y in batches]
-        total = sum(y.numel() for _, y in batches)  # the same on all ranks
-        loss, quiet = 0.0, getattr(self.wrapped, "no_sync", contextlib.nullcontext)
-        if self.args.pp > 1:
-            n = self.args.microbatches
-            batches = [piece for x, y in batches for piece in zip(x.chunk(n), y.chunk(n))]
-            with self.autocast():
-                loss = pipeline_step(
-                    self.module, batches, lambda logits, y: self.loss_sum(logits, y) / total,
-                    self.group, self.args.pp_schedule, self.device)
+    def cross_entropy(self, logits, y, reduction="sum", z_loss=0.0):
+        """The mean over copies (and parts of a sequence) of the sum of this batch's losses; the
+        gradient is that of this rank's own, as the gradients will be averaged."""
+        a, n = self.args, self.args.microbatches
+        if a.pp > 1:  # (logits are still ids here; the backward pass, too, is in this)
+            tokens = y.numel() * a.gradient_accumulation_steps
+            loss = tokens * pipeline_step(
+                self.stage, list(zip(logits.chunk(n), y.chunk(n))), lambda logits, y: cross_entropy(
+                    logits, y, reduction="sum", z_loss=z_loss) / tokens, self.group, a.pp_schedule,
+                self.device).requires_grad_()
+        elif a.tp > 1:
+            loss = vocab_parallel_cross_entropy(logits, y, self.group, z_loss=z_loss)
         else:
-            for i, (x, y) in enumerate(batches):
-                with quiet() if i + 1 < len(batches) else contextlib.nullcontext():
-                    with self.autocast():
-                        part = self.loss_sum(self.wrapped(x), y) / total
-                    (part + self.module.auxiliary_loss() / len(batches)).backward()
-                loss = loss + part.detach()
-        if isinstance(self.wrapped, DDP):
+            loss = cross_entropy(logits, y, reduction="sum", z_loss=z_loss)
+        share = a.pp / world()
+        return Collective.apply(loss, lambda x: all_reduce(x.clone()) * share, lambda g: g)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, params, max_norm, eps=1e-6):
+        """Average all gradients, and clip them by their norm together -> the norm before."""
+        tied = self.args.pp > 1 and self.model.config.tie_embeddings
+        if tied:
+            add_tied_gradients(self.model, self.group)
+        if self.wrapped:
             self.wrapped.finish_gradient_synchronization()
-        if "zero" in self.args.scheme:
-            for optimizer in self.optimizers:
-                optimizer.reduce_gradients()
-        # the loss of a copy: with --tp all its ranks have it, with --pp the last, with --sp parts
-        return all_reduce(loss).item() * self.args.pp / world()
-
-    @torch.no_grad()
-    def clip(self, max_norm, eps=1e-6):
-        """Clip all gradients by their norm together -> the norm before, a number."""
-        grads, squares = [], torch.zeros(2, device=self.device)  # of our own, and of what all have
-        for p in self.params.values():
+        for optimizer in self.optimizers if self.zero else ():
+            optimizer.reduce_gradients()
+        grads, squares = [], torch.zeros(2, device=self.device)  # this rank's alone, and everyone's
+        for name, p in self.params.items():
             if p.grad is not None:
-                grads.append(local(p.grad))
-                own = self.apart or hasattr(p, "to_whole")
-                squares[0 if own else 1] += grads[-1].square().sum()
-        all_reduce(squares[0], self.group if self.args.tp * self.args.pp > 1 else self.grads)
+                grads.append(getattr(p.grad, "_local_tensor", p.grad))
+                if not (tied and rank(self.group) and name == "embedding.weight"):  # (the first's)
+                    own = self.args.pp > 1 or self.zero or hasattr(p, "to_whole")
+                    squares[0 if own else 1] += grads[-1].square().sum()
+        all_reduce(squares[:1], self.group)
         norm = squares.sum().sqrt()
-        if max_norm and grads:
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + eps), max=1.0))
-        return norm.item()
+        if max_norm:
+            torch._foreach_mul_(grads, (max_norm / (norm + eps)).clamp(max=1.0))
+        return norm
 
-    def step(self):
-        """Update the parameters."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if self.args.pp == 1:
-            for mixture in self.module.mixtures():
-                if torch.is_tensor(mixture.load):
-                    all_reduce(mixture.load, self.grads)
-            self.module.update_router_bias()
-
-    @torch.no_grad()
-    def evaluate(self, data, batch_size, most=None):
-        """As train.evaluate, on at most so many windows, which the copies of the model share."""
-        T, n = self.config.block_size, self.dp * batch_size
-        starts = train.evaluation_starts(data, T, most)
+    def evaluate(self, model, data, batch_size, block_size, device, autocast, max_batches=0):
+        """As train.evaluate, of windows that the copies of the model share."""
+        starts, loss, b = np.arange(0, len(data) - 1, block_size), 0.0, batch_size // self.dp
+        if max_batches and len(starts) > max_batches * batch_size:
+            starts = starts[np.linspace(0, len(starts) - 2, max_batches * batch_size).astype(int)]
+        count = float(np.minimum(block_size, len(data) - 1 - starts).sum())
         # all ranks take part in all batches: in the last one some have windows without targets
-        starts = np.pad(starts, (0, -len(starts) % n), constant_values=len(data))
-        total = count = 0
-        self.module.eval()
-        for i in range(self.copy_rank * batch_size, len(starts), n):
-            x, y = train.windows(data, starts[i : i + batch_size], T, self.device)
-            train.check_ids([(x, y)], self.config.vocab_size)
-            x, y = self.cut(x), self.cut(y)
-            with self.autocast():
-                loss = self.loss_sum(self.wrapped(x), y) if self.args.pp == 1 else pipeline_step(
-                    self.module, [(x, y)], self.loss_sum, self.group, device=self.device)
-            total += loss.item() * self.args.pp  # which only the last stage has
-            count += int((y != -100).sum())
-        self.module.train()
-        total, count = all_reduce(torch.tensor([total, count], device=self.device)).tolist()
-        return total / count
+        starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
+        model.eval()
+        for i in range(self.copy * b, len(starts), batch_size):
+            x, y = self.cut(train.windows(data, starts[i : i + b], block_size, device,
+                                          model.config.vocab_size))
+            with torch.no_grad(), autocast():
+                loss += self.cross_entropy(model(x), y).item() * self.dp * self.args.sp
+        model.train()
+        return loss / count
 
-    # ---- checkpoints, which are those of one process
+    def random_state(self, device, new=None):
+        """As train.random_state, with "ranks", the states of all; other ranks than those of the
+        run that was saved draw new numbers."""
+        layout = [world(), self.args.tp, self.args.pp]
+        if new:
+            same = new.get("layout", [1, 1, 1]) == layout
+            random_state(device, new.get("ranks", [new])[rank()] if same else new)
+            if not same:
+                torch.manual_seed(torch.randint(2**40, ()).item() + self.stream)
+        return (own := random_state(device)) | {"ranks": gather_objects(own), "layout": layout}
 
     @torch.no_grad()
-    def full_state(self):
-        """-> (state dict of the whole model, state of each optimizer as on one process); all ranks
-        take part."""
-        model = {name: whole(self.params.get(name), x)
-                 for name, x in self.module.state_dict().items()}
-        if self.config.tie_embeddings:
-            model["head.weight"] = model["embedding.weight"]
-        name_of = {p: name for name, p in self.params.items()}
-        states = {name_of[p]: {key: whole(p, x) if torch.is_tensor(x) else x
-                              for key, x in state.items()}
-                  for optimizer in self.optimizers for p, state in optimizer.state.items()}
-        if self.apart and world() > 1:
-            group = self.group if self.args.pp > 1 else self.grads
-            parts = [None] * world(group)
-            own = model if self.args.pp > 1 else {}  # with ZeRO all ranks have the whole model
-            dist.all_gather_object(parts, (own, states), group=group)
-            for theirs, more in parts:
-                model |= theirs
-                states |= more
-        result = []
-        for optimizer in self.optimizers:
-            index = {name: i for i, name in enumerate(names_of(optimizer))}
-            groups = [{**group, "params": [index[name] for name in group["names"]]}
-                      for group in optimizer.param_groups]
-            result.append({"state": {i: states[name] for name, i in index.items()
-                                     if name in states}, "param_groups": groups})
-        return model, result
-
-    def load_optimizers(self, saved):
-        """Take this rank's part of the optimizers' state in a checkpoint. Raises ValueError."""
-        me = rank(self.grads)
-        try:
-            for optimizer, whole in zip(self.optimizers, saved, strict=True):
-                names, owner = names_of(optimizer), getattr(optimizer, "owner", {})
-                for i, state in whole["state"].items():
-                    p = self.params.get(names[i])
-                    if p is not None and owner.get(p, me) == me:
-                        part = getattr(p, "to_part", lambda x: x)
-                        optimizer.state[p] = {key: part(x) if torch.is_tensor(x) else x
-                                              for key, x in state.items()}
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"the checkpoint's optimizer can not be resumed: {error}") from None
-
-
-def names_of(optimizer):
-    """Names of the parameters in the order in which one process has them."""
-    return [name for group in optimizer.param_groups for name in group["names"]]
-
-
-def setup(args):
-    """Join the other processes -> this one's device. Raises ValueError."""
-    device = model_py.pick_device(args.device)
-    if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # else a world of one
-        if device.startswith("cuda"):
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(device)
-        else:
-            device = "cpu"
-        try:
-            store, number, W = next(dist.rendezvous("env://"))
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{reason}: start me with torchrun") from None
-        # after a restart the store may still have the addresses of those that have died
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=number,
-                                world_size=W, timeout=datetime.timedelta(minutes=10))
-    W, n, alone = world(), args.tp * args.pp * args.sp, args.scheme in ("zero1", "zero2", "fsdp")
-    sequences = args.batch_size // max(1, W // n)  # of a copy of the model
-    ours = [flag for flag in ("teacher", "noise_scale", "kernels", "compile", "offload")
-            if getattr(args, flag) not in (None, False, "none")]
-    for wrong, message in (
-            (n not in (args.tp, args.pp, args.sp),
-             "--tp, --pp and --sp go with --dp, but not with one another"),
-            (W % n or args.dp not in (0, W // n),
-             f"--dp {args.dp or 'any'} x --tp {args.tp} x --pp {args.pp} x --sp {args.sp} is not "
-             f"the number of processes, {W}"),
-            (n > 1 and alone, f"--scheme {args.scheme} is for data parallelism alone"),
-            (args.impl == "torch" and (n > 1 or args.scheme not in ("ddp", "fsdp")),
-             "--impl torch has --scheme ddp and fsdp, without --tp, --pp and --sp"),
-            ((args.scheme == "fsdp" or args.tp > 1) and args.optimizer in ("muon", "soap"),
-             "--scheme fsdp and --tp split matrices, which muon and soap need whole"),
-            (args.batch_size % max(1, W // n), f"--batch_size {args.batch_size}, of all ranks "
-             f"together, can not be divided by {W // n}"),
-            (args.pp > 1 and sequences % args.microbatches, f"the {sequences} sequences of a "
-             f"rank can not be divided into {args.microbatches} micro-batches"),
-            (args.activation_checkpointing and (n > 1 or args.scheme == "fsdp"),
-             "--activation_checkpointing goes with none of --tp, --pp, --sp and fsdp"),
-            (ours, f"--{', --'.join(ours)}: that is train.py's")):
-        if wrong:
-            raise ValueError(message)
-    return device
-
-
-def run(args):
-    """Train as train.py does, on all processes together."""
-    device = setup(args)
-    torch.manual_seed(args.seed)  # all ranks begin with the same numbers
-    path = os.path.join(args.out_dir, "ckpt.pt")
-    model, checkpoint, train_data, val_data, tokenizer, bytes_per_token = \
-        train.open_model(args, device)
-    config, T, n = model.config, model.config.block_size, len(train_data)
-    if n <= T * args.batch_size:
-        raise ValueError(f"{args.data}/train.bin has {n:,} tokens, fewer than the "
-                         f"{T * args.batch_size:,} of one batch of all ranks")
-    model.activation_checkpointing = args.activation_checkpointing
-    parallel = Parallel(model, args, device)
-    batch_size, accumulate = args.batch_size // parallel.dp, args.gradient_accumulation_steps
-    tokens_per_step = args.batch_size * accumulate * T
-    step, best_val_loss = checkpoint["step"] if args.resume else 0, math.inf
-    log = train.Log(os.path.join(args.out_dir, "log.csv"), step, args.max_iters, tokens_per_step,
-                    bytes_per_token, say)
-    if args.eval_only:
-        loss = parallel.evaluate(val_data, batch_size)
-        return log.evaluation(checkpoint["step"] if checkpoint else 0, loss)
-    if args.resume:
-        best_val_loss = checkpoint["best_val_loss"]
-        parallel.load_optimizers(checkpoint["optimizer"])
-        train.set_rng(checkpoint["rng"])
-    os.makedirs(args.out_dir, exist_ok=True)
-    if parallel.copy_rank:  # dropout is to differ among copies, and from step to step
-        torch.manual_seed(args.seed + parallel.copy_rank + 1_000_003 * step)
-    say(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
-        f"{args.scheme} | {n:,} training tokens | {tokens_per_step:,} tokens per step | {device}, "
-        f"{parallel.dtype}")
-
-    def save():
-        state, optimizers = parallel.full_state()
+    def save_checkpoint(self, path, model, optimizers, **more):
+        """As model.save_checkpoint: a file as of one process, which the first one writes."""
+        state = model.state_dict()  # (first: it puts FSDP2's parameters back into parts)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        state = {name: whole(params.get(name), x) for name, x in state.items()}
+        moments = {
+            name: {k: whole(p, x) if torch.is_tensor(x) else x for k, x in o.state[p].items()}
+            for o in optimizers for name, p in self.params.items() if p in o.state}
+        if self.args.pp > 1 or self.zero:  # each rank has some of them
+            for theirs, of_theirs in gather_objects((state, moments), self.group):
+                state, moments = state | theirs, moments | of_theirs
         if rank() == 0:
-            like = [types.SimpleNamespace(config=config, quantized=None, state_dict=lambda x=x: x)
-                    for x in (state, *optimizers)]  # what save_checkpoint asks for
-            model_py.save_checkpoint(path, like[0], like[1:], step, best_val_loss,
-                                     train.get_rng(), vars(args), tokenizer)
-            log.write()
+            dicts = [{"state": {i: moments[k] for i, k in enumerate(names) if k in moments}}
+                     for names in self.names]
+            model_py.save_checkpoint(path, state, dicts, config=model.config, **more)
 
-    warmup_iters = args.max_iters // 20 if args.warmup_iters is None else args.warmup_iters
-    stopped, stop = [], False
-    for number in (signal.SIGINT, signal.SIGTERM):  # of any process: finish the step, save, leave
-        signal.signal(number, lambda number, frame: stopped.append(number))
-    log.pause(step)
-    parallel.module.train()
-    while step < args.max_iters and not stop:
-        lr = train.get_lr(step, args.learning_rate, args.min_lr, warmup_iters, args.max_iters,
-                          args.schedule, args.decay_fraction)
-        for group in parallel.groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        batches = [train.get_batch(train_data, batch_size, T, device, i, args.seed,
-                                   parallel.copy_rank, parallel.dp)
-                   for i in range(step * accumulate, (step + 1) * accumulate)]
-        train.check_ids(batches, config.vocab_size)
-        loss, norm = parallel.backward(batches), parallel.clip(args.grad_clip)
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm "
-                             f"{norm}: try a smaller --learning_rate")
-        parallel.step()
-        step += 1
-        stop = all_reduce(torch.tensor(len(stopped), device=device)).item() > 0
-        last_step = step == args.max_iters
-        if step % args.log_interval == 0 or last_step or stop:
-            log.train(step, loss, lr, norm)
-        if (step % args.eval_interval == 0 or last_step) and not stop:
-            most = None if last_step else args.eval_iters * args.batch_size
-            val_loss = parallel.evaluate(val_data, batch_size, most)
-            best_val_loss = min(best_val_loss, val_loss)
-            log.evaluation(step, val_loss)
-            save()
-            log.pause(step)
-    if stop:
-        save()
-        say(f"stopped after step {step}; --resume goes on from {path}")
-        sys.exit(130)
-    log.summary(step, path)
+    def load(self, optimizer, names, saved):
+        """Take this rank's part of an optimizer's state in a checkpoint."""
+        for i, state in saved["state"].items():
+            p = self.params.get(names[i])
+            if p is not None and getattr(optimizer, "owner", {}).get(p, rank()) == rank():
+                part = getattr(p, "to_part", lambda x: x.to(self.device))
+                optimizer.state[p] = {k: part(x) if torch.is_tensor(x) else x
+                                      for k, x in state.items()}
 
+def gather_objects(x, group=None):
+    """What all ranks have, a list."""
+    parts = [x] * world(group)
+    if len(parts) > 1:
+        dist.all_gather_object(parts, x, group=group)
+    return parts
 
-def build_parser():
-    """train.py's flags, and ours."""
-    parser, some = train.build_parser(), train.number(int, 1)
-    parser.description = "Train a Transformer language model on several processes."
+def fully_shard(model):
+    """PyTorch's FSDP2, in place; its parameters are given `to_whole` and `to_part`."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    for part in (*model.blocks, model):
+        fully_shard(part)
+    for p in model.parameters():
+        p.to_whole, p.to_part = type(p).full_tensor, functools.partial(
+            distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
+
+def setup(name):
+    """Join the other processes -> this one's device, of the kind asked for. Raises ValueError."""
+    device, restarts = train.pick_device(name), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":  # else a world of one
+        nccl = device.startswith("cuda")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if nccl else "cpu"
+        if nccl:
+            torch.cuda.set_device(device)
+        store, number, W = next(dist.rendezvous("env://"))
+        # after a restart the store may still have the addresses of those that have died
+        dist.init_process_group("nccl" if nccl else "gloo", store=dist.PrefixStore(restarts, store),
+                                rank=number, world_size=W)
+
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed, end, too
+        threading.Thread(target=watch, args=[os.getppid()], daemon=True).start()
+    if rank() > 0:  # the first one speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return torch.device(device)
+
+def build_parser(parser=None):
+    """What the command line has beside train.py's; a parser that is given gets that, too."""
+    parser = parser or argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: fail(message, 2)
     add = parser.add_argument_group("processes").add_argument
-    add("--scheme", choices=SCHEMES, default="ddp", help="data parallelism: naive, flat and ddp "
-        "(in buckets, while the backward pass goes on) average gradients; zero1 divides the "
-        "optimizer's state, zero2 gradients, too, fsdp parameters, too")
-    add("--bucket_mb", type=train.number(float), default=25.0, help="of ddp (default 25)")
-    add("--dp", type=train.number(int), default=0, help="copies of the model; 0: all that fit")
-    add("--tp", type=some, default=1, help="processes that share each matrix")
-    add("--pp", type=some, default=1, help="processes that share the layers")
-    add("--sp", type=some, default=1, help="processes that share each sequence")
-    add("--microbatches", type=some, default=4, help="of a pipeline (default 4)")
-    add("--pp_schedule", choices=("gpipe", "1f1b"), default="1f1b", help="(default 1f1b)")
-    add("--impl", choices=("own", "torch"), default="own",
-        help="torch: PyTorch's DDP, and FSDP2 for --scheme fsdp")
+    for name, default, choices in (("scheme", "ddp", SCHEMES), ("impl", "own", ("own", "torch")),
+                                   ("pp_schedule", "1f1b", ("1f1b", "gpipe"))):
+        add(f"--{name}", choices=choices, default=default, help=f"(default {default})")
+    for name, default, text in (
+            ("bucket_mb", 25.0, "of ddp, zero2"), ("dp", 0, "copies of the model; 0: all it can"),
+            ("tp", 1, "processes that share each matrix"), ("pp", 1, "that share the layers"),
+            ("sp", 1, "that share each sequence"), ("microbatches", 4, "of a pipeline")):
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     return parser
 
+def run(words):
+    """Train as train.py does, on all processes together."""
+    ours, words = build_parser().parse_known_args(words)  # a checkpoint has train.py's words alone
+    parser = build_parser(train.build_parser())
+    path = os.path.join(parser.parse_known_args(words)[0].out_dir, "ckpt.pt")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(path) and \
+            train.load_checkpoint(path)[1]["args"] == words:
+        words.append("--resume")  # torchrun --max_restarts starts all again when one has died
+    args, words, checkpoint = train.parse_args(parser, words)
+    args = argparse.Namespace(**vars(args) | vars(ours))
+    args.device = str(device := setup(args.device))
+    parallel = Parallel(args, device)
+    print(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp} processes, {args.impl} "
+          f"{args.scheme}; of the first one:", flush=True)
 
-# -----------------------------------------------------------------------------
-# bench: what the schemes send, take and keep on this machine.
+    def prepare(model, *how):  # (train.py would do this on all ranks)
+        if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
+            os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
+            print(f"{path}, of another run, is now {aside}")
+        all_reduce(torch.zeros(1, device=device))  # (wait for that)
+        return parallel.make_optimizers(model, *how)
 
+    def on_signal(number, _):  # (Ctrl-C comes twice, from the terminal and from torchrun)
+        parallel.signals.append(number)
+        if len(parallel.signals) > 2:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    train.signal = types.SimpleNamespace(signal=lambda *_: None, SIGINT=0, SIGTERM=0)
+    for name in ("get_batch", "cross_entropy", "clip_grad_norm", "evaluate", "random_state",
+                 "save_checkpoint"):
+        setattr(train, name, getattr(parallel, name))
+    train.make_optimizers, train.parse_args = prepare, lambda *_: (args, words, checkpoint)
+    if rank() > 0:
+        train.plot_log = lambda *_: None
+        train.replacing = lambda *_, **how: contextlib.nullcontext(sys.stdout)
+    try:
+        train.main()
+    except ValueError as error:
+        if str(error) != "stopped":
+            raise
+        time.sleep(0 if parallel.signals else 4)  # (another rank may have an error to tell)
+        print(f"{path}: go on with --resume", flush=True)
+        os._exit(130) if world() > 1 else sys.exit(130)
+    except SystemExit:  # (its regular end)
+        pass
+
+# ---- bench: what the schemes send, take and keep on this machine.
 
 def sent_bytes():
     """Bytes that went through the loopback interface so far: all that the processes of one machine
     sent each other. nan where the system does not tell."""
-    try:
-        with open("/sys/class/net/lo/statistics/tx_bytes", encoding="ascii") as file:
-            return int(file.read())
-    except OSError:
-        return math.nan
+    time.sleep(0.1)  # until it has counted all of them
+    with contextlib.suppress(OSError), open("/sys/class/net/lo/statistics/tx_bytes") as file:
+        return int(file.read())
+    return math.nan
 
-
-def held(parallel):
-    """MB of parameters, gradients and optimizer state on this rank."""
-    params = list(parallel.module.parameters())
-    states = [x for o in parallel.optimizers for s in o.state.values() for x in s.values()]
-    return [sum(local(x).nbytes for x in tensors if torch.is_tensor(x)) / 1e6
-            for tensors in (params, [p.grad for p in params], states)]
-
-
-def bench():
+def bench(words):
     """Print tables of all-reduce and of each scheme."""
-    parser = argparse.ArgumentParser(prog="ddp.py bench",
-                                     description="What the schemes cost here.")
-    add = parser.add_argument
-    add("--max_mb", type=int, default=256, help="largest of the all-reduces (default 256)")
-    add("--repeat", type=int, default=7, help="times that each is timed (default 7)")
-    add("--n_embd", type=int, default=256, help="width of the model (default 256)")
-    add("--n_layer", type=int, default=4, help="layers of the model (default 4)")
-    add("--trace", default="trace.json", help="of a step of ddp (default trace.json)")
-    args = parser.parse_args()
-    flags = ["--dtype", "float32", "--bucket_mb", "4"]
-    device, W = setup(build_parser().parse_args(flags)), world()
-    if W == 1:
-        raise ValueError("bench needs several processes: torchrun --nproc_per_node=2 ddp.py bench")
+    parser = build_parser(train.build_parser())
+    parser.add_argument("--max_mb", type=int, default=256, help="largest of the all-reduces")
+    parser.add_argument("--repeat", type=int, default=7, help="times that each is timed")
+    a = parser.parse_args("--n_embd 256 --n_layer 4 --vocab_size 2048 --bucket_mb 4 --dtype "
+                          "float32".split() + words)
+    names = {*vars(model_py.TransformerConfig())}
+    config = model_py.TransformerConfig(**{k: x for k, x in vars(a).items() if k in names and x})
+    device, W = setup(a.device), world()
+    x, y = torch.randint(config.vocab_size, (2, 2, config.block_size), device=device)
 
     def clock():
         """The time, when all processes are here."""
-        dist.barrier()
-        if device != "cpu":
-            torch.cuda.synchronize()
+        all_reduce(torch.zeros(1, device=device)).item()
         return time.perf_counter()
 
-    def seconds_of(action):
-        """Median time of an action that all processes begin together."""
-        times = []
-        for _ in range(args.repeat):
-            begin = clock()
-            action()
-            times.append(clock() - begin)
-        return np.median(times)
+    def milliseconds(*actions):
+        """Medians of the time of actions, which take turns."""
+        times = [[-clock() + (action(), clock())[1] for action in actions] for _ in range(a.repeat)]
+        return [1e3 * np.median(each) for each in zip(*times)]
 
-    say(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank")
-    for mb in (4**i for i in range(10) if 4**i <= args.max_mb):
-        x = torch.ones(mb * 2**18, device=device)
-        seconds = seconds_of(lambda: dist.all_reduce(x))
-        say(f"{mb:14} {1e3 * seconds:11.2f} {2 * (W - 1) / W * x.nbytes / seconds / 1e9:16.2f}")
-
-    config = model_py.TransformerConfig(vocab_size=2048, n_embd=args.n_embd, n_layer=args.n_layer)
-    batch = torch.randint(2048, (2, 2, 256), device=device).unbind()
-    say("\nsent: by all ranks; MB of parameters, gradients and optimizer state: of one rank\n"
-        f"{'scheme':14}{'ms a step':>10}{'sent, P':>9}{'formula':>9}{'MB at the start':>27}"
-        f"{'before the step':>24}{'after it':>24}")
-    for name in (*SCHEMES, "torch ddp", "torch fsdp"):
+    print(f"{W} processes on {device}\n\nall-reduce, MB          ms    GB/s per rank", flush=True)
+    for mb in (4**i for i in range(10) if 4**i <= a.max_mb):
+        big = torch.ones(mb * 2**18, device=device)
+        ms, = milliseconds(lambda: all_reduce(big))
+        print(f"{mb:14} {ms:11.2f} {2 * (W - 1) / W * big.nbytes / ms / 1e6:16.2f}", flush=True)
+    names, steps, lines = [*SCHEMES, "torch ddp", "torch fsdp"], [], []
+    for name in names:
         torch.manual_seed(0)
-        model = model_py.Transformer(config).to(device)
-        P = sum(p.nbytes for p in model.parameters())
-        impl, scheme = name.split() if " " in name else ("own", name)
-        parallel = Parallel(model, build_parser().parse_args(
-            [*flags, "--scheme", scheme, "--impl", impl]), device)
+        a.impl, a.scheme = "torch" if " " in name else "own", name.split()[-1]
+        model = model_py.Transformer(config)
+        parallel = Parallel(argparse.Namespace(**vars(a)), device)
+        P = sum(p.nbytes for p in model.to(device).parameters())
+        optimizers = parallel.make_optimizers(model, "adamw", 3e-3, 0.1, (0.9, 0.95), 0.95)
 
-        def step():
-            parallel.backward([batch])
-            parallel.step()
+        def step(parallel=parallel, model=model, optimizers=optimizers):
+            (parallel.cross_entropy(model(x), y) / y.numel()).backward()
+            parallel.clip_grad_norm(model.parameters(), 1.0)
+            held = [*model.parameters()], [p.grad for p in model.parameters()], [
+                v for o in optimizers for s in o.state.values() for v in s.values()]
+            held = [sum(getattr(v, "_local_tensor", v).nbytes for v in kind if torch.is_tensor(v))
+                    for kind in held]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            return "".join(f"{n / 1e6:10.1f}" for n in held)
 
-        memory = held(parallel)
-        step()  # the first one makes the optimizer's state
-        parallel.backward([batch])
-        memory += held(parallel)
-        parallel.step()
-        memory += held(parallel)
-        before, seconds = sent_bytes(), seconds_of(step)
-        time.sleep(0.1)  # until the interface has counted all of it
-        sent = (sent_bytes() - before) / args.repeat / P
-        formula = (3 if scheme == "fsdp" else 2) * (W - 1)
-        say(f"{name:14}{1e3 * seconds:10.1f}{sent:9.2f}{formula:8}P   "
-            + "".join(f"{x:8.1f}" for x in memory))
-        if name == "ddp":
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks
-            with torch.profiler.profile() as profile:
-                parallel.backward([batch])
-            if rank() == 0:
-                profile.export_chrome_trace(args.trace)
-    say(f"\n{args.trace}: a backward pass of ddp, and the all-reduces beside it (ui.perfetto.dev)")
+        step()
+        before = sent_bytes()
+        held = step()
+        sent = (clock() and sent_bytes() - before) / P
+        lines.append(f"{sent:9.2f}{(3 if 'fsdp' in name else 2) * (W - 1):8}P {held}")
+        steps.append(step)
+    print("\nsent: by all; MB when gradients are there: of one\nscheme         ms a step  sent, P  "
+          "formula    params     grads     optim", flush=True)
+    for name, ms, line in zip(names, milliseconds(*steps), lines):
+        print(f"{name:14}{ms:10.1f}{line}")
 
-
-# -----------------------------------------------------------------------------
-# plan: the same on paper, for machines one does not have.
-
+# ---- plan: the same on paper, for machines one does not have.
 
 def estimate(params, tp, pp, scheme, a):
     """What a configuration needs, by formula -> (bytes of parameters, gradients, optimizer state
-    and activations; seconds of a step: computation, communication, and how much of that has no
-    computation to hide behind; share of the time that a pipeline waits; layers L; their width h).
-
-    The model has h = 128 L, and 12 L h^2 parameters. In bytes per parameter: 2 for bfloat16, 2 for
-    its gradient, 12 for the optimizer (float32 weights and the two means of Adam). Activations of
-    a layer take some 34 h bytes per token (Korthikanti et al. 2022), or with checkpointing the 2 h
-    of its input.
-    """
+    and activations; seconds of a step: computation, communication, how much of that has nothing to
+    hide behind; share of time that a pipeline waits; layers L; width h). The model has h = 128 L,
+    and 12 L h^2 parameters, each of 2 bytes (bfloat16), 2 for its gradient, 12 for the optimizer
+    (float32 weights, Adam's two means). Activations of a layer: some 34 h bytes per token
+    (Korthikanti et al. 2022), or with checkpointing its input's 2 h."""
     L = max(1, round((params / (12 * 128**2)) ** (1 / 3)))
-    h = math.sqrt(params / (12 * L))
-    own, dp = params / (tp * pp), a.gpus // (tp * pp)  # parameters of a rank's part; copies
-    divided = ("ddp", "zero1", "zero2", "fsdp").index(scheme)  # how many of the three kinds
-    memory = [2 * own / (dp if divided > 2 else 1), 2 * own / (dp if divided > 1 else 1),
-              12 * own / (dp if divided > 0 else 1)]
-    if scheme == "fsdp":  # two layers at a time are whole
-        memory[0] += 2 * 2 * 12 * h * h / tp
-    tokens = a.batch_tokens / dp  # of a copy of the model, in a.microbatches pieces
-    alive = min(a.microbatches, pp)  # pieces under way in 1F1B
-    memory.append(alive * tokens / a.microbatches * L / pp * (2 if a.checkpoint else 34) * h / tp)
+    h, own, dp = math.sqrt(params / (12 * L)), params / (tp * pp), a.gpus // (tp * pp)
+    divided, fsdp = SCHEMES[2:].index(scheme), scheme == "fsdp"  # how many of the three kinds
+    memory = [n * own / (dp if divided > i else 1) for n, i in ((2, 2), (2, 1), (12, 0))]
+    memory[0] += 2 * 2 * 12 * h * h / tp if fsdp else 0  # two layers at a time are whole
+    tokens = a.batch_tokens / dp  # of a copy of the model, in pieces, as many under way as stages
+    alive = min(1, pp / a.microbatches) * tokens * L / pp
+    memory.append(alive * (2 if a.checkpoint else 34) * h / tp)
     bubble = (pp - 1) / (a.microbatches + pp - 1)
     compute = 6 * params * a.batch_tokens / (a.gpus * a.tflops * 1e12 * a.mfu) / (1 - bubble)
     compute *= 4 / 3 if a.checkpoint else 1
     fast, slow = a.node_gbs * 1e9, a.net_gbs * 1e9  # bytes/s inside a machine, and between them
-    rounds = 3 if scheme == "fsdp" else 2
-    comm = rounds * 2 * own * (dp - 1) / dp / (fast if a.gpus <= a.node else slow)
+    comm = (3 if fsdp else 2) * 2 * own * (dp - 1) / dp / (fast if a.gpus <= a.node else slow)
     comm += 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / (fast if tp <= a.node else slow)
-    # gradients leave during the backward pass, two thirds of the computation
-    exposed = max(0.0, comm - 2 / 3 * compute)
+    exposed = max(0.0, comm - 2 / 3 * compute)  # gradients leave during the backward pass
     return memory, (compute, comm, exposed), bubble, L, h
 
-
-def plan():
+def plan(words):
     """Print memory and time of each way to divide a model and its batch among GPUs."""
-    parser = argparse.ArgumentParser(prog="ddp.py plan", description="Napkin arithmetic of large "
-                                     "runs: what fits, and what waits for what.")
-    add, some, positive = parser.add_argument, train.number(int, 1), train.number(float, 1e-9)
-    add("--params", type=positive, default=7e9, help="of the model (default 7e9)")
-    add("--gpus", type=some, default=64, help="in all (default 64)")
-    add("--gpu_gb", type=positive, default=80, help="memory of one (default 80)")
-    add("--tflops", type=positive, default=989, help="of one (default 989, H100)")
-    add("--mfu", type=positive, default=0.4, help="share of that in practice (default 0.4)")
-    add("--node", type=some, default=8, help="GPUs in a machine (default 8)")
-    add("--node_gbs", type=positive, default=450, help="GB/s of a GPU inside one (default 450)")
-    add("--net_gbs", type=positive, default=50, help="GB/s of a GPU between machines (default 50)")
-    add("--batch_tokens", type=positive, default=4e6, help="of a step (default 4e6)")
-    add("--microbatches", type=some, default=16, help="of a pipeline (default 16)")
-    add("--checkpoint", action="store_true", help="activation checkpointing")
-    a = parser.parse_args()
+    parser = argparse.ArgumentParser("ddp.py plan", description="What fits, and what waits.")
+    parser.error = lambda message: fail(message, 2)
+    for name, default, text in (
+            ("params", 7e9, "of the model"), ("gpus", 64, "in all"), ("gpu_gb", 80.0, "of one"),
+            ("tflops", 989.0, "of one, H100's"), ("mfu", 0.4, "share of that in practice"),
+            ("node", 8, "GPUs in a machine"), ("node_gbs", 450.0, "GB/s of one inside a machine"),
+            ("net_gbs", 50.0, "... between them"), ("batch_tokens", 4e6, "of a step"),
+            ("microbatches", 16, "of a pipeline")):
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help=f"{text} (default {default:g})")
+    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
+    a = parser.parse_args(words)
     *_, L, h = estimate(a.params, 1, 1, "ddp", a)
     print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
           f"{a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n\nscheme      dp  tp  pp  GB:  "
-          "params   grads   optim   activ   total   s: compute    comm exposed  bubble   largest")
-    sizes = np.geomspace(1e6, 1e15, 2000)
+          "params   grads   optim   activ   total   s: compute    comm exposed  bubble")
     for tp, pp, scheme in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), SCHEMES[2:]):
         # (with pipelines gradients and weights would travel for every piece)
-        if tp > a.node or a.gpus % (tp * pp) or pp > L or (
-                pp > 1 and scheme in ("zero2", "fsdp")):
+        if tp > a.node or a.gpus % (tp * pp) or pp > L or pp > 1 and scheme in ("zero2", "fsdp"):
             continue
         memory, seconds, bubble, *_ = estimate(a.params, tp, pp, scheme, a)
-        gb = "".join(f"{x / 1e9:8.1f}" for x in [*memory, sum(memory)])
-        largest = bisect.bisect(sizes, a.gpu_gb * 1e9,
-                                key=lambda n: sum(estimate(n, tp, pp, scheme, a)[0]))
-        print(f"{scheme:8}{a.gpus // (tp * pp):6}{tp:4}{pp:4}     {gb}"
-              f"{' ' if sum(memory) <= a.gpu_gb * 1e9 else '!'}    "
-              + "".join(f"{x:8.2f}" for x in seconds)
-              + f"{bubble:8.0%}{sizes[max(0, largest - 1)]:10.2g}")
+        print(f"{scheme:8}{a.gpus // (tp * pp):6}{tp:4}{pp:4}     "
+              + "".join(f"{x / 1e9:8.1f}" for x in [*memory, sum(memory)])
+              + ("     " if sum(memory) <= a.gpu_gb * 1e9 else "!    ")
+              + "".join(f"{x:8.2f}" for x in seconds) + f"{bubble:8.0%}")
     print("\n! does not fit; exposed: the part of comm that has no computation to hide behind")
 
+def fail(error, code=1):
+    """End with one line. What all ranks find wrong the first one says; torchrun ends the others."""
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"ddp.py: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+    os._exit(code) if "RANK" in os.environ else sys.exit(code)  # (others may wait: no farewell)
 
 def main():
-    """Errors become one line, of the first process; all processes end."""
-    commands = {"bench": bench, "plan": plan}
+    command, words = {"bench": bench, "plan": plan}.get((*sys.argv, "")[1]), sys.argv[1:]
     try:
-        if len(sys.argv) > 1 and sys.argv[1] in commands:
-            return commands[sys.argv.pop(1)]()
-        # torchrun --max_restarts starts all ranks again when one has died: go on where they were
-        parser = build_parser()
-        path = os.path.join(parser.parse_known_args()[0].out_dir, "ckpt.pt")
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.exists(path):
-            sys.argv.append("--resume")
-        fresh = "scheme", "dp", "tp", "pp", "sp", "microbatches", "pp_schedule", "impl", "device"
-        run(train.parse_args(parser, fresh))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if world() > 1:
-            os._exit(1)  # (see below)
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):  # of torch.distributed, when another process has died
-            if not dist.is_initialized() or "onnection" not in str(error):
-                raise
-            error = f"the connection to another process is lost: {str(error).splitlines()[0]}"
-        if rank():  # what all ranks find wrong, the first one says, and torchrun ends the others
-            time.sleep(3)
-        print(f"ddp.py: error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # the others may be waiting for us: no farewell to wait for
-    finally:
-        gc.collect()  # PyTorch's DDP and FSDP2, while their process group is still there
+        command(words[1:]) if command else run(words)
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
-
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os._exit(0)
+    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as error:
+        fail(error)
 
 if __name__ == "__main__":
     main()

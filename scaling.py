@@ -1,292 +1,129 @@
 """
 Scaling laws: small runs that predict large ones.
 
-    python scaling.py                         # the whole method: some 20 small runs, laws, a
-                                              # prediction at 10 times the compute, and its test
+    python scaling.py     # the whole method: small runs, laws, a prediction at 10 x the compute
     python scaling.py run --n_layer 2 --n_embd 64 --train_flops 1e11 --learning_rate 1e-2
     python scaling.py sweep --grid learning_rate=3e-3,1e-2,3e-2 n_embd=32,64 --train_flops 1e11
-    python scaling.py sweep --random 20 --grid learning_rate=1e-3:1e-1 --train_flops 1e11
-    python scaling.py isoflop --budgets 1e11,4e11 --sizes 32x2,64x2,96x3 --learning_rate 1e-2
+    python scaling.py isoflop --budgets 1e11,2e11 --sizes 24x2,32x2,40x2,48x2,56x2 --batch_size 2
     python scaling.py fit scaling/runs.jsonl --method isoflop --compute 1e13 --out scaling
     python scaling.py fit chinchilla.csv --method parametric --inference_tokens 1e12
-    python scaling.py fit scaling/runs.jsonl --method optimum --of learning_rate --against N
 
-Flags that are not listed here are passed on to train.py. --train_flops C is ours: it sets
---max_iters to as many steps as C floating-point operations pay for. A finished run is a line of
-runs.jsonl, and asking for it again costs nothing. `fit` takes such a file, or a table of other
-people's runs (.json, .csv) whose columns have the usual names.
-
-Notation: N parameters, without the input embedding (a table look-up, no computation); D training
-tokens; C = 6 N D floating-point operations of training (FLOPs); losses in nats per token.
+Flags that --help does not list are train.py's; --train_flops C is ours: as many steps as it pays
+for. A finished run is a line of runs.jsonl, and is not made again. N: parameters, without the input
+embedding, a table look-up; D: training tokens; C = 6 N D: floating-point operations (FLOPs).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+
 import argparse
-import concurrent.futures
 import contextlib
 import csv
-import fcntl
-import functools
 import glob
-import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
-DATA = os.path.join("data", "scaling")
+ROOT, DATA = os.path.dirname(os.path.abspath(__file__)), os.path.join("data", "scaling")
 
-# -----------------------------------------------------------------------------
-# Tables of runs.
+# ---- Tables of runs.
 
 NAMES = {"N": ("n", "parameters", "params", "model size", "n params"),
          "D": ("d", "tokens", "training tokens", "train tokens"),
          "C": ("c", "compute budget", "compute", "training flop", "training flops", "flops"),
          "loss": ("loss", "final loss", "val loss")}
 
-
-def to_number(value):
-    """The float that a cell or a flag stands for; NaN if it is no number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
 def columns(runs):
-    """Runs, a list of dicts (or a dict of columns) -> {"N", "D", "C", "loss": float64 (n,)}.
-
-    Names are matched without regard to case, spaces and underscores; C or D may be missing, as
-    C = 6 N D. Raises ValueError for a missing column and for values that are not positive."""
+    """Runs, a list of dicts (or a dict of columns) -> {"N", "D", "C", "loss": float64 (n,)}, by the
+    names above in any spelling; C or D may be missing, as C = 6 N D. Raises ValueError."""
     if isinstance(runs, dict):
         runs = [dict(zip(runs, row)) for row in zip(*runs.values(), strict=True)]
-    if not runs or not all(isinstance(run, dict) for run in runs):
-        raise ValueError("there are no runs: a table is a list of objects, one for each run")
-    plain = {" ".join(str(key).lower().replace("_", " ").split()): key for key in runs[0]}
-    table = {}
-    for name, usual in NAMES.items():
-        keys = [plain[known] for known in usual if known in plain]
-        for i, run in enumerate(runs if keys else (), 1):
-            # of several, the first that the run has: the budget it was given, or what it took
-            value = next((run[key] for key in keys if run.get(key) is not None), None)
-            number = to_number(value)
-            if not 0 < number < math.inf:
-                raise ValueError(f"run {i}: {keys[0]} is {value!r}: not positive")
-            table.setdefault(name, []).append(number)
-    table = {name: np.array(values) for name, values in table.items()}
-    if {"N", "D"} <= set(table):
-        table.setdefault("C", 6 * table["N"] * table["D"])
-    elif {"N", "C"} <= set(table):
-        table["D"] = table["C"] / (6 * table["N"])
-    for name in ("N", "C", "loss"):
-        if name not in table:
-            raise ValueError(f"no column for {name} ({', '.join(NAMES[name])}), only "
-                             f"{', '.join(plain)}")
+    runs = [{" ".join(str(key).lower().replace("_", " ").split()): value
+             for key, value in run.items() if value is not None} for run in runs]
+    # of several names the first that a run has: the budget it was given, before what it took
+    table = {name: np.array([next((float(run[key]) for key in usual if key in run), math.nan)
+                             for run in runs]) for name, usual in NAMES.items()}
+    N, D, C, _ = table.values()
+    table |= {"D": np.where(np.isnan(D), C / (6 * N), D), "C": np.where(np.isnan(C), 6 * N * D, C)}
+    for name, values in table.items():
+        if not runs or not ((values > 0) & (values < math.inf)).all():
+            raise ValueError(f"a run has no {name} above 0 ({', '.join(NAMES[name])})")
     return table
 
-
 def load_runs(path):
-    """Read a .jsonl, .json or .csv file -> list of dicts. The last line of a .jsonl is left out if
-    it was cut short. Raises ValueError, OSError."""
-    i = 1
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if str(path).endswith(".jsonl"):
-                *lines, last = file.read().split("\n")
-                runs = []
-                for i, line in enumerate(lines, 1):
-                    runs += [json.loads(line)] if line.strip() else []
-                with contextlib.suppress(ValueError):
-                    runs.append(json.loads(last))
-            elif str(path).endswith(".json"):
-                runs = json.load(file)
-            else:
-                runs = list(csv.DictReader(file))
-        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-            raise ValueError("it should be a list of objects")
-    except (ValueError, RecursionError, csv.Error) as error:
-        why = str(error).replace("line 1 ", f"line {i} ")  # of a .jsonl, json saw one line only
-        raise ValueError(f"{path} is no table of runs: {why}") from None
-    return runs
+    """A .jsonl, .json or .csv file -> list of dicts. Raises ValueError, OSError, csv.Error."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if str(path).endswith(".jsonl"):
+            return [{**json.loads(line)} for line in file if line.strip()]
+        return [{**run} for run in (json.load(file) if str(path).endswith(".json")
+                                    else csv.DictReader(file))]
 
+# ---- Power laws: straight lines in logarithms (Kaplan et al. 2020).
 
-def write(path, data):
-    """Write bytes to a file beside, and rename it: there is never half a file."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    finally:
-        with contextlib.suppress(OSError):  # it is there only if something went wrong
-            os.remove(path + ".tmp")
-
-
-def append(path, record):
-    """Add a run to a .jsonl, whose last line goes if it was cut short."""
-    line = json.dumps(record).encode() + b"\n"
-    with open(path, "ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # other processes may add theirs
-        file.seek(0)
-        last = file.read().rpartition(b"\n")[2]
-        try:
-            json.loads(last)
-            line = b"\n" + line  # nothing but its newline is missing
-        except ValueError:
-            file.truncate(file.tell() - len(last))
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# -----------------------------------------------------------------------------
-# Power laws. Over many orders of magnitude losses and optima follow y = a x^b (Kaplan et al.
-# 2020): straight lines in logarithms.
-
-
-class PowerLaw(NamedTuple):
+class PowerLaw(namedtuple("PowerLaw", "coefficient exponent")):
     """y = coefficient * x^exponent"""
-    coefficient: float
-    exponent: float
-
     def __call__(self, x):
         return self.coefficient * np.asarray(x, np.float64) ** self.exponent
 
-
-def logs(*columns):
-    """Logarithms of columns of one length. Raises ValueError where there are none."""
-    columns = [np.asarray(column, np.float64) for column in columns]
-    if any(column.shape != columns[0].shape or column.ndim != 1 for column in columns):
-        raise ValueError("there must be as many numbers of each kind")
-    if not all(((column > 0) & (column < math.inf)).all() for column in columns):
-        raise ValueError("a fit in logarithms needs positive numbers")
-    return [np.log(column) for column in columns]
-
-
 def fit_power_law(x, y):
-    """Least squares of log y against log x -> PowerLaw.
-
-        fit_power_law([1, 10, 100], [2, 20, 200]) -> (2.0, 1.0)
-
-    Raises ValueError for fewer than 2 different x, and for what has no logarithm."""
-    x, y = logs(x, y)
-    if len(np.unique(x)) < 2:
-        raise ValueError(f"a power law needs at least 2 different points, not {len(np.unique(x))}")
+    """Least squares of log y against log x -> PowerLaw. Raises ValueError."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(np.unique(x)) < 2 or not (x.min() > 0 and y.min() > 0):
+        raise ValueError("a power law needs at least 2 different points, of positive numbers")
+    x, y = np.log(x), np.log(y)
     d = x - x.mean()
     exponent = float((d @ y) / (d @ d))
     return PowerLaw(float(np.exp(y.mean() - exponent * x.mean())), exponent)
 
-
-def valley(x, loss, method="parabola"):
-    """Where a loss is lowest along x -> (x, loss): at the best run ("minimum"), or at the bottom
-    of a parabola in log x through all runs. Raises ValueError if the parabola has no bottom within
-    the range of x: then the runs do not say where the best x is."""
-    x, loss = np.asarray(x, np.float64), np.asarray(loss, np.float64)
-    least = 2 if method == "minimum" else 3
-    if len(np.unique(x)) < least:
-        raise ValueError(f"a curve needs at least {least} points, not {len(np.unique(x))}")
-    if method == "minimum":
-        return float(x[loss.argmin()]), float(loss.min())
-    parabola = np.polyfit(np.log(x), loss, 2)
-    if parabola[0] <= 0:
-        raise ValueError("the losses have no valley: their parabola opens downward")
-    bottom = -parabola[1] / (2 * parabola[0])
-    if not np.log(x.min()) <= bottom <= np.log(x.max()):
-        raise ValueError(f"the bottom, at {np.exp(bottom):.3g}, lies outside of what was tried")
-    return float(np.exp(bottom)), float(np.polyval(parabola, bottom))
-
-
 def groups_of(values, tolerance=1.1):
-    """Group runs whose values are equal up to a factor: runs end at whole steps, so that their
-    compute is not quite what was asked for -> list of (geometric mean, indices), ascending."""
+    """Values that are equal up to a factor -> list of (geometric mean, indices), ascending."""
     order = np.argsort(values, kind="stable")
     cuts = np.flatnonzero(values[order][1:] > tolerance * values[order][:-1]) + 1
     return [(float(np.exp(np.log(values[i]).mean())), i) for i in np.split(order, cuts)]
 
-
-# -----------------------------------------------------------------------------
-# Chinchilla's three approaches (Hoffmann et al. 2022) to the question: with a given compute, how
-# large a model should one train, on how many tokens?
-
+# ---- Chinchilla's three approaches (Hoffmann et al. 2022) to the question: with a given compute,
+# how large a model should one train, on how many tokens?
 
 Choice = namedtuple("Choice", "C N D loss")  # a model, its tokens and its loss, for a compute
-# PowerLaws of the best N and D by C, and the list of Choices that they were fitted to
-ComputeLaws = namedtuple("ComputeLaws", "N D optima")
+ComputeLaws = namedtuple("ComputeLaws", "N D optima")  # PowerLaws by C, through a list of Choices
+Kaplan = namedtuple("Kaplan", "N D C")  # PowerLaws of the loss
 
-
-def compute_laws(optima):
-    """Power laws through optima, a list of Choices -> ComputeLaws."""
+def fit_isoflops(runs, method="parabola"):
+    """Runs (list of dicts, or columns) -> ComputeLaws through the best model for each compute.
+    Approach 1, "envelope": the runs that none with as little compute beats. Approach 2: at the same
+    compute, small models lack capacity and large ones see too few tokens; the best is the bottom of
+    a "parabola" in log N, or the best run ("minimum"). Raises ValueError, also if it has none."""
+    table, optima = columns(runs), []
+    for C, i in groups_of(table["C"], 1.0 if method == "envelope" else 1.1):
+        N, loss = table["N"][i], table["loss"][i]
+        best, lowest = float(N[loss.argmin()]), float(loss.min())
+        if method == "parabola":
+            a, b, c = np.polyfit(np.log(N), loss, 2) if len(np.unique(N)) > 2 else (0, 0, 0)
+            if not (a > 0 and N.min() <= math.exp(-b / (2 * a)) <= N.max()):
+                raise ValueError(f"at C = {C:.3g} the losses have no valley within what was tried")
+            best, lowest = math.exp(-b / (2 * a)), float(c - b * b / (4 * a))
+        if method != "envelope" or not optima or lowest < optima[-1].loss:
+            optima.append(Choice(C, best, C / (6 * best), lowest))
     C, N, D, _ = np.array(optima).T
     return ComputeLaws(fit_power_law(C, N), fit_power_law(C, D), optima)
 
-
-def fit_envelope(runs):
-    """Approach 1: among runs of all kinds, the optima are those that no run beats with as little
-    compute. runs: list of dicts, or columns. -> ComputeLaws. Raises ValueError."""
-    table = columns(runs)
-    best, lowest = [], math.inf
-    for i in np.lexsort((table["loss"], table["C"])):
-        if table["loss"][i] < lowest:
-            lowest = table["loss"][i]
-            best.append(i)
-    if len(np.unique(table["C"][best])) < 2:
-        raise ValueError("no run is better than one with less compute: there is no envelope")
-    return compute_laws([Choice(*(float(table[name][i]) for name in Choice._fields))
-                         for i in best])
-
-
-def fit_isoflops(runs, method="parabola"):
-    """Approach 2: among models trained with the same compute, the small ones lack capacity and the
-    large ones see too few tokens. The bottom of each such curve is an optimum.
-    runs: list of dicts, or columns; method: "parabola" or "minimum", see `valley`.
-    -> ComputeLaws. Raises ValueError."""
-    if method not in ("parabola", "minimum"):
-        raise ValueError(f"method is parabola or minimum, not {method}")
-    table, optima = columns(runs), []
-    groups = groups_of(table["C"])
-    if len(groups) < 2:
-        raise ValueError("all runs have the same compute: a law needs 2 budgets at least")
-    for C, i in groups:
-        try:
-            N, loss = valley(table["N"][i], table["loss"][i], method)
-        except ValueError as error:
-            raise ValueError(f"at C = {C:.3g}: {error}") from None
-        optima.append(Choice(C, N, C / (6 * N), loss))
-    return compute_laws(optima)
-
-
-class Parametric(NamedTuple):
+class Parametric(namedtuple("Parametric", "E A B alpha beta objective left_out")):
     """L(N, D) = E + A / N^alpha + B / D^beta: the loss of the text itself, what a model of finite
-    size adds, and what training on finitely many tokens adds."""
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-    objective: float  # sum of Huber losses
-    left_out: tuple  # indices of runs taken for outliers
-
+    size adds, and what training on finitely many tokens adds. objective: the sum of Huber losses;
+    left_out: indices of runs taken for outliers."""
     def __call__(self, N, D):
         N, D = np.asarray(N, np.float64), np.asarray(D, np.float64)
         return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
-
-
-def parametric(theta, objective, left_out):
-    """The law of theta, (log E, log A, log B, alpha, beta)."""
-    return Parametric(*np.exp(theta[:3]).tolist(), *theta[3:].tolist(), float(objective),
-                      tuple(left_out))
-
 
 def evaluate(theta, x, y, z, weights, delta):
     """How well s candidate laws fit n runs. theta: (s, 5), see `parametric`; x, y, z: log N,
@@ -302,7 +139,6 @@ def evaluate(theta, x, y, z, weights, delta):
     r = top + np.log(total) - z
     clipped = np.minimum(np.abs(r), delta)
     return (weights * clipped * (np.abs(r) - clipped / 2)).sum(-1), r, parts / total
-
 
 def minimize_huber(theta, x, y, z, weights, delta, iterations=1000):
     """Minimize the objective of `evaluate` from s starts at once by Levenberg-Marquardt:
@@ -340,27 +176,18 @@ def minimize_huber(theta, x, y, z, weights, delta, iterations=1000):
     theta[:, 1:3] += theta[:, 3:] * center
     return theta, objective, gradient
 
-
 def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0):
     """Approach 3: fit L(N, D) = E + A / N^alpha + B / D^beta, by the sum over runs of the Huber
-    loss of log L - log loss -> Parametric.
-
-    From the best 60 of the published grid's 4,500 starts, in float64, until the gradient vanishes.
-    (The first published fit stopped early: it minimized the mean instead of the sum, which fell
-    below the optimizer's tolerance; Besiroglu et al. 2024.) Runs more than `outliers` standard
-    deviations (estimated by the median) from the law are left out, and the rest is fitted again:
-    at 11, these are just the five of Hoffmann et al.'s 245 runs that Besiroglu et al. leave out;
-    None keeps all. Raises ValueError where the runs do not determine the law: too few, all at one
-    size, a fit that does not converge or ends at a bound."""
-    x, y, z = logs(N, D, loss)
-    if len(x) < 6 or min(len(np.unique(x)), len(np.unique(y))) < 3:
-        raise ValueError("too few runs: 5 numbers need at least 6, with 3 values of N and 3 of D")
-    if np.corrcoef(x, y)[0, 1] > 0.99999:
-        raise ValueError("D is tied to N in all runs: they can not tell which lowers the loss")
-    exponents = np.arange(0, 2.5, 0.5)
-    grid = np.array(list(itertools.product(exponents - 1, range(0, 30, 5), range(0, 30, 5),
-                                           exponents, exponents)))
-    kept = np.arange(len(x))
+    loss of log L - log loss -> Parametric. From the best 60 of the published grid's 4,500 starts,
+    until the gradient vanishes. (The first published fit stopped early: it minimized the mean, not
+    the sum, below its tolerance; Besiroglu et al. 2024.) Runs more than `outliers` robust standard
+    deviations off are left out, and the rest is fitted again: at 11, just the five of Hoffmann et
+    al.'s 245 that Besiroglu et al. leave out. Raises ValueError where runs do not determine it."""
+    x, y, z = (np.log(np.asarray(column, np.float64)) for column in (N, D, loss))
+    if min(len(x) / 2, len(set(x)), len(set(y))) < 3 or np.corrcoef(x, y)[0, 1] > 0.99999:
+        raise ValueError("the law needs 6 runs, 3 different N and 3 D, and D not tied to N")
+    halves, fives, kept = np.arange(0, 2.5, 0.5), range(0, 30, 5), np.arange(len(x))
+    grid = np.array(list(itertools.product(halves - 1, fives, fives, halves, halves)))
     for _ in range(10):  # two or three are enough
         data = x[kept], y[kept], z[kept], np.ones(len(kept)), delta
         first = np.argsort(evaluate(grid, *data)[0])[:60]
@@ -374,644 +201,300 @@ def fit_parametric(N, D, loss, delta=1e-3, outliers=11.0):
         if np.array_equal(near, kept) or len(near) < 6:
             break
         kept = near
-    else:
-        raise ValueError("the fit did not converge: it takes ever other runs for outliers")
-    if not gradient[best] <= 1e-6 * delta * len(kept):
-        raise ValueError(f"the fit did not converge: its gradient is still {gradient[best]:.1e}")
-    largest = share[:, 0, kept].max(1)
-    at_bound = {"alpha": not 0.01 < theta[best, 3] < 4, "beta": not 0.01 < theta[best, 4] < 4,
-                "E": largest[0] < 1e-3, "A": largest[1] < 1e-5, "B": largest[2] < 1e-5}
-    if any(at_bound.values()):
-        raise ValueError("the runs do not determine the law: the fit ends at the bounds of "
-                         f"{' and '.join(name for name in at_bound if at_bound[name])}")
-    return parametric(theta[best], objective[best],
-                      np.setdiff1d(np.arange(len(x)), kept).tolist())
-
+    exponents, shares = theta[best, 3:], share[:, 0, kept].max(1)  # of the terms in the loss
+    if not (gradient[best] <= 1e-6 * delta * len(kept) and (shares >= (1e-3, 1e-5, 1e-5)).all()
+            and 0.01 <= min(exponents) and max(exponents) <= 4):
+        raise ValueError(f"the runs do not determine the law: exponents {exponents}, shares of its "
+                         f"terms {shares}, gradient {gradient[best]:.1e}")
+    left_out = tuple(np.setdiff1d(np.arange(len(x)), kept).tolist())
+    return Parametric(*np.exp(theta[best, :3]), *exponents, objective[best], left_out)
 
 def predict(fit, x, D=None, inference_tokens=0.0):
-    """What a fit says of x.
-
-    fit a PowerLaw: y there. A Parametric law and D: the loss of N = x on D tokens. Otherwise x is
-    a compute: -> Choice of the best N and D for it (its loss NaN if fit is ComputeLaws).
-    inference_tokens: how many the model will read or write in use, for 2 N FLOPs each out of the
-    same compute (Sardana et al. 2023): the more, the smaller the best model. Raises ValueError."""
-    if isinstance(fit, PowerLaw):
-        return fit(x)
-    if D is not None:
-        return fit(x, D)
-    C = float(x)
-    if not 0 <= 2 * inference_tokens < C < math.inf:
-        raise ValueError(f"compute {C:g}: not positive, or at most 2 FLOPs per inference token")
-    if isinstance(fit, ComputeLaws):
-        if inference_tokens:
-            raise ValueError("inference_tokens need a Parametric law")
-        return Choice(C, float(fit.N(C)), float(fit.D(C)), math.nan)
-    # a search on ever finer grids; without inference the answer is N = G (C / 6)^(beta / (alpha +
-    # beta)) with G = (alpha A / (beta B))^(1 / (alpha + beta))
-    low, high = 1.0, C / max(6.0, 2 * inference_tokens)
+    """A PowerLaw: y at x. A Parametric law and D: the loss of N = x on D tokens. Otherwise x is a
+    compute -> Choice of the best N and D for it, the loss NaN for ComputeLaws. inference_tokens: to
+    serve afterwards, for 2 N FLOPs each out of x (Sardana et al. 2023). Raises ValueError."""
+    if isinstance(fit, PowerLaw) or D is not None:
+        return fit(x) if D is None else fit(x, D)
+    laws, spent = isinstance(fit, ComputeLaws), 2 * inference_tokens
+    if not 0 <= spent < x < math.inf or laws and spent:
+        raise ValueError(f"compute {x:g}: {spent:g} for inference, which needs the parametric law")
+    if laws:
+        return Choice(x, float(fit.N(x)), float(fit.D(x)), math.nan)
+    # a search on ever finer grids; without inference there is a formula (Hoffmann et al., eq. 4)
+    low, high = 1.0, x / max(6.0, spent)
     for _ in range(9):
         N = np.geomspace(low, high, 200)[1:-1]
-        D = (C / N - 2 * inference_tokens) / 6
+        D = (x / N - spent) / 6
         i = fit(N, np.maximum(D, 1e-9)).argmin()
         low, high = N[i] * N[0] / N[1], N[i] * N[1] / N[0]
-    return Choice(C, float(N[i]), float(D[i]), float(fit(N[i], D[i])))
+    return Choice(x, float(N[i]), float(D[i]), float(fit(N[i], D[i])))
 
-
-# -----------------------------------------------------------------------------
-# How sure is a fit? The bootstrap (Efron 1979): fit again to runs drawn from the runs, with
-# replacement. The fits vary about as much as they would with newly made runs.
-
-
-def bootstrap(table, fit, n=100, seed=0):
-    """n fits to runs drawn from a table (of `columns`), at each compute as many as there are;
-    draws that can not be fitted are left out. fit: a function of a table. -> list."""
-    rng, groups, fits = np.random.default_rng(seed), groups_of(table["C"]), []
+def bootstrap(table, fit, n=100, seed=0, delta=1e-3):
+    """n fits to runs drawn from a table of `columns`, with replacement (Efron 1979) -> list. fit: a
+    function of a table (at each compute as many runs are drawn as there are; draws that can not be
+    fitted are left out), or a Parametric law (n fits at once, runs weighed by how often drawn)."""
+    rng, fits = np.random.default_rng(seed), []
+    if isinstance(fit, Parametric):
+        kept = np.setdiff1d(np.arange(len(table["N"])), fit.left_out)
+        data = [np.log(table[name][kept]) for name in ("N", "D", "loss")]
+        weights = rng.multinomial(len(kept), np.ones(len(kept)) / len(kept), n)
+        start = np.tile([*np.log(fit[:3]), *fit[3:5]], (n, 1))
+        theta, objective, _ = minimize_huber(start, *data, weights, delta)
+        return [Parametric(*np.exp(row[:3]), *row[3:], value, fit.left_out)
+                for row, value in zip(theta, objective)]
     for _ in range(n):
-        rows = np.concatenate([rng.choice(i, len(i)) for _, i in groups])
+        rows = np.concatenate([rng.choice(i, len(i)) for _, i in groups_of(table["C"])])
         with contextlib.suppress(ValueError):
             fits.append(fit({name: values[rows] for name, values in table.items()}))
     return fits
 
+# ---- Runs: hyperparameters in, loss out.
 
-def bootstrap_parametric(fit, N, D, loss, n=100, seed=0, delta=1e-3):
-    """The same for a Parametric law, all n at once: how often a run is drawn is its weight."""
-    kept = np.setdiff1d(np.arange(len(N)), fit.left_out)
-    data = [column[kept] for column in logs(N, D, loss)]
-    weights = np.random.default_rng(seed).multinomial(len(kept), np.ones(len(kept)) / len(kept), n)
-    start = np.append(np.log(fit[:3]), fit[3:5])
-    theta, objective, _ = minimize_huber(np.tile(start, (n, 1)), *data, weights, delta)
-    return [parametric(row, value, fit.left_out) for row, value in zip(theta, objective)]
+# a script as a child that, when its parent was killed, ends and removes the folder it writes to
+CHILD = """import os, runpy, shutil, sys, threading, time
+_, parent, folder, *sys.argv = sys.argv
+def watch():
+    while os.getppid() == int(parent):
+        time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 
+def plan(flags, data):
+    """What a run will take -> a record for runs.jsonl, but for its loss. Numbers are written in one
+    way, to find a run again; --train_flops becomes a number of steps. Raises ValueError."""
+    from model import TransformerConfig, count  # (takes seconds)
+    flags, path = dict(sorted(flags.items())), os.path.join(data, "train.bin")
+    if taken := {"data", "out_dir", "init_from"} & flags.keys():
+        raise ValueError(f"it is for scaling.py to set {', '.join(taken)}")
+    for name in flags:
+        with contextlib.suppress(ValueError):
+            flags[name] = f"{float(flags[name]):.12g}"
+    head = np.fromfile(path, "<i4", 256)  # without a header, GPT-2's ids
+    sizes = {"vocab_size": int(head[3]) if head[0] in (20240520, 20240801) else 50304}
+    for name, default in vars(TransformerConfig()).items():
+        if name in flags:
+            sizes[name] = type(default)({"False": ""}.get(flags[name], flags[name]))
+    parameters, flops = count(TransformerConfig(**sizes))
+    iters, *each = (int(flags.get(name, default)) for name, default in (("max_iters", 450),
+        ("batch_size", 8), ("block_size", 256), ("gradient_accumulation_steps", 1)))  # train.py's
+    step, per_token = math.prod(each), 3 * int(flops.total())
+    iters = round(float(flags.get("train_flops", iters * step * per_token)) / step / per_token)
+    names = [os.path.basename(os.path.abspath(data)), f"{os.path.getsize(path)}"]
+    return {"run": " ".join(names + [f"--{name}={value}" for name, value in flags.items()]),
+            "parameters": parameters.total() - parameters["embedding"], "tokens": iters * step,
+            "compute": iters * step * per_token, "iters": iters, "flags": flags}
 
-def interval(values):
-    """The middle of a sample: 80% of it lie between these two."""
-    return tuple(np.quantile(np.asarray(values, np.float64), (0.1, 0.9)).tolist())
+def train(flags, data, **env):
+    """Hyperparameters in, loss out: {flag of train.py: value}, a folder of bpe.py, environment
+    variables -> record for runs.jsonl. Raises ValueError with train.py's error, OSError."""
+    record = plan(flags, data)
+    words = [f"--{name}={record['flags'][name]}" for name in flags if name != "train_flops"]
+    with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(os.getpid()), folder, f"{ROOT}/train.py", *words,
+             f"--max_iters={record['iters']}", "--data", data, "--out_dir", folder,
+             "--eval_interval=1000000"],  # and after the last step
+            env=os.environ | env, start_new_session=True, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or "train.py was stopped").splitlines()[-1]
+            raise ValueError(last.removeprefix("train.py: error: "))
+        with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
+            *_, last = csv.DictReader(file)
+    return record | {"loss": float(last["val_loss"]), "seconds": float(last["seconds"])}
 
+def run_all(plans, args):
+    """Make runs, small ones as many at a time as there are cores. plans: a list of `plan` -> their
+    records; those in args.runs are not made again, and one that fails is printed and left out.
+    Raises ValueError if all, those in the file too, would take more FLOPs than args.budget."""
+    from model import pick_device
+    os.makedirs(os.path.dirname(os.path.abspath(args.runs)), exist_ok=True)
+    kept, done = load_runs(args.runs) if os.path.exists(args.runs) else [], itertools.count(1)
+    runs = {run.get("run"): run for run in kept}
+    todo = [of for of in plans if of["run"] not in runs]
+    print(f"{len(plans)} runs, {len(todo)} of them new", flush=True)
+    if todo and (need := sum(run["compute"] for run in kept + todo)) > args.budget:
+        raise ValueError(f"with {len(todo)} new runs all would take {need:.3g} FLOPs; none started")
+    def make(of):
+        try:
+            run = runs[of["run"]] = train(of["flags"], args.data, **env)
+        except (ValueError, OSError) as error:
+            return print(f"failed: {of['run']}: {error}", file=sys.stderr, flush=True)
+        with open(args.runs, "a", encoding="utf-8") as file:  # one write, so that several
+            file.write(json.dumps(run) + "\n")  # processes can add to it
+        print(f"[{next(done)}/{len(todo)}] {run['run']} | N {run['parameters']:,} | D "
+              f"{run['tokens']:,} | loss {run['loss']:.4f} | {run['seconds']:.0f} s", flush=True)
+    small = pick_device() == "cpu" and all(of["parameters"] < 5e5 for of in todo)
+    env = {"OMP_NUM_THREADS": "1"} if small else {}  # they are too small to share
+    with ThreadPoolExecutor(os.cpu_count() if small else 1) as pool:
+        list(pool.map(make, todo))
+    return [runs[of["run"]] for of in plans if of["run"] in runs]
 
-# -----------------------------------------------------------------------------
-# Runs: hyperparameters in, loss out. The other scripts are started as processes.
+def isoflop_runs(flags, budgets, sizes, data):
+    """Plans of runs of each size ("64x2": n_embd, n_layer; of one family) at each budget; but none
+    with fewer than 2.2 tokens per parameter or more than 40: there the law's terms are too few."""
+    shapes = [list(map(int, size.split("x"))) for size in sizes.split(",")]
+    plans = [plan({**flags, "n_embd": w, "n_layer": depth, "n_head": w // 8, "d_ff": 3 * w,
+                   "train_flops": C}, data) for C in budgets.split(",") for w, depth in shapes]
+    return [of for of in plans if 2.2 <= of["tokens"] / of["parameters"] <= 40]
 
-CHILDREN = []  # processes, also finished ones
-LEAST_STEPS = 20
-RESULTS = "loss", "parameters", "tokens", "compute", "seconds"  # numbers in a line of runs.jsonl
-MODEL = """vocab_size block_size n_layer n_head n_kv_head n_embd head_size d_ff activation position
-norm norm_place attention window kv_rank rope_size qk_norm qk_norm_joint n_expert top_k
-n_shared_expert bias qkv_bias tie_embeddings""".split()  # flags of train.py that shape the model
+# ---- Reports: dicts that are printed, and kept as JSON.
 
-
-def interrupted(number, frame):
-    """Pass Ctrl-C and SIGTERM on to the processes: train.py saves a checkpoint and leaves."""
-    for process in CHILDREN:
-        process.send_signal(signal.SIGINT)
-    raise KeyboardInterrupt
-
-
-def start(script, words, threads, keep=()):
-    """Run one of the other scripts, on so many threads -> what it printed. keep: file descriptors
-    that it inherits. Raises ValueError with the last line of its errors."""
-    with subprocess.Popen([sys.executable, os.path.join(ROOT, script), *words], text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          pass_fds=keep) as process:
-        CHILDREN.append(process)
-        out, err = process.communicate()
-    if process.returncode:
-        last = (err.strip() or f"{script} died").splitlines()[-1]
-        raise ValueError(last.removeprefix(f"{script}: error: "))
-    return out
-
-
-def parse_flags(words, ours=()):
-    """train.py's flags, as on a command line -> {name: value}, True for a flag without a value.
-    Raises ValueError, also for flags that are for scaling.py to set: `ours` and some more."""
-    flags, name = {}, None
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            flags[name] = value if equals else True
-        elif flags.get(name) is True:
-            flags[name] = word
-        else:
-            raise ValueError(f"{word!r} is neither a flag nor the value of one")
-    for name in {"out_dir", "resume", "init_from", "eval_interval", "eval_iters", "data",
-                 *ours} & set(flags):
-        raise ValueError(f"--{name} is for scaling.py to set")
-    if "train_flops" in flags and (flags["train_flops"] is True or "max_iters" in flags):
-        raise ValueError("--train_flops takes a number, and sets --max_iters")
-    return flags
-
-
-def as_words(flags):
-    """The reverse of `parse_flags`."""
-    return [word for name, value in flags.items()
-            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
-
-
-@functools.lru_cache(maxsize=None)
-def cost(*words):
-    """What model.py says of a model of these flags -> (parameters without the input embedding,
-    FLOPs of training per token). Raises ValueError."""
-    known = start("model.py", ["info", *words], 1).replace(",", "")
-    N, embedding, flops = (int(re.search(rf"(?m)^{row}\W+(\d+)", known)[1])
-                           for row in ("parameters", "  embedding", "FLOPs per token training"))
-    return N - embedding, flops
-
-
-def make_plan(flags, data):
-    """What a run will take -> {"parameters", "tokens", "compute", "iters"}; --train_flops becomes
-    a number of steps. Raises ValueError, and OSError where there is no data."""
-    shape = {name: flags[name] for name in sorted(flags) if name in MODEL}
-    head = np.fromfile(os.path.join(data, "train.bin"), "<i4", 256)
-    if len(head) == 256 and head[0] in (20240520, 20240801):  # else it has no header
-        shape.setdefault("vocab_size", str(head[3]))
-    N, per_token = cost(*as_words(shape))
-    try:
-        step = math.prod(int(flags.get(name, default)) for name, default in (  # train.py's
-            ("batch_size", 8), ("block_size", 256), ("gradient_accumulation_steps", 1)))
-        iters = int(flags.get("max_iters", 450))
-        if "train_flops" in flags:
-            iters = round(float(flags["train_flops"]) / per_token / step)
-    except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"a flag is no number: {error}") from None
-    return {"parameters": N, "tokens": iters * step, "compute": iters * step * per_token,
-            "iters": iters}
-
-
-def key_of(flags, data):
-    """Names a run: its flags (1e-2 is 0.01), and the data by name and size."""
-    path = os.path.join(data, "train.bin")
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    plain = {name: str(value) if math.isnan(to_number(value)) else f"{to_number(value):.12g}"
-             for name, value in flags.items()}
-    text = json.dumps([sorted(plain.items()), os.path.basename(os.path.abspath(data)), size])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def train(flags, data, folder, threads):
-    """Hyperparameters in, loss out: train in a folder, or go on there from the checkpoint of a run
-    that was stopped -> record for runs.jsonl. Raises ValueError with train.py's error."""
-    plan = make_plan(flags, data)
-    if plan["iters"] < LEAST_STEPS:
-        raise ValueError(f"{plan['iters']} steps, at least {LEAST_STEPS} are needed: a smaller "
-                         "model or batch, or more compute")
-    # eval_iters is for the evaluations before the last, which takes all of val.bin
-    words = as_words({name: value for name, value in flags.items() if name != "train_flops"}
-                     | {"max_iters": plan["iters"], "data": data, "out_dir": folder,
-                        "eval_interval": max(100, plan["iters"] // 4), "eval_iters": 1})
-    words += ["--resume"] * os.path.exists(os.path.join(folder, "ckpt.pt"))
-    os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # held by train.py too, which lives on if we are killed
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        start("train.py", words, threads if plan["parameters"] > 5e5 else 1,  # too small to share
-              keep=[lock])
-    except BlockingIOError:
-        raise ValueError(f"another process is still training it, in {folder}") from None
-    finally:
-        os.close(lock)
-    with open(os.path.join(folder, "log.csv"), encoding="utf-8", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    record = {"key": key_of(flags, data), **plan, "loss": float(last["val_loss"]),
-              "seconds": float(last["seconds"]), "data": data, "flags": flags}
-    if "train_flops" in flags:
-        record["compute_budget"] = float(flags["train_flops"])
-    return record
-
-
-def run_all(asked, args):
-    """Make runs, several at a time. asked: list of flags -> their records in that order, without
-    those that failed, which is printed; those in args.runs are not trained again. Raises
-    ValueError if all fail, or if args.budget, the FLOPs that all runs in the file may take
-    together, does not suffice: then none is started."""
-    home = os.path.dirname(os.path.abspath(args.runs))
-    os.makedirs(home, exist_ok=True)
-    runs = load_runs(args.runs) if os.path.exists(args.runs) else []
-    known = {str(r.get("key")): r for r in runs if isinstance(r.get("flags"), dict)
-             and all(isinstance(r.get(name), (int, float)) for name in RESULTS)}
-    asked = {key_of(flags, args.data): flags for flags in asked}
-    folders = {key: os.path.join(home, f"run-{key}") for key in asked}
-    todo = [key for key in asked if key not in known]
-    for key in set(asked) - set(todo):  # a kill may have left it right after the run was noted
-        shutil.rmtree(folders[key], ignore_errors=True)
-    if args.budget and todo:
-        spent = sum(r["compute"] for r in known.values())
-        need = sum(make_plan(asked[key], args.data)["compute"] for key in todo)
-        if spent + need > args.budget:
-            raise ValueError(f"the budget is {args.budget:.3g} FLOPs, {spent:.3g} are spent, and "
-                             f"{len(todo)} new runs would take {need:.3g}: none was started")
-    cores = os.cpu_count() or 1
-    jobs = args.jobs or (1 if shutil.which("nvidia-smi") else cores)
-    threads = max(1, cores // max(1, min(jobs, len(todo))))
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    work = {pool.submit(train, asked[key], args.data, folders[key], threads): key for key in todo}
-    try:
-        for i, future in enumerate(concurrent.futures.as_completed(work), 1):
-            key = work[future]
-            what = " ".join(as_words(asked[key]))
-            try:
-                r = known[key] = future.result()
-            except (ValueError, OSError) as error:
-                print(f"failed: {what}: {error}", file=sys.stderr, flush=True)
-                continue
-            append(args.runs, r)
-            shutil.rmtree(folders[key], ignore_errors=True)  # its checkpoint has done its duty
-            print(f"[{i}/{len(todo)}] {what} | N {r['parameters']:,} | D {r['tokens']:,} | "
-                  f"loss {r['loss']:.4f} | {r['seconds']:.0f} s", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if not set(asked) & set(known):
-        raise ValueError("all runs failed")
-    return [known[key] for key in asked if key in known]
-
-
-def parse_size(text):
-    """"64x2", n_embd and n_layer -> flags. Heads have 16 units, whatever the width."""
-    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,3})", text.strip())
-    if not match or int(match[1]) % 16:
-        raise ValueError(f"{text!r} is no n_embd x n_layer like 64x2, n_embd a multiple of 16")
-    return {"n_embd": match[1], "n_layer": match[2], "n_head": str(int(match[1]) // 16)}
-
-
-def isoflop_runs(flags, args):
-    """Flags of a run of each size at each budget; but none with less than 1 token per parameter or
-    more than 120: so far from any optimum the law's three terms are too simple, and a fit that
-    bends to such runs is wrong where it matters."""
-    asked = []
-    for C, size in itertools.product(args.budgets, args.sizes):
-        run = {**flags, **size, "train_flops": f"{C:g}"}
-        plan = make_plan(run, args.data)
-        ratio = plan["tokens"] / plan["parameters"]
-        if plan["iters"] >= LEAST_STEPS and 1 <= ratio <= 120:
-            asked.append(run)
-        else:
-            print(f"left out: {' '.join(as_words(run))}: {plan['iters']} steps, {ratio:.2g} "
-                  "tokens per parameter", flush=True)
-    if not asked:
-        raise ValueError(f"no size suits a budget: {LEAST_STEPS} steps, 1 to 120 tokens/parameter")
-    return asked
-
-
-def grid_of(specs, draws=0, seed=0):
-    """["a=1,2", "b=x,y"] -> all combinations, [{"a": "1", "b": "x"}, ...]; or as many random draws
-    (Bergstra & Bengio 2012), where a=low:high is drawn evenly in logarithms. Raises ValueError."""
-    options = {}
-    for spec in specs:
-        name, _, text = spec.partition("=")
-        if not name or not text:
-            raise ValueError(f"{spec!r} is not name=value,value,...")
-        options[name.lstrip("-")] = text.split(",")
-    if not draws:
-        return [dict(zip(options, row)) for row in itertools.product(*options.values())]
-    rng, rows = np.random.default_rng(seed), []
-    for _ in range(draws):
-        row = {name: str(rng.choice(values)) for name, values in options.items()}
-        for name, value in row.items():
-            low, colon, high = value.partition(":")
-            if colon:
-                if not all(0 < to_number(end) < math.inf for end in (low, high)):
-                    raise ValueError(f"{value!r} is not low:high, two positive numbers")
-                drawn = math.exp(rng.uniform(math.log(float(low)), math.log(float(high))))
-                row[name] = str(round(drawn)) if (low + high).isdigit() else f"{drawn:.4g}"
-        rows.append(row)
-    return rows
-
-
-# -----------------------------------------------------------------------------
-# Reports: dicts that are printed as tables, and kept as JSON.
-
-METHODS = {"isoflop": fit_isoflops, "envelope": fit_envelope,
-           "minimum": functools.partial(fit_isoflops, method="minimum")}
-
-
-def as_dict(law, fits=(), y="", x="C"):
-    """A law for JSON, with standard errors and 80% intervals over fits to resampled runs, and for
-    a PowerLaw of y by x a formula."""
-    result = {}
-    for i, name in enumerate(law._fields):
-        result[name] = law[i]
-        if fits and i < 5:  # else a Parametric law's objective, or runs left out
-            values = [fit[i] for fit in fits]
-            result[name + "_error"], result[name + "_interval"] = np.std(values), interval(values)
-    if y:
-        result["formula"] = f"{y} = {law.coefficient:.4g} {x}^{law.exponent:.4f}"
-    return result
-
+METHODS = {"isoflop": fit_isoflops, "envelope": lambda table: fit_isoflops(table, "envelope"),
+           "minimum": lambda table: fit_isoflops(table, "minimum"),
+           "parametric": lambda table: fit_parametric(table["N"], table["D"], table["loss"]),
+           "kaplan": lambda table: Kaplan(*(fit_power_law(*zip(*(  # the lowest loss for each
+               (x, table["loss"][i].min()) for x, i in groups_of(table[N])))) for N in "NDC"))}
 
 def report(method, table, computes, n=100, inference_tokens=0.0):
-    """Fit by one of Chinchilla's approaches, n times more to resampled runs, and predict the best
-    model for each of some computes -> (dict, fit, list of the other fits)."""
-    if method == "parametric":
-        points = table["N"], table["D"], table["loss"]
-        best = fit_parametric(*points)
-        fits = bootstrap_parametric(best, *points, n)
-        result = as_dict(best, fits)
-    else:
-        best, fits = METHODS[method](table), bootstrap(table, METHODS[method], n)
-        result = {"N": as_dict(best.N, [fit.N for fit in fits], "N"),
-                  "D": as_dict(best.D, [fit.D for fit in fits], "D"),
-                  "optima": [choice._asdict() for choice in best.optima]}
-    result |= {"resamples": len(fits), "predictions": []}
-    for tokens, C in itertools.product(dict.fromkeys((0.0, inference_tokens)), computes):
-        choice, *others = (predict(fit, C, inference_tokens=tokens) for fit in (best, *fits))
-        row = {"inference_tokens": tokens, **choice._asdict(),
-               "tokens_per_parameter": choice.D / choice.N}
-        if fits:
-            row["N_interval"] = interval([other.N for other in others])
-            row["loss_interval"] = interval([other.loss for other in others])
-        result["predictions"].append({k: v for k, v in row.items() if not np.isnan(v).any()})
-    return result, best, fits
-
-
-def report_optimum(runs, of, against):
-    """The best value of a hyperparameter as a power law of N, D, C or another flag -> dict."""
-    table, optima = columns(runs), []
-    for name in {of, against} - set(table):
-        values = [{**run["flags"], **run} if isinstance(run.get("flags"), dict) else run
-                  for run in runs]
-        table[name] = np.array([to_number(value.get(name)) for value in values])
-    rows = np.flatnonzero((table[of] > 0) & (table[against] > 0))
-    if not len(rows):
-        raise ValueError(f"no run has both {of} and {against}")
-    for at, i in groups_of(table[against][rows], 1.01):
-        try:
-            best, loss = valley(table[of][rows[i]], table["loss"][rows[i]])
-            optima.append({against: at, of: best, "loss": loss})
-        except ValueError as error:
-            print(f"left out: {against} = {at:.4g}: {error}", file=sys.stderr)
-    if not optima:
-        raise ValueError(f"no curve of loss by {of} has a bottom")
-    result = {"optima": optima}
-    if len(optima) > 1:
-        law = fit_power_law([row[against] for row in optima], [row[of] for row in optima])
-        result["law"] = as_dict(law, (), of, against)
-    return result
-
-
-def as_text(value):
-    """A number, numbers, or a word."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(as_text, value))}]"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
+    """Fit by a method, n times more to resampled runs, and predict the best model for each compute
+    -> (dict, with standard errors and 80% intervals, fit). Raises ValueError."""
+    def spread(of):
+        rows = [of(fit)._asdict() for fit in (best, *fits)]
+        result = {name: value for name, value in rows[0].items() if value == value}  # no NaN
+        for name in [name for name in result if fits and isinstance(result[name], float)]:
+            values = [row[name] for row in rows[1:]]
+            if name not in ("C", "objective"):
+                result[f"{name}_error"] = float(np.std(values))
+                result[f"{name}_interval"] = tuple(np.quantile(values, (0.1, 0.9)).tolist())
+        return result
+    best, law = METHODS[method](table), method == "parametric"
+    computes = () if method == "kaplan" else computes
+    fits = bootstrap(table, best if law else METHODS[method], n)
+    result = spread(lambda fit: fit) if law else {
+        name: spread(lambda fit: getattr(fit, name)) for name in best._fields if name != "optima"}
+    optima = [choice._asdict() for choice in getattr(best, "optima", ())]
+    result |= {"optima": optima, "predictions": [
+        {"inference_tokens": tokens} | spread(lambda fit: predict(fit, C, None, tokens))
+        for tokens in dict.fromkeys((0.0, inference_tokens)) for C in computes]}
+    return result, best
 
 def show(result):
-    """Print a report: laws as formulas, lists as tables, numbers by their names."""
-    for name, value in result.items():
+    """Print a report, a line for each number, law and row."""
+    def text(value):
         if isinstance(value, dict):
-            print(value["formula"], *(f"{key} {as_text(value[key])}" for key in value
-                                      if key.endswith("_interval")), sep="   ")
-        elif isinstance(value, list):
-            rows = [list(row) for row in value[:1]]
-            rows += [[as_text(row.get(key, "")) for key in rows[0]] for row in value]
-            widths = [max(map(len, column)) for column in zip(*rows)]
-            for row in rows:
-                print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
-        else:
-            print(f"{name}: {as_text(value)}")
+            return "   ".join(f"{name} {text(part)}" for name, part in value.items())
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(text, value))}]"
+        return f"{value:.5g}" if isinstance(value, float) else str(value)
+    for name, value in result.items():
+        for row in value if isinstance(value, list) else [value]:
+            print(f"{name}: {text(row)}", flush=True)
 
-
-def save(folder, name, result, table, fits):
-    """Leave name.json, and if matplotlib is installed name.png: the isoFLOP curves with their
-    minima; the best N for C, over the contours of L(N, D); loss against compute, with the fit
-    extrapolated. fits: ComputeLaws, Parametric."""
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, name)
-    write(path + ".json", json.dumps(result, indent=1).encode())
-    try:
+def save(path, result, table, fit):
+    """Leave path.json, and if matplotlib is installed path.png: runs and laws."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".json", "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+    with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        print("no plots: they need matplotlib (pip install matplotlib)", file=sys.stderr)
-        return
-    figure = Figure(figsize=(16, 4.6), layout="tight")
-    curves, sizes, losses = figure.subplots(1, 3)
-    curves.set(xscale="log", xlabel="N, parameters", ylabel="loss")
-    sizes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel="best N; contours of L(N, D)")
-    losses.set(xscale="log", xlabel="C, FLOPs", ylabel="loss; the fit; what was measured")
-    for C, i in groups_of(table["C"]):
-        i = i[np.argsort(table["N"][i])]
-        curves.plot(table["N"][i], table["loss"][i], "o-", ms=4, label=f"C = {C:.1e}")
-    curves.legend(fontsize=6)
-    losses.plot(table["C"], table["loss"], ".", color="gray")
-    sizes.plot(table["C"], table["N"], ".", color="gray")
-    x = np.geomspace(table["C"].min(), table["C"].max() * 10)
-    for fit in fits:
-        if isinstance(fit, ComputeLaws):
-            C, N, _, loss = np.array(fit.optima).T
-            curves.plot(N, loss, "k*", ms=9)
-            sizes.plot(C, N, "k*", x, fit.N(x))
-        else:
-            y = np.geomspace(table["N"].min(), table["N"].max() * 3)[:, None]
-            loss = fit(y, x / (6 * y))
-            sizes.contour(x, y[:, 0], loss, np.quantile(loss, np.linspace(0.02, 0.9, 14)))
-            losses.plot(x, [predict(fit, C).loss for C in x])
-    image = io.BytesIO()
-    figure.savefig(image, dpi=110, format="png")
-    write(path + ".png", image.getvalue())
+        figure = Figure(figsize=(16, 5), layout="tight")
+        ahead = np.geomspace(table["C"].min(), 10 * table["C"].max())
+        for axes, x, y in zip(figure.subplots(1, 3), ("N", "C", "C"), ("loss", "N", "loss")):
+            axes.set(xscale="log", yscale="log" if y == "N" else "linear", xlabel=x, ylabel=y)
+            for C, i in groups_of(table["C"]):
+                axes.plot(table[x][i], table[y][i], "o", label=f"C = {C:.1e}")
+            best = [] if isinstance(fit, Kaplan) else [predict(fit, C)._asdict() for C in ahead]
+            axes.plot([row[x] for row in best], [row[y] for row in best], "k--")
+        axes.legend(fontsize=6)
+        figure.savefig(path + ".png", dpi=110)
 
-
-def fit_command(args):
-    """`scaling.py fit`."""
-    runs = load_runs(args.file)
-    table, fits = columns(runs), []
-    result = {"method": args.method, "runs": len(runs)}
-    if args.method == "optimum":
-        result |= report_optimum(runs, args.of, args.against)
-    elif args.method == "kaplan":  # the lowest loss for each N, each D and each C
-        for name in "NDC":
-            best = [(x, table["loss"][i].min()) for x, i in groups_of(table[name])]
-            result[name] = as_dict(fit_power_law(*zip(*best)), (), "loss", name)
-    else:
-        above = 10.0 ** (1 + math.floor(math.log10(table["C"].max())))
-        computes = args.compute or [above, 10 * above, 100 * above]
-        more, fit, _ = report(args.method, table, computes, args.bootstrap, args.inference_tokens)
-        result |= more
-        fits = [fit]
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        show(result)
-    if args.out:
-        save(args.out, args.method, result, table, fits)
-
-
-# -----------------------------------------------------------------------------
-# The whole method, on this machine.
-
+# ---- The whole method, on this machine.
 
 def make_data(folder):
     """Python's own standard library in 512 tokens, few, so that small models are not all head."""
     library = os.path.dirname(os.__file__)
-    files = [path for path in sorted(glob.glob(f"{library}/**/*.py", recursive=True))
-             if os.path.getsize(path) and not re.search("-packages|test", path[len(library):])]
-    print(f"{folder}: {len(files)} files of Python's standard library, in 512 tokens", flush=True)
-    for words in (["train", "--vocab_size", "512"],
-                  ["encode", "--tokenizer", folder, "--val_fraction", "0.02"]):
-        start("bpe.py", [*words, "--input", *files, "--out", folder], os.cpu_count())
+    names = sorted(glob.glob("**/*.py", root_dir=library, recursive=True))
+    files = [path for name in names if os.path.getsize(path := os.path.join(library, name))
+             and "-packages" not in name and "test" not in name]
+    for words in ("train --vocab_size 512", f"encode --val_fraction 0.02 --tokenizer {folder}"):
+        subprocess.run([sys.executable, f"{ROOT}/bpe.py", *words.split(), "--out", folder,
+                        "--input", *files])
 
+STUDY = {"block_size": "64", "batch_size": "4", "attention": "sliding,full", "window": "4",
+         "dtype": "float32", "learning_rate": "0.007", "mup": "64", "seed": "1337"}
 
 def study(args):
-    """The learning rate, isoFLOP curves, laws, a prediction at a larger compute, and its test."""
-    # small batches, so that the shortest runs have some hundred steps: what happens in the first
-    # ones is no power law, and with batches of 8 the predictions came out 0.1 nats too high
-    flags = {"block_size": "128", "batch_size": "2", "mup": "64", **args.flags}
-    C, base = args.target or 10 * args.budgets[-1], args.sizes[len(args.sizes) // 2]
-    print("1. the learning rate, at one size: with --mup it holds for the others", flush=True)
-    if "learning_rate" not in flags:
-        asked = [{**flags, **base, "train_flops": f"{args.budgets[1]:g}",
-                  "learning_rate": rate} for rate in ("2.5e-3", "5e-3", "1e-2", "2e-2", "4e-2")]
-        tried = [(float(r["flags"]["learning_rate"]), r["loss"]) for r in run_all(asked, args)]
-        try:
-            best, _ = valley(*zip(*tried))
-        except ValueError:  # a flat or slanting curve: its lowest point
-            best, _ = min(tried, key=lambda pair: pair[1])
-        flags["learning_rate"] = f"{best:.3g}"
-    print(f"   {flags['learning_rate']}\n2. models of several sizes at each budget", flush=True)
-    runs = run_all(isoflop_runs(flags, args), args)
-    table = columns(runs)
-    print("3. the laws")
-    isoflop, laws, _ = report("isoflop", table, [C])
-    show(isoflop)
-    parametric, law, others = report("parametric", table, [C])
-    show(parametric)
+    """Small runs, each with two seeds, a prediction at 10 times their compute, and its test. So few
+    runs hardly tell the exponents: laws fitted to resampled runs count the more, the closer theirs
+    are to the published ones (importance resampling; Smith & Gelfand 1992)."""
+    flags, noise = STUDY | args.flags, 1e-2  # of log loss, from seed to seed
+    C = 10 * max(map(float, args.budgets.split(",")))
+    table = columns(run_all([of for i in (0, 1) for of in isoflop_runs(
+        flags | {"seed": int(flags["seed"]) + i}, args.budgets, args.sizes, args.data)], args))
+    law = fit_parametric(table["N"], table["D"], table["loss"], noise)
+    fits = bootstrap(table, law, 400, 0, noise)
+    p = np.array([math.exp(-((f.alpha - 0.35) ** 2 + (f.beta - 0.37) ** 2) / 0.02) for f in fits])
+    fits = [fits[i] for i in np.random.default_rng(0).choice(len(fits), 1000, p=p / p.sum())]
+    best, widths = np.median([predict(fit, C).N for fit in fits]), range(8, 520, 8)
+    final = min(isoflop_runs(flags, str(C), ",".join(f"{w}x2" for w in widths), args.data),
+                key=lambda of: abs(math.log(of["parameters"] / best)))
+    N, D = final["parameters"], final["tokens"]
+    low, middle, high = np.quantile([fit(N, D) for fit in fits], (0.1, 0.5, 0.9)).tolist()
+    result = {"target": C, "N": N, "D": D, "predicted_loss": middle, "interval": (low, high)}
+    show(result)
+    result["measured_loss"] = run_all([final], args)[0]["loss"]
+    result["difference"] = result["measured_loss"] - result["predicted_loss"]
+    show(result)
+    save(os.path.join(os.path.dirname(args.runs), "study"), result, table, law)
 
-    # the width at which N = 12 depth width^2 + V width is the best N for C, in steps of 16; the
-    # depth is kept, since a law holds for one family of models
-    depth, width = int(base["n_layer"]), int(base["n_embd"])
-    V = make_plan(flags | base, args.data)["parameters"] / width - 12 * depth * width
-    width = (math.sqrt(V * V + 48 * depth * predict(laws, C).N) - V) / (24 * depth)
-    size = f"{16 * max(1, round(width / 16))}x{depth}"
-    final = {**flags, **parse_size(size), "train_flops": f"{C:g}"}
-    plan = make_plan(final, args.data)
-    N, D = plan["parameters"], plan["tokens"]
-    predicted, between = float(law(N, D)), interval([other(N, D) for other in others])
-    print(f"4. at {C:.3g} FLOPs: {size}, N {N:,}, D {D:,}; predicted loss {predicted:.4f} (80%: "
-          f"{as_text(between)})", flush=True)
-    measured, = run_all([final], args)
-    loss = measured["loss"]
-    print(f"predicted_loss: {predicted:.4f}\nmeasured_loss: {loss:.4f}\n"
-          f"difference: {loss - predicted:+.4f}\n"
-          f"compute_beyond_largest_budget: {C / args.budgets[-1]:.1f}x")
-    home = os.path.dirname(os.path.abspath(args.runs))
-    result = {"isoflop": isoflop, "parametric": parametric, "predicted": predicted,
-              "interval": between, "measured": loss, "target": C, "size": size, "flags": final}
-    save(home, "study", result, columns([*runs, measured]), [laws, law])
-    print(f"files: {home}")
-
-
-# -----------------------------------------------------------------------------
-# The command line.
-
-COMMANDS = "run", "sweep", "isoflop", "fit", "study"
-
-
-def number(kind, low=0, high=math.inf):
-    """A type for argparse: an int or a float from low to high, and finite."""
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    read.__name__ = kind.__name__  # for argparse's own messages
-    return read
-
-
-def parse_args(words):
-    """The command line. Flags that are not known are train.py's, except those of `fit`."""
-    command = words.pop(0) if words and words[0] in COMMANDS else "study"
-    parser = argparse.ArgumentParser(
-        prog=f"scaling.py {command}", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(command=command)
-    add, flops = parser.add_argument, number(float, 1)
-    if command == "fit":
-        add("file", help="runs: .jsonl, .json or .csv")
-        add("--method", default="isoflop", choices=[*METHODS, "parametric", "kaplan", "optimum"])
-        add("--bootstrap", type=number(int), default=100, help="resamples (default 100)")
-        add("--compute", type=flops, nargs="+", metavar="C", help="FLOPs to predict for")
-        add("--inference_tokens", type=number(float), default=0.0, metavar="D", help="parametric: "
-            "to be served afterwards, out of the same compute")
-        add("--of", default="learning_rate", help="optimum: of which hyperparameter")
-        add("--against", default="N", metavar="NAME", help="optimum: N, D, C or a flag")
-        add("--json", action="store_true", help="print JSON")
-        add("--out", metavar="DIR", help="leave JSON, and PNG if matplotlib is installed")
-        args = parser.parse_args(words)
-        if args.inference_tokens and args.method != "parametric":
-            parser.error("--inference_tokens is for --method parametric")
-        return args
-
-    add("--runs", default="scaling/runs.jsonl", metavar="FILE", help="finished runs")
-    add("--data", default=DATA, help=f"folder of bpe.py (default: {DATA}, made of Python's "
-        "standard library if it is not there)")
-    add("--budget", type=flops, metavar="C", help="FLOPs that all in FILE may take")
-    add("--jobs", type=number(int, 1), help="runs at a time (default: 1 with a GPU, else as many "
-        "as cores)")
-    if command == "sweep":
-        add("--grid", nargs="+", required=True, metavar="NAME=A,B", help="all combinations")
-        add("--random", type=number(int), default=0, metavar="COUNT", help="so many random "
-            "ones instead; NAME=LOW:HIGH is drawn evenly in logarithms")
-    elif command != "run":
-        add("--budgets", default="1e11,2e11,4e11,8e11", help="FLOPs of a run (%(default)s)")
-        add("--sizes", default="16x2,32x2,48x2,64x2,80x2,96x2,128x2", metavar="WxL,WxL",
-            help="n_embd x n_layer (%(default)s); study finds the learning rate at the middle "
-            "one, whose depth is the target's")
-    if command == "study":
-        add("--target", type=flops, metavar="C", help="FLOPs of the run that is predicted "
-            "(default: 10 times the largest budget)")
-    args, rest = parser.parse_known_args(words)
-    try:
-        if not args.runs.endswith(".jsonl"):
-            raise ValueError(f"--runs must end with .jsonl, unlike {args.runs}")
-        if "sizes" in args:
-            args.budgets = sorted(flops(text) for text in args.budgets.split(","))
-            args.sizes = [parse_size(text) for text in args.sizes.split(",")]
-            if command == "study" and len(args.budgets) < 2:
-                raise ValueError("--budgets: a law needs two at least")
-        args.flags = parse_flags(rest, ("train_flops", "max_iters", *args.sizes[0])
-                                 if "sizes" in args else ())
-        args.asked = [args.flags]
-        if command == "sweep":
-            args.asked = [parse_flags(as_words(args.flags | row))
-                          for row in grid_of(args.grid, args.random)]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(str(error))
-    return args
-
-
-def run(args):
-    """Do what the command line asks for."""
-    if args.command == "fit":
-        return fit_command(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupted)
-    if args.data == DATA and not os.path.exists(os.path.join(DATA, "val.bin")):
-        make_data(args.data)
-    if args.command == "study":
-        return study(args)
-    if args.command == "isoflop":
-        args.asked = isoflop_runs(args.flags, args)
-    best = min(run_all(args.asked, args), key=lambda r: r["loss"])
-    print("best:", *as_words(best["flags"]))
-    print(*(f"{name}: {best[name]}" for name in RESULTS), sep="\n")
-
+# ---- The command line.
 
 def main():
-    """Errors become one line, and exit code 1 or, for usage, 2."""
-    args = parse_args(sys.argv[1:])
-    try:
-        run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("stopped; finished runs are kept, and the rest goes on when asked again",
-              file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"scaling.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
-
+    words, commands = sys.argv[1:], ("study", "run", "sweep", "isoflop", "fit")
+    command = words.pop(0) if words and words[0] in commands else "study"
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"scaling.py: error: {message}\n")
+    add = parser.add_argument
+    for name, default, text in (
+            ("runs", "scaling/runs.jsonl", "file of finished runs"),
+            ("data", DATA, "folder of bpe.py; this one is made if need be"),
+            ("budget", math.inf, "FLOPs that all in --runs may take together"),
+            ("budgets", "5e10,1e11,2e11", "isoflop, study: FLOPs of a run"),
+            ("sizes", "16x2,24x2,32x2,40x2,48x2,56x2", "n_embd x n_layer, where tokens suit them"),
+            ("bootstrap", 100, "fit: resamples"),
+            ("inference_tokens", 0.0, "fit: to be served later, out of the same compute"),
+            ("out", "", "fit: folder for JSON, and for PNG if matplotlib is installed")):
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
+    add("--grid", nargs="+", default=[], metavar="NAME=A,B", help="sweep: values of flags")
+    add("--method", default="isoflop", choices=METHODS, help="fit (default isoflop)")
+    add("--compute", type=float, nargs="+", metavar="C", help="fit: FLOPs to predict for")
+    add("--json", action="store_true", help="fit: print JSON")
+    if command == "fit":
+        add("file", help="runs: .jsonl, .json or .csv")
+        args = parser.parse_args(words)
+        table = columns(load_runs(args.file))
+        ahead = args.compute or [table["C"].max() * factor for factor in (10, 100, 1000)]
+        result, fit = report(args.method, table, ahead, args.bootstrap, args.inference_tokens)
+        print(json.dumps(result, indent=1)) if args.json else show(result)
+        return args.out and save(os.path.join(args.out, args.method), result, table, fit)
+    rest = parser.parse_known_args(words)[1]
+    theirs = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    for name in theirs:
+        add(name, nargs="?", const="True")
+    args = parser.parse_args(words)
+    args.flags = {name[2:]: getattr(args, name[2:]) for name in theirs}
+    print(f"{command}: {args.data} to {args.runs}", flush=True)
+    if args.data == DATA and not os.path.exists(os.path.join(DATA, "val.bin")):
+        make_data(args.data)
+    if not os.path.exists(path := os.path.join(args.data, "train.bin")):
+        raise ValueError(f"there is no {path}: see python bpe.py --help")
+    if command == "study":
+        return study(args)
+    grid = dict(text.split("=", 1) for text in args.grid)
+    plans = [plan(args.flags | dict(zip(grid, row)), args.data)
+             for row in itertools.product(*(text.split(",") for text in grid.values()))]
+    if command == "isoflop":
+        plans = isoflop_runs(args.flags, args.budgets, args.sizes, args.data)
+    show(min(run_all(plans, args), key=lambda run: run["loss"]))
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, LookupError, TypeError, RuntimeError, csv.Error) as error:
+        sys.exit(f"scaling.py: error: {error}")
