@@ -238,7 +238,7 @@ def open_bin(path):
         n = int(header[2])  # (2^31 - 1: that many, or more)
         return np.memmap(path, dtype, "r", 1024, (n,) if n < 2**31 - 1 else None), header
     data = np.memmap(path, "<u2", "r", shape=os.path.getsize(path) // 2)
-    wide = len(data) > 3 and not data[1 : 2**20 : 2].any()  # every second one is 0
+    wide = len(data) > 3 and not all(data[i : 2**20 : 2].any() for i in (0, 1))  # every second: 0
     if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
         raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's do")
     return data, None

@@ -226,7 +226,8 @@ def test_bins_of_nanogpt_and_llm_c_and_what_is_none(tmp_path):
     np.array(ids, "<u2").tofile(path)
     assert T.open_bin(path)[0].tolist() == ids and T.open_bin(path)[1] is None
     np.save(tmp_path / "y.npy", np.array(ids, "<u2"))
-    for content in (np.array(ids, "<u4").tobytes(), np.array(ids, "<i8").tobytes(), b"odd",
+    for content in (np.array(ids, "<u4").tobytes(), np.array(ids, ">u4").tobytes(),
+                    np.array(ids, "<i8").tobytes(), b"odd",
                     (tmp_path / "y.npy").read_bytes()):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="does not hold uint16"):
