@@ -161,5 +161,5 @@ def test_help(tmp_path):
     running = {name: start(f"{name} --help", tmp_path) for name in SCRIPTS}
     for name, process in running.items():
         out, err = finish(process)
-        assert len(out) > 200, (name, err)
+        assert len(out) > 150, (name, err)
     assert not list(tmp_path.iterdir())
