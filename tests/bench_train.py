@@ -85,8 +85,12 @@ def race(args):
         timed([sys.executable, "prepare.py"], cwd=data, env=environment)
         bpe = [sys.executable, f"{ROOT}/bpe.py"]
         timed([*bpe, "train", "--pattern", "char", "--input", args.text, "--out", bins])
-        timed([*bpe, "encode", "--tokenizer", bins, "--input", args.text, "--out", bins,
-               "--val_fraction", "0.1"])
+        text = pathlib.Path(args.text).read_text()  # one document: cut it where nanoGPT does
+        n = len(text) * 9 // 10
+        pathlib.Path(folder, "a.txt").write_text(text[:n])
+        pathlib.Path(folder, "b.txt").write_text(text[n:])
+        timed([*bpe, "encode", "--tokenizer", bins, "--input", f"{folder}/a.txt", "--val_input",
+               f"{folder}/b.txt", "--out", bins])
         theirs = [sys.executable, "train.py", "config/train_shakespeare_char.py", *SIZES,
                   "--batch_size=12", "--compile=False", "--eval_iters=20", "--log_interval=100",
                   "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",

@@ -540,7 +540,7 @@ def test_classifier_and_perplexity_on_the_command_line(tmp_path):
     net = M.Transformer(M.TransformerConfig(vocab_size=300, block_size=32, n_layer=1, n_head=2,
                                             n_embd=16))
     ckpt = str(tmp_path / "ckpt.pt")
-    M.save_checkpoint(ckpt, net, [], 0, 0.0, {}, {}, (tmp_path / "tokenizer.json").read_text())
+    M.save_checkpoint(ckpt, net, tokenizer=(tmp_path / "tokenizer.json").read_text())
     value = C.load_perplexity(ckpt)(prose(2))
     assert 100 < value < 1000  # an untrained model knows nothing: about the vocabulary
     result = run("filter", "--input", texts, "--out", tmp_path / "o3", "--filters", "--perplexity",
