@@ -1,5 +1,6 @@
 """model.py: equality with written-out references, and what a stranger's file may not do."""
 
+import concurrent.futures
 import json
 import math
 import os
@@ -656,29 +657,29 @@ def test_command_line(tmp_path, tokenizer):
     M.save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer=tokenizer.to_json(), step=1)
     M.save_checkpoint(tmp_path / "draft.pt", make(2, vocab_size=320, n_layer=1), tokenizer="{}")
     at = ("--ckpt", tmp_path / "ckpt.pt")
-    done = run("--prompt", "hello", "--max_new_tokens", 9, "--num_samples", 2, *at, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.count("hello") == 2, done.stderr
-    assert run("--start", "hello", "--max_new_tokens", 9, *at, cwd=tmp_path).stdout in done.stdout
-    done = run("--draft", tmp_path / "draft.pt", "--max_new_tokens", 9, *at, cwd=tmp_path)
-    assert done.returncode == 0 and "accepted" in done.stderr
-    done = run("chat", "--max_new_tokens", 5, *at, cwd=tmp_path, stdin="hello\nworld\n")
-    assert done.returncode == 0 and done.stdout.count("\n") >= 2, done.stderr
-    for command in (["quantize", "--quantize", "int4"], ["prune", "--n_layer", 1, "--d_ff", 64]):
-        assert run(*command, *at, cwd=tmp_path).returncode == 0
-        small = M.load_checkpoint(tmp_path / "out" / f"{command[0]}.pt")
+    errors = [(["--ckpt", "none.pt"], 1, "none.pt is no checkpoint"),
+              (["--temprature=1"], 2, "unrecognized arguments: --temprature"),
+              (["import"], 2, "take a folder"), ([*at, "--temperature", "-1"], 1, "has no sense")]
+    asked = [["--prompt", "hello", "--max_new_tokens", 9, "--num_samples", 2, *at],
+             ["--start", "hello", "--max_new_tokens", 9, *at],
+             ["--draft", tmp_path / "draft.pt", "--max_new_tokens", 9, *at],
+             ["chat", "--max_new_tokens", 5, *at], ["export", "folder/", *at],
+             ["quantize", "--quantize", "int4", *at], ["prune", "--n_layer", 1, "--d_ff", 64, *at],
+             ["info", "--n_layer", 12, "--n_embd", 768, "--bias=True"]]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = [*pool.map(lambda args: run(*args, cwd=tmp_path, stdin="hello\nworld\n"),
+                          [*asked, *(args for args, _, _ in errors)])]
+    two, one, draft, chat, export, *others, info = done[: len(asked)]
+    assert two.stdout.count("hello") == 2 and one.stdout in two.stdout, two.stderr
+    assert "accepted" in draft.stderr and chat.stdout.count("\n") >= 2, chat.stderr
+    assert export.stdout == "folder/: a llama\n" and "FLOPs per token, training" in info.stdout
+    for result, (_, code, message) in zip(done[len(asked) :], errors):
+        assert result.returncode == code and message in result.stderr, result.stderr
+        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    for command in ("quantize", "prune"):
+        small = M.load_checkpoint(tmp_path / "out" / f"{command}.pt")
         assert small[1]["tokenizer"] == tokenizer.to_json()
     assert small[0].config.n_layer == 1 and small[0].config.d_ff == 64
-    assert run("export", "folder/", *at, cwd=tmp_path).stdout == "folder/: a llama\n"
     done = run("import", "folder", "--out", "again.pt", cwd=tmp_path)
     assert "tokenizer" in done.stdout, done.stderr
     assert torch.equal(M.load_checkpoint(tmp_path / "again.pt")[0](ids(1, 9)), model(ids(1, 9)))
-    done = run("info", "--n_layer", 12, "--n_embd", 768, "--bias=True", cwd=tmp_path)
-    assert done.returncode == 0 and "FLOPs per token, training" in done.stdout
-    for args, code, message in (
-            (["--ckpt", "none.pt"], 1, "none.pt is no checkpoint"),
-            (["--temprature=1"], 2, "unrecognized arguments: --temprature"),
-            (["import"], 2, "take a folder"), ([*at, "--temperature", "-1"], 1, "has no sense"),
-            (["export", "folder", *at], 1, "folder")):
-        done = run(*args, cwd=tmp_path)
-        assert done.returncode == code and message in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
