@@ -351,6 +351,7 @@ def cut_stream(pieces, separators, chunked, ending=b""):
     where `find_cuts` says so. What does not end with `ending` gets it. Raises ValueError for 64 MB
     without a place to cut."""
     longest, waiting, size, enough = max(map(len, separators), default=0), [], 0, BLOCK
+    prefixes = any(a != b and b.startswith(a) for a in separators for b in separators)
     for piece in (p[i : i + BLOCK] for p in pieces for i in range(0, len(p), BLOCK)):
         waiting.append(piece)
         size += len(piece)
@@ -359,6 +360,9 @@ def cut_stream(pieces, separators, chunked, ending=b""):
         text = b"".join(waiting)
         valid = text if b"\xff" in separators else text.replace(b"\xff", b"\xfe")  # ends nothing
         cut = size - len(mark(separators, valid).rpartition(b"\xff")[2])
+        if prefixes and cut > size - longest:  # what ends there may begin a longer separator
+            waiting, enough = [text], size + longest
+            continue
         end = size - longest  # a separator that begins later may be incomplete
         for low in (max(cut, end - 4096), cut) if chunked else ():  # the last cut is near the end
             places = find_cuts(valid[low:end])
