@@ -26,7 +26,7 @@ def test_files_are_within_their_budgets(name):
     assert read(name).count("\n") <= LINES[name]
 
 def test_the_suite_and_the_benches_are_within_theirs():
-    for kind, most in (("test_", 4120), ("bench_", 1300)):
+    for kind, most in (("test_", 4130), ("bench_", 1300)):
         assert sum(read(name).count("\n") for name in OURS if f"/{kind}" in name) <= most, kind
 
 @pytest.mark.parametrize("name", OURS)
