@@ -408,8 +408,6 @@ def main():
     model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
     theirs = saved.get("tokenizer") or tokenizer
     more = {k: saved[k] for k in ("template", "stop", "begin", "names") if k in saved}
-    if tokenizer and Tokenizer.from_json(theirs).vocab != Tokenizer.from_json(tokenizer).vocab:
-        raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
     if config.vocab_size > 2**16 and 0 in (train_data.offset, val_data.offset):  # uint16
         raise ValueError(f"{args.data} does not say that its ids are of {config.vocab_size:,}")
     model.activation_checkpointing = args.activation_checkpointing
@@ -418,7 +416,11 @@ def main():
         model_py.kernels = kernels
     if args.compile:
         model.compile()
-    teacher = load_checkpoint(args.teacher, device)[0] if args.teacher else None
+    teacher, other = load_checkpoint(args.teacher, device) if args.teacher else (None, {})
+    for text in (theirs, other.get("tokenizer")):
+        vocab = Tokenizer.from_json(text).vocab if tokenizer and text else None
+        if vocab and vocab != Tokenizer.from_json(tokenizer).vocab:
+            raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
 
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
                                  (args.beta1, args.beta2), args.momentum, args.mup)

@@ -420,6 +420,10 @@ def test_nothing_changes_the_losses_that_should_not(run):
     flags = ("--teacher", "a/ckpt.pt", "--teacher_weight", "1.0", "--dropout", "0")
     run("--out_dir", "g", "--max_iters", 4, *flags)
     assert [row["loss"] for row in log("g")] != want
+    saved = torch.load("a/ckpt.pt", weights_only=True)
+    other = bpe.Tokenizer(*bpe.train_bpe(["another text"] * 9, 260))
+    torch.save(saved | {"tokenizer": other.to_json()}, "a/ckpt.pt")
+    assert "another tokenizer" in run("--out_dir", "h", *flags)[2]
 
 def test_nanogpts_habits_and_wrong_flags_get_one_line(run, data, monkeypatch):
     for args, message in ((["--n_layr", "3"], "unrecognized arguments: --n_layr"),
