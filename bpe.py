@@ -1046,7 +1046,7 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
         for files, fraction in ((paths, 0 if val_paths else val_fraction), (val_paths, 1)):
             blocks, seen, done = read_blocks(files, chunked=tokenizer.chunked), 0, 0
             total = text_size(files)
-            results = parallel(job, blocks, num_proc or min(os.cpu_count(), total >> 23))
+            results = parallel(job, blocks, num_proc or min(os.cpu_count(), total >> 26))
             stack.callback(results.close)  # ends the processes whatever happens
             for ids, size, decoded, invalid in results:
                 # number the documents; the part after the last end goes on in the next block
