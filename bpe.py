@@ -999,18 +999,20 @@ def read_steps(part):
 # token; [5], [6] low and high half of the number of bytes of text that the tokens stand for.
 
 def read_bin(path):
-    """A .bin -> (memory-mapped array of ids, header as int32 or None). A file without a header
-    is nanoGPT's: uint16 from the first byte on. Raises ValueError for what is no .bin."""
-    with open(path, "rb") as file:
-        head, size = file.read(1024), os.path.getsize(path)
-    header = np.frombuffer(head.ljust(1024), "<i4")
+    """A .bin -> (memory-mapped array of ids, header as int32 or None). A file without a header is
+    nanoGPT's: uint16 from the first byte on. Raises ValueError for what is no .bin, OSError."""
+    header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2].tolist()))
-    offset, dtype = 1024 if dtype else 0, np.dtype(dtype or "<u2")
-    text = head.decode("utf-8", "replace").rstrip("\ufffd")  # ids have zeros, or are not UTF-8
-    if (size - offset) % dtype.itemsize or not offset and text and not {"\0", "\ufffd"} & {*text}:
-        raise ValueError(f"{path} is no .bin: it is text, or {size:,} bytes are no whole tokens")
-    ids = np.memmap(path, dtype, "r", offset) if size > offset else np.zeros(0, dtype)
-    return ids, header if offset else None
+    if dtype and len(header) == 256:
+        n = int(header[2])  # 2^31 - 1: that many, or more
+        return np.memmap(path, dtype, "r", 1024, (n,) if n < 2**31 - 1 else None), header
+    ids = np.memmap(path, "<u2", "r", shape=size // 2)
+    head = ids[:500].tobytes()
+    text = not {"\0", "\ufffd"} & {*head.decode("utf-8", "replace").rstrip("\ufffd")}
+    wide = len(ids) > 3 and not all(ids[i : 1 << 20 : 2].any() for i in (0, 1))  # 4 or 8 bytes each
+    if size % 2 or text or wide or head.startswith(b"\x93NUMPY"):
+        raise ValueError(f"{path} is no .bin: no header, and no uint16 ids as nanoGPT's")
+    return ids, None
 
 BLOCKS_DONE = itertools.count(1)
 

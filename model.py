@@ -17,20 +17,18 @@ n_layer, num_heads for n_head, context_length for block_size. In comments: B bat
 pass, S all positions up to now, C channels (n_embd), H heads, D head size, V vocabulary.
 """
 
-import signal
+import argparse, codecs, collections, contextlib, dataclasses, functools, glob, inspect, json, math
+import os, pathlib, re, signal, sys, time
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word, at any time
-
-import argparse, codecs, collections, contextlib, dataclasses, functools, glob, inspect, json, math
-import os, pathlib, re, sys, time
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 kernels = None  # kernels.py, when its Triton kernels are to compute: see train.py --kernels
+SLACK = 16  # what a sliding cache keeps beyond the window: `speculate` takes back fewer tokens
 
 # ---- The parts.
 
@@ -76,11 +74,10 @@ class RMSNorm(nn.Module):
         return (h * torch.rsqrt(mean) * self.weight).type_as(x)
 
 def make_norm(config):
-    """The norm that the config asks for: RMSNorm, or LayerNorm (Ba et al. 2016) as in GPT-2."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    layernorm = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
-    return layernorm if config.norm == "layernorm" else nn.Identity()
+    """The norm that the config asks for: RMSNorm, LayerNorm (Ba et al. 2016) as in GPT-2, none."""
+    layernorm = functools.partial(nn.LayerNorm, bias=config.bias)
+    kind = {"rmsnorm": RMSNorm, "layernorm": layernorm, "none": nn.Identity}[config.norm]
+    return kind(config.n_embd, config.norm_eps)
 
 def softmax(x, dim=-1):
     """exp(x) / sum(exp(x)), the maximum subtracted first, so that nothing overflows."""
@@ -99,9 +96,9 @@ def scaled_dot_product_attention(q, k, v, mask=None):
 
 def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
     """Cosines and sines for `apply_rope`: pair i of the D / 2 pairs of channels turns by position *
-    theta^(-2 i / D). positions: (..., T) -> two tensors (..., T, D) of float32. scaling,
-    "FACTOR,LOW,HIGH,LENGTH", is Llama 3's, for longer texts: pairs that turn less than LOW times in
-    LENGTH positions turn FACTOR times slower, those that turn more than HIGH times as before."""
+    theta^(-2 i / D). positions: (..., T) -> two (..., T, D), float32. scaling, as Llama 3 has it,
+    "FACTOR,LOW,HIGH,LENGTH": pairs that turn less than LOW times in LENGTH positions turn FACTOR
+    times slower, those that turn more than HIGH times as before."""
     frequencies = theta ** (-torch.arange(0, D, 2, device=positions.device).float() / D)
     if scaling:
         factor, low, high, length = map(float, scaling.split(","))
@@ -113,10 +110,9 @@ def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
 
 def apply_rope(x, cos, sin, interleaved=False):
     """Rotary positions (Su et al. 2021): turn pairs of channels by angles that grow with position,
-    so that the dot product of a query and a key depends only on their distance: (a, b) becomes
-    (a cos - b sin, b cos + a sin). x, cos, sin: (..., T, D). The channels of a pair are i and i +
-    D / 2, as in Hugging Face's Llama, or, interleaved, 2 i and 2 i + 1, as in Meta's own weights:
-    the wrong ones ruin a model without any error."""
+    so that the product of a query and a key depends only on their distance: (a, b) becomes (a cos -
+    b sin, b cos + a sin). x, cos, sin: (..., T, D). The channels of a pair are i and i + D / 2 (as
+    Hugging Face's) or, interleaved, 2 i and 2 i + 1 (Meta's): the wrong ones ruin a model."""
     h, half = upcast(x), x.shape[-1] // 2  # bfloat16 can not tell position 1000 from 1001
     other = h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else h.roll(half, -1)
     return torch.addcmul(h * cos, other, sin).type_as(x)
@@ -130,7 +126,6 @@ CHOICES = {"activation": "swiglu relu gelu gelu_tanh silu relu2 moe", "norm_plac
 @dataclasses.dataclass
 class TransformerConfig:
     """Everything that decides a model's shapes and computation; it is part of each checkpoint."""
-
     vocab_size: int = 4096
     block_size: int = 256  # tokens of the longest sequence
     n_layer: int = 4
@@ -182,10 +177,9 @@ def build(part, config):
 # ---- Attention, in five kinds: (..., T, C) -> (..., T, C), where no position sees a later one.
 
 class Where:
-    """Where the T tokens of a pass stand among the S of their rows. positions: (B, S), of the
-    tokens in the cache, too; None: 0, 1, 2, ... A 0 begins a text, and texts do not see one
-    another: so several can be packed in one row, and a row can begin with padding, texts of one
-    token each, at position 0. config: of rotary positions; None: there are none."""
+    """Where the T tokens of a pass stand among the S of their rows. positions: (B, S), of those in
+    the cache, too; None: 0, 1, 2, ... A 0 begins a text, and texts do not see one another: so a row
+    can hold several, and begin with padding, texts of one token each. config: of rotary ones."""
     def __init__(self, T, S=0, positions=None, config=None, device="cpu"):
         self.plain, self.T, self.config, S = positions is None, T, config, S or T
         self.at = torch.arange(S - T, S, device=device) if self.plain else positions[:, -T:]
@@ -238,9 +232,7 @@ def keep(cache, name, new, most=2**40):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries, each
     serves a group of queries (Ainslie et al. 2023), which makes the cache smaller."""
-
     window = 2**40  # positions that a query looks at
-
     def __init__(self, n_embd, n_head, n_kv_head=0, head_size=0, bias=False, qkv_bias=False,
                  qk_norm=False, dropout=0.0, norm_eps=1e-5):
         super().__init__()
@@ -285,8 +277,6 @@ class CausalSelfAttention(nn.Module):
                     enable_gqa=q.shape[-3] != k.shape[-3]).to(kind)
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
 
-SLACK = 16  # what a sliding cache keeps beyond the window: `speculate` takes back fewer tokens
-
 class SlidingWindowAttention(CausalSelfAttention):
     """Attention to the last `window` positions only (Beltagy et al. 2020), as is the cache."""
     def __init__(self, n_embd, n_head, window=64, **more):
@@ -295,10 +285,10 @@ class SlidingWindowAttention(CausalSelfAttention):
 
 def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
     """Attention with phi(q) . phi(k), phi = elu + 1, in place of exp(q . k) (Katharopoulos et al.
-    2020). Sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state of
-    fixed size: with chunk=1 this is a recurrent network, and larger chunks compute the same. q, k:
-    phi of them; rq, rk: these rotated, for the numerator alone, as a rotated sum could be 0 (Su et
-    al. 2021); v: values; all (..., T, D) -> y: (..., T, D), S, z."""
+    2020). Sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state:
+    with chunk=1 this is a recurrent network, and larger chunks compute the same. q, k: phi of them;
+    rq, rk: these rotated, for the numerator alone, as a rotated sum could be 0 (Su et al. 2021);
+    v: values; all (..., T, D) -> y: (..., T, D), S, z."""
     out, S = [], S + rk[..., :0, :].mT @ v[..., :0, :]
     for q, k, v, rq, rk in zip(*(x.split(chunk, -2) for x in (q, k, v, rq, rk))):
         norm = (q * (z + k.cumsum(-2))).sum(-1, keepdim=True)
@@ -353,9 +343,8 @@ class LatentAttention(nn.Module):
         return self.o_proj(y.transpose(-3, -2).flatten(-2))
 
 class Hyena(nn.Module):
-    """A long convolution between two gates, in place of attention (Poli et al. 2023; order 2):
-    y = o(x0 * (h conv (x1 * v))), in O(T log T). The filter h is as long as the text, and not
-    stored: a small network computes it, times a decay that is slower from channel to channel."""
+    """A long convolution between two gates (Poli et al. 2023; order 2): y = o(x0 * (h conv (x1 *
+    v))), in O(T log T). The filter h is as long as the text: a small network computes it."""
     def __init__(self, n_embd, block_size, bias=False):
         super().__init__()
         self.block_size = block_size
@@ -365,14 +354,13 @@ class Hyena(nn.Module):
         self.skip = nn.Parameter(torch.ones(n_embd))
         self.o_proj = Linear(n_embd, n_embd, bias)
 
-    def filter(self, T):
-        """h: (T, C)"""
+    def filter(self, T):  # h: (T, C)
         t = torch.arange(T, device=self.skip.device)[:, None] / self.block_size
         angles = 2 * math.pi * t * torch.linspace(1e-4, 7, 8).to(t)  # a position in 8 frequencies
         x = torch.cat((t, angles.cos(), angles.sin()), 1).type_as(self.skip)
         h = self.filter_out(torch.sin(10 * self.filter_in(x)))  # high frequencies, or too smooth
         decay = torch.linspace(0, math.log(5e-4), len(self.skip)).to(t).exp()
-        return h * torch.exp(-decay * t * self.block_size)
+        return h * torch.exp(-decay * t * self.block_size)  # slower from channel to channel
 
     def forward(self, x, where=None, cache=None):  # (..., T, C) -> (..., T, C)
         where, T = where or Where(x.shape[-2], device=x.device), x.shape[-2]
@@ -406,10 +394,8 @@ class SwiGLU(nn.Module):
 
 class FeedForward(nn.Module):
     """w2(f(w1 x))"""
-
     F = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square(),
          "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}  # (GPT-2's approximation)
-
     def __init__(self, n_embd, d_ff, activation, bias=False):
         super().__init__()
         self.w1, self.w2 = Linear(n_embd, d_ff, bias), Linear(d_ff, n_embd, bias)
@@ -609,10 +595,10 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
     """Continue a text with the distribution of target.generate, in fewer calls of the target
     (Leviathan et al. 2023; Chen et al. 2023). The small model `draft` proposes gamma tokens; one
     call of the target gives p for all of their places. A proposal x drawn from q is kept with
-    probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from
-    max(0, p - q), normalised; if all are kept, one from the last p. It ends where the window of
-    either is full. text: list of ids -> (text, continued; {"proposed", "accepted", "calls" of the
-    target}). Raises ValueError for a state, which can not take guesses back."""
+    probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from max(0,
+    p - q), normalised; if all are kept, one from the last p. It ends where either window is full.
+    text: list of ids -> (text, {"proposed", "accepted", "calls" of the target}). ValueError: a
+    state can not take guesses back."""
     if {"linear", "hyena"} & {*target.kinds, *draft.kinds} or not 0 < gamma < SLACK:
         raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
     text, how = list(text), (temperature, top_k, top_p)
@@ -653,9 +639,9 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
 GROUP = 32  # int4: weights that share a scale
 
 class QuantizedLinear(nn.Module):
-    """A Linear whose weights are scale * integer + low. int8: -127 to 127, a scale for each row, no
-    `low`; weight: (d_out, d_in). int4: 0 to 15, scale and low for each GROUP weights of a row, its
-    end padded by zeros; weight: (d_out, d_in / 2) uint8, two in a byte, the low half first."""
+    """A Linear whose weights are scale * integer + low. int8, (d_out, d_in): -127 to 127, a scale
+    for each row, no `low`. int4, (d_out, d_in / 2) uint8: two of 0 to 15 in a byte, the low half
+    first; scale and low for each GROUP weights of a row, its end padded by zeros."""
     def __init__(self, linear, kind):
         super().__init__()
         w, self.bias, low = linear.weight.detach().float(), linear.bias, None
@@ -713,9 +699,8 @@ def quantize(model, kind):
 
 @torch.no_grad()
 def prune(model, ids, n_layer=0, d_ff=0):
-    """Keep the n_layer blocks that change the direction of their input most (Men et al. 2024), and
-    in each the d_ff units with the largest activation (Muralidharan et al. 2024), measured on ids,
-    (B, T) int64 of text -> the smaller Transformer. 0: all."""
+    """Keep the n_layer blocks that turn their input most (Men et al. 2024), and in each the d_ff
+    units of largest activation (Muralidharan et al. 2024), on ids (B, T) of text. 0: all."""
     c, change, size, hooks = model.config, [], [], []
     n_layer, d_ff = n_layer or c.n_layer, d_ff or c.d_ff
     for block in model.blocks:
@@ -747,12 +732,11 @@ def replacing(path, mode="wb", **how):
     """A file of this process's own that takes the place of `path` once it is whole and on the disk;
     what writers that were killed have left is removed."""
     for name in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
-        try:
-            os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
-        except ProcessLookupError:
-            pathlib.Path(name).unlink(missing_ok=True)  # (it may just have been renamed)
-        except (ValueError, OverflowError, PermissionError):  # no name of ours, or somebody else's
-            pass
+        with contextlib.suppress(ValueError, OverflowError, PermissionError):  # (not ours)
+            try:
+                os.kill(int(name.split(".")[-2]), 0)  # (signal 0 only asks whether it runs)
+            except ProcessLookupError:
+                pathlib.Path(name).unlink(missing_ok=True)  # (it may just have been renamed)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, mode, **how) as file:
@@ -764,9 +748,8 @@ def replacing(path, mode="wb", **how):
         pathlib.Path(temporary).unlink(missing_ok=True)
 
 def save_checkpoint(path, model, optimizers=(), **more):
-    """Write a model, its optimizers, and what else there is: step, rng, args, tokenizer (the text
-    of its tokenizer.json), template, stop, begin, names. Models and optimizers can be state dicts;
-    then the model's `config` is given, too. Raises OSError, RuntimeError."""
+    """Write a model, its optimizers and what else there is: step, rng, args, tokenizer (the text of
+    tokenizer.json), template, stop, begin, names. For state dicts the `config` is given, too."""
     config = more.pop("config", getattr(model, "config", None))
     parts = [x if isinstance(x, dict) else x.state_dict() for x in (model, *optimizers)]
     with replacing(path) as file:
@@ -807,24 +790,23 @@ def pick_device(name="auto"):
 
 # ---- Folders in the format of Hugging Face's transformers.
 
-# {ours: theirs}, of numbers in config.json, and of parts of names of tensors
-NUMBERS = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer":
-           "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head":
-           "num_key_value_heads", "n_embd": "hidden_size", "head_size": "head_dim", "d_ff":
-           "intermediate_size", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
-           "tie_embeddings": "tie_word_embeddings"}
-TENSORS = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
-           "blocks.": "model.layers.", "attn_norm": "input_layernorm", "ffn_norm":
-           "post_attention_layernorm", "attn.": "self_attn.", "ffn.w1": "mlp.gate_proj", "ffn.w2":
-           "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
-GPT2_KEYS = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer",
-             "num_attention_heads": "n_head", "hidden_size": "n_embd", "rms_norm_eps":
-             "layer_norm_epsilon", "intermediate_size": "n_inner"}  # {Llama's name: GPT-2's}
-GPT2_TENSORS = {"embedding": "transformer.wte", "positions": "transformer.wpe", "final_norm":
-                "transformer.ln_f", "head": "lm_head", "blocks.": "transformer.h.", "attn_norm":
-                "ln_1", "ffn_norm": "ln_2", "attn.q_proj": "attn.c_attn", "attn.k_proj":
-                "attn.c_attn", "attn.v_proj": "attn.c_attn", "attn.o_proj": "attn.c_proj",
-                "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}
+# ours=theirs: numbers in config.json, and parts of names of tensors; Llama's names are those of
+# all families but GPT-2
+NUMBERS, TENSORS, GPT2_KEYS, GPT2_TENSORS = (
+    dict(pair.split("=") for pair in table.split()) for table in ("""
+    vocab_size=vocab_size block_size=max_position_embeddings n_layer=num_hidden_layers
+    n_head=num_attention_heads n_kv_head=num_key_value_heads n_embd=hidden_size head_size=head_dim
+    d_ff=intermediate_size norm_eps=rms_norm_eps rope_theta=rope_theta
+    tie_embeddings=tie_word_embeddings""", """
+    embedding=model.embed_tokens final_norm=model.norm head=lm_head blocks.=model.layers.
+    attn_norm=input_layernorm ffn_norm=post_attention_layernorm attn.=self_attn.
+    ffn.w1=mlp.gate_proj ffn.w2=mlp.down_proj ffn.w3=mlp.up_proj""", """
+    max_position_embeddings=n_positions num_hidden_layers=n_layer num_attention_heads=n_head
+    hidden_size=n_embd rms_norm_eps=layer_norm_epsilon intermediate_size=n_inner""", """
+    embedding=transformer.wte positions=transformer.wpe final_norm=transformer.ln_f head=lm_head
+    blocks.=transformer.h. attn_norm=ln_1 ffn_norm=ln_2 attn.q_proj=attn.c_attn
+    attn.k_proj=attn.c_attn attn.v_proj=attn.c_attn attn.o_proj=attn.c_proj ffn.w1=mlp.c_fc
+    ffn.w2=mlp.c_proj"""))
 # {model_type: (architecture, what all such models have, the values of keys that are absent)}
 LLAMA = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
          "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False}
@@ -910,9 +892,8 @@ def import_folder(folder):
     if family == "gpt2" and "wte.weight" in theirs:  # OpenAI's own files lack the prefix
         theirs = {f"transformer.{name}": x for name, x in theirs.items()}
     if config.tie_embeddings:  # a head of its own in the file wins
-        embedding = theirs[their_name("embedding.weight", family)]
-        head = theirs.setdefault("lm_head.weight", embedding)
-        config.tie_embeddings = torch.equal(head, embedding)
+        table = theirs[their_name("embedding.weight", family)]
+        config.tie_embeddings = torch.equal(theirs.setdefault("lm_head.weight", table), table)
     with torch.device("meta"):
         names = {ours: their_name(ours, family) for ours in Transformer(config).state_dict()}
     for ours, name in names.items():
@@ -930,7 +911,6 @@ def settings_from(folder):
     """What a folder says beside its weights -> {tokenizer: the text of tokenizer.json, template: in
     Jinja, stop: ids that end a text, begin: the id that begins one, names: what templates read}."""
     from bpe import Tokenizer
-
     said = {}
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         said |= json.loads(read_text(folder, name) or "{}")  # the later wins
@@ -1005,9 +985,9 @@ def export_folder(model, folder, checkpoint):
 # ---- Resource accounting: what a model costs.
 
 def count(config):
-    """-> ({part: parameters}, {part: FLOPs per token}) of a forward pass over block_size tokens;
-    training takes three times that. Counted are products with weights (of the experts a token
-    meets), and scores and sums of values over the half (or the window) that the mask leaves."""
+    """-> ({part: parameters}, {part: FLOPs per token}) of a forward pass over block_size tokens, a
+    third of training: products with weights (of the experts that a token meets), and scores and
+    sums of values over what the mask leaves."""
     c, parameters, flops = config, collections.Counter(), collections.Counter()
     with torch.device("meta"):  # shapes without numbers
         model = Transformer(c)
@@ -1112,20 +1092,17 @@ def chat(model, tokenizer, template, names, system, max_new_tokens, stop, **how)
     stop = {*stop, *chat_stops(tokenizer, template, **names)}
     for line in sys.stdin:
         messages.append({"role": "user", "content": line.strip()})
-        while True:
-            ids = encode_chat(tokenizer, template, messages, **names)
-            if len(ids) + max_new_tokens <= model.config.block_size or len(messages) < first + 3:
-                break
+        while len(ids := encode_chat(tokenizer, template, messages, **names)) + max_new_tokens > \
+                model.config.block_size and len(messages) > first + 2:
             del messages[first : first + 2]  # forget what was said first
-        show = printer(tokenizer, stop)
-        text, = model.generate([ids], max_new_tokens, stop=stop, on_token=show, **how)
+        text, = model.generate([ids], max_new_tokens, stop=stop, on_token=printer(tokenizer, stop),
+                               **how)
         print()
         reply = tokenizer.decode([i for i in text[len(ids) :] if i not in stop])
         messages.append({"role": "assistant", "content": reply.strip()})
 
 def printer(tokenizer, stop):
-    """-> a function for `on_token` that prints ids as they come; half a character waits for the
-    rest, and ids that only fill up a vocabulary have no text."""
+    """-> a function for `on_token` that prints ids; half a character waits for the rest."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return lambda _, i: i in stop or print(
         decoder.decode(tokenizer.vocab.get(i, b"")), end="", flush=True)
@@ -1188,9 +1165,8 @@ def main():
     eot = tokenizer.eot_id
     names = checkpoint.get("names") or {"eos_token": tokenizer.vocab.get(eot, b"").decode()}
     stop = {*(checkpoint.get("stop") or ()), eot}
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop=stop,
-               max_new_tokens=args.max_new_tokens,
-               generator=torch.Generator(device).manual_seed(args.seed))
+    how = {k: vars(args)[k] for k in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    how |= {"stop": stop, "generator": torch.Generator(device).manual_seed(args.seed)}
     begin = checkpoint.get("begin", eot)  # a document of ours comes after the end of another
     ids = ([] if begin is None else [begin]) + tokenizer.encode(args.prompt) or [eot]
     if args.command == "chat":

@@ -12,18 +12,15 @@ loss.png if matplotlib is installed. It can be stopped at any time, by Ctrl-C or
 --resume then gives bit for bit (on a CPU) the losses of a run that was never stopped.
 """
 
-import signal
+import argparse, contextlib, csv, functools, math, os, re, signal, sys, time
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet while torch loads
-
-import argparse, contextlib, csv, functools, math, os, re, sys, time
-
 import numpy as np
 import torch
 
 import model as model_py
-from bpe import Tokenizer
+from bpe import Tokenizer, read_bin
 from model import (SWITCH, Linear, Transformer, TransformerConfig, add_config_flags, count,
                    from_state, load_checkpoint, pick_device, replacing, save_checkpoint, upcast)
 
@@ -51,8 +48,7 @@ def distillation_loss(logits, teacher_logits, targets, temperature=1.0):
 def gradient_noise_scale(small_norms, big_norms, small, big):
     """The batch size at which noise and signal in a gradient are equal, tr(covariance) / |g|^2:
     larger ones hardly make more progress per step (McCandlish et al. 2018). small_norms, big_norms:
-    squared norms of mean gradients over `small` and `big` samples. As E|g_B|^2 = |g|^2 +
-    tr(covariance) / B, the two give both unknowns. Infinity: no signal."""
+    squared norms of mean gradients over `small` and `big` samples, |g|^2 + tr(covariance) / B."""
     small_mean, big_mean = (sum(norms) / len(norms) for norms in (small_norms, big_norms))
     signal = (big * big_mean - small * small_mean) / (big - small)
     noise = (small_mean - big_mean) / (1 / small - 1 / big)
@@ -112,10 +108,9 @@ def zeropower_newton_schulz(G, steps=5, eps=1e-7):
     return X.T if tall else X
 
 class Muon(Optimizer):
-    """Momentum, orthogonalized: every matrix moves by the same amount in all its directions, rare
-    ones included (Jordan et al. 2024). For hidden matrices only; one that is really several (fused
-    Q, K, V) should be given in parts. Steps are as large as AdamW's, whose learning rate and decay
-    then serve here, too (Liu et al. 2025):
+    """Momentum, orthogonalized: a matrix moves as far in all its directions, rare ones included
+    (Jordan et al. 2024). For hidden matrices only, each by itself (not fused Q, K, V). Steps are as
+    large as AdamW's, whose learning rate and decay serve here, too (Liu et al. 2025):
     m <- momentum m + (1 - momentum) g;  u = zeropower((1 - momentum) g + momentum m)
     p <- p - lr * decay * p - lr * 0.2 sqrt(max(m, n)) * u"""
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
@@ -132,8 +127,7 @@ class SOAP(Optimizer):
     L <- b2 L + (1 - b2) G G^T and R <- b2 R + (1 - b2) G^T G are running means; the gradient is
     turned to their eigenvectors, Q_L^T G Q_R, where Adam's division by each entry's own size is
     closest to the right one; the step is turned back. Every precondition_frequency steps one power
-    iteration and a QR decomposition bring the eigenvectors up to date. The first gradient only
-    makes them, and moves nothing."""
+    iteration and QR bring the eigenvectors up to date. The first gradient only makes them."""
     def __init__(self, params, lr=3e-3, betas=(0.95, 0.95), eps=1e-8, weight_decay=0.01,
                  precondition_frequency=10):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -156,28 +150,24 @@ class SOAP(Optimizer):
         s["R"].lerp_(g.T @ g, 1 - beta2)
         if t % precondition_frequency == 0:
             m = s["QL"] @ s["m"] @ s["QR"].T  # out of the old basis, and into the new one
-            for axis, side in enumerate("LR"):
-                Q = s["Q" + side]
-                order = torch.diag(Q.T @ s[side] @ Q).argsort(descending=True)
-                s["v"] = s["v"].index_select(axis, order)
-                s["Q" + side] = torch.linalg.qr(s[side] @ Q[:, order])[0]
+            for side in "LR":
+                s["Q" + side] = torch.linalg.qr(s[side] @ s["Q" + side])[0]
             s["m"] = s["QL"].T @ m @ s["QR"]
 
 def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
     """-> list of optimizers for all parameters of the model. adamw and sgd take all; muon and soap
     the hidden matrices, which map vectors to vectors, and AdamW what is left: embeddings, head and
-    routers (their rows belong to tokens or experts, and each should move by its own frequency),
-    and, without weight decay, gains and biases. mup: the width at which the learning rate was
-    found, to hold at this one, too (Yang et al. 2022). Adam moves every weight by about that rate,
-    and a unit adds up its inputs' moves, which all go the way that the loss wants: from n inputs, n
-    times as far. So matrices of n inputs learn mup / n times as fast, with the same decay; Muon's,
-    whose steps have one size in all directions, sqrt(mup / n) times. Raises ValueError."""
+    routers (their rows belong to tokens or experts, and move by their own frequency) and, without
+    weight decay, gains and biases. mup: the width at which the learning rate was found, to hold at
+    this one, too (Yang et al. 2022): Adam moves every weight by about that rate, and a unit of n
+    inputs adds up n moves, so matrices of n inputs learn mup / n times as fast, with the same
+    decay; Muon's, whose steps have one size in all directions, sqrt(mup / n) times. ValueError."""
     if mup and (kind in ("soap", "sgd") or model.config.tie_embeddings):
         raise ValueError("mup is for adamw and muon, and a head of its own")
     scale = mup / model.config.n_embd if mup else 1.0
-    groups = [{"params": [], "weight_decay": decay, "lr_scale": by} for decay, by in (
-        (0.0, 1.0), (weight_decay, 1.0), (weight_decay / scale, scale),
-        (weight_decay / scale**0.5, scale**0.5))]
+    groups = [{"params": [], "weight_decay": weight_decay / by, "lr_scale": by}
+              for by in (1.0, 1.0, scale, scale**0.5)]
+    groups[0]["weight_decay"] = 0.0  # of vectors
     linear = {m.weight: name for name, m in model.named_modules() if isinstance(m, Linear)}
     for p in model.parameters():
         hidden = "blocks" in linear.get(p, "") and not re.search("router|filter", linear[p])
@@ -204,10 +194,10 @@ def clip_grad_norm(params, max_norm, eps=1e-6):
 
 def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine",
            decay_fraction=0.2):
-    """Learning rate of step `it`, counted from 0: up in a straight line for warmup_iters, then
-    down to min_lr at max_iters, by half a period of a cosine, or (wsd: warm-up, stable, decay; Hu
-    et al. 2024) level, and straight down over the last decay_fraction of the steps; or constant.
-    As in nanoGPT the first step has learning_rate / (warmup_iters + 1), not 0, and moves."""
+    """Learning rate of step `it`, counted from 0: up in a straight line for warmup_iters, then down
+    to min_lr at max_iters, by half a cosine, or (wsd: Hu et al. 2024) level, and straight down over
+    the last decay_fraction of the steps; or constant. The first step, which in some courses has 0
+    and does nothing, has learning_rate / (warmup_iters + 1), as in nanoGPT."""
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if schedule == "constant":
@@ -220,8 +210,7 @@ def get_lr(it, learning_rate, min_lr, warmup_iters, max_iters, schedule="cosine"
     return min_lr + (learning_rate - min_lr) * share
 
 def has_fast_bfloat16(device):
-    """Whether matrix products in bfloat16 are faster than in float32: on NVIDIA's cards since
-    Ampere, and CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, or not there."""
+    """Whether bfloat16 is fast: on NVIDIA's cards since Ampere, CPUs with AMX or AVX-512 BF16."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -229,32 +218,13 @@ def has_fast_bfloat16(device):
 
 # ---- Data.
 
-def open_bin(path):
-    """A .bin (see bpe.py) -> (memory-mapped ids, header as int32 or None). Without a header it is
-    nanoGPT's plain uint16. Raises ValueError if it plainly is something else, OSError."""
-    header = np.fromfile(path, "<i4", 256)
-    dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get(tuple(header[:2]))
-    if dtype and len(header) == 256:
-        n = int(header[2])  # (2^31 - 1: that many, or more)
-        return np.memmap(path, dtype, "r", 1024, (n,) if n < 2**31 - 1 else None), header
-    data = np.memmap(path, "<u2", "r", shape=os.path.getsize(path) // 2)
-    wide = len(data) > 3 and not all(data[i : 2**20 : 2].any() for i in (0, 1))  # every second: 0
-    if wide or os.path.getsize(path) % 2 or data[:3].tobytes() == b"\x93NUMPY":
-        raise ValueError(f"{path} has no header, and does not hold uint16 ids as nanoGPT's do")
-    return data, None
-
 def open_data(folder):
     """A folder of bpe.py -> (train ids, val ids, the text of tokenizer.json or None, vocabulary
     size or None, bytes of text per token of val.bin or 0). Raises ValueError, OSError."""
-    tokenizer, sizes, opened, path = None, set(), [], os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            tokenizer = file.read()
-        sizes.add(Tokenizer.from_json(tokenizer).vocab_size)
-    for path in (os.path.join(folder, name) for name in ("train.bin", "val.bin")):
-        if not os.path.exists(path):
-            raise ValueError(f"there is no {path}: see python bpe.py --help")
-        data, header = open_bin(path)
+    tokenizer, opened = model_py.read_text(folder, "tokenizer.json") or None, []
+    sizes = {Tokenizer.from_json(tokenizer).vocab_size} if tokenizer else set()
+    for name in ("train.bin", "val.bin"):
+        data, header = read_bin(os.path.join(folder, name))
         sizes |= set() if header is None else {int(header[3])}
         opened.append(data)
     if len(sizes) > 1:
@@ -342,20 +312,18 @@ def build_parser(name="train.py"):
             ("grad_clip", 1.0, "largest norm; 0: any"), ("weight_decay", 0.1, "of matrices"),
             ("eval_interval", 100, "steps; saves, too"), ("device", "auto", "cpu, cuda or mps"),
             ("eval_iters", 20, "batches of val.bin; 0: all"), ("log_interval", 10, "steps"),
-            ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("teacher_weight", 0.5, "in the loss"),
-            ("peak_flops", 0.0, "TFLOP/s, for MFU"),
+            ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("peak_flops", 0.0, "TFLOP/s, for MFU"),
             ("mup", 0, "n_embd at which the rate is best, to be it at any; 0: off"),
             ("teacher", "", "distillation: a checkpoint whose predictions to learn from"),
-            ("teacher_temperature", 1.0, "of both")):
+            ("teacher_weight", 0.5, "in the loss"), ("teacher_temperature", 1.0, "of both")):
         add(f"--{name}", type=type(default), default=default, help=f"{text} (default {default})")
     for name, values in (("optimizer", "adamw muon soap sgd"), ("schedule", "wsd cosine constant"),
                          ("dtype", "auto float32 bfloat16"),
                          ("offload", "none activations optimizer both")):
         add(f"--{name}", choices=values.split(), default=values.split()[0])
     for name, text in (("noise_scale", "measure the batch size worth having; slower"),
-                       ("activation_checkpointing", "less memory, more computation"),
-                       ("kernels", "the Triton kernels of kernels.py"),
-                       ("compile", "torch.compile: pays on long runs")):
+                       ("activation_checkpointing", "less memory, more computation"), ("kernels",
+                       "Triton's, of kernels.py"), ("compile", "torch.compile: for long runs")):
         add(f"--{name}", **SWITCH, help=text)
     add_config_flags(parser.add_argument_group("model: see TransformerConfig").add_argument)
     add("--lr_decay_iters", type=int, help=argparse.SUPPRESS)
@@ -398,12 +366,11 @@ def main():
         model = Transformer(TransformerConfig(**{"vocab_size": vocab_size or 50304} | given))
         if args.mup:  # or the first logits would differ with the width
             torch.nn.init.zeros_(model.head.weight)
-    wanted, free = TransformerConfig(**vars(model.config) | given), {"dropout", "block_size"}
-    free -= {"block_size"} if "hyena" in model.kinds else set()  # (its filter depends on it)
+    wanted = TransformerConfig(**vars(model.config) | given)
     changed = {k for k in given if getattr(wanted, k) != getattr(model.config, k)}
-    if wrong := [f"{k} {given[k]}" for k in sorted(changed - free)]:
-        raise ValueError(f"the checkpoint's model has not {', '.join(wrong)}")
-    if changed:  # (a smaller block_size, or another dropout)
+    if changed - ({"dropout"} if "hyena" in model.kinds else {"dropout", "block_size"}):
+        raise ValueError(f"the checkpoint's model has another {', '.join(sorted(changed))}")
+    if changed:
         model = from_state(wanted, model.state_dict(), quantized=model.quantized)
     model, config, n = model.to(device), model.config, args.gradient_accumulation_steps
     theirs = saved.get("tokenizer") or tokenizer
@@ -417,10 +384,10 @@ def main():
     if args.compile:
         model.compile()
     teacher, other = load_checkpoint(args.teacher, device) if args.teacher else (None, {})
-    for text in (theirs, other.get("tokenizer")):
-        vocab = Tokenizer.from_json(text).vocab if tokenizer and text else None
-        if vocab and vocab != Tokenizer.from_json(tokenizer).vocab:
-            raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
+    teacher = teacher and teacher.requires_grad_(False)
+    known = [Tokenizer.from_json(t).vocab for t in {tokenizer, theirs, other.get("tokenizer")} if t]
+    if tokenizer and any(vocab != known[0] for vocab in known):
+        raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
 
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
                                  (args.beta1, args.beta2), args.momentum, args.mup)
@@ -467,8 +434,7 @@ def main():
                 best, bits = min(loss, best), loss / math.log(2) / (bytes_per_token or math.inf)
                 print(f"step {step:6d} | val loss {loss:.4f}" + f" | {bits:.4f} bits per byte"
                       * bool(bits), flush=True)
-                if step > 0:
-                    rows += [] if at_last else [{"step": step, "seconds": f"{seconds:.2f}"}]
+                if at_last:
                     rows[-1] |= {"val_loss": f"{loss:.6f}", "val_bpb": f"{bits:.6f}" * bool(bits)}
         except ValueError as error:  # a file that is damaged, or has become shorter
             stop.append(error)
@@ -509,9 +475,7 @@ def main():
                     logits = model(x)
                     part = cross_entropy(logits, y, reduction="sum", z_loss=args.z_loss)
                 if teacher:
-                    with torch.no_grad():
-                        taught = teacher(x)
-                    soft = distillation_loss(logits, taught, y, args.teacher_temperature)
+                    soft = distillation_loss(logits, teacher(x), y, args.teacher_temperature)
                     part = part + args.teacher_weight * (soft - part)
             share = int((y != -100).sum()) / targets  # of experts' losses, which are means
             (part / targets + model.auxiliary_loss() * share).backward()
@@ -523,15 +487,12 @@ def main():
         norm, loss = clip_grad_norm(model.parameters(), args.grad_clip).item(), float(loss)
         big_norms.append(norm**2)
         if not math.isfinite(loss + norm):
-            raise ValueError(f"at step {step + 1} the loss is {loss} and the gradient norm {norm}: "
-                             "try a smaller --learning_rate")
+            raise ValueError(f"step {step + 1}: loss {loss}, norm {norm}; lower --learning_rate")
         for optimizer in optimizers:
-            if args.offload in ("optimizer", "both"):
-                move_state(optimizer, device)
+            move_state(optimizer, device)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if args.offload in ("optimizer", "both"):
-                move_state(optimizer, "cpu")
+            move_state(optimizer, "cpu" if args.offload in ("optimizer", "both") else device)
         step += 1
 
         if not step % args.log_interval or not step % args.eval_interval or step == args.max_iters:
@@ -549,8 +510,7 @@ def main():
     if stop and isinstance(stop[0], ValueError):
         raise stop[0]
     if small_norms:
-        few = len(big_norms) / len(small_norms)  # (of one sequence there is no smaller batch)
-        scale = gradient_noise_scale(small_norms, big_norms, few, 1)
+        scale = gradient_noise_scale(small_norms, big_norms, len(big_norms) / len(small_norms), 1)
         print(f"noise_scale_tokens: {scale * tokens_per_step:.0f}")
     if not args.eval_only:
         plot_log(os.path.join(args.out_dir, "loss.png"), rows)
@@ -565,7 +525,7 @@ def random_state(device, new=None):
     return {name: part.get_rng_state() for name, part in parts.items()}
 
 def move_state(optimizer, device):
-    """Move the state of an optimizer to a device: to the CPU's memory between steps."""
+    """Move the state of an optimizer to a device, if it is not there."""
     for state in optimizer.state.values():
         state |= {name: x.to(device) for name, x in state.items() if torch.is_tensor(x)}
 

@@ -1,21 +1,13 @@
 """train.py: its loss and optimizers against PyTorch's, its data, and whole runs."""
 
-import csv
-import functools
-import math
-import os
-import signal
-import subprocess
-import sys
+import csv, functools, math, os, shutil, signal, sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import bpe
-import model as M
-import train as T
+import bpe, model as M, train as T
 
 plain = functools.partial(torch.autocast, "cpu", enabled=False)
 
@@ -38,9 +30,8 @@ def test_cross_entropy_equals_pytorch_and_is_stable():
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, want)]
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(T.cross_entropy(logits, targets, reduction="sum"), want * 25)
-    huge = torch.tensor([[1e5, 0.0, -1e5]])
-    assert T.cross_entropy(huge, torch.tensor([0])) == 0
-    assert T.cross_entropy(huge, torch.tensor([2])) == 2e5
+    huge = torch.tensor([[1e5, 0.0, -1e5]] * 2)
+    assert T.cross_entropy(huge, torch.tensor([0, 2]), reduction="sum") == 2e5
     assert T.cross_entropy(logits, torch.full((4, 7), -100)) == 0
     z = F.cross_entropy(logits[1], targets[1]) + 0.1 * logits[1].logsumexp(-1).square().mean()
     torch.testing.assert_close(T.cross_entropy(logits[1], targets[1], z_loss=0.1), z)
@@ -83,24 +74,21 @@ def test_optimizers_equal_pytorchs_step_by_step(ours, theirs, shapes, how, toler
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
 def test_newton_schulz_makes_singular_values_one(shape):
-    G = torch.randn(shape)
-    one = T.zeropower_newton_schulz(G)
-    values = torch.linalg.svdvals(one)
-    assert 0.3 < values.min() and values.max() < 1.3
-    U, _, V = torch.linalg.svd(G, full_matrices=False)
-    assert ((one * (U @ V)).sum() / one.norm() / (U @ V).norm()) > 0.97  # the same direction
+    U, S, V = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    one = U.T @ T.zeropower_newton_schulz(U * S @ V) @ V.T
+    assert 0.3 < one.diagonal().min() and one.diagonal().max() < 1.3
+    assert (one - torch.diag(one.diagonal())).abs().max() < 1e-4  # the same directions
 
 def test_mistake_10_muon_takes_hidden_matrices_only_and_q_k_v_apart():
     model = small(n_layer=2, position="learned", activation="moe")
     adamw, muon = T.make_optimizers(model, "muon", 0.01, 0.1, (0.9, 0.95), 0.95)
     names = {p: name for name, p in model.named_parameters()}
-    taken, left = ({names[p] for group in optimizer.param_groups for p in group["params"]}
-                   for optimizer in (muon, adamw))
+    taken, left = ({names[p] for group in each.param_groups for p in group["params"]}
+                   for each in (muon, adamw))
     assert taken | left == set(names.values()) and not taken & left
     assert {"embedding.weight", "positions.weight", "head.weight", "final_norm.weight",
             "blocks.0.ffn.router.weight"} <= left
-    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):  # matrices of their own, 16 x 16 each
-        assert f"blocks.0.attn.{part}.weight" in taken
+    assert {f"blocks.0.attn.{x}_proj.weight" for x in "qkvo"} <= taken  # each of its own
     p = torch.nn.Parameter(torch.zeros(64, 256))  # the scale: steps about as large as AdamW's
     p.grad = torch.randn_like(p)
     T.Muon([p], lr=1.0, weight_decay=0).step()
@@ -128,44 +116,33 @@ def test_soap_is_adam_in_the_eigenbasis():
         q = q - 0.01 * QL @ adam @ QR.T
         L, R = 0.95 * L + 0.05 * g @ g.T, 0.95 * R + 0.05 * g.T @ g
         if t % 3 == 0:
-            left, right = ((Q.T @ A @ Q).diagonal().argsort(descending=True)
-                           for Q, A in ((QL, L), (QR, R)))
-            V = V[left][:, right]
-            QL, QR = torch.linalg.qr(L @ QL[:, left])[0], torch.linalg.qr(R @ QR[:, right])[0]
+            QL, QR = torch.linalg.qr(L @ QL)[0], torch.linalg.qr(R @ QR)[0]
         torch.testing.assert_close(p.detach(), q, atol=1e-9, rtol=1e-9)
 
 def moved(width, optimizer, mup, lr=1e-2):
-    """How far four steps of training move what each part of a model puts out: {part: RMS}."""
+    """How far four steps of training move a model's logits (their RMS)."""
     torch.manual_seed(0)
-    model, seen = small(vocab_size=64, block_size=32, n_embd=width, n_head=width // 16), {}
+    model = small(vocab_size=64, block_size=32, n_embd=width, n_head=width // 16)
     if mup:
         torch.nn.init.zeros_(model.head.weight)
     optimizers = T.make_optimizers(model, optimizer, lr, 0.0, (0.9, 0.95), 0.95, mup)
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr * group.get("lr_scale", 1.0)
     x, y = torch.randint(64, (8, 33)).unfold(1, 32, 1).unbind(1)
-    for name, part in model.named_modules():
-        if name.endswith(("attn", "head")):
-            part.register_forward_hook(lambda m, a, out, n=name: seen.update({n: out.detach()}))
-    model(x)
-    before = dict(seen)
+    before = model(x).detach()
     for _ in range(4):
         T.cross_entropy(model(x), y).backward()
         for o in optimizers:
             o.step()
             o.zero_grad()
-    model(x)
-    return {name: (seen[name] - before[name]).square().mean().sqrt().item() for name in seen}
+    return (model(x) - before).square().mean().sqrt().item()
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_with_mup_steps_move_activations_as_far_at_any_width(optimizer):
-    flat, steep = ([moved(width, optimizer, mup) for width in (32, 256)] for mup in (32, 0))
-    for name in flat[0]:
-        assert 0.6 < flat[1][name] / flat[0][name] < 1.5, name
-    assert steep[1]["head"] / steep[0]["head"] > 3
-    for kind, changes in (("soap", {}), ("adamw", {"tie_embeddings": True})):
-        with pytest.raises(ValueError, match="mup is for"):
-            T.make_optimizers(small(**changes), kind, 1e-3, 0.1, (0.9, 0.95), 0.95, 32)
+def test_with_mup_steps_move_logits_as_far_at_any_width(optimizer):
+    assert 0.6 < moved(256, optimizer, 32) / moved(32, optimizer, 32) < 1.5
+    assert moved(256, optimizer, 0) / moved(32, optimizer, 0) > 3
+    with pytest.raises(ValueError, match="mup is for"):
+        T.make_optimizers(small(tie_embeddings=True), optimizer, 1e-3, 0.1, (0.9, 0.95), 0.95, 32)
 
 def test_weight_decay_on_matrices_only_and_clipping_equals_pytorchs():
     model = small(norm="layernorm", bias=True)
@@ -173,25 +150,18 @@ def test_weight_decay_on_matrices_only_and_clipping_equals_pytorchs():
     for group in optimizer.param_groups:
         assert all((p.ndim == 2) == (group["weight_decay"] == 0.1) for p in group["params"])
     for scale, limit in ((10.0, 1.0), (1e-3, 1.0), (1.0, 0)):
-        a = [torch.randn(5, 3), torch.randn(4), torch.ones(1)]
-        for p in a[:2]:
-            p.grad = torch.randn_like(p) * scale
-        b = [p.grad.clone() for p in a[:2]]
-        norm = torch.stack([g.norm() for g in b]).norm()
-        torch.testing.assert_close(T.clip_grad_norm(iter(a), limit), norm)
-        for p, g in zip(a, b):
-            torch.testing.assert_close(p.grad, g * (min(1.0, limit / norm) if limit else 1.0))
+        p, g = torch.ones(9), torch.randn(9) * scale
+        p.grad = g.clone()
+        torch.testing.assert_close(T.clip_grad_norm(iter([p, torch.ones(1)]), limit), g.norm())
+        torch.testing.assert_close(p.grad, g * (min(1.0, limit / g.norm()) if limit else 1.0))
 
 def test_learning_rate_schedules():
-    for kind in ("cosine", "wsd", "constant"):
-        rates = [T.get_lr(i, 1.0, 0.1, 10, 100, kind) for i in range(101)]
+    for kind, wanted in (("cosine", {55: 0.55, 100: 0.1}), ("constant", {500: 1.0}),
+                         ("wsd", {80: 1.0, 90: 0.55, 500: 0.1})):
+        rates = [T.get_lr(i, 1.0, 0.1, 10, 100, kind) for i in range(501)]
         assert rates[0] == 1 / 11 and all(a < b for a, b in zip(rates[:10], rates[1:11]))
         assert rates[10] == 1.0 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
-    assert T.get_lr(100, 1.0, 0.1, 10, 100, "cosine") == 0.1
-    assert T.get_lr(500, 1.0, 0.1, 10, 100, "wsd") == 0.1
-    assert math.isclose(T.get_lr(55, 1.0, 0.1, 10, 100, "cosine"), 0.55)
-    assert T.get_lr(80, 1.0, 0.1, 10, 100, "wsd") == 1
-    assert math.isclose(T.get_lr(90, 1.0, 0.1, 10, 100, "wsd"), 0.55)
+        assert {i: round(rates[i], 9) for i in wanted} == wanted
 
 # ---- Data.
 
@@ -199,14 +169,13 @@ def test_batches_are_a_permutation_of_windows():
     data, starts = np.arange(1000, dtype=np.uint16), []
     for number in range(60):  # of 4: more than two epochs
         x, y = T.get_batch(data, 4, 9, number=number, seed=1)
-        assert x.shape == y.shape == (4, 9) and x.dtype == y.dtype == torch.int64
-        assert torch.equal(x + 1, y) and torch.equal(x, x[:, :1] + torch.arange(9))
+        assert x.dtype == y.dtype == torch.int64 and torch.equal(x + 1, y)
+        assert torch.equal(x, x[:, :1] + torch.arange(9))
         starts += x[:, 0].tolist()
     n = len(T.window_order(1000, 9, 1, 0))
     assert len(set(starts[:n])) == n and len({s % 9 for s in starts[:n]}) == 1
     assert starts[n : 2 * n] != starts[:n] != sorted(starts[:n])
-    assert torch.equal(T.get_batch(data, 4, 9, number=7, seed=1)[0], torch.tensor(
-        [[s + i for i in range(9)] for s in starts[28:32]]))
+    assert T.get_batch(data, 4, 9, number=7, seed=1)[0][:, 0].tolist() == starts[28:32]
     drawn = {int(T.get_batch(data[:20], 1, 9)[0][0, 0]) for _ in range(300)}
     assert drawn == set(range(11))  # without a number: any window
     with pytest.raises(ValueError, match="too short"):
@@ -221,24 +190,28 @@ def test_bins_of_nanogpt_and_llm_c_and_what_is_none(tmp_path):
     ids, path = list(range(20)) * 3, tmp_path / "x.bin"
     for magic, dtype in ((20240520, "<u2"), (20240801, "<u4")):
         write_bin(path, ids, magic, dtype)
-        data, header = T.open_bin(path)
+        data, header = bpe.read_bin(path)
         assert data.tolist() == ids and header[3] == 20
     np.array(ids, "<u2").tofile(path)
-    assert T.open_bin(path)[0].tolist() == ids and T.open_bin(path)[1] is None
+    assert bpe.read_bin(path)[0].tolist() == ids and bpe.read_bin(path)[1] is None
     np.save(tmp_path / "y.npy", np.array(ids, "<u2"))
-    for content in (np.array(ids, "<u4").tobytes(), np.array(ids, ">u4").tobytes(),
-                    np.array(ids, "<i8").tobytes(), b"odd",
-                    (tmp_path / "y.npy").read_bytes()):
+    for content in (*(np.array(ids, kind).tobytes() for kind in ("<u4", ">u4", "<i8")), b"odd",
+                    "ein Text über Ähnliches, ".encode() * 50, (tmp_path / "y.npy").read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="does not hold uint16"):
-            T.open_bin(path)
+        with pytest.raises(ValueError, match="no header, and no uint16"):
+            bpe.read_bin(path)
     write_bin(path, ids)
-    data = T.open_bin(path)[0]
+    data = bpe.read_bin(path)[0]
     with pytest.raises(ValueError, match="id 19 in the data is beyond the vocabulary of 19"):
         T.get_batch(data, 2, 40, vocab_size=19)
     os.truncate(path, 1100)
-    with pytest.raises(ValueError, match="greater than file size"):
-        T.get_batch(data, 2, 9)
+    for read in (lambda: T.get_batch(data, 2, 9), lambda: bpe.read_bin(path)):
+        with pytest.raises(ValueError, match="greater than file size"):
+            read()
+    np.arange(1, 101, dtype="<u2").tofile(path)
+    data = np.memmap(path, "<u2", "r")
+    for part in (data[50:], data[50:].astype("<i4"), np.array(data[50:])):  # slices are themselves
+        assert T.windows(part, [0], 4)[0].tolist() == [[51, 52, 53, 54]]
 
 def test_evaluate_is_the_mean_over_all_tokens_and_draws_nothing():
     model, data = small(dropout=0.5), np.random.default_rng(0).integers(0, 20, 61)
@@ -263,9 +236,9 @@ def data(tmp_path_factory):
     text = "".join(f"the {w} sat on the {v}. " for w in ("cat", "dog", "ox", "hen")
                    for v in ("mat", "log", "sea"))
     (folder / "t.txt").write_text((text + bpe.EOT) * 30)
-    for words in ("train --vocab_size 280", "encode --tokenizer tokenizer.json --val_fraction 0.1"):
-        words = [bpe.__file__, *words.split(), "--input", "t.txt", "--out", "."]
-        subprocess.run([sys.executable, *words], cwd=folder, check=True, capture_output=True)
+    tokenizer = bpe.Tokenizer(*bpe.train_bpe(folder / "t.txt", 280), [bpe.EOT])
+    tokenizer.save(folder)
+    bpe.encode_files(tokenizer, [folder / "t.txt"], folder, 0.1)
     return folder
 
 class Killed(BaseException):
@@ -274,30 +247,31 @@ class Killed(BaseException):
 @pytest.fixture
 def run(data, tmp_path, monkeypatch, capsys):
     """A function that runs train.py with small sizes -> (exit code, what it printed, and the
-    error). at: the step at whose beginning `how` happens: Killed, a signal, or a call."""
+    error). at: the step at whose beginning `how` happens: Killed, a signal, or a call. patches:
+    what to replace in train.py."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def call(*args, at=None, how=Killed):
-        def get_lr(step, *rest):
+    def call(*args, at=None, how=Killed, **patches):
+        def get_lr(step, *rest, original=T.get_lr):
             if step == at and how is Killed:
                 raise Killed
             if step == at:
                 how() if callable(how) else os.kill(os.getpid(), how)
-            return T_get_lr(step, *rest)
+            return original(step, *rest)
 
-        T_get_lr = monkeypatch.undo() or T.get_lr
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(T, "get_lr", get_lr)
         words = [] if "--resume" in args else [*SMALL, "--data", data]
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*words, *args])])
         code, error = 0, ""
-        try:
-            T.main()
-        except (SystemExit, Killed) as stop:
-            code = getattr(stop, "code", -9)
-        except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as why:
-            code, error = 1, str(why)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *map(str, [*words, *args])])
+            for name, value in {"get_lr": get_lr, **patches}.items():
+                patch.setattr(T, name, value)
+            try:
+                T.main()
+            except (SystemExit, Killed) as stop:
+                code = getattr(stop, "code", -9)
+            except Exception as why:  # as train.py itself does
+                code, error = 1, str(why)
         out, err = capsys.readouterr()
         return code, out, error or err
 
@@ -336,21 +310,14 @@ def test_a_signal_saves_and_resume_evaluates_what_was_missed(run, at):
 def test_what_is_given_on_resuming_holds(run):
     run("--out_dir", "a", at=5)
     adamw, make = [], T.make_optimizers
-
-    def spy(*args):
-        adamw.extend(make(*args))
-        return adamw
-    T.make_optimizers = spy
-    try:
-        assert run("--out_dir", "a", "--resume", "--weight_decay", ".77", "--beta1", ".5")[0] == 0
-    finally:
-        T.make_optimizers = make
+    assert run("--out_dir", "a", "--resume", "--weight_decay", ".77", "--beta1", ".5",
+               make_optimizers=lambda *args: [adamw.extend(make(*args)), adamw][1])[0] == 0
     groups = adamw[0].param_groups
     assert {g["weight_decay"] for g in groups} == {0.0, 0.77} and groups[0]["betas"] == (0.5, 0.95)
     assert adamw[0].state[groups[0]["params"][0]]["step"] == 8
     assert "a run of adamw can't go on with muon" in run(
         "--out_dir", "a", "--resume", "--optimizer", "muon")[2]
-    assert "has not n_layer 3" in run("--out_dir", "a", "--resume", "--n_layer", "3")[2]
+    assert "another n_layer" in run("--out_dir", "a", "--resume", "--n_layer", "3")[2]
 
 @pytest.mark.parametrize("changes", [
     {"args": ["--nonsense"]}, {"args": 5}, {"args": [["--n_layer", {}]]}, {"step": "many"},
@@ -365,20 +332,15 @@ def test_hostile_values_to_resume_are_one_line(run, changes):
     code, _, error = run("--out_dir", "a", "--resume")
     assert code in (1, 2) and len(error.strip().splitlines()) == 1
 
-def test_mistake_1_accumulation_weighs_tokens_not_batches(run, monkeypatch):
+def test_mistake_1_accumulation_weighs_tokens_not_batches(run):
     """Targets are masked by their ids, so that batches have unequal numbers of them."""
-    windows = T.windows
-
-    def masked(*args):
+    def masked(*args, windows=T.windows):
         x, y = windows(*args)
         return x, y.masked_fill(y < 100, -100)
-    T.windows = masked
-    try:
-        for name, flags in (("a", (12, 1)), ("b", (3, 4))):
-            run("--out_dir", name, "--batch_size", flags[0], "--gradient_accumulation_steps",
-                flags[1], "--dtype", "float32")
-    finally:
-        T.windows = windows
+
+    for name, size, steps in (("a", 12, 1), ("b", 3, 4)):
+        run("--out_dir", name, "--batch_size", size, "--gradient_accumulation_steps", steps,
+            "--dtype", "float32", windows=masked)
     for one, many in zip(log("a"), log("b")):
         assert abs(float(one["loss"]) - float(many["loss"])) < 2e-5
         assert abs(float(one["grad_norm"]) - float(many["grad_norm"])) < 2e-4
@@ -388,17 +350,14 @@ def test_nothing_not_finite_is_saved_over_a_good_checkpoint(run):
     for flags in (["--learning_rate", "1e38"], ["--learning_rate", "1e400"]):
         code, _, error = run("--out_dir", "a", "--resume", "--max_iters", 30, "--eval_interval", 1,
                              "--schedule", "constant", *flags)
-        assert code == 1 and "finite" in error or "the loss is" in error
+        assert code == 1 and ("finite" in error or "lower --learning_rate" in error)
         model, saved = M.load_checkpoint("a/ckpt.pt")
         assert all(p.isfinite().all() for p in model.parameters()) and saved["step"] == 8
 
 def test_a_new_run_moves_the_old_checkpoint_aside_and_a_shrunken_bin_keeps_the_last_step(run, data):
     run("--out_dir", "a")
     old = M.load_checkpoint("a/ckpt.pt")[0].head.weight
-    os.makedirs("copy")
-    for name in ("train.bin", "val.bin", "tokenizer.json"):
-        with open(os.path.join("copy", name), "wb") as file:
-            file.write((data / name).read_bytes())
+    shutil.copytree(data, "copy")
     code, out, error = run("--out_dir", "a", "--data", "copy", "--seed", 3, at=5,
                            how=lambda: os.truncate("copy/train.bin", 1100))
     aside, = [name for name in os.listdir("a") if name.startswith("ckpt-")]
@@ -425,7 +384,7 @@ def test_nothing_changes_the_losses_that_should_not(run):
     torch.save(saved | {"tokenizer": other.to_json()}, "a/ckpt.pt")
     assert "another tokenizer" in run("--out_dir", "h", *flags)[2]
 
-def test_nanogpts_habits_and_wrong_flags_get_one_line(run, data, monkeypatch):
+def test_nanogpts_habits_and_wrong_flags_get_one_line(run):
     for args, message in ((["--n_layr", "3"], "unrecognized arguments: --n_layr"),
                           (["config/train_gpt2.py"], "there are no config files"),
                           (["--lr_decay_iters", "5"], "the rate ends at --max_iters"),
@@ -437,11 +396,9 @@ def test_nanogpts_habits_and_wrong_flags_get_one_line(run, data, monkeypatch):
     assert run("--lr_decay_iters", "8")[0] == 0
     code, out, err = run("--eval_only", "--init_from", "out/ckpt.pt")
     assert code == 0 and "val loss" in out and "bits per byte" in out
-    with open("nano.bin", "wb") as file:
-        np.full(900, 70, "<u2").tofile(file)
     os.makedirs("data/raw")
     for name in ("train.bin", "val.bin"):
-        os.link("nano.bin", f"data/raw/{name}")
+        np.full(900, 70, "<u2").tofile(f"data/raw/{name}")
     code, out, err = run("--dataset=raw", "--out_dir", "raw", "--vocab_size", "60")
     assert code == 1 and "beyond the vocabulary of 60" in err
 
@@ -459,13 +416,3 @@ def test_sizes_given_as_0_resume_and_a_finished_run_can_be_evaluated(run):
     run("--out_dir", "b", "--init_from", "theirs.pt", "--block_size", 8, "--max_iters", 1)
     kept = torch.load("b/ckpt.pt", weights_only=True)
     assert kept["begin"] == 3 and kept["stop"] == [4] and kept["template"] == "x"
-
-def test_slices_of_a_file_are_themselves_and_a_file_cut_off_is_refused(tmp_path):
-    np.arange(1, 101, dtype="<u2").tofile(tmp_path / "x.bin")
-    data = np.memmap(tmp_path / "x.bin", "<u2", "r")
-    for part in (data[50:], data[50:].astype("<i4"), np.array(data[50:])):
-        assert T.windows(part, [0], 4)[0].tolist() == [[51, 52, 53, 54]]
-    write_bin(tmp_path / "y.bin", list(range(20)))
-    os.truncate(tmp_path / "y.bin", 1024 + 30)
-    with pytest.raises(ValueError):
-        T.open_bin(tmp_path / "y.bin")
