@@ -1,12 +1,6 @@
 """model.py: equality with written-out references, and what a stranger's file may not do."""
 
-import concurrent.futures
-import json
-import math
-import os
-import subprocess
-import sys
-import time
+import concurrent.futures, json, math, os, subprocess, sys, time
 
 import pytest
 import torch
@@ -40,8 +34,6 @@ def run(*args, cwd, stdin=""):
     return subprocess.run([sys.executable, path, *map(str, args)], cwd=cwd, input=stdin,
                           capture_output=True, text=True, timeout=120)
 
-# ---- The parts.
-
 def test_linear_embedding_norms_and_softmax_equal_pytorch():
     x = torch.randn(2, 3, 8)
     linear = M.Linear(8, 5, bias=True)
@@ -74,15 +66,6 @@ def test_attention_to_be_read_equals_pytorchs():
     want = F.scaled_dot_product_attention(q, k, v, mask).nan_to_num()
     close(M.scaled_dot_product_attention(q, k, v, mask), want)
     close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-
-def test_rope_depends_on_distance_only_and_keeps_lengths():
-    q, k = torch.randn(2, 16)
-    for interleaved in (False, True):
-        def turned(x, t):
-            angles = M.rope_angles(torch.tensor([t]), 16, interleaved=interleaved)
-            return M.apply_rope(x[None], *angles, interleaved)[0]
-        close(turned(q, 7) @ turned(k, 3), turned(q, 104) @ turned(k, 100), 1e-4)
-        close(turned(q, 50).norm(), q.norm())
 
 def test_mistake_3_rotary_layouts_are_not_the_same():
     """Half-split and interleaved, each against its complex product, and in a whole model: permuted
@@ -271,8 +254,6 @@ def test_counts_are_the_formulas():
     moe = M.TransformerConfig(**TINY, activation="moe", n_expert=8, top_k=2, d_ff=16)
     assert M.count(moe)[1]["ffn"] == 2 * (2 * 2 * 3 * 32 * 16 + 2 * 8 * 32)
 
-# ---- Generation.
-
 def test_sampling_follows_its_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     p = M.token_probabilities(logits, temperature=0.5)
@@ -337,8 +318,6 @@ def test_speculation_greedy_equals_the_target_alone(attention):
     with pytest.raises(ValueError, match="taken back"):
         M.speculate(make(attention="linear"), draft, [5], 3)
 
-# ---- Smaller models.
-
 @pytest.mark.parametrize("kind, step", [("int8", 254), ("int4", 15)])
 def test_quantized_weights_are_off_by_half_a_step_at_most(kind, step):
     linear = M.Linear(70, 9, bias=True)
@@ -378,8 +357,6 @@ def test_pruning_what_does_nothing_changes_nothing(changes):
     assert small.config.n_layer == 2 and small.config.d_ff == 16
     close(small(ids(2, 9)), model(ids(2, 9)))
 
-# ---- Checkpoints.
-
 def test_checkpoint_round_trip_and_what_a_killed_writer_left(tmp_path):
     model, path = make(), tmp_path / "ckpt.pt"
     optimizer = torch.optim.AdamW(model.parameters())
@@ -398,17 +375,6 @@ def test_checkpoint_round_trip_and_what_a_killed_writer_left(tmp_path):
     assert saved["optimizer"][0]["state"][0]["step"] == 1
     M.save_checkpoint(path, model.state_dict(), config=model.config)  # as ddp.py does
     assert torch.equal(M.load_checkpoint(path)[0](ids(2, 9)), model(ids(2, 9)))
-
-def test_another_writers_file_may_vanish_at_any_moment(tmp_path, monkeypatch):
-    (tmp_path / "x.1.tmp").touch()
-
-    def renamed_and_gone(pid, number):
-        (tmp_path / "x.1.tmp").unlink()
-        raise ProcessLookupError
-    monkeypatch.setattr(os, "kill", renamed_and_gone)
-    with M.replacing(tmp_path / "x") as file:
-        file.write(b"1")
-    assert os.listdir(tmp_path) == ["x"]
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
@@ -589,8 +555,6 @@ def test_shards_and_halves(tmp_path):
     index.write_text(json.dumps({"weight_map": where}))
     close(M.import_folder(tmp_path / "out")[0](ids(2, 9)), model(ids(2, 9)), 0.05)
 
-# ---- Begin, end and chat.
-
 @pytest.fixture(scope="module")
 def tokenizer():
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
@@ -649,8 +613,6 @@ def test_hostile_templates_end(template):
     with pytest.raises(ValueError, match="the chat template fails"):
         M.render(template, [{"role": "user", "content": "hi"}])
     assert time.perf_counter() - start < 6
-
-# ---- The command line.
 
 def test_command_line(tmp_path, tokenizer):
     model = make(vocab_size=320, block_size=64)  # (ids from 270 on have no text)
