@@ -290,11 +290,13 @@ def test_mistake_4_speculative_decoding_keeps_the_distribution(how):
     ratio uses, or if what replaces a rejected one is drawn from p instead of (p - q)+."""
     sizes = dict(vocab_size=8, n_layer=1, n_embd=16)
     target, draft = make(1, **sizes), make(2, **sizes)
+    for model in (target, draft):
+        model.head.weight.data *= 0.3  # so that they agree about half of the time
     first = target(torch.tensor([[3]]))[0, -1]
     p = M.token_probabilities(first, **how)
     second = M.token_probabilities(target(torch.tensor([[3, i] for i in range(8)]))[:, -1], **how)
     want = (p[:, None] * second).flatten()
-    generator, n, counts = torch.Generator().manual_seed(0), 1500, torch.zeros(64)
+    generator, n, counts = torch.Generator().manual_seed(0), 800, torch.zeros(64)
     for _ in range(n):
         text, stats = M.speculate(target, draft, [3], 2, gamma=2, generator=generator, **how)
         counts[8 * text[1] + text[2]] += 1
@@ -303,7 +305,7 @@ def test_mistake_4_speculative_decoding_keeps_the_distribution(how):
     chi = ((counts - want * n) ** 2 / (want * n))[some].sum()
     freedom = some.sum() - 1
     assert chi < freedom + 4 * math.sqrt(2 * freedom), (chi, freedom)
-    assert (p - M.token_probabilities(draft(torch.tensor([[3]]))[0, -1], **how)).abs().sum() > 0.2
+    assert (p - M.token_probabilities(draft(torch.tensor([[3]]))[0, -1], **how)).abs().sum() > 0.4
 
 @pytest.mark.parametrize("attention", ["full", "sliding", "latent", "sliding,full"])
 def test_speculation_greedy_equals_the_target_alone(attention):
