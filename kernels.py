@@ -43,7 +43,6 @@ if INTERPRETED:
     print("kernels.py: this is Triton's interpreter in place of a GPU: right, but very slow, and "
           "bfloat16 is computed in float32", file=sys.stderr)
 
-
 def ready(*tensors, fit=True):
     """-> the tensors, contiguous and, in the interpreter, which multiplies bfloat16 wrongly, in
     float32 instead. Raises for shapes that do not fit, of which a kernel would read past the end,
@@ -55,7 +54,6 @@ def ready(*tensors, fit=True):
         raise TypeError(f"one dtype of float32, float16 and bfloat16 is needed, not {dtypes}")
     wrong = INTERPRETED and torch.bfloat16 in dtypes
     return [(x.float() if wrong else x).contiguous() for x in tensors]
-
 
 def tuned(key, *settings):
     """Decorator: when a kernel first meets values of the arguments `key`, or a dtype, it is timed
@@ -70,7 +68,6 @@ def tuned(key, *settings):
     return triton.autotune(configs[:1] if INTERPRETED else configs, key,
                            prune_configs_by={"early_config_prune": choose})
 
-
 def by_rows(kernel, x, *args, programs=None):
     """Launch one program for each row of x (..., n), or `programs` of them. A block is a row."""
     if x.numel():
@@ -78,11 +75,8 @@ def by_rows(kernel, x, *args, programs=None):
         kernel[(programs or x.numel() // x.shape[-1],)](
             x, *args, BLOCK=block, num_warps=min(32, max(4, block // 512)))
 
-
-# -----------------------------------------------------------------------------
-# Softmax, the first warm-up: one program per row, which is read once and written once. Eager
+# ---- Softmax, the first warm-up: one program per row, which is read once and written once. Eager
 # PyTorch, spelled out as exp(x - max) / sum, moves each row five times.
-
 
 @triton.jit
 def softmax_kernel(x, g, out, n, BLOCK: tl.constexpr):
@@ -99,7 +93,6 @@ def softmax_kernel(x, g, out, n, BLOCK: tl.constexpr):
         d = tl.load(g + row * n + i, mask=i < n, other=0.0).to(tl.float32)
         v = v * (d - tl.sum(v * d, 0))
     tl.store(out + row * n + i, v.to(out.dtype.element_ty), mask=i < n)
-
 
 class Softmax(torch.autograd.Function):
     """exp(x) / sum(exp(x)) over the last dimension. x: (..., n) -> (..., n). A program has a whole
@@ -121,14 +114,10 @@ class Softmax(torch.autograd.Function):
         by_rows(softmax_kernel, y, g, dx, y.shape[-1])
         return dx
 
-
 softmax = Softmax.apply
 
-
-# -----------------------------------------------------------------------------
-# Matrix product, the second warm-up: a program computes one tile of the result, and walks along K.
+# ---- Matrix product, the second warm-up: a program computes one tile of the result, along all K.
 # Each number is loaded for a whole tile of results at once: (BM + BN) loads for BM BN products.
-
 
 @triton.jit
 def load_tile(base, row, rows, column, columns):
@@ -136,14 +125,12 @@ def load_tile(base, row, rows, column, columns):
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     return tl.load(base + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0)
 
-
 @triton.jit
 def store_tile(base, row, rows, column, columns, tile):
     """The reverse."""
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(base + at, tile.to(base.dtype.element_ty), mask=mask)
-
 
 @tuned(["M", "N", "K"], (8, 3, 128, 256, 64), (8, 4, 128, 128, 64), (4, 4, 128, 64, 64),
        (4, 3, 64, 64, 32))
@@ -164,7 +151,6 @@ def matmul_kernel(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.c
         acc = tl.dot(x, y, acc, input_precision="ieee")  # float32, not TF32
     store_tile(c, i, M, j, N, acc)
 
-
 class MatMul(torch.autograd.Function):
     """a b for a: (M, K), b: (K, N), summed in float32. da = g b^T, db = a^T g."""
 
@@ -184,13 +170,9 @@ class MatMul(torch.autograd.Function):
         (a, b), (g,) = ctx.saved_tensors, ready(g)
         return matmul(g, b.T), matmul(a.T, g)
 
-
 matmul = MatMul.apply
 
-
-# -----------------------------------------------------------------------------
-# RMSNorm (Zhang & Sennrich 2019): eager PyTorch reads x for the mean, and once more to divide.
-
+# ---- RMSNorm (Zhang & Sennrich 2019): eager PyTorch reads x for the mean, and once more to divide.
 
 @triton.jit
 def rms_norm_forward(x, weight, y, inverse, n, eps, BLOCK: tl.constexpr):
@@ -203,7 +185,6 @@ def rms_norm_forward(x, weight, y, inverse, n, eps, BLOCK: tl.constexpr):
     tl.store(inverse + row, r)
     w = tl.load(weight + i, mask=i < n, other=0.0).to(tl.float32)
     tl.store(y + row * n + i, (v * r * w).to(y.dtype.element_ty), mask=i < n)
-
 
 @triton.jit
 def rms_norm_backward(x, weight, inverse, g, dx, partial, rows, n, BLOCK: tl.constexpr):
@@ -223,7 +204,6 @@ def rms_norm_backward(x, weight, inverse, g, dx, partial, rows, n, BLOCK: tl.con
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=i < n)
         at += programs * n
     tl.store(partial + program.to(tl.int64) * n + i, dw, mask=i < n)
-
 
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: (..., n), weight: (n,) ->
@@ -247,16 +227,12 @@ class RMSNorm(torch.autograd.Function):
                 programs=len(partial))
         return dx, partial.sum(0), None
 
-
 def rms_norm(x, weight, eps=1e-5):
     """See RMSNorm."""
     return RMSNorm.apply(x, weight, eps)
 
-
-# -----------------------------------------------------------------------------
-# SwiGLU (Shazeer 2020): silu(gate) * up. Eager PyTorch keeps silu(gate) for the backward pass;
+# ---- SwiGLU (Shazeer 2020): silu(gate) * up. Eager PyTorch keeps silu(gate) for the backward pass;
 # here it is computed again, which costs nothing as long as memory is the bottleneck.
-
 
 @triton.jit
 def swiglu_kernel(a, b, g, y, da, db, n, BLOCK: tl.constexpr):
@@ -272,7 +248,6 @@ def swiglu_kernel(a, b, g, y, da, db, n, BLOCK: tl.constexpr):
         d = tl.load(g + i, mask=i < n).to(tl.float32)
         tl.store(da + i, (d * v * s * (1 + u * (1 - s))).to(da.dtype.element_ty), mask=i < n)
         tl.store(db + i, (d * u * s).to(db.dtype.element_ty), mask=i < n)
-
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up = gate * sigmoid(gate) * up, element by element. The inputs are saved."""
@@ -293,15 +268,11 @@ class SwiGLU(torch.autograd.Function):
         swiglu_kernel[(triton.cdiv(n, 1024),)](a, b, g, None, da, db, n, 1024)
         return da, db
 
-
 swiglu = SwiGLU.apply
 
-
-# -----------------------------------------------------------------------------
-# Cross-entropy over a vocabulary. The forward pass also writes the gradient, softmax - onehot:
+# ---- Cross-entropy over a vocabulary. The forward pass also writes the gradient, softmax - onehot:
 # all it needs is at hand, and the logits (for V = 131,072 the largest tensor of all) need not be
 # read a third time.
-
 
 @triton.jit
 def cross_entropy_kernel(logits, grad, targets, losses, V, scale, ignore_index,
@@ -331,7 +302,6 @@ def cross_entropy_kernel(logits, grad, targets, losses, V, scale, ignore_index,
             v = tl.load(logits + i, mask=i < V, other=-float("inf")).to(tl.float32)
             d = tl.where(counts, (tl.exp(v - lse) - tl.where(i == target, 1.0, 0.0)) * scale, 0.0)
             tl.store(grad + i, d.to(grad.dtype.element_ty), mask=i < V)
-
 
 class CrossEntropy(torch.autograd.Function):
     """Loss of logits x: (..., V) or, with a weight (V, C), of x weight^T for x: (..., C), `chunk`
@@ -369,14 +339,12 @@ class CrossEntropy(torch.autograd.Function):
         dx, dw = (d if d is None or g == 1 else d * g.to(d.dtype) for d in ctx.saved_tensors)
         return dx, dw, None, None, None, None, None
 
-
 def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
     """Negative log-likelihood of the targets in nats: their mean, or "sum". logits: (..., V);
     targets: (...) int64. Targets of ignore_index do not count; with none that counts the loss is
     0. Raises IndexError for a target that is no id."""
     return CrossEntropy.apply(logits, None, targets, ignore_index, reduction,
                               max(1, targets.numel()), torch.is_grad_enabled())
-
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean", chunk=None):
     """cross_entropy(x @ weight.T, targets), of which the logits are never all in memory: they are
@@ -391,16 +359,13 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100, reduction="mean"
         return CrossEntropy.apply(x, weight, targets, ignore_index, reduction, chunk,
                                   torch.is_grad_enabled())
 
-
-# -----------------------------------------------------------------------------
-# FlashAttention-2 (Dao 2023): softmax(q k^T scale) v without the (T, S) matrix ever in memory.
+# ---- FlashAttention-2 (Dao 2023): softmax(q k^T scale) v without the (T, S) matrix ever in memory.
 # While tiles of keys and values pass by, the softmax is kept up to date as larger scores come (an
 # online softmax: m the maximum so far, l the sum). For the backward pass only the output and the
 # logarithm of the sum, one number a row, are saved; the probabilities are computed again.
 #
 # Query i is at position i + S - T of the S keys. Causal: it sees keys up to its own position; with
 # a window the last `window` of them. One that sees nothing has output 0, lse -3e38 and p 0.
-
 
 def masked_scores(q, k, tile, causal, window, scale):
     """Scores of all queries and a slice of the keys; -inf where a query does not see a key."""
@@ -411,7 +376,6 @@ def masked_scores(q, k, tile, causal, window, scale):
     if causal:
         hidden |= distance < 0
     return (q @ k[..., tile, :].mT * scale).masked_fill(hidden, -math.inf)
-
 
 class FlashAttentionTorch(torch.autograd.Function):
     """The algorithm in PyTorch, to be read before the kernels; for those, all queries at once are
@@ -449,12 +413,10 @@ class FlashAttentionTorch(torch.autograd.Function):
             dv[..., tile, :] = p.mT @ g
         return dq, dk, dv, None, None, None
 
-
 # The same in Triton. A mask is a range of distances between query and key, low to high - 1: low
 # is 0 if causal, high the window, and else out of reach. A tile of q and its float32 accumulator
 # stay in registers: BM x D x 6 bytes, 96 of 256 kB at BM = D = 128. Tiles of k and v are in shared
 # memory: 2 stages x 2 x BN x D x 2 bytes, 64 of an H100's 228 kB at BN = 64. Backward needs more.
-
 
 @triton.jit
 def scores(qi, kj, row, column, T, S, scale, low, high):
@@ -469,7 +431,6 @@ def scores(qi, kj, row, column, T, S, scale, low, high):
         distance = first + tl.arange(0, BM)[:, None] - j
         s = tl.where((column + j < S) & (distance >= low) & (distance < high), s, -float("inf"))
     return s
-
 
 @tuned(["D"], (4, 3, 64, 64), (8, 3, 128, 64), (8, 3, 128, 128), (8, 2, 64, 64), (8, 2, 32, 32))
 @triton.jit
@@ -501,14 +462,12 @@ def flash_forward(q, k, v, o, lse, scale, T, S, group, low, high, D: tl.constexp
     store_tile(o + head * T * D, i, T, d, D, acc / l[:, None])
     tl.store(lse + head * T + i, (m + tl.log2(l)) * 0.6931471805599453, mask=i < T)  # ln(2)
 
-
 @triton.jit
 def backward_tile(qi, kj, vj, gi, lse, delta, row, column, T, S, scale, low, high):
     """Probabilities of a tile, and the gradient of its scores / scale, both (BM, BN)."""
     s = scores(qi, kj, row, column, T, S, scale, low, high)
     p = tl.exp2(s - lse[:, None] * 1.4426950408889634)
     return p, p * (tl.dot(gi, tl.trans(vj), input_precision="ieee") - delta[:, None])
-
 
 @tuned(["D"], (8, 2, 64, 64), (8, 2, 64, 128), (4, 2, 64, 32), (8, 2, 32, 32))
 @triton.jit
@@ -535,7 +494,6 @@ def flash_backward_queries(q, k, v, o, g, lse, delta, dq, scale, T, S, group, lo
         acc = tl.dot(ds.to(kj.dtype), kj, acc, input_precision="ieee")
     store_tile(dq + head * T * D, i, T, d, D, acc * scale)
 
-
 @tuned(["D"], (8, 2, 64, 64), (4, 2, 64, 32), (4, 2, 32, 32), (8, 2, 32, 32))
 @triton.jit
 def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, group, low, high,
@@ -561,7 +519,6 @@ def flash_backward_keys(q, k, v, g, lse, delta, dk, dv, scale, T, S, group, low,
             dk_acc = tl.dot(tl.trans(ds).to(qi.dtype), qi, dk_acc, input_precision="ieee")
     store_tile(dk + head * S * D, j, S, d, D, dk_acc * scale)
     store_tile(dv + head * S * D, j, S, d, D, dv_acc)
-
 
 class FlashAttention(torch.autograd.Function):
     """As FlashAttentionTorch, by the kernels; k and v: (B, H / n, S, D), D: 16, 32 ... or 256."""
@@ -592,7 +549,6 @@ class FlashAttention(torch.autograd.Function):
             q, k, v, g, lse, delta, dk, dv, *ctx.sizes)
         return dq, dk, dv, None, None, None
 
-
 def flash_attention(q, k, v, causal=True, window=None, scale=None):
     """softmax(q k^T scale) v in memory proportional to T. q: (B, H, T, D); k, v: (B, H / n, S, D),
     each serving n heads of queries -> (B, H, T, D). causal: query i sees keys up to i + S - T;
@@ -602,17 +558,13 @@ def flash_attention(q, k, v, causal=True, window=None, scale=None):
         q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
     return FlashAttention.apply(q, k, v, causal, window, scale)[..., :D]
 
-
 def flash_attention_torch(q, k, v, causal=True, window=None, scale=None):
     """`flash_attention` in plain PyTorch, in float32."""
     k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return FlashAttentionTorch.apply(q.float(), k, v, causal, window, scale).to(q.dtype)
 
-
-# -----------------------------------------------------------------------------
-# AdamW (Loshchilov & Hutter 2019): eager PyTorch moves each tensor about ten times, this kernel
+# ---- AdamW (Loshchilov & Hutter 2019): eager PyTorch moves a tensor about ten times, this kernel
 # once. On paper GPT-2's 148 launches take 1.5 ms, its step of half a million tokens a second.
-
 
 @triton.jit
 def adamw_kernel(p, g, m, v, n, lr, rate, beta1, beta2, eps, decay, root, BLOCK: tl.constexpr):
@@ -628,7 +580,6 @@ def adamw_kernel(p, g, m, v, n, lr, rate, beta1, beta2, eps, decay, root, BLOCK:
     tl.store(m + i, first, mask=i < n)
     tl.store(v + i, second, mask=i < n)
 
-
 @torch.no_grad()
 def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 0.999), eps=1e-8,
                weight_decay=0.01):
@@ -642,11 +593,8 @@ def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr=1e-3, betas=(0.9, 
         adamw_kernel[(triton.cdiv(p.numel(), 1024),)](
             p, g, m, v, p.numel(), lr, rate, *betas, eps, weight_decay, root, 1024)
 
-
-# -----------------------------------------------------------------------------
-# Products with quantized weights, in the formats of QuantizedLinear in model.py. The integers
+# ---- Products with quantized weights, in the formats of QuantizedLinear in model.py. The integers
 # become numbers in registers, so that memory moves one byte for a weight, or half of one, not two.
-
 
 @tuned(["N", "K"], (4, 4, 16, 64), (8, 3, 64, 128), (4, 5, 16, 32))
 @triton.jit
@@ -672,7 +620,6 @@ def integer_kernel(x, w, scales, lows, y, M, N, K, BM: tl.constexpr, BN: tl.cons
         acc *= tl.load(scales + j, mask=j < N, other=0.0)[None, :]  # one for a column: at the end
     store_tile(y, i, M, j, N, acc)
 
-
 class IntegerMatMul(torch.autograd.Function):
     """x (..., K) times integers (N, K): int8 without `low`, else int4. Such a model generates and
     is not trained: there is no backward pass, and PyTorch raises if it is asked for one."""
@@ -690,11 +637,9 @@ class IntegerMatMul(torch.autograd.Function):
             rows, *parts, *([None] if low is None else []), y, M, N, K)
         return y.to(x.dtype)
 
-
 def int8_matmul(x, weight, scale):
     """x @ (weight * scale[:, None]).T. x: (..., K); weight: (N, K) int8; scale: (N,) float32."""
     return IntegerMatMul.apply(x, weight, scale, None)
-
 
 def int4_matmul(x, weight, scale, low):
     """x @ w.T with w = integer * scale + low, where each 32 numbers of a row share these two. x:
@@ -702,12 +647,9 @@ def int4_matmul(x, weight, scale, low):
     half of its byte; scale, low: (N, groups) float32, groups = K / 32 rounded up."""
     return IntegerMatMul.apply(x, weight, scale, low)
 
-
-# -----------------------------------------------------------------------------
-# check: every kernel beside the same in PyTorch, in float64. bench: how far it is from the
+# ---- check: every kernel beside the same in PyTorch, in float64. bench: how far it is from the
 # roofline (Williams et al. 2009): it takes at least the time that its bytes need at the memory's
 # speed, and its operations at the processor's. profile: where a training step's time goes.
-
 
 def plain_attention(q, k, v, causal=True, window=None):
     """As flash_attention."""
@@ -717,7 +659,6 @@ def plain_attention(q, k, v, causal=True, window=None):
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T if causal else S)
     mask = mask.triu(S - T - window + 1) if window else mask
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-
 
 def cases(large, dtype=torch.float64, device=DEVICE):
     """Yield (kernel, function, the same in PyTorch, shapes of its inputs, FLOPs of the forward
@@ -771,7 +712,6 @@ def cases(large, dtype=torch.float64, device=DEVICE):
         yield ("int4_matmul", partial(int4_matmul, weight=w4.flatten(1), scale=scale, low=low),
                plain, [(M, K)], 2 * M * N * K)
 
-
 def error_of(ours, plain, shapes, backward, dtype):
     """Largest error of output and gradients, relative to the largest number of each, or 0.01."""
     exact = [torch.randn(s).to(DEVICE, dtype).double().requires_grad_() for s in shapes]
@@ -785,7 +725,6 @@ def error_of(ours, plain, shapes, backward, dtype):
         return math.inf
     return max(((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-2)).item()
                for a, b in zip(found, wanted))
-
 
 def check():
     """Compare all kernels with float64, print the errors -> number of failures."""
@@ -801,7 +740,6 @@ def check():
         print(flush=True)
     print(f"{failures} failures, {time.perf_counter() - start:.0f} s on {DEVICE}")
     return failures
-
 
 def bench():
     """Print what each kernel has to move and to compute and, on a GPU, how fast it does."""
@@ -834,7 +772,6 @@ def bench():
                 print(f"    {rival:10}{ms:9.3f} ms{b / ms / 1e9:7.2f} TB/s{n / ms / 1e9:7.0f} "
                       f"TFLOP/s{max(b / memory, n / compute) / ms:6.0%} of roofline", flush=True)
 
-
 def profile():
     """Print where the time of a training step of model.py goes, with and without these kernels."""
     import model as M
@@ -859,7 +796,6 @@ def profile():
         print(f"{title} these kernels, loss {loss:.4f}\n" + result.key_averages().table(
             f"self_{'device' if gpu else 'cpu'}_time_total", 12, max_name_column_width=48))
 
-
 def main():
     """Errors become one line, and exit code 1 or, for usage, 2."""
     commands = {"check": check, "bench": bench, "profile": profile}
@@ -874,7 +810,6 @@ def main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, KeyError, RuntimeError) as problem:
         sys.exit(f"kernels.py: error: {problem}")
-
 
 if __name__ == "__main__":
     main()

@@ -31,14 +31,12 @@ sys.path.insert(0, ROOT)
 import align as A
 import model as M
 
-
 def differences(name, ours, theirs, inputs):
     """A row of the table: |loss - loss| and the largest difference of gradients."""
     own = torch.autograd.grad(ours, inputs, retain_graph=True)
     other = torch.autograd.grad(theirs, inputs, retain_graph=True)
     off = max((a - b).abs().max().item() for a, b in zip(own, other))
     print(f"{name:44}{ours.item():12.6f}{abs(ours.item() - theirs.item()):12.1e}{off:12.1e}")
-
 
 def losses(args):
     torch.manual_seed(0)
@@ -109,7 +107,6 @@ def losses(args):
             "ref_per_token_logps": ref, "num_items_in_batch": mask.sum()})
         differences(f"{kind}, kl {beta}, TRL", ours(kind, beta), loss, (hidden, weight))
 
-
 def rollouts(args):
     model, _ = M.load_checkpoint(args.ckpt)
     prompts = torch.randint(model.config.vocab_size, (args.batch, args.prompt))
@@ -126,7 +123,6 @@ def rollouts(args):
         print(f"cached {n / cached:9.1f} tokens per CPU-second | uncached {n / uncached:9.1f} | "
               f"{uncached / cached:.1f} x", flush=True)
 
-
 def code(args):
     rows = A.read_rows(args.humaneval, lambda row: row)
     begin, passed = time.perf_counter(), 0
@@ -137,7 +133,6 @@ def code(args):
         print("" if verdict else f"{row['task_id']}: {verdict.error}\n", end="")
     print(f"{passed} of {len(rows)} pass, {(time.perf_counter() - begin) / len(rows):.3f} s each")
 
-
 def align(args, *flags):
     """The key: value lines of `align.py eval`, as a dict."""
     begin = time.perf_counter()
@@ -147,7 +142,6 @@ def align(args, *flags):
         check=True)
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     return lines | {"seconds": f"{time.perf_counter() - begin:.0f}"}
-
 
 @torch.no_grad()
 def evals(args):
@@ -183,7 +177,6 @@ def evals(args):
         print(f"GSM8K, transformers: {same} of {len(said)} texts equal ours | seconds "
               f"{time.perf_counter() - begin:.0f}", flush=True)
 
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("losses", "rollouts", "code", "evals"))
@@ -194,7 +187,6 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     {"losses": losses, "rollouts": rollouts, "code": code, "evals": evals}[args.what](args)
-
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import model as M
 
-
 def in_turn(contestants, repeat):
     """{name: function that returns a number of tokens and a result} -> ({name: tokens per second
     of each turn}, {name: its last result}), the first turn being a rehearsal."""
@@ -40,13 +39,11 @@ def in_turn(contestants, repeat):
                 rates[name].append(n / (time.perf_counter() - begin))
     return rates, results
 
-
 def report(rates, first):
     for name, found in rates.items():
         ratio = statistics.median(a / b for a, b in zip(found, rates[first]))
         print(f"    {name:28} {statistics.median(found):8.1f} tokens/s   {ratio:5.2f} x {first}",
               flush=True)
-
 
 def beside_transformers(model, folder, prompts, tokens, repeat):
     """Ours, ours in int8 and int4, and theirs."""
@@ -88,7 +85,6 @@ def beside_transformers(model, folder, prompts, tokens, repeat):
             two = model(torch.tensor([prompt + a[:i]]))[0, -1, [a[i], b[i]]]
             print(f"    at token {i}: logits {two.tolist()}")
 
-
 def with_draft(model, draft, prompt, tokens, gamma, repeat):
     for temperature in (0, 0.8):
         counts = {"proposed": 0, "accepted": 0, "calls": 0}
@@ -112,7 +108,6 @@ def with_draft(model, draft, prompt, tokens, gamma, repeat):
               + (f", the same ids: {results['plain'] == results['speculative']}"
                  if not temperature else ""))
         report(rates, "plain")
-
 
 @torch.no_grad()
 def families():
@@ -160,7 +155,6 @@ def families():
     print(f"{len(cases)} models: logits differ by {worst[0]:.1e} at most where imported, by "
           f"{worst[1]:.1e} where exported again")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -199,7 +193,6 @@ def main():
         for batch in args.batch:
             print(f"  batch {batch}")
             beside_transformers(model, folder, prompts[:batch], args.tokens, args.repeat)
-
 
 if __name__ == "__main__":
     main()

@@ -55,7 +55,6 @@ ABLATIONS = {
     "SOAP at 1e-2": "--optimizer soap --learning_rate 1e-2",
     "SGD at 0.2": "--optimizer sgd --learning_rate 0.2 --weight_decay 0"}
 
-
 def timed(command, **options):
     """Run a command -> (seconds, what it printed). Stops with its error if it fails."""
     start = time.perf_counter()
@@ -64,13 +63,11 @@ def timed(command, **options):
         sys.exit(f"{' '.join(map(str, command))}\n{result.stderr}")
     return time.perf_counter() - start, result.stdout
 
-
 def ours(out_dir, *flags, **options):
     """A run of train.py as a process -> (seconds, its last validation loss)."""
     script = [sys.executable, f"{ROOT}/train.py", "--out_dir", out_dir]
     seconds, printed = timed([*script, *flags], **options)
     return seconds, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
-
 
 def race(args):
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +104,6 @@ def race(args):
         share, loss, their_loss = map(statistics.median, zip(*rows))
         print(f"medians: {share:.3f} of nanoGPT's time, val loss {loss:.4f} for {their_loss:.4f}")
 
-
 def stepper(kind, nanogpt):
     """-> a function that does one training step of the model `kind`."""
     torch.manual_seed(0)
@@ -135,7 +131,6 @@ def stepper(kind, nanogpt):
             optimizer.zero_grad(set_to_none=True)
     return step
 
-
 def steps(args):
     kinds = ("nanoGPT", "the same here", "our default parts")
     contestants = {kind: stepper(kind, args.nanogpt) for kind in kinds}
@@ -151,7 +146,6 @@ def steps(args):
         print(f"  {kind:18} {1e3 * statistics.median(times[kind]):6.1f} ms, {ratio:.2f} of "
               "nanoGPT's")
 
-
 def ablations(args):
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in ABLATIONS.items():
@@ -160,7 +154,6 @@ def ablations(args):
                      for seed in range(args.repeat)]
             seconds, loss = map(statistics.mean, zip(*found))
             print(f"  {name:32} {loss:.4f} nats {seconds:6.0f} s", flush=True)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -172,7 +165,6 @@ def main():
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
     {"race": race, "steps": steps, "ablations": ablations}[args.part](args)
-
 
 if __name__ == "__main__":
     main()

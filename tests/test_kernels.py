@@ -19,16 +19,13 @@ import model as M
 DEVICE = K.DEVICE
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
-
 @pytest.fixture(autouse=True)
 def begin(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(M, "kernels", None)  # whatever a test makes of it
 
-
 def rand(*shape):
     return torch.randn(shape).to(DEVICE).requires_grad_()
-
 
 def largest_error(f, reference, *inputs):
     """|a - b| / (1 + |b|) of outputs and gradients, a of f and b, in float64, of reference."""
@@ -40,13 +37,11 @@ def largest_error(f, reference, *inputs):
     assert all(a.shape == b.shape and a.isfinite().all() for a, b in pairs)
     return max(((a.double() - b).abs() / (1 + b.abs())).max().item() for a, b in pairs)
 
-
 def test_check_finds_no_error(capsys):
     assert K.check() == 0
     names = re.findall(r"^(\w+) .*float32.* float16.*bfloat16", capsys.readouterr().out, re.M)
     assert set(names) == set("softmax matmul rms_norm swiglu cross_entropy linear_cross_entropy "
                              "adamw_step flash_attention int8_matmul int4_matmul".split())
-
 
 def test_check_finds_errors(capsys, monkeypatch):
     shapes, plain = [(3, 8), (8,)], lambda x, w: F.rms_norm(x, w.shape, w, 1e-5)
@@ -57,13 +52,11 @@ def test_check_finds_errors(capsys, monkeypatch):
     assert K.check() == 6  # two of them in three dtypes
     assert re.findall(r"^(\w+) .*FAILED", capsys.readouterr().out, re.M) == ["eps", "grad"]
 
-
 def attention(q, k, v, mask):
     """PyTorch's own, where mask says what is seen; a query that sees nothing gets 0."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
     return scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0).nan_to_num(0.0) @ v
-
 
 @pytest.mark.parametrize("f", [K.flash_attention, K.flash_attention_torch])
 @pytest.mark.parametrize("T, S, causal, window", [
@@ -82,7 +75,6 @@ def test_mistake_5_attention_gradients_under_masks(f, T, S, causal, window):
         assert (out == 0).all()
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("function", [K.FlashAttention, K.FlashAttentionTorch])
 def test_attention_functions_without_heads_save_one_number_a_row(function, causal):
@@ -95,13 +87,11 @@ def test_attention_functions_without_heads_save_one_number_a_row(function, causa
     assert largest_error(lambda *x: function.apply(*x, causal), lambda *x: attention(
         *(a[:, None] for a in x), mask)[:, 0], *inputs) < 1e-5
 
-
 def test_attention_of_large_scores_and_a_scale_of_0():
     q, k, v = 300 * rand(1, 1, 50, 16), 30 * rand(1, 1, 50, 16), rand(1, 1, 50, 16)
     for f in (K.flash_attention, K.flash_attention_torch):
         close(f(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-3)
         close(f(q, k, v, False, scale=0.0), v.mean(-2, keepdim=True).expand_as(v))
-
 
 def test_any_strides_are_taken():
     q, k, v = rand(2, 30, 4, 16).transpose(1, 2), rand(2, 2, 16, 30).mT, rand(2, 2, 16, 30).mT
@@ -117,7 +107,6 @@ def test_any_strides_are_taken():
             (K.matmul, torch.matmul, [x, rand(7, 12).T])):
         assert largest_error(f, reference, *inputs) < 1e-5
 
-
 def test_cross_entropy_of_impossible_and_huge_logits_and_without_targets():
     logits = torch.cat([torch.full((1, 5000), -math.inf), torch.zeros(1, 10)], 1).to(DEVICE)
     assert abs(K.cross_entropy(logits, torch.tensor([5005]).to(DEVICE)) - math.log(10)) < 1e-6
@@ -128,7 +117,6 @@ def test_cross_entropy_of_impossible_and_huge_logits_and_without_targets():
         for reduction in ("mean", "sum"):
             loss = f(*inputs, targets=none, reduction=reduction)
             assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
-
 
 def test_linear_cross_entropy_never_has_all_logits():
     x, w, targets = rand(24, 8), rand(500, 8), torch.randint(500, (24,), device=DEVICE)
@@ -151,7 +139,6 @@ def test_linear_cross_entropy_never_has_all_logits():
         assert largest_error(lambda x, w: 3 * ours(x, w), lambda x, w: 3 * F.cross_entropy(
             x @ w.T, targets, reduction="sum"), x, w) < 1e-5
 
-
 def test_second_derivatives_are_refused():
     x, targets = rand(1, 1, 16, 16), torch.zeros(1, 1, 16, dtype=torch.long, device=DEVICE)
     for y in (K.rms_norm(x, rand(16)), K.softmax(x), K.swiglu(x, x), K.matmul(x[0, 0], x[0, 0]),
@@ -160,7 +147,6 @@ def test_second_derivatives_are_refused():
         (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):  # it would be wrong
             g.sum().backward()
-
 
 def test_adamw_equals_torch():
     shapes = [(5, 7), (3000,), (), (1, 1), (0,)]
@@ -175,7 +161,6 @@ def test_adamw_equals_torch():
         K.adamw_step(ours, [b.grad.clone() for b in theirs], m, v, t, 3e-2, (0.8, 0.9), 1e-6, 0.3)
         close(ours, [b.detach() for b in theirs], atol=1e-6)
 
-
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integer_products_take_the_formats_of_model_py(kind):
     linear = M.QuantizedLinear(M.Linear(70, 50), kind).to(DEVICE)
@@ -186,7 +171,6 @@ def test_integer_products_take_the_formats_of_model_py(kind):
         close(f(x, *parts).double(), x.double() @ w.T)
     with pytest.raises(NotImplementedError):  # a gradient that would be missing
         f(rand(2, 70), *parts).sum().backward()
-
 
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_training_with_the_kernels_gives_the_same_losses(kind):
@@ -208,7 +192,6 @@ def test_training_with_the_kernels_gives_the_same_losses(kind):
     assert losses[2] < losses[0]
     close(losses[:3], losses[3:])
 
-
 @pytest.mark.skipif(not K.INTERPRETED, reason="it multiplies bfloat16 wrongly, a GPU does not")
 def test_the_interpreter_computes_bfloat16_in_float32():
     q, k, v = (torch.randn(1, 2, 70, 32).bfloat16() for _ in range(3))
@@ -216,7 +199,6 @@ def test_the_interpreter_computes_bfloat16_in_float32():
                       (K.rms_norm, [q, k[0, 0, 0]]), (K.flash_attention, [q, k, v]),
                       (K.FlashAttention.apply, [q, k, v])):
         assert torch.equal(f(*inputs), f(*(x.float() for x in inputs)).bfloat16())
-
 
 @pytest.mark.parametrize("error, f, inputs", [
     (ValueError, K.rms_norm, [rand(2, 3), rand(4)]),
@@ -227,7 +209,6 @@ def test_the_interpreter_computes_bfloat16_in_float32():
 def test_wrong_inputs_are_refused(error, f, inputs):
     with pytest.raises(error):
         f(*inputs)
-
 
 @pytest.mark.parametrize("f, shapes", [
     (K.softmax, [(0, 5)]), (K.softmax, [(3, 0)]), (K.rms_norm, [(0, 5), (5,)]),
@@ -241,7 +222,6 @@ def test_empty_inputs(f, shapes):
     assert (out == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), inputs))
 
-
 @pytest.mark.skipif(not K.INTERPRETED, reason="with a GPU, bench measures")
 def test_bench_counts_and_the_interpreter_says_once_that_it_is_one():
     result = subprocess.run([sys.executable, K.__file__, "bench"], capture_output=True, text=True)
@@ -249,7 +229,6 @@ def test_bench_counts_and_the_interpreter_says_once_that_it_is_one():
     wanted = 4 * 16 * 16384 * 64 * 2 / 1e6, 2 * 2 * 16 * 16384**2 * 64 / 2 / 1e9  # q, k, v, o
     assert [float(x) for x in row.groups()] == pytest.approx(wanted, abs=0.1)
     assert result.stderr.count("interpreter") == 1 and result.returncode == 0
-
 
 def test_profile_runs_the_same_step_with_and_without_the_kernels(capsys):
     K.profile()
