@@ -69,9 +69,8 @@ class RMSNorm(nn.Module):
         if kernels and x.dtype == self.weight.dtype:
             return kernels.rms_norm(x, self.weight, self.eps)
         h = upcast(x)
-        square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square()  # fewest passes
-        mean = torch.rsub(square, self.eps, alpha=-1 / h.shape[-1])  # eps + square / d
-        return (h * torch.rsqrt(mean) * self.weight).type_as(x)
+        mean = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1]  # one pass
+        return (h * torch.rsqrt(mean + self.eps) * self.weight).type_as(x)
 
 def make_norm(config):
     """The norm that the config asks for: RMSNorm, LayerNorm (Ba et al. 2016) as in GPT-2, none."""
@@ -87,11 +86,11 @@ def softmax(x, dim=-1):
 def scaled_dot_product_attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v: each query takes a mean of the values, weighted by how well
     their keys match it (Vaswani et al. 2017). q: (..., T, D), k and v: (..., S, D) -> (..., T, D).
-    mask: (..., T, S) of bool, True where a query may look. Below PyTorch's own is called."""
+    mask: (..., T, S) of bool, True where a query may look. To be read: models call PyTorch's."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if mask is None:
         return softmax(scores) @ v
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # (-inf: NaN without a key)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # (-inf leads to NaN)
     return softmax(scores).masked_fill(~mask, 0.0) @ v
 
 def rope_angles(positions, D, theta=10000.0, scaling="", interleaved=False):
@@ -113,7 +112,7 @@ def apply_rope(x, cos, sin, interleaved=False):
     so that the product of a query and a key depends only on their distance: (a, b) becomes (a cos -
     b sin, b cos + a sin). x, cos, sin: (..., T, D). The channels of a pair are i and i + D / 2 (as
     Hugging Face's) or, interleaved, 2 i and 2 i + 1 (Meta's): the wrong ones ruin a model."""
-    h, half = upcast(x), x.shape[-1] // 2  # bfloat16 can not tell position 1000 from 1001
+    h, half = upcast(x), x.shape[-1] // 2  # bfloat16 cannot tell position 1000 from 1001
     other = h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else h.roll(half, -1)
     return torch.addcmul(h * cos, other, sin).type_as(x)
 
@@ -141,11 +140,11 @@ class TransformerConfig:
     attention: str = "full"  # or sliding, linear, latent, hyena; a,b,c: that pattern, repeated
     window: int = 64  # sliding: positions a query looks at, its own included
     kv_rank: int = 0  # latent: width of the compressed keys and values; 0: n_embd / 4
-    rope_size: int = 0  # latent: channels of a head that carry the position; 0: half of it
+    rope_size: int = 0  # latent: further channels of a head, for the position; 0: half of head_size
     qk_norm: bool = False  # normalise the queries and keys of each head
     n_expert: int = 8  # moe: experts; d_ff is then the width of one
     top_k: int = 2  # moe: experts that a token goes to
-    balance_weight: float = 0.01  # moe: of the loss that keeps experts equally busy
+    balance_weight: float = 0.01  # moe: weight of the loss that keeps experts equally busy
     bias: bool = False  # in linear layers and layernorm
     qkv_bias: bool = False  # in the projections to queries, keys and values
     tie_embeddings: bool = False  # one matrix for the embedding and the output
@@ -166,7 +165,7 @@ class TransformerConfig:
             self.d_ff = max(64, round(8 / 3 * self.n_embd / 64) * 64) if gated else 4 * self.n_embd
             self.d_ff //= self.top_k if self.activation == "moe" else 1
         for name, choices in CHOICES.items():
-            if not set(getattr(self, name).split(",")) <= set(choices.split()):
+            if {*vars(self)[name].split("," if name == "attention" else "\n")} - {*choices.split()}:
                 raise ValueError(f"{name} is one of {choices}")
 
 def build(part, config):
@@ -201,7 +200,7 @@ class Where:
         if self.plain and self.T == 1 and S <= window:
             return None
         if (S, window) not in self.masks:
-            i, j = (torch.arange(-m, 0, device=self.at.device) for m in (self.T, S))
+            i, j = (torch.arange(-m, 0, device=self.at.device) for m in (self.T, S))  # from the end
             seen = (j <= i[:, None]) & (i[:, None] - j < window)
             if not self.plain:
                 seen = (seen & (self.text[:, -self.T :, None] == self.text[:, None, -S:]))[:, None]
@@ -212,19 +211,19 @@ class Where:
         """x: (B, H, T, D), with 0 for padding, for layers that sum up all that came before."""
         last = None if self.plain else self.text[:, -self.T :] == self.text[:, -1:]
         if last is not None and (self.at * ~last).any():
-            raise ValueError("a sum can not tell texts apart: no packing with linear or hyena")
+            raise ValueError("a sum cannot tell texts apart: no packing with linear or hyena")
         return x if last is None else x * last[:, None, :, None]
 
 def keep(cache, name, new, most=2**40):
-    """Add new, (B, H, T, D), to what the cache has under this name -> both, (B, H, S, D). The last
-    `most` stay, in a buffer with room for up to 64 more, so that few tokens make it copy all."""
+    """Add new, (B, H, T, D), to what the cache has under this name -> all of it, (B, H, S, D). Only
+    its last `most` stay cached, in a buffer with room for 64 more, so that few calls copy all."""
     if cache is None:
         return new
     old, (B, H, T, D) = cache.get(name, new), new.shape
     S = T + (old.shape[2] if name in cache else 0)
     if name not in cache or old.storage_offset() + S * D > old.stride(1):
         old = F.pad(old[:, :, : S - T], (0, 0, 0, T + min(64, S)))
-    both = old.as_strided((B, H, S, D), old.stride())
+    both = old.as_strided((B, H, S, D), old.stride())  # the same memory, T positions more
     both[:, :, S - T :] = new
     cache[name] = both if S <= most else both[:, :, -most:]
     return both
@@ -232,17 +231,17 @@ def keep(cache, name, new, most=2**40):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to the past. With fewer heads of keys and values than of queries, each
     serves a group of queries (Ainslie et al. 2023), which makes the cache smaller."""
-    window = 2**40  # positions that a query looks at
+    window = 2**40  # positions that a query looks at: no limit
     def __init__(self, n_embd, n_head, n_kv_head=0, head_size=0, bias=False, qkv_bias=False,
                  qk_norm=False, dropout=0.0, norm_eps=1e-5):
         super().__init__()
         n_kv_head, D = n_kv_head or n_head, head_size or n_embd // n_head
         self.D, self.n_kv_head, self.dropout, width = D, n_kv_head, dropout, n_head * D
-        self.join = not qk_norm and n_embd * (width + 2 * n_kv_head * D) <= 2**20
+        self.join = not qk_norm and n_embd * (width + 2 * n_kv_head * D) <= 2**20  # see heads
         self.q_proj, self.k_proj, self.v_proj = (
             Linear(n_embd, D * n, bias or qkv_bias) for n in (n_head, n_kv_head, n_kv_head))
         self.o_proj = Linear(width, n_embd, bias)
-        # scores of normalised queries and keys can not grow freely (Henry et al. 2020)
+        # scores of normalised queries and keys cannot grow freely (Henry et al. 2020)
         norms = (RMSNorm(D, norm_eps) if qk_norm else nn.Identity() for _ in "qk")
         self.q_norm, self.k_norm = norms
 
@@ -264,7 +263,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x, where.rotate, cache)
         k, v = (keep(cache, name, a, self.window + SLACK) for name, a in (("k", k), ("v", v)))
         T, S, kind, dropout = q.shape[-2], k.shape[-2], q.dtype, self.dropout * self.training
-        alone = where.plain and T == S  # no cache, one text
+        alone = where.plain and T == S  # one text, and nothing of it came before
         mask = None if alone and self.window >= T else where.mask(S, self.window)
         if alone and kernels and not dropout:
             y = kernels.flash_attention(q, k, v, True, None if mask is None else self.window)
@@ -286,10 +285,10 @@ class SlidingWindowAttention(CausalSelfAttention):
 def linear_attention(q, k, v, rq, rk, S=0.0, z=0.0, chunk=64):
     """Attention with phi(q) . phi(k), phi = elu + 1, in place of exp(q . k) (Katharopoulos et al.
     2020). Sums over the past, S of rk v^T (..., D, D) and z of k (..., 1, D), are then a state:
-    with chunk=1 this is a recurrent network, and larger chunks compute the same. q, k: phi of them;
-    rq, rk: these rotated, for the numerator alone, as a rotated sum could be 0 (Su et al. 2021);
-    v: values; all (..., T, D) -> y: (..., T, D), S, z."""
-    out, S = [], S + rk[..., :0, :].mT @ v[..., :0, :]
+    with chunk=1 this is a recurrent network; larger chunks compute the same. q, k: phi of queries
+    and keys; rq, rk: these rotated, for the numerator alone, as a rotated sum could be 0 (Su et al.
+    2021); v: values; all (..., T, D) -> y: (..., T, D), S, z."""
+    out, S = [], S + rk[..., :0, :].mT @ v[..., :0, :]  # (adds 0, of the shape (..., D, D))
     for q, k, v, rq, rk in zip(*(x.split(chunk, -2) for x in (q, k, v, rq, rk))):
         norm = (q * (z + k.cumsum(-2))).sum(-1, keepdim=True)
         out.append(((rq @ rk.mT).tril() @ v + rq @ S) / (norm + 1e-9))  # (padding has a norm of 0)
@@ -310,7 +309,7 @@ class LinearAttention(CausalSelfAttention):
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, 2024): the keys and values of all heads are made
-    from one small vector per token, and only that is cached. A rotation can not be moved past this
+    from one small vector per token, and only that is cached. A rotation cannot be moved past this
     projection, so `rope_size` further channels carry the position; all heads share their key."""
     def __init__(self, n_embd, n_head, head_size, kv_rank, rope_size, bias=False, dropout=0.0,
                  norm_eps=1e-5):
@@ -329,7 +328,7 @@ class LatentAttention(nn.Module):
         latent, q_rope, k_rope = self.kv_norm(latent), where.rotate(q_rope), where.rotate(k_rope)
         keys = keep(cache, "latent", torch.cat((latent, k_rope), -1))
         latent, k_rope = keys.tensor_split((-R,), -1)
-        if cache is not None:  # few queries: q . (U l) = (U^T q) . l, so move U over to the query
+        if cache is not None:  # q . (U l) = (U^T q) . l: no keys of past tokens have to be made
             q, k, v = q @ self.k_up.weight.unflatten(0, (-1, D)), keys, latent
         else:
             k, v = (latent @ up.weight.unflatten(0, (-1, D)).mT for up in (self.k_up, self.v_up))
@@ -350,7 +349,7 @@ class Hyena(nn.Module):
         self.block_size = block_size
         self.in_proj = nn.ModuleList(Linear(n_embd, n_embd, bias) for _ in range(3))
         self.short = nn.Parameter(torch.randn(3, 3 * n_embd, 1) / 3)  # three taps for each channel
-        self.filter_in, self.filter_out = Linear(17, 32, bias=True), Linear(32, n_embd)
+        self.filter_in, self.filter_out = Linear(17, 32, bias=True), Linear(32, n_embd)  # 1 + 8 + 8
         self.skip = nn.Parameter(torch.ones(n_embd))
         self.o_proj = Linear(n_embd, n_embd, bias)
 
@@ -358,7 +357,7 @@ class Hyena(nn.Module):
         t = torch.arange(T, device=self.skip.device)[:, None] / self.block_size
         angles = 2 * math.pi * t * torch.linspace(1e-4, 7, 8).to(t)  # a position in 8 frequencies
         x = torch.cat((t, angles.cos(), angles.sin()), 1).type_as(self.skip)
-        h = self.filter_out(torch.sin(10 * self.filter_in(x)))  # high frequencies, or too smooth
+        h = self.filter_out(torch.sin(10 * self.filter_in(x)))  # without the 10 it is too smooth
         decay = torch.linspace(0, math.log(5e-4), len(self.skip)).to(t).exp()
         return h * torch.exp(-decay * t * self.block_size)  # slower from channel to channel
 
@@ -394,20 +393,20 @@ class SwiGLU(nn.Module):
 
 class FeedForward(nn.Module):
     """w2(f(w1 x))"""
-    F = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square(),
-         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}  # (GPT-2's approximation)
+    KINDS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square(),
+             "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}  # (GPT-2's approximation)
     def __init__(self, n_embd, d_ff, activation, bias=False):
         super().__init__()
         self.w1, self.w2 = Linear(n_embd, d_ff, bias), Linear(d_ff, n_embd, bias)
-        self.f = self.F[activation]
+        self.f = self.KINDS[activation]
 
     def forward(self, x):  # (..., C) -> (..., C)
         return self.w2(self.f(self.w1(x)))
 
 class MixtureOfExperts(nn.Module):
-    """A router sends each token to top_k of several feed-forward parts, and adds what they say by
-    its probabilities (Shazeer et al. 2017). A loss keeps these experts equally busy (Fedus et al.
-    2021): E sum_i f_i P_i, f_i the share of tokens and P_i the mean probability of expert i."""
+    """A router sends each token to top_k of several feed-forward parts, and adds their outputs,
+    weighted by its probabilities (Shazeer et al. 2017). A loss keeps the experts equally busy
+    (Fedus et al. 2021): E sum_i f_i P_i, f_i the share of tokens, P_i the mean probability of i."""
     def __init__(self, n_embd, d_ff, n_expert, top_k=2, balance_weight=0.01, bias=False):
         super().__init__()
         self.top_k, self.balance_weight, self.loss = top_k, balance_weight, 0.0
@@ -495,11 +494,11 @@ class Transformer(nn.Module):
         x = self.embed(ids, where.at)
         call = functools.partial(checkpointed, use_reentrant=False) if self.training and \
             self.activation_checkpointing else lambda block, *args: block(*args)
-        for block, past in zip(self.blocks, cache.layers if cache else self.kinds):
-            x = call(block, x, where, past if cache else None)
+        for block, past in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
+            x = call(block, x, where, past)
         if cache:
             cache.length = S
-        x = self.final_norm(x[:, -last:])
+        x = self.final_norm(x[:, -last:])  # (-0: of all)
         return x if hidden else self.logits(x)
 
     def embed(self, ids, at):
@@ -507,7 +506,7 @@ class Transformer(nn.Module):
         x, C = self.embedding(ids), self.config.n_embd
         if self.config.position == "learned":
             x = x + self.positions(at)
-        elif self.config.position == "sinusoidal":  # of falling frequency (Vaswani et al. 2017)
+        elif self.config.position == "sinusoidal":  # (Vaswani et al. 2017; the positive half)
             cos, sin = (a[..., (C + 1) // 2 :] for a in rope_angles(at, C + C % 2))
             x = x + self.std * torch.cat((sin, cos), -1)[..., :C].to(x.dtype)
         return self.dropout(x)
@@ -530,7 +529,7 @@ class Transformer(nn.Module):
         text, id) for each new one. Of texts longer than block_size the model sees the end."""
         texts, limit = [list(map(int, text)) for text in prompts], self.config.block_size
         if not all(texts):
-            raise ValueError("a text without an id can not be continued")
+            raise ValueError("a text without an id cannot be continued")
         device, was_training, cache = self.embedding.weight.device, self.training, None
         most = max_new_tokens if type(max_new_tokens) is list else [max_new_tokens] * len(texts)
         ends = [len(text) + n for text, n in zip(texts, most)]
@@ -578,16 +577,14 @@ def token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p:
         ordered, order = p.sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p  # the likelier ids are enough
-        p = p.masked_fill(drop.scatter(-1, order, drop), 0.0)
+        p = p.scatter(-1, order, ordered.masked_fill(drop, 0.0))  # back in the order of ids
     return p / p.sum(-1, keepdim=True)
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next ids. logits: (B, V) -> (B,) int64. Logits are divided by temperature; 0 takes
     the likeliest id. top_k: only the k likeliest ids; top_p: the fewest with this probability."""
-    if temperature == 0 and not (top_k or top_p):
-        return logits.argmax(-1)
     p = token_probabilities(logits, temperature, top_k, top_p)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    return torch.multinomial(p, 1, generator=generator)[:, 0] if temperature else p.argmax(-1)
 
 @torch.no_grad()
 def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top_k=None, top_p=None,
@@ -597,10 +594,10 @@ def speculate(target, draft, text, max_new_tokens, gamma=4, temperature=1.0, top
     call of the target gives p for all of their places. A proposal x drawn from q is kept with
     probability min(1, p(x) / q(x)); in place of the first one rejected, an id is drawn from max(0,
     p - q), normalised; if all are kept, one from the last p. It ends where either window is full.
-    text: list of ids -> (text, {"proposed", "accepted", "calls" of the target}). ValueError: a
-    state can not take guesses back."""
+    text: list of ids, not empty -> (text, {"proposed", "accepted", "calls" of the target}). Raises
+    ValueError for a state, which cannot take guesses back."""
     if {"linear", "hyena"} & {*target.kinds, *draft.kinds} or not 0 < gamma < SLACK:
-        raise ValueError(f"guesses can not be taken back by a state, nor {SLACK} or more at a time")
+        raise ValueError(f"guesses cannot be taken back by a state, nor {SLACK} or more at a time")
     text, how = list(text), (temperature, top_k, top_p)
     end = min(len(text) + max_new_tokens, target.config.block_size, draft.config.block_size)
     stop, done = {stop} if type(stop) is int else {*(stop or ())}, False
@@ -683,11 +680,11 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 def quantize(model, kind):
-    """Make a Transformer's linear layers int8 or int4, in place -> the model. The head, where most
-    depends on it, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
+    """Make a Transformer's linear layers int8 or int4, in place -> the model. The head, which
+    matters most, becomes int8 in any case; embeddings and routers stay. Raises ValueError."""
     if model.quantized or kind not in ("int8", "int4"):
-        raise ValueError(f"{kind}, of {model.quantized or 'floats'}: it is int8 or int4, once")
-    kept = ("router", "k_up", "v_up", "filter_in", "filter_out")
+        raise ValueError(f"can't make {kind} of {model.quantized or 'floats'}: int8 or int4, once")
+    kept = ("router", "k_up", "v_up", "filter_in", "filter_out")  # used as matrices, or small
     for parent in list(model.blocks.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear) and name not in kept:
@@ -701,10 +698,10 @@ def quantize(model, kind):
 def prune(model, ids, n_layer=0, d_ff=0):
     """Keep the n_layer blocks that turn their input most (Men et al. 2024), and in each the d_ff
     units of largest activation (Muralidharan et al. 2024), on ids (B, T) of text. 0: all."""
-    c, change, size, hooks = model.config, [], [], []
+    c, same, size, hooks = model.config, [], [], []
     n_layer, d_ff = n_layer or c.n_layer, d_ff or c.d_ff
     for block in model.blocks:
-        hooks.append(block.register_forward_hook(lambda _, args, y: change.append(
+        hooks.append(block.register_forward_hook(lambda _, args, y: same.append(
             F.cosine_similarity(args[0], y, dim=-1).mean().item())))
         if d_ff != c.d_ff:  # (experts have no w2 of their own: AttributeError)
             hooks.append(block.ffn.w2.register_forward_hook(
@@ -712,7 +709,7 @@ def prune(model, ids, n_layer=0, d_ff=0):
     model(ids)
     for hook in hooks:
         hook.remove()
-    kept = sorted(sorted(range(c.n_layer), key=change.__getitem__)[:n_layer])
+    kept = sorted(sorted(range(c.n_layer), key=same.__getitem__)[:n_layer])
     state = {name: x for name, x in model.state_dict().items() if not name.startswith("blocks.")}
     for new, old in enumerate(kept):
         units = size[old].topk(d_ff).indices.sort().values if size else slice(None)
@@ -752,13 +749,14 @@ def save_checkpoint(path, model, optimizers=(), **more):
     tokenizer.json), template, stop, begin, names. For state dicts the `config` is given, too."""
     config = more.pop("config", getattr(model, "config", None))
     parts = [x if isinstance(x, dict) else x.state_dict() for x in (model, *optimizers)]
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with replacing(path) as file:
         torch.save({"config": vars(config) if config else None, "model": parts[0], "optimizer":
                     parts[1:], "quantize": getattr(model, "quantized", None), **more}, file)
 
 def load_checkpoint(path, device="cpu"):
     """-> (Transformer in eval mode, the dict that was saved). Only tensors and plain values are
-    read, so a file from a stranger can not run code. Raises ValueError, OSError."""
+    read, so a file from a stranger cannot run code. Raises ValueError, OSError."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         state, config = checkpoint["model"], TransformerConfig(**checkpoint["config"])
@@ -834,7 +832,7 @@ def their_name(ours, family):
 
 def config_from(theirs):
     """Their config.json, a dict -> (TransformerConfig, family). Raises ValueError for models that
-    ours can not be, KeyError for a size that is missing."""
+    ours cannot be, KeyError for a size that is missing."""
     family = theirs.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not among {', '.join(FAMILIES)}")
@@ -1151,7 +1149,6 @@ def main():
         saved = {} if sizes else vars(load_checkpoint(args.ckpt)[0].config)
         return info(TransformerConfig(**saved | sizes), args.batch_size)
     out = args.out or os.path.join("out", f"{args.command}.pt")
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     if args.command == "import":
         model, more = import_folder(args.folder)
         save_checkpoint(out, model, **more)
@@ -1161,7 +1158,9 @@ def main():
     if args.command == "export":
         return print(f"{args.folder}: a {export_folder(model, args.folder, checkpoint)}")
     from bpe import Tokenizer
-    tokenizer = Tokenizer.from_json(checkpoint.get("tokenizer") or "{}")
+    if not checkpoint.get("tokenizer"):
+        raise ValueError(f"{args.ckpt} has no tokenizer, as data without a tokenizer.json has none")
+    tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
     eot = tokenizer.eot_id
     names = checkpoint.get("names") or {"eos_token": tokenizer.vocab.get(eot, b"").decode()}
     stop = {*(checkpoint.get("stop") or ()), eot}
@@ -1169,14 +1168,15 @@ def main():
     how |= {"stop": stop, "generator": torch.Generator(device).manual_seed(args.seed)}
     begin = checkpoint.get("begin", eot)  # a document of ours comes after the end of another
     ids = ([] if begin is None else [begin]) + tokenizer.encode(args.prompt) or [eot]
-    if args.command == "chat":
-        template = TEMPLATES.get(args.template) or checkpoint.get("template") or TEMPLATES["plain"]
-        return chat(model, tokenizer, template, names, args.system, **how)
     if args.command == "prune":  # measured on what the model itself writes
-        texts = model.generate([ids] * 16, min(256, model.config.block_size - len(ids)))
+        texts = model.generate([ids] * 16, min(256, model.config.block_size - len(ids)),
+                               generator=how["generator"])
         model = prune(model, torch.tensor(texts, device=device), args.n_layer, args.d_ff)
     if args.quantize or args.command == "quantize":
         quantize(model, args.quantize or "int8")
+    if args.command == "chat":
+        template = TEMPLATES.get(args.template) or checkpoint.get("template") or TEMPLATES["plain"]
+        return chat(model, tokenizer, template, names, args.system, **how)
     if args.command in ("prune", "quantize"):
         keys = {*checkpoint} - {"config", "model", "quantize", "optimizer"}
         save_checkpoint(out, model, **{key: checkpoint[key] for key in keys})

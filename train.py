@@ -50,9 +50,9 @@ def gradient_noise_scale(small_norms, big_norms, small, big):
     larger ones hardly make more progress per step (McCandlish et al. 2018). small_norms, big_norms:
     squared norms of mean gradients over `small` and `big` samples, |g|^2 + tr(covariance) / B."""
     small_mean, big_mean = (sum(norms) / len(norms) for norms in (small_norms, big_norms))
-    signal = (big * big_mean - small * small_mean) / (big - small)
+    squared = (big * big_mean - small * small_mean) / (big - small)
     noise = (small_mean - big_mean) / (1 / small - 1 / big)
-    return noise / signal if signal > 0 else math.inf
+    return noise / squared if squared > 0 else math.inf
 
 # ---- Optimizers. Each changes, in `update`, one parameter p that has a gradient g; s is its state.
 
@@ -177,7 +177,7 @@ def make_optimizers(model, kind, lr, weight_decay, betas, momentum, mup=0):
     others = [group for group in others if group["params"]]
     if kind == "sgd":
         return [SGD(others, lr, momentum)]
-    more = {"muon": lambda: [Muon([matrices], lr, 0.0, momentum)],
+    more = {"muon": lambda: [Muon([matrices], lr, momentum=momentum)],
             "soap": lambda: [SOAP([matrices], lr)], "adamw": list}[kind]()
     return [AdamW(others, lr, betas), *more]
 
@@ -225,7 +225,7 @@ def open_data(folder):
     sizes = {Tokenizer.from_json(tokenizer).vocab_size} if tokenizer else set()
     for name in ("train.bin", "val.bin"):
         data, header = read_bin(os.path.join(folder, name))
-        sizes |= set() if header is None else {int(header[3])}
+        sizes |= set() if header is None else {int(header[3])} - {0}  # (llm.c's do not say)
         opened.append(data)
     if len(sizes) > 1:
         raise ValueError(f"the files in {folder} are of vocabularies of {sizes} ids")
@@ -237,7 +237,7 @@ def windows(data, starts, block_size, device="cpu", vocab_size=2**32):
     (len(starts), block_size) of int64. Behind the end of the data ids are 0 and targets -100.
     Raises ValueError for ids beyond the vocabulary, and a file that has become shorter."""
     if getattr(data, "filename", None) and not isinstance(data.base, np.ndarray):  # a whole file
-        # opened anew, or all pages ever read stay in memory (and one that has shrunk: ValueError)
+        # opened anew: else all pages ever read stay in memory (a shrunk file: ValueError)
         data = np.memmap(data.filename, data.dtype, "r", data.offset, data.shape)
     rows = np.full((len(starts), block_size + 1), -100, "i8")
     for row, start in zip(rows, starts):
@@ -312,7 +312,7 @@ def build_parser(name="train.py"):
             ("grad_clip", 1.0, "largest norm; 0: any"), ("weight_decay", 0.1, "of matrices"),
             ("eval_interval", 100, "steps; saves, too"), ("device", "auto", "cpu, cuda or mps"),
             ("eval_iters", 20, "batches of val.bin; 0: all"), ("log_interval", 10, "steps"),
-            ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("peak_flops", 0.0, "TFLOP/s, for MFU"),
+            ("z_loss", 0.0, "weight; PaLM's is 1e-4"), ("peak_flops", 0.0, "bf16 TFLOP/s, MFU"),
             ("mup", 0, "n_embd at which the rate is best, to be it at any; 0: off"),
             ("teacher", "", "distillation: a checkpoint whose predictions to learn from"),
             ("teacher_weight", 0.5, "in the loss"), ("teacher_temperature", 1.0, "of both")):
@@ -330,8 +330,8 @@ def build_parser(name="train.py"):
     return parser
 
 def parse_args(parser, words):
-    """The words of a command line -> (Namespace, words, the checkpoint to resume or None). For a
-    run that is resumed, they come after its own. Exits with 2, raises ValueError, TypeError."""
+    """The words of a command line -> (Namespace, words, (model, dict) to resume or None). If a run
+    is resumed, its own words come before these. Exits with 2, raises ValueError, TypeError."""
     args, checkpoint = parser.parse_args(words), None
     if args.resume or args.init_from == "resume":
         checkpoint, out_dir = load_checkpoint(os.path.join(args.out_dir, "ckpt.pt")), args.out_dir
@@ -362,13 +362,14 @@ def main():
     resumed, (model, saved) = bool(checkpoint), checkpoint or (None, {})
     if not resumed and args.init_from != "scratch":
         model, saved = load_checkpoint(args.init_from)
-    if model is None:  # (without a word on the ids: GPT-2's 50,257, to a multiple of 64)
+    if model is None:  # (data that does not say its vocabulary: GPT-2's 50,257, up to 64 n)
         model = Transformer(TransformerConfig(**{"vocab_size": vocab_size or 50304} | given))
         if args.mup:  # or the first logits would differ with the width
             torch.nn.init.zeros_(model.head.weight)
     wanted = TransformerConfig(**vars(model.config) | given)
     changed = {k for k in given if getattr(wanted, k) != getattr(model.config, k)}
-    if changed - ({"dropout"} if "hyena" in model.kinds else {"dropout", "block_size"}):
+    sized = {"hyena", "learned"} & {*model.kinds, model.config.position}  # for one block_size
+    if changed - ({"dropout"} if sized else {"dropout", "block_size"}):
         raise ValueError(f"the checkpoint's model has another {', '.join(sorted(changed))}")
     if changed:
         model = from_state(wanted, model.state_dict(), quantized=model.quantized)
@@ -386,12 +387,12 @@ def main():
     teacher, other = load_checkpoint(args.teacher, device) if args.teacher else (None, {})
     teacher = teacher and teacher.requires_grad_(False)
     known = [Tokenizer.from_json(t).vocab for t in {tokenizer, theirs, other.get("tokenizer")} if t]
-    if tokenizer and any(vocab != known[0] for vocab in known):
-        raise ValueError(f"{args.data} was made with another tokenizer than the checkpoint's")
+    if any(vocab != known[0] for vocab in known):
+        raise ValueError("another tokenizer made the data than the checkpoint's or the teacher's")
 
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, args.weight_decay,
                                  (args.beta1, args.beta2), args.momentum, args.mup)
-    step, rows, best, loss, seconds, small_norms, big_norms = 0, [], math.inf, 0.0, 0.0, [], []
+    step, best, loss, seconds, rows, small_norms, big_norms = 0, math.inf, 0.0, 0.0, [], [], []
     T, log_path = config.block_size, os.path.join(args.out_dir, "log.csv")
     if resumed:
         step, best = int(saved["step"]), float(saved["best_val_loss"])
@@ -441,7 +442,7 @@ def main():
         if args.eval_only:
             break
         if due or stop:
-            norms = [p.detach().norm() for p in model.parameters()]  # (of 1e20: infinity)
+            norms = [p.detach().norm() for p in model.parameters()]  # (infinite for huge weights)
             if not all(map(math.isfinite, (loss, *norms))):
                 raise ValueError("loss or weights are not finite; the checkpoint stays as it was")
             with replacing(log_path, "w", newline="") as file:
@@ -459,10 +460,9 @@ def main():
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-        # the gradient of the mean loss over all targets of n batches: the sum is divided once, by
-        # the number of all, since a mean of the batches' means would weigh tokens unequally
+        # the mean over all targets of n batches: a mean of means would weigh tokens unequally
         if args.noise_scale and n == 1:  # two sizes of batch: the halves, and the whole
-            batches = [half for x, y in batches for half in zip(x.chunk(2), y.chunk(2))]
+            batches = [pair for x, y in batches for pair in zip(x.chunk(2), y.chunk(2))]
         targets, loss, before = sum(int((y != -100).sum()) for _, y in batches), 0.0, 0.0
         for x, y in batches:
             offload = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if \
@@ -485,7 +485,7 @@ def main():
                 small_norms.append(((now - before) / share).square().sum().item())
                 before = now
         norm, loss = clip_grad_norm(model.parameters(), args.grad_clip).item(), float(loss)
-        big_norms.append(norm**2)
+        big_norms += [norm**2] * bool(args.noise_scale)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step + 1}: loss {loss}, norm {norm}; lower --learning_rate")
         for optimizer in optimizers:
@@ -509,7 +509,7 @@ def main():
 
     if stop and isinstance(stop[0], ValueError):
         raise stop[0]
-    if small_norms:
+    if len(small_norms) > len(big_norms):  # (a single sequence has no two sizes)
         scale = gradient_noise_scale(small_norms, big_norms, len(big_norms) / len(small_norms), 1)
         print(f"noise_scale_tokens: {scale * tokens_per_step:.0f}")
     if not args.eval_only:
