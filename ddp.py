@@ -10,10 +10,9 @@ Training on many processes, from collectives up.
     torchrun --nproc_per_node=2 ddp.py bench              # time, bytes and memory of each scheme
     python ddp.py plan --params 70e9 --gpus 1024          # what fits, and what it waits for
 
-NCCL on GPUs, gloo on CPUs. Flags, files and losses are train.py's: a run can be resumed here on
-another number of processes, or there; torchrun --max_restarts 3 goes on when a process has died.
-W processes, each with its rank, send for P bytes of parameters, all together: in an all-gather or
-reduce-scatter (W - 1) P, in an all-reduce, which is one of each, 2 (W - 1) P.
+NCCL on GPUs, gloo on CPUs. Flags, files and losses are train.py's: a run goes on here on another
+number of processes, or there; torchrun --max_restarts 3 goes on when a process has died. Of P bytes
+W processes together send (W - 1) P in an all-gather or reduce-scatter, twice that in an all-reduce.
 """
 
 import os, signal
@@ -56,17 +55,16 @@ def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
     return x
 
 def all_gather(x, out=None, group=None):
-    """Start to gather equally long parts of all ranks in `out`, one after the other: (n,) -> a
-    function that waits, and returns it: (W n,)"""
+    """Start to gather equally long parts of all ranks: (n,) -> a function that waits, and returns
+    `out`, in which they are one after the other: (W n,)"""
     out = x.new_empty(world(group) * len(x)) if out is None else out
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # (old name)
     work = gather(out, x.contiguous(), group=group, async_op=True)
     return lambda: [work.wait(), out][1]
 
 def reduce_scatter(x, sizes, dtype=None):
-    """Start to sum x over ranks, of which rank r is to get the r-th part, sizes[r] numbers -> a
-    function that waits, and returns it. Gloo's own sends as much as an all-reduce; to exchange
-    parts, and to sum up (in this dtype) what comes, is the least that can be sent."""
+    """Start to sum x over ranks, of which rank r gets the r-th part, sizes[r] numbers -> a function
+    that waits, and returns it. An exchange, then a sum: gloo's own sends as much as all-reduce."""
     W, own = world(), sizes[rank()]
     parts = x.new_empty(W * own)
     work = dist.all_to_all_single(parts, x, [own] * W, sizes, async_op=True)
@@ -86,15 +84,15 @@ class Collective(torch.autograd.Function):
 # ---- Data parallel: each rank has the whole model and a part of the batch; gradients are averaged.
 
 class Buckets:
-    """What DDP, ShardedOptimizer and FSDP have in common: gradients travel together in buckets, and
-    with `overlap` a bucket leaves as soon as its gradients are there, while the backward pass goes
-    on. Order and number of messages are the same on all ranks, whichever parameters a rank has
-    used, or they would wait for one another; so a gradient that is missing counts as 0."""
+    """What DDP, ShardedOptimizer and FSDP have in common: gradients travel in buckets, which with
+    `overlap` leave as soon as they are complete, while the backward pass goes on. Whichever
+    parameters a rank has used, order and number of messages are the same on all, or they would wait
+    for one another: a missing gradient counts as 0."""
     overlap, group, require_backward_grad_sync = True, None, True  # (the last is PyTorch's name)
 
     def add_buckets(self, params, bucket_mb):
-        """Divide parameters into buckets of one dtype and about so many MB, ahead of those there
-        are. The last parameters come first, as in the backward pass."""
+        """Divide parameters into buckets of about so many MB, the last first, as in the backward
+        pass; they go ahead of those that there are."""
         new, room = [], -1
         for p in reversed([p for p in params if p.requires_grad]):
             if p.nbytes > room or p.dtype != new[-1][0].dtype:
@@ -107,7 +105,7 @@ class Buckets:
         self.ready, self.sent, self.total = set(), [], {}
 
     def _ready(self, p):
-        """The gradient of p is there: send what is complete, and has not been sent."""
+        # the gradient of p is there
         if self.overlap and self.require_backward_grad_sync:
             self.ready.add(p)
             for bucket in self.buckets[len(self.sent) :]:
@@ -121,15 +119,14 @@ class Buckets:
             p.grad = None
 
     def _start(self, bucket):
-        """Start to average gradients over ranks -> a function that waits, and gives {parameter:
-        this rank's gradient}. Here all have all of them."""
+        """Start to average over ranks -> a function that waits, and gives {p: gradient}."""
         flat, W = gradients(bucket), world(self.group)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
         return lambda: [work.wait(), dict(zip(bucket, unflatten(flat.div_(W), bucket)))][1]
 
     def finish_gradient_synchronization(self, more=False):
-        """After the backward pass: wait until all gradients are the mean over ranks. more: another
-        pass of this step follows, and adds to them."""
+        """After the backward pass: wait until gradients are the mean over ranks. more: another pass
+        of this step follows, and adds to them."""
         for bucket in self.buckets[len(self.sent) :]:
             self._send(bucket)
         # if on any rank another backward pass has added to what had left, all goes once more
@@ -152,7 +149,7 @@ class Buckets:
         self.require_backward_grad_sync = True
 
 def gradients(params):
-    """Their gradients, one after the other, 0 where there is none: (n,)"""
+    """Their gradients, flat, 0 where there is none."""
     return flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 class DDP(Buckets, nn.Module):
@@ -179,10 +176,9 @@ class ShardedOptimizer(Buckets, torch.optim.Optimizer):
 
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
 
-    Gradients are averaged before by DDP; or by finish_gradient_synchronization here, which gives
-    each only to its owner: with the parameters that come back no more is sent than for DDP alone.
-    With shard_gradients they leave in the backward pass, and are freed (ZeRO-2); no_sync as in DDP.
-    state_dict() is this rank's part of the state."""
+    Gradients are averaged before by DDP; or by the method of the same name here, which gives each
+    only to its owner: with the parameters that come back no more is sent than by DDP alone. With
+    shard_gradients they leave in the backward pass, and are freed (ZeRO-2); no_sync as in DDP."""
     def __init__(self, params, optimizer_cls, shard_gradients=False, bucket_mb=25.0, **kwargs):
         self.owner, self.load, self.bucket_mb = {}, [0] * world(), bucket_mb
         self.overlap = self.pending = shard_gradients
@@ -200,7 +196,7 @@ class ShardedOptimizer(Buckets, torch.optim.Optimizer):
         self.add_buckets(params, self.bucket_mb)
 
     def _start(self, bucket):
-        """As in `Buckets`, but each gradient goes to its owner alone."""
+        # each gradient goes to its owner alone
         parts = [[p for p in bucket if self.owner[p] == r] for r in range(world())]
         sizes, own = [sum(p.numel() for p in part) for part in parts], parts[rank()]
         wait = reduce_scatter(gradients(itertools.chain(*parts)), sizes)
@@ -211,13 +207,13 @@ class ShardedOptimizer(Buckets, torch.optim.Optimizer):
         """Update own parameters, then take over those of the other ranks."""
         if self.pending:
             self.finish_gradient_synchronization()
-        parts, self.pending = {}, self.overlap
-        for p, r in self.owner.items():  # all of an owner travel together
-            parts.setdefault((r, p.dtype), []).append(p)
+        for p, r in self.owner.items():
             p.grad = p.grad if r == rank() else None
         self.local.state, self.local.param_groups = self.state, self.param_groups
         self.local.step()
-        for (r, _), part in parts.items():
+        self.pending = self.overlap
+        for r in sorted({*self.owner.values()}):  # all of an owner travel together
+            part = [p for p, owner in self.owner.items() if owner == r]
             flat = flatten(part)
             dist.broadcast(flat, src=r)
             torch._foreach_copy_(part, unflatten(flat, part))
@@ -231,115 +227,93 @@ def gather_full_params(module):
     return {name: whole(params.get(name), x).clone() for name, x in state.items()}
 
 def whole(p, x):
-    """The whole of x, which is p or of its shape, if p is this rank's part of a parameter."""
-    return p.to_whole(x.detach()) if hasattr(p, "to_whole") and x.shape == p.shape else x
+    """The whole of x, if it is p, a part of a parameter, or a tensor of its shape."""
+    like = hasattr(p, "to_whole") and torch.is_tensor(x) and x.shape == p.shape
+    return p.to_whole(x.detach()) if like else x
 
 class FSDP(Buckets, nn.Module):
     """Wrap a module so that each rank keeps 1/W of the numbers of every Linear's and Embedding's
-    weight (classes of these names, and what inherits from one); others, small, stay whole.
-
-    The matrices of a unit (an item of a ModuleList; elsewhere, a layer) are gathered just ahead of
-    its forward and its backward pass, and freed right after; those of the next one are on their way
-    while it computes. The graph keeps views of a matrix, and their storage is emptied and refilled.
-    Embeddings stay in between: their backward pass needs nothing but a shape.
+    weight (classes of these names, or that inherit from one); others, small, stay whole. A matrix
+    is gathered just ahead of its layer's forward and backward pass, and freed right after; the next
+    one is on its way while this one computes. The graph keeps views of it: their storage is emptied
+    and refilled.
 
     compute_dtype: of a Linear's gathered weight and its gradient, bfloat16 or float16. parameters()
     are the parts: AdamW works on them; Muon, which needs matrices, does not. Methods as in DDP."""
     def __init__(self, module, compute_dtype=None):
         super().__init__()
-        self.module, self.compute_dtype, units, items = module, compute_dtype, {}, {}
+        self.module, self.compute_dtype, self.matrices = module, compute_dtype, []
+        self.gather_full_params = functools.partial(gather_full_params, module)
         broadcast(module)
-        for m in module.modules():  # items: {layer: the item of a list that it is in}
-            for item in m if isinstance(m, nn.ModuleList) else ():
-                items |= dict.fromkeys(item.modules(), item)
         for layer in module.modules():
-            kinds, part = {kind.__name__ for kind in type(layer).__mro__}, items.get(layer, layer)
+            kinds = {kind.__name__ for kind in type(layer).__mro__}
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
-            if not kinds & {"Linear", "Embedding"} or "NonDynamicallyQuantizableLinear" in kinds:
-                continue
-            p, lookup = layer.weight, "Embedding" in kinds
-            if not hasattr(p, "unit"):  # (a tied matrix is the unit's that has it first)
-                p.unit = units.setdefault(part, types.SimpleNamespace(
-                    number=len(units), params=[], users=set(), stays=lookup))
-                self._shard(p, None if lookup else compute_dtype)
-            if part not in p.unit.users:
-                p.unit.users.add(part)
-                part.register_forward_pre_hook(functools.partial(self._gather, p.unit, False))
-                part.register_forward_hook(functools.partial(self._after_forward, p.unit))
-        self.units = [*units.values(), types.SimpleNamespace(params=[])]  # (next to both ends)
-        self.add_buckets([p for p in module.parameters() if not hasattr(p, "unit")], math.inf)
-        for unit in self.units:
-            self.add_buckets(unit.params, math.inf)
-            self._free(unit)
+            if kinds & {"Linear", "Embedding"} and "NonDynamicallyQuantizableLinear" not in kinds:
+                if not hasattr(layer.weight, "shard"):  # (it may be tied)
+                    self._shard(layer.weight, "Embedding" in kinds)
+                layer.register_forward_pre_hook(functools.partial(self._gather, layer.weight, False))
+                layer.register_forward_hook(functools.partial(self._after_forward, layer.weight))
+        self.add_buckets([p for p in module.parameters() if not hasattr(p, "shard")], math.inf)
+        self.add_buckets(self.matrices, 0)
 
-    def _shard(self, p, dtype):
+    def _shard(self, p, lookup):
         """Keep this rank's part of a matrix, ceil(n / W) numbers; the last is filled up with 0."""
         n, shape, W = p.numel(), p.shape, world()
         p.to_part = lambda x: F.pad(x.reshape(-1), (0, -n % W)).view(W, -1)[rank()].clone()
         p.to_whole = lambda x: all_gather(x)()[:n].view(shape)
-        p.shard = p.to_part(p.detach())
-        p.full = p.shard.new_empty(W * len(p.shard), dtype=dtype)
+        p.shard, p.lookup, p.number, p.coming = p.to_part(p.detach()), lookup, len(self.matrices), None
+        p.full = p.shard.new_empty(W * len(p.shard), dtype=None if lookup else self.compute_dtype)
         p.view_full = lambda: p.full[:n].view(shape)
-        p.unit.params.append(p)
+        self.matrices.append(p)
+        self._free(p)
 
-    def _gather(self, unit, in_backward, *_):
-        """Make the matrices of a unit whole, and start with those of the next one."""
-        unit.in_backward |= in_backward
-        for each in (unit, self.units[unit.number + (-1 if unit.in_backward else 1)]):
+    def _free(self, p):
+        if p.coming:
+            p.coming()
+        p.data, p.coming, p.in_backward = p.shard, None, False
+        p.full.untyped_storage().resize_(0)
+
+    def _gather(self, p, in_backward, *_):
+        """Make a matrix whole, and start with the next one."""
+        p.in_backward |= in_backward
+        following = p.number + (-1 if p.in_backward else 1)
+        for each in [p, *self.matrices[max(0, following) : following + 1]]:
             if each.coming is None:
-                for p in each.params:
-                    p.full.untyped_storage().resize_(p.full.nbytes)
-                each.coming = [all_gather(p.shard.to(p.full.dtype), p.full) for p in each.params]
-        for p, wait in zip(unit.params, unit.coming):
-            wait()
-            p.data = p.view_full()
-        unit.coming = ()  # all is here
+                each.full.untyped_storage().resize_(each.full.nbytes)
+                each.coming = all_gather(each.shard.to(each.full.dtype), each.full)
+        p.coming()
+        p.data = p.view_full()
 
-    def _free(self, unit):
-        """Keep this rank's parts of a unit's matrices alone."""
-        for wait in getattr(unit, "coming", None) or ():
-            wait()
-        for p in unit.params:
-            p.data = p.shard
-            p.full.untyped_storage().resize_(0)
-        unit.coming, unit.in_backward = None, False
-
-    def _after_forward(self, unit, part, args, y):
-        # (with activation checkpointing there is a forward pass in the backward pass)
-        if not unit.in_backward and not (unit.stays and torch.is_grad_enabled()):
-            self._free(unit)
+    def _after_forward(self, p, layer, args, y):
+        # (of an embedding the backward pass needs but a shape; checkpointing has forward passes in
+        if not p.in_backward and not (p.lookup and torch.is_grad_enabled()):  # the backward pass)
+            self._free(p)
         for x in y if isinstance(y, (tuple, list)) else [y]:
             if torch.is_tensor(x) and x.requires_grad:  # with its gradient the backward pass begins
-                x.register_hook(functools.partial(self._gather, unit, True))
+                x.register_hook(functools.partial(self._gather, p, True))
 
     def _start(self, bucket):
-        """As in `Buckets`, but of the gradients of matrices each rank gets its parts."""
-        if not hasattr(bucket[0], "unit"):
+        # of the gradient of a matrix each rank gets its part
+        p, W = bucket[0], world()
+        if not hasattr(p, "shard"):
             return super()._start(bucket)
-        W, sizes = world(), [len(p.shard) for p in bucket]
-        grads = (torch.zeros_like(p.full) if p.grad is None else p.grad.reshape(-1) for p in bucket)
-        rows = [F.pad(g, (0, W * n - len(g))).view(W, n) for g, n in zip(grads, sizes)]
-        wait = reduce_scatter(torch.cat(rows, 1).view(-1), [sum(sizes)] * W, bucket[0].shard.dtype)
-        self._free(bucket[0].unit)
-        return lambda: dict(zip(bucket, (wait() / W).split(sizes)))
+        g = p.full.new_zeros(0) if p.grad is None else p.grad.reshape(-1)
+        wait = reduce_scatter(F.pad(g, (0, len(p.full) - len(g))), [len(p.shard)] * W, p.shard.dtype)
+        self._free(p)
+        return lambda: {p: wait() / W}
 
     def finish_gradient_synchronization(self, more=False):
-        """As in DDP; of gradients of matrices each rank has its part."""
+        """As in DDP; each rank has its part of matrices' gradients."""
         super().finish_gradient_synchronization(more)
-        for unit in self.units:
-            self._free(unit)
+        for p in self.matrices:
+            self._free(p)
 
     def forward(self, *args, **kwargs):
         with contextlib.nullcontext() if self.compute_dtype in (None, torch.float32) else \
                 torch.autocast(next(self.parameters()).device.type, self.compute_dtype):
             return self.module(*args, **kwargs)
 
-    def gather_full_params(self):
-        """{name: whole tensor} as the wrapped module's own state_dict() would be on one rank."""
-        return gather_full_params(self.module)
-
-# ---- Tensor parallel (Shoeybi et al. 2019): every matrix is split; of two in a row the first by
-# columns, the second by rows: only then sums are added up, one all-reduce forward, one backward.
+# ---- Tensor parallel (Shoeybi et al. 2019): of two matrices in a row each rank has a part.
 
 def sum_over(x, group=None):
     """The sum of all ranks' outputs; each has the gradient of the sum."""
@@ -410,16 +384,15 @@ def split_tensors(model, group=None):
         y, lambda y: join(y, -1, group), lambda g: g.chunk(world(group), -1)[rank(group)]))
     return model
 
-# ---- Pipeline parallel: each rank has some layers, a batch passes in pieces. GPipe (Huang et al.
-# 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each backward pass as soon as it
-# can: activations of W pieces at most. Both wait (W - 1) / (pieces + W - 1) of the time.
+# ---- Pipeline parallel: each rank has some layers, and a batch passes in pieces.
 
 def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=torch.empty_like):
     """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
-    ranks. stage: this rank's module. batches: list of (x, y), of which the first stage takes x and
-    the last y. loss_fn(output, y): a micro-batch's share of the loss, in the last stage. like(x):
-    an empty tensor as a later stage receives it. -> the sum of the losses, a tensor (on the last
-    rank; 0 elsewhere)."""
+    ranks. GPipe (Huang et al. 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each
+    backward pass as soon as it can: activations of W pieces at most. Both wait (W - 1) / (pieces +
+    W - 1) of the time. stage: this rank's module. batches: list of (x, y), of which the first stage
+    takes x and the last y. loss_fn(output, y): a piece's share of the loss. like(x): an empty tensor
+    as a later stage receives it. -> the sum of the losses (on the last rank; 0 elsewhere)."""
     last, r, sent, under_way = world(group) - 1, rank(group), [], []
     loss = torch.zeros((), device=batches[0][0].device)
 
@@ -476,8 +449,7 @@ def add_tied_gradients(model, group=None):
     table = model.embedding.weight.grad if model.embedding else p.new_zeros(c.vocab_size, c.n_embd)
     all_reduce(table, group)
 
-# ---- Sequence parallel: every rank has a part of each sequence. For attention keys and values go
-# around in a ring, and each rank keeps an online softmax of what it has seen (Liu et al. 2023).
+# ---- Sequence parallel: each rank has a part of each sequence; keys and values go around in a ring.
 
 def rotate(tensors, group=None):
     """Send tensors to the next rank -> those of the one before."""
@@ -523,9 +495,9 @@ class RingAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 def ring_attention(q, k, v, group=None, causal=True):
-    """Attention over sequences of which each rank of a group has T consecutive positions, the
-    first rank the first. q: (B, H, T, D); k, v: (B, H / n, T, D) -> (B, H, T, D). Exact; no rank
-    ever has more than its own and one other rank's keys."""
+    """Attention over sequences of which each rank has T consecutive positions, the first rank the
+    first (Liu et al. 2023). q: (B, H, T, D); k, v: (B, H / n, T, D) -> (B, H, T, D). Exact, as each
+    rank keeps an online softmax of what it has seen; none has more than two ranks' keys."""
     q, k, v = q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)
     with torch.autocast(q.device.type, enabled=False):
         y = RingAttention.apply(*(model_py.upcast(x) for x in (q, k, v)), group, causal)
@@ -549,6 +521,7 @@ def split_sequence(model, group=None):
         block.attn.forward = functools.partial(attend, block.attn)
     model.forward = forward
     return model
+
 # ---- The training run: train.py's loop, in which methods of `Parallel` replace functions.
 
 SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
@@ -556,22 +529,18 @@ SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 class Parallel:
     """A Transformer on several processes. The tp, pp or sp ranks of one copy of it are neighbours;
     the same rank of all copies forms a group for data parallelism. Raises ValueError."""
-    def __init__(self, args, device):
+    def __init__(self, args, device, saved=()):
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
-        self.args, self.device, self.passes, self.signals = args, device, 0, []
+        self.args, self.device, self.saved, self.passes, self.signals = args, device, saved, 0, []
         self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
         schemes = SCHEMES[:3] if n > 1 else SCHEMES if args.impl == "own" else ("ddp", "fsdp")
         parts = (args.scheme == "fsdp" or args.tp > 1) and args.optimizer in ("muon", "soap")
         alone = args.teacher or args.noise_scale or args.kernels or args.compile
-        if parts or alone or args.scheme not in schemes or n > 1 and args.impl == "torch":
-            raise ValueError(
-                "--tp, --pp, --sp go with naive, flat and ddp; --impl torch with ddp and fsdp; fsdp "
-                "and --tp not with muon and soap, which need whole matrices; --teacher, "
-                "--noise_scale, --kernels and --compile with none")
-        if (n not in (args.tp, args.pp, args.sp) or n * (args.dp or self.dp) != W
-                or args.batch_size % self.dp):
-            raise ValueError(f"{W} processes are not dp, dp x tp, dp x pp or dp x sp, or "
-                             f"--batch_size {args.batch_size} can not be divided by dp")
+        if (n not in (args.tp, args.pp, args.sp) or n * (args.dp or self.dp) != W or parts or alone
+                or args.scheme not in schemes or args.batch_size % self.dp
+                or n > 1 and args.impl == "torch"):
+            raise ValueError(f"{W} processes are not dp, dp x tp, dp x pp or dp x sp, --batch_size is "
+                             "not divided by dp, or flags do not go together: see README.md")
         if n > 1:
             make = dist.new_subgroups_by_enumeration
             self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])  # one copy
@@ -613,8 +582,13 @@ class Parallel:
             size = {"naive": 0, "flat": math.inf}.get(a.scheme, a.bucket_mb)
             self.finish = [DDP(model, size, a.scheme == "ddp" and a.pp == 1, self.grads)]
             self.syncs = self.finish
-        for optimizer in optimizers:
-            optimizer.load_state_dict = functools.partial(self.load, optimizer)
+        for optimizer, saved in zip(optimizers, self.saved):  # what train.py will load
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            saved["state"] = {
+                i: {k: params[i].to_part(x) if hasattr(params[i], "to_part") and torch.is_tensor(x)
+                    else x for k, x in state.items()}
+                for i, state in saved["state"].items() if params[i].numel() and
+                getattr(optimizer, "owner", {}).get(params[i], rank()) == rank()}
         self.stream = rank() if a.pp > 1 else self.copy
         if self.stream:  # random numbers, for dropout, differ
             torch.manual_seed(a.seed + self.stream)
@@ -693,24 +667,14 @@ class Parallel:
         parts = [gather_full_params(model)]
         for o in optimizers:
             params = enumerate(p for group in o.param_groups for p in group["params"])
-            parts.append({i: {k: whole(p, x) if torch.is_tensor(x) else x
-                              for k, x in o.state[p].items()} for i, p in params if p in o.state})
+            parts.append({i: {k: whole(p, x) for k, x in o.state[p].items()}
+                          for i, p in params if p in o.state})
         if self.args.pp > 1 or self.zero:  # each rank has some of them
             theirs = gather_objects(parts, self.group)
             parts = [dict(itertools.chain(*(x.items() for x in each))) for each in zip(*theirs)]
         if rank() == 0:
             model_py.save_checkpoint(path, parts[0], [{"state": x} for x in parts[1:]],
                                      config=model.config, **more)
-
-    def load(self, optimizer, saved):
-        """Take this rank's part of an optimizer's state in a checkpoint."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, state in saved["state"].items():
-            p, owner = params[i], getattr(optimizer, "owner", {})
-            if p.numel() and owner.get(p, rank()) == rank():
-                part = getattr(p, "to_part", lambda x: x.to(self.device))
-                optimizer.state[p] = {k: part(x) if torch.is_tensor(x) else x
-                                      for k, x in state.items()}
 
 def gather_objects(x, group=None):
     """What all ranks have, a list."""
@@ -778,9 +742,8 @@ def run(words):
     args, words, checkpoint = train.parse_args(parser, words)
     args = argparse.Namespace(**vars(args) | vars(ours))
     device = setup(args.device)
-    args.device, parallel = str(device), Parallel(args, device)
-    print(f"dp {parallel.dp} x tp {args.tp} x pp {args.pp} x sp {args.sp}, {args.impl} "
-          f"{args.scheme}; of the first process:", flush=True)
+    args.device = str(device)
+    parallel = Parallel(args, device, checkpoint[1]["optimizer"] if checkpoint else ())
     if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
         os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
         print(f"{path}, of another run, is now {aside}")
@@ -791,9 +754,8 @@ def run(words):
     train.parse_args = lambda *_: (args, words, checkpoint)
     train.signal = types.SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, signal=(
         lambda number, _: signal.signal(number, lambda *_: parallel.signals.append(number))))
-    if rank() > 0:
-        train.plot_log = lambda *_: None
-        train.replacing = lambda *_, **how: contextlib.nullcontext(sys.stdout)
+    if rank() > 0:  # (log.csv and its plot)
+        train.replacing = train.plot_log = lambda *_, **how: contextlib.nullcontext(sys.stdout)
     try:
         train.main()
     except ValueError as error:
@@ -815,62 +777,51 @@ def sent_bytes():
     return math.nan
 
 def bench(words):
-    """Print a table of all schemes: time, bytes sent, and memory."""
+    """Print a table of all schemes, which take turns: time, bytes sent, and memory of a step."""
     parser = build_parser(train.build_parser("ddp.py bench"))
     parser.add_argument("--repeat", type=int, default=7, help="times that each is timed")
     a = parser.parse_args("--n_embd 256 --n_layer 4 --vocab_size 2048 --bucket_mb 4 --dtype "
                           "float32".split() + words)
     names = {*vars(model_py.TransformerConfig())}
     config = model_py.TransformerConfig(**{k: x for k, x in vars(a).items() if k in names and x})
-    device, steps, lines = setup(a.device), [], []
-    x, y = torch.randint(config.vocab_size, (2, 2, config.block_size), device=device)
-
-    def step(parallel, model, optimizers):
-        """-> MB of this rank's parameters, gradients and optimizer state"""
-        (parallel.cross_entropy(model(x), y.repeat(world(), 1)) / y.numel()).backward()
-        parallel.clip_grad_norm(model.parameters(), 1.0)
-        held = [*model.parameters()], [p.grad for p in model.parameters()], [
-            v for o in optimizers for s in o.state.values() for v in s.values()]
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return [sum(getattr(v, "_local_tensor", v).nbytes for v in kind if torch.is_tensor(v)) / 1e6
-                for kind in held]
-
-    def milliseconds(step):
-        dist.barrier()
-        begin = time.perf_counter()
-        step()
-        dist.barrier()
-        return 1e3 * (time.perf_counter() - begin)
-
+    device, runs, rows = setup(a.device), {}, {}
+    x, y = torch.randint(config.vocab_size, (2, 2 * world(), config.block_size), device=device)
     for name in (*SCHEMES, "torch ddp", "torch fsdp"):
         torch.manual_seed(0)
         a.impl, a.scheme = "torch" if " " in name else "own", name.split()[-1]
         parallel = Parallel(argparse.Namespace(**vars(a)), device)
         model = model_py.Transformer(config).to(device)
-        P = sum(p.nbytes for p in model.parameters()) / 1e6
+        P = sum(p.nbytes for p in model.parameters())
         optimizers = parallel.make_optimizers(model, "adamw", 3e-3, 0.1, (0.9, 0.95), 0.95)
-        steps.append(functools.partial(step, parallel, model, optimizers))
-        steps[-1]()  # (makes the optimizer's state)
-        before = sent_bytes()
-        held = steps[-1]()
-        lines.append((name, (sent_bytes() - before) / 1e6 / P, *held))
-    times = np.median([[milliseconds(step) for step in steps] for _ in range(a.repeat)], 0)
+        runs[name], rows[name] = (parallel, model, optimizers), []
+    for name in [*runs] * (a.repeat + 1):
+        before, begin, (parallel, model, optimizers) = sent_bytes(), time.perf_counter(), runs[name]
+        (parallel.cross_entropy(model(parallel.cut(x)), y) / y.numel()).backward()
+        parallel.clip_grad_norm(model.parameters(), 1.0)
+        held = [[*model.parameters()], [p.grad for p in model.parameters()]]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        dist.barrier()
+        ms = 1e3 * (time.perf_counter() - begin)
+        held.append([v for o in optimizers for s in o.state.values() for v in s.values()])
+        rows[name].append((ms, (sent_bytes() - before) / P, *(sum(
+            getattr(v, "_local_tensor", v).nbytes for v in kind if torch.is_tensor(v)) / 1e6
+            for kind in held)))
     print(f"{world()} processes on {device}; sent: by all; MB: of one, when gradients are there\n"
-          "scheme         ms a step  sent, P    params     grads     optim")
-    for (name, *numbers), ms in zip(lines, times):
-        print(f"{name:14}{ms:10.1f}{numbers[0]:9.2f}" + "".join(f"{x:10.1f}" for x in numbers[1:]))
+          "scheme         ms a step   sent, P    params     grads     optim")
+    for name, row in rows.items():  # (the first step made the optimizer's state)
+        print(f"{name:14}" + "".join(f"{x:10.2f}" for x in np.median(row[1:], 0)))
 
 # ---- plan: the same on paper, for machines one does not have.
 
 def plan(words):
     """Print what each way to divide a model and its batch among GPUs needs, by formula. The model
     has L layers of width h = 128 L and 12 L h^2 parameters, each of 2 bytes (bfloat16), 2 for its
-    gradient, 12 for the optimizer (float32 weights, Adam's two means). Activations of a layer: some
-    34 h bytes per token (Korthikanti et al. 2022), or with checkpointing its input's 2 h."""
-    parser = argparse.ArgumentParser("ddp.py plan", description="What fits, and what waits.")
-    parser.error = lambda message: fail(message, 2)
+    gradient, 12 for the optimizer (float32 weights, Adam's two means), and a layer activations of
+    34 h bytes per token (Korthikanti et al. 2022). What does not fit is marked by !, exposed is the
+    communication that has no computation to hide behind."""
+    parser = argparse.ArgumentParser("ddp.py plan", description=plan.__doc__)
     for name, default, text in (
             ("params", 7e9, "of the model"), ("gpus", 64, "in all"), ("gpu_gb", 80.0, "of one"),
             ("tflops", 400.0, "of one in practice"), ("node", 8, "GPUs in a machine"),
@@ -878,35 +829,29 @@ def plan(words):
             ("batch_tokens", 4e6, "of a step"), ("microbatches", 16, "of a pipeline")):
         parser.add_argument(f"--{name}", type=type(default), default=default,
                             help=f"{text} (default {default:g})")
-    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
     a = parser.parse_args(words)
     L = max(1, round((a.params / (12 * 128**2)) ** (1 / 3)))
     h = math.sqrt(a.params / (12 * L))
-    print(f"{a.params:.3g} parameters (about {L} layers of width {h:.0f}), {a.gpus} GPUs of "
-          f"{a.gpu_gb:g} GB, {a.batch_tokens:.3g} tokens a step\n\nscheme      dp  tp  pp  GB:  "
-          "params   grads   optim   activ   total   s: compute    comm exposed  bubble")
+    print("scheme      dp  tp  pp  GB:  params   grads   optim   activ   total   s: compute    comm "
+          "exposed  bubble")
     for tp, pp, (kinds, scheme) in itertools.product(
             (1, 2, 4, 8), (1, 2, 4, 8, 16), enumerate(SCHEMES[2:])):  # kinds that are divided
         # (with pipelines gradients and weights would travel for every piece)
         if tp > a.node or a.gpus % (tp * pp) or pp > L or pp > 1 and kinds > 1:
             continue
-        dp, own, fsdp = a.gpus // (tp * pp), a.params / (tp * pp), scheme == "fsdp"
+        dp, own, fsdp = a.gpus // (tp * pp), a.params / (tp * pp) / 1e9, scheme == "fsdp"
         gb = [n * own / (dp if kinds >= least else 1) for n, least in ((2, 3), (2, 2), (12, 1))]
-        gb[0] += 2 * 2 * 12 * h * h / tp * fsdp  # two layers at a time are whole
-        tokens = a.batch_tokens / dp  # of a copy, in pieces, as many under way as there are stages
-        gb.append(min(1, pp / a.microbatches) * tokens * L / pp * (2 if a.checkpoint else 34) * h / tp)
+        gb[0] += 2 * own / L * fsdp * 2  # two layers at a time are whole
+        acts = 34 * h * a.batch_tokens / dp * L / (tp * pp) / 1e9  # (of as many pieces as stages)
+        gb = [*gb, acts * min(1, pp / a.microbatches)]
         bubble = (pp - 1) / (a.microbatches + pp - 1)
         compute = 6 * a.params * a.batch_tokens / (a.gpus * a.tflops * 1e12) / (1 - bubble)
-        compute *= 4 / 3 if a.checkpoint else 1
-        # GB to average gradients, and to add up each layer's outputs in both directions
+        # to average gradients, and to add up each layer's outputs in both directions
         comm = (2 + fsdp) * 2 * own * (dp - 1) / dp / (a.node_gbs if a.gpus <= a.node else a.net_gbs)
-        comm += 4 * L / pp * 2 * tokens * h * 2 * (tp - 1) / tp / a.node_gbs
-        seconds = compute, comm / 1e9, max(0, comm / 1e9 - 2 / 3 * compute)  # (in the backward pass)
-        gb = [x / 1e9 for x in (*gb, sum(gb))]
-        print(f"{scheme:8}{dp:6}{tp:4}{pp:4}     " + "".join(f"{x:8.1f}" for x in gb)
-              + (" " if gb[-1] <= a.gpu_gb else "!") + " " * 4
-              + "".join(f"{x:8.2f}" for x in seconds) + f"{bubble:8.0%}")
-    print("\n! does not fit; exposed: the part of comm that has no computation to hide behind")
+        comm += 16 / 34 * acts * (tp - 1) / a.node_gbs
+        print(f"{scheme:8}{dp:6}{tp:4}{pp:4}     " + "".join(f"{x:8.1f}" for x in (*gb, sum(gb)))
+              + (" " if sum(gb) <= a.gpu_gb else "!") + f"    {compute:8.2f}{comm:8.2f}"
+              f"{max(0, comm - 2 / 3 * compute):8.2f}{bubble:8.0%}")
 
 def fail(error, code=1):
     """End with one line. What all ranks find wrong the first one says; torchrun ends the others."""
