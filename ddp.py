@@ -15,13 +15,11 @@ number of processes, or there; torchrun --max_restarts 3 goes on when a process 
 W processes together send (W - 1) P in an all-gather or reduce-scatter, twice that in an all-reduce.
 """
 
-import os, signal
+import argparse, contextlib, functools, itertools, math, os, signal, sys, threading, time, types
 
 PARENT = os.getppid()  # torchrun, unless it is killed while torch loads
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet until then
-
-import argparse, contextlib, functools, itertools, math, sys, threading, time, types
 
 import numpy as np
 import torch
@@ -49,9 +47,9 @@ def broadcast(module, group=None):
     for x in itertools.chain(module.parameters(), module.buffers()):
         dist.broadcast(x.detach(), group=group, group_src=0)
 
-def all_reduce(x, group=None, op=dist.ReduceOp.SUM):
-    """Sum (or maximum) over ranks, in place -> x."""
-    dist.all_reduce(x, op, group=group)
+def all_reduce(x, group=None):
+    """Sum over ranks, in place -> x."""
+    dist.all_reduce(x, group=group)
     return x
 
 def all_gather(x, out=None, group=None):
@@ -88,7 +86,8 @@ class Buckets:
     `overlap` leave as soon as they are complete, while the backward pass goes on. Whichever
     parameters a rank has used, order and number of messages are the same on all, or they would wait
     for one another: a missing gradient counts as 0."""
-    overlap, group, require_backward_grad_sync = True, None, True  # (the last is PyTorch's name)
+    overlap, group, matrices = True, None, ()  # matrices: FSDP's
+    require_backward_grad_sync = True  # (the name that PyTorch's DDP has for it)
 
     def add_buckets(self, params, bucket_mb):
         """Divide parameters into buckets of about so many MB, the last first, as in the backward
@@ -137,6 +136,8 @@ class Buckets:
         for p, g in itertools.chain.from_iterable(wait().items() for wait in self.sent):
             self.total[p] = self.total[p] + g if p in self.total else g
         self.ready, self.sent, self.pending = set(), [], False
+        for p in self.matrices:
+            self._free(p)
         while self.total and not more:
             p, g = self.total.popitem()
             p.grad = g
@@ -249,10 +250,11 @@ class FSDP(Buckets, nn.Module):
             kinds = {kind.__name__ for kind in type(layer).__mro__}
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
             if kinds & {"Linear", "Embedding"} and "NonDynamicallyQuantizableLinear" not in kinds:
-                if not hasattr(layer.weight, "shard"):  # (it may be tied)
-                    self._shard(layer.weight, "Embedding" in kinds)
-                layer.register_forward_pre_hook(functools.partial(self._gather, layer.weight, False))
-                layer.register_forward_hook(functools.partial(self._after_forward, layer.weight))
+                p = layer.weight
+                if not hasattr(p, "shard"):  # (it may be tied)
+                    self._shard(p, "Embedding" in kinds)
+                layer.register_forward_pre_hook(functools.partial(self._gather, p, False))
+                layer.register_forward_hook(functools.partial(self._after_forward, p))
         self.add_buckets([p for p in module.parameters() if not hasattr(p, "shard")], math.inf)
         self.add_buckets(self.matrices, 0)
 
@@ -261,10 +263,11 @@ class FSDP(Buckets, nn.Module):
         n, shape, W = p.numel(), p.shape, world()
         p.to_part = lambda x: F.pad(x.reshape(-1), (0, -n % W)).view(W, -1)[rank()].clone()
         p.to_whole = lambda x: all_gather(x)()[:n].view(shape)
-        p.shard, p.lookup, p.number, p.coming = p.to_part(p.detach()), lookup, len(self.matrices), None
+        p.shard, p.lookup, p.coming = p.to_part(p.detach()), lookup, None
         p.full = p.shard.new_empty(W * len(p.shard), dtype=None if lookup else self.compute_dtype)
         p.view_full = lambda: p.full[:n].view(shape)
         self.matrices.append(p)
+        p.number = len(self.matrices)
         self._free(p)
 
     def _free(self, p):
@@ -276,8 +279,8 @@ class FSDP(Buckets, nn.Module):
     def _gather(self, p, in_backward, *_):
         """Make a matrix whole, and start with the next one."""
         p.in_backward |= in_backward
-        following = p.number + (-1 if p.in_backward else 1)
-        for each in [p, *self.matrices[max(0, following) : following + 1]]:
+        i = p.number - 2 if p.in_backward else p.number
+        for each in (p, *self.matrices[max(0, i) : i + 1]):
             if each.coming is None:
                 each.full.untyped_storage().resize_(each.full.nbytes)
                 each.coming = all_gather(each.shard.to(each.full.dtype), each.full)
@@ -298,15 +301,10 @@ class FSDP(Buckets, nn.Module):
         if not hasattr(p, "shard"):
             return super()._start(bucket)
         g = p.full.new_zeros(0) if p.grad is None else p.grad.reshape(-1)
-        wait = reduce_scatter(F.pad(g, (0, len(p.full) - len(g))), [len(p.shard)] * W, p.shard.dtype)
+        g = F.pad(g, (0, len(p.full) - len(g)))
+        wait = reduce_scatter(g, [len(p.shard)] * W, p.shard.dtype)
         self._free(p)
         return lambda: {p: wait() / W}
-
-    def finish_gradient_synchronization(self, more=False):
-        """As in DDP; each rank has its part of matrices' gradients."""
-        super().finish_gradient_synchronization(more)
-        for p in self.matrices:
-            self._free(p)
 
     def forward(self, *args, **kwargs):
         with contextlib.nullcontext() if self.compute_dtype in (None, torch.float32) else \
@@ -388,11 +386,11 @@ def split_tensors(model, group=None):
 
 def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=torch.empty_like):
     """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
-    ranks. GPipe (Huang et al. 2019) does all forward passes first; 1F1B (Narayanan et al. 2019) each
-    backward pass as soon as it can: activations of W pieces at most. Both wait (W - 1) / (pieces +
-    W - 1) of the time. stage: this rank's module. batches: list of (x, y), of which the first stage
-    takes x and the last y. loss_fn(output, y): a piece's share of the loss. like(x): an empty tensor
-    as a later stage receives it. -> the sum of the losses (on the last rank; 0 elsewhere)."""
+    ranks: GPipe (Huang et al. 2019) does all forward passes first, 1F1B (Narayanan et al. 2019) at
+    most W ahead; both wait (W - 1) / (pieces + W - 1) of the time. stage: this rank's module.
+    batches: list of (x, y), x for the first stage, y for the last. loss_fn(output, y): a piece's
+    share of the loss. like(x): an empty tensor as later stages receive it. -> the sum of the losses
+    (0 but on the last rank)."""
     last, r, sent, under_way = world(group) - 1, rank(group), [], []
     loss = torch.zeros((), device=batches[0][0].device)
 
@@ -428,19 +426,21 @@ def split_layers(model, group=None):
     """Leave a Transformer this rank's layers, in place -> itself. The first rank also keeps the
     embedding, and takes ids, the others (B, T, C), as empty by `like`; the last one keeps the head,
     and gives logits, the others (B, T, C). Raises ValueError."""
-    c, W, r, p = model.config, world(group), rank(group), model.embedding.weight
+    c, W, r, before = model.config, world(group), rank(group), [*model.parameters()]
     if c.activation == "moe" or c.n_layer < W:
         raise ValueError(f"--pp is for models without experts, and at least {W} layers")
     for i in range(c.n_layer):
         if not r * c.n_layer // W <= i < (r + 1) * c.n_layer // W:
             delattr(model.blocks, str(i))
-    model.like = lambda x: torch.empty(*x.shape, c.n_embd, dtype=p.dtype, device=p.device)
+    model.like = lambda x: before[0].new_empty(*x.shape, c.n_embd)
     if r > 0:
         model.embed, model.positions = lambda x, at: x, None
     if r < W - 1:
         model.logits, model.final_norm, model.head = lambda x: x, nn.Identity(), None
     if 0 < r and (r < W - 1 or not c.tie_embeddings):  # (else it is the head, too)
         model.embedding = None
+    for p in {*before}.difference(model.parameters()):  # (that optimizers may know)
+        p.data = p.new_empty(0)
     return model
 
 def add_tied_gradients(model, group=None):
@@ -449,7 +449,7 @@ def add_tied_gradients(model, group=None):
     table = model.embedding.weight.grad if model.embedding else p.new_zeros(c.vocab_size, c.n_embd)
     all_reduce(table, group)
 
-# ---- Sequence parallel: each rank has a part of each sequence; keys and values go around in a ring.
+# ---- Sequence parallel: each rank has a part of each sequence; keys and values go around a ring.
 
 def rotate(tensors, group=None):
     """Send tensors to the next rank -> those of the one before."""
@@ -529,9 +529,9 @@ SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 class Parallel:
     """A Transformer on several processes. The tp, pp or sp ranks of one copy of it are neighbours;
     the same rank of all copies forms a group for data parallelism. Raises ValueError."""
-    def __init__(self, args, device, saved=()):
+    def __init__(self, args, saved=()):  # saved: states of optimizers, for the whole
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
-        self.args, self.device, self.saved, self.passes, self.signals = args, device, saved, 0, []
+        self.args, self.saved, self.passes, self.signals = args, saved, 0, []
         self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
         schemes = SCHEMES[:3] if n > 1 else SCHEMES if args.impl == "own" else ("ddp", "fsdp")
         parts = (args.scheme == "fsdp" or args.tp > 1) and args.optimizer in ("muon", "soap")
@@ -539,8 +539,8 @@ class Parallel:
         if (n not in (args.tp, args.pp, args.sp) or n * (args.dp or self.dp) != W or parts or alone
                 or args.scheme not in schemes or args.batch_size % self.dp
                 or n > 1 and args.impl == "torch"):
-            raise ValueError(f"{W} processes are not dp, dp x tp, dp x pp or dp x sp, --batch_size is "
-                             "not divided by dp, or flags do not go together: see README.md")
+            raise ValueError(f"{W} processes are not dp, dp x tp, dp x pp or dp x sp, dp does not "
+                             "divide batch_size, or flags do not go together: see README.md")
         if n > 1:
             make = dist.new_subgroups_by_enumeration
             self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])  # one copy
@@ -549,8 +549,10 @@ class Parallel:
 
     def make_optimizers(self, model, *how):
         """Divide a model, in place -> its optimizers, made for the whole, then for our parts."""
-        a, self.model, before = self.args, model, [*model.parameters()]
-        optimizers, self.syncs, self.finish = make_optimizers(model, *how), [], []
+        a, self.model, self.syncs, self.finish = self.args, model, [], []
+        if a.impl == "torch" and a.scheme == "fsdp":
+            fully_shard(model)
+        optimizers = make_optimizers(model, *how)
         self.tied = model.embedding.weight if a.pp > 1 and model.config.tie_embeddings else None
         if a.tp > 1:
             split_tensors(model, self.group)
@@ -558,30 +560,23 @@ class Parallel:
             split_sequence(model, self.group)
         elif a.pp > 1:  # (`cross_entropy` does all of it)
             self.stage, model.forward = split_layers(model, self.group).forward, lambda x: x
-            for p in {*before}.difference(model.parameters()):
-                p.data = p.new_empty(0)
-        if a.impl == "torch" and a.scheme == "fsdp":
-            new = dict(zip(before, fully_shard(model)))
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["params"] = [new[p] for p in group["params"]]
-        elif a.impl == "torch":
-            inner = nn.Module()  # calls of the model go through PyTorch's DDP from now on
-            inner.model, inner.forward = model, model.forward
-            ddp = nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=a.bucket_mb)
-            model.forward, self.syncs = ddp.forward, [ddp]
-        elif self.zero:
+        if self.zero:
             broadcast(model)
             optimizers = [ShardedOptimizer(o.param_groups, type(o), a.scheme == "zero2",
                                            a.bucket_mb, **o.defaults) for o in optimizers]
             self.syncs = self.finish = optimizers
-        elif a.scheme == "fsdp":
-            fast = a.dtype == "auto" and train.has_fast_bfloat16(self.device)
-            lower = torch.bfloat16 if fast or a.dtype == "bfloat16" else None
-            self.finish = [FSDP(model, lower)]
-        else:  # (of a pipeline's backward passes only the last may send)
+        elif a.impl == "own" and a.scheme == "fsdp":
+            half = a.dtype == "bfloat16" or a.dtype == "auto" and train.has_fast_bfloat16(a.device)
+            self.finish = [FSDP(model, torch.bfloat16 if half else None)]
+        elif a.impl == "own":  # (of a pipeline's backward passes only the last may send)
             size = {"naive": 0, "flat": math.inf}.get(a.scheme, a.bucket_mb)
-            self.finish = [DDP(model, size, a.scheme == "ddp" and a.pp == 1, self.grads)]
-            self.syncs = self.finish
+            overlap = a.scheme == "ddp" and a.pp == 1
+            self.syncs = self.finish = [DDP(model, size, overlap, self.grads)]
+        elif a.scheme == "ddp":  # calls of the model go through PyTorch's DDP from now on
+            inner = nn.Module()
+            inner.model, inner.forward = model, model.forward
+            self.syncs = [nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=a.bucket_mb)]
+            model.forward = self.syncs[0].forward
         for optimizer, saved in zip(optimizers, self.saved):  # what train.py will load
             params = [p for group in optimizer.param_groups for p in group["params"]]
             saved["state"] = {
@@ -589,9 +584,7 @@ class Parallel:
                     else x for k, x in state.items()}
                 for i, state in saved["state"].items() if params[i].numel() and
                 getattr(optimizer, "owner", {}).get(params[i], rank()) == rank()}
-        self.stream = rank() if a.pp > 1 else self.copy
-        if self.stream:  # random numbers, for dropout, differ
-            torch.manual_seed(a.seed + self.stream)
+        torch.manual_seed(a.seed + (rank() if a.pp > 1 else self.copy))  # (dropout differs)
         model.register_forward_pre_hook(self.before_forward)
         return optimizers
 
@@ -611,7 +604,7 @@ class Parallel:
     def windows(self, data, starts, *more):
         """As train.windows, but of the inputs only this rank's: `cross_entropy` cuts targets, and
         train.py counts all. Raises ValueError on all ranks if one was told to stop."""
-        if all_reduce(torch.tensor(float(len(self.signals)), device=self.device)):
+        if all_reduce(torch.tensor(float(len(self.signals)), device=self.args.device)):
             raise ValueError("stopped")
         starts = np.pad(starts, (0, -len(starts) % self.dp), constant_values=len(data))
         x, y = windows(data, starts, *more)
@@ -638,7 +631,7 @@ class Parallel:
             add_tied_gradients(self.model, self.group)
         for each in self.finish:
             each.finish_gradient_synchronization()
-        grads, square = [], torch.zeros((), device=self.device)
+        grads, square = [], torch.zeros((), device=self.args.device)
         for p in (p for p in params if p.grad is not None):
             grads.append(getattr(p.grad, "_local_tensor", p.grad))
             own = self.args.pp > 1 or self.zero or hasattr(p, "to_whole")
@@ -650,16 +643,13 @@ class Parallel:
         return norm
 
     def random_state(self, device, new=None):
-        """As train.random_state, with the states of all ranks; other ranks than those of the run
-        that was saved draw new numbers."""
+        """As train.random_state, with the states of all ranks; other ranks begin anew."""
         layout = [world(), self.args.tp, self.args.pp]
         if new and new.get("layout") == layout:
             random_state(device, new["ranks"][rank()])
-        elif new:
-            random_state(device, new)
-            torch.manual_seed(torch.randint(2**40, ()).item() + self.stream)
-        own = random_state(device)
-        return own | {"ranks": gather_objects(own), "layout": layout}
+        own, ranks = random_state(device), [None] * world()
+        dist.all_gather_object(ranks, own)
+        return own | {"ranks": ranks, "layout": layout}
 
     @torch.no_grad()
     def save_checkpoint(self, path, model, optimizers, **more):
@@ -670,20 +660,15 @@ class Parallel:
             parts.append({i: {k: whole(p, x) for k, x in o.state[p].items()}
                           for i, p in params if p in o.state})
         if self.args.pp > 1 or self.zero:  # each rank has some of them
-            theirs = gather_objects(parts, self.group)
+            theirs = [None] * world(self.group)
+            dist.all_gather_object(theirs, parts, group=self.group)
             parts = [dict(itertools.chain(*(x.items() for x in each))) for each in zip(*theirs)]
         if rank() == 0:
             model_py.save_checkpoint(path, parts[0], [{"state": x} for x in parts[1:]],
                                      config=model.config, **more)
 
-def gather_objects(x, group=None):
-    """What all ranks have, a list."""
-    parts = [None] * world(group)
-    dist.all_gather_object(parts, x, group=group)
-    return parts
-
 def fully_shard(model):
-    """PyTorch's FSDP2, in place -> its parameters, which are given `to_whole` and `to_part`."""
+    """PyTorch's FSDP2, in place; its parameters are given `to_whole` and `to_part`."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
     for part in (*model.blocks, model):
@@ -691,48 +676,46 @@ def fully_shard(model):
     for p in model.parameters():
         p.to_whole, p.to_part = type(p).full_tensor, functools.partial(
             distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
-    return model.parameters()
 
 def setup(name):
     """Join the other processes, or without torchrun be alone -> this one's device, CPU or GPU."""
-    nccl, env = train.pick_device(name).startswith("cuda"), os.environ.get
-    device = f"cuda:{env('LOCAL_RANK', 0)}" if nccl else "cpu"
-    if nccl:
+    device = torch.device("cpu")
+    if train.pick_device(name).startswith("cuda"):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    started = "RANK" in os.environ
-    store, number, W = next(dist.rendezvous("env://")) if started else (dist.HashStore(), 0, 1)
+    found = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     # after a restart the store may still have the addresses of those that have died
-    store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if nccl else "gloo", store=store, rank=number, world_size=W)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found[0])
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=found[1],
+                            world_size=found[2])
 
-    def watch():
+    def watch():  # when torchrun is killed, end, too
         while os.getppid() == PARENT:
             time.sleep(1)
         os._exit(1)
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed, end, too
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=watch, daemon=True).start()
     if rank() > 0:  # the first one speaks for all
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return torch.device(device)
+    return device
 
 def build_parser(parser=None):
     """What the command line has beside train.py's; a parser that is given gets that, too."""
     parser = parser or argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = lambda message: fail(message, 2)
-    add = parser.add_argument_group("processes").add_argument
     for name, default, text, *choices in (
-            ("scheme", "ddp", "of data parallelism", *SCHEMES), ("impl", "own", "", "own", "torch"),
-            ("pp_schedule", "1f1b", "of a pipeline", "1f1b", "gpipe"), ("bucket_mb", 25.0, "of ddp"),
+            ("scheme", "ddp", "", *SCHEMES), ("impl", "own", "", "own", "torch"),
+            ("pp_schedule", "1f1b", "", "1f1b", "gpipe"), ("bucket_mb", 25.0, "of ddp, zero2"),
             ("dp", 0, "copies of the model; 0: all it can"), ("sp", 1, "sharing each sequence"),
             ("tp", 1, "sharing each matrix"), ("pp", 1, "sharing the layers"),
             ("microbatches", 4, "of a pipeline")):
-        add(f"--{name}", type=type(default), default=default, choices=choices or None,
-            help=f"{text} (default {default})")
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            choices=choices or None, help=f"{text} (default {default})")
     return parser
 
 def run(words):
-    """Train as train.py does, on all processes together -> the exit code."""
+    """Train as train.py does, on all processes together."""
     ours, words = build_parser().parse_known_args(words)  # a checkpoint has train.py's words alone
     parser = build_parser(train.build_parser("ddp.py"))
     path = os.path.join(parser.parse_known_args(words)[0].out_dir, "ckpt.pt")
@@ -741,9 +724,8 @@ def run(words):
         words.append("--resume")  # torchrun --max_restarts starts all again when one has died
     args, words, checkpoint = train.parse_args(parser, words)
     args = argparse.Namespace(**vars(args) | vars(ours))
-    device = setup(args.device)
-    args.device = str(device)
-    parallel = Parallel(args, device, checkpoint[1]["optimizer"] if checkpoint else ())
+    args.device = setup(args.device)
+    parallel = Parallel(args, checkpoint[1]["optimizer"] if checkpoint else ())
     if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
         os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
         print(f"{path}, of another run, is now {aside}")
@@ -762,9 +744,7 @@ def run(words):
         if str(error) != "stopped":
             raise
         print(f"{path}: go on with --resume", flush=True)
-        return 130
-    except SystemExit:  # (its regular end)
-        return 0
+        sys.exit(130)
 
 # ---- bench: what the schemes send, take and keep on this machine.
 
@@ -784,13 +764,13 @@ def bench(words):
                           "float32".split() + words)
     names = {*vars(model_py.TransformerConfig())}
     config = model_py.TransformerConfig(**{k: x for k, x in vars(a).items() if k in names and x})
-    device, runs, rows = setup(a.device), {}, {}
-    x, y = torch.randint(config.vocab_size, (2, 2 * world(), config.block_size), device=device)
+    a.device, runs, rows = setup(a.device), {}, {}
+    x, y = torch.randint(config.vocab_size, (2, 2 * world(), config.block_size)).to(a.device)
     for name in (*SCHEMES, "torch ddp", "torch fsdp"):
         torch.manual_seed(0)
         a.impl, a.scheme = "torch" if " " in name else "own", name.split()[-1]
-        parallel = Parallel(argparse.Namespace(**vars(a)), device)
-        model = model_py.Transformer(config).to(device)
+        parallel = Parallel(argparse.Namespace(**vars(a)))
+        model = model_py.Transformer(config).to(a.device)
         P = sum(p.nbytes for p in model.parameters())
         optimizers = parallel.make_optimizers(model, "adamw", 3e-3, 0.1, (0.9, 0.95), 0.95)
         runs[name], rows[name] = (parallel, model, optimizers), []
@@ -808,7 +788,7 @@ def bench(words):
         rows[name].append((ms, (sent_bytes() - before) / P, *(sum(
             getattr(v, "_local_tensor", v).nbytes for v in kind if torch.is_tensor(v)) / 1e6
             for kind in held)))
-    print(f"{world()} processes on {device}; sent: by all; MB: of one, when gradients are there\n"
+    print(f"{world()} processes on {a.device}; sent: by all; MB: of one, when gradients are there\n"
           "scheme         ms a step   sent, P    params     grads     optim")
     for name, row in rows.items():  # (the first step made the optimizer's state)
         print(f"{name:14}" + "".join(f"{x:10.2f}" for x in np.median(row[1:], 0)))
@@ -832,8 +812,8 @@ def plan(words):
     a = parser.parse_args(words)
     L = max(1, round((a.params / (12 * 128**2)) ** (1 / 3)))
     h = math.sqrt(a.params / (12 * L))
-    print("scheme      dp  tp  pp  GB:  params   grads   optim   activ   total   s: compute    comm "
-          "exposed  bubble")
+    print("scheme      dp  tp  pp  GB:  params   grads   optim   activ   total  s: compute    comm"
+          " exposed  bubble")
     for tp, pp, (kinds, scheme) in itertools.product(
             (1, 2, 4, 8), (1, 2, 4, 8, 16), enumerate(SCHEMES[2:])):  # kinds that are divided
         # (with pipelines gradients and weights would travel for every piece)
@@ -847,10 +827,11 @@ def plan(words):
         bubble = (pp - 1) / (a.microbatches + pp - 1)
         compute = 6 * a.params * a.batch_tokens / (a.gpus * a.tflops * 1e12) / (1 - bubble)
         # to average gradients, and to add up each layer's outputs in both directions
-        comm = (2 + fsdp) * 2 * own * (dp - 1) / dp / (a.node_gbs if a.gpus <= a.node else a.net_gbs)
+        gbs = a.node_gbs if a.gpus <= a.node else a.net_gbs
+        comm = (2 + fsdp) * 2 * own * (dp - 1) / dp / gbs
         comm += 16 / 34 * acts * (tp - 1) / a.node_gbs
         print(f"{scheme:8}{dp:6}{tp:4}{pp:4}     " + "".join(f"{x:8.1f}" for x in (*gb, sum(gb)))
-              + (" " if sum(gb) <= a.gpu_gb else "!") + f"    {compute:8.2f}{comm:8.2f}"
+              + (" " if sum(gb) <= a.gpu_gb else "!") + f"   {compute:8.2f}{comm:8.2f}"
               f"{max(0, comm - 2 / 3 * compute):8.2f}{bubble:8.0%}")
 
 def fail(error, code=1):
@@ -862,17 +843,15 @@ def fail(error, code=1):
     os._exit(code)  # (others may wait: no farewell)
 
 def main():
-    command, words = {"bench": bench, "plan": plan}.get((*sys.argv, "")[1]), sys.argv[1:]
+    command = {"bench": bench, "plan": plan}.get((*sys.argv, "")[1])
     try:
-        code = command(words[1:]) if command else run(words)
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-        os._exit(0)
-    except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError, TypeError) as error:
+        command(sys.argv[2:]) if command else run(sys.argv[1:])
+    except Exception as error:  # (what a stranger's file can raise varies)
         fail(error)
-    sys.exit(code)
+    finally:
+        if dist.is_initialized():
+            dist.barrier()  # (or who is ready first takes the connections away)
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -391,7 +391,7 @@ def test_bench_and_plan(tmp_path, capsys):
     assert rows["ddp", "64", "1", "1"][4:7] == ["14.0", "14.0", "84.0"]  # GB: 2, 2, 12 bytes each
 
 @pytest.mark.parametrize("flags, message", [
-    ("--dp 3", "are not dp"), ("--batch_size 3", "divided"), ("--tp 2 --d_ff 33", "divided"),
+    ("--dp 3", "are not dp"), ("--batch_size 3", "batch_size"), ("--tp 2 --d_ff 33", "divided"),
     ("--scheme zero3", "invalid choice"), ("--learning_rate 1e30 --grad_clip 0", "learning_rate")])
 def test_an_error_is_one_line(data, tmp_path, flags, message):
     good, printed = run(2, tmp_path, "--data", data, "--out_dir", tmp_path, *FLAGS,
