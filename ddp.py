@@ -4,8 +4,7 @@ Training on many processes, from collectives up.
     torchrun --nproc_per_node=2 ddp.py                    # data parallel: train.py, on 2 processes
     torchrun --nproc_per_node=2 ddp.py --scheme zero1     # or naive, flat, ddp, zero2, fsdp
     torchrun --nproc_per_node=4 ddp.py --tp 2             # 2 copies of a model split in 2
-    torchrun --nproc_per_node=2 ddp.py --pp 2 --microbatches 4
-    torchrun --nproc_per_node=2 ddp.py --sp 2             # each sequence split in 2
+    torchrun --nproc_per_node=2 ddp.py --pp 2             # its layers; or --sp 2, each sequence
     torchrun --nproc_per_node=2 ddp.py --impl torch       # PyTorch's own DDP and FSDP2
     torchrun --nproc_per_node=2 ddp.py bench              # time, bytes and memory of each scheme
     python ddp.py plan --params 70e9 --gpus 1024          # what fits, and what it waits for
@@ -23,9 +22,8 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed as dist, nn
 from torch.distributed import get_rank as rank, get_world_size as world
 
 import model as model_py
@@ -53,8 +51,7 @@ def all_reduce(x, group=None):
     return x
 
 def all_gather(x, out=None, group=None):
-    """Start to gather equally long parts of all ranks: (n,) -> a function that waits, and returns
-    `out`, in which they are one after the other: (W n,)"""
+    """Start to gather equal parts: (n,) -> a function that waits, and returns `out`: (W n,)"""
     out = x.new_empty(world(group) * len(x)) if out is None else out
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # (old name)
     work = gather(out, x.contiguous(), group=group, async_op=True)
@@ -86,12 +83,10 @@ class Buckets:
     `overlap` leave as soon as they are complete, while the backward pass goes on. Whichever
     parameters a rank has used, order and number of messages are the same on all, or they would wait
     for one another: a missing gradient counts as 0."""
-    overlap, group, matrices = True, None, ()  # matrices: FSDP's
-    require_backward_grad_sync = True  # (the name that PyTorch's DDP has for it)
+    overlap, group, matrices, require_backward_grad_sync = True, None, (), True  # (PyTorch's name)
 
     def add_buckets(self, params, bucket_mb):
-        """Divide parameters into buckets of about so many MB, the last first, as in the backward
-        pass; they go ahead of those that there are."""
+        """Divide parameters into buckets, the last first, ahead of those that there are."""
         new, room = [], -1
         for p in reversed([p for p in params if p.requires_grad]):
             if p.nbytes > room or p.dtype != new[-1][0].dtype:
@@ -103,8 +98,7 @@ class Buckets:
         self.buckets = new + getattr(self, "buckets", [])
         self.ready, self.sent, self.total = set(), [], {}
 
-    def _ready(self, p):
-        # the gradient of p is there
+    def _ready(self, p):  # its gradient is there
         if self.overlap and self.require_backward_grad_sync:
             self.ready.add(p)
             for bucket in self.buckets[len(self.sent) :]:
@@ -154,12 +148,9 @@ def gradients(params):
     return flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
 
 class DDP(Buckets, nn.Module):
-    """Wrap a module so that gradients become the mean over ranks.
-
-        model = DDP(model); loss = ...; loss.backward(); model.finish_gradient_synchronization()
-
-    bucket_mb: of gradients that travel together: 0, each alone (naive); math.inf, all (flat). Use
-    `with model.no_sync()` around the backward passes of a step but the last."""
+    """Wrap a module so that after loss.backward() and finish_gradient_synchronization() gradients
+    are the mean over ranks; of several backward passes, all but the last go `with no_sync():`.
+    bucket_mb: of gradients that travel together: 0, each alone (naive); math.inf, all (flat)."""
     def __init__(self, module, bucket_mb=25.0, overlap=True, group=None):
         super().__init__()
         self.module, self.overlap, self.group = module, overlap, group
@@ -173,13 +164,10 @@ class DDP(Buckets, nn.Module):
 
 class ShardedOptimizer(Buckets, torch.optim.Optimizer):
     """An optimizer of any class whose state is divided: each parameter has one owner, which alone
-    keeps its state and updates it, and then sends it to the others (ZeRO-1).
-
-        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
-
-    Gradients are averaged before by DDP; or by the method of the same name here, which gives each
-    only to its owner: with the parameters that come back no more is sent than by DDP alone. With
-    shard_gradients they leave in the backward pass, and are freed (ZeRO-2); no_sync as in DDP."""
+    keeps its state and updates it, and then sends it to the others (ZeRO-1). Gradients are averaged
+    before, by DDP or by finish_gradient_synchronization here, which gives each only to its owner:
+    with the parameters that come back no more is sent than by DDP alone. With shard_gradients they
+    leave in the backward pass, and are freed (ZeRO-2); no_sync as in DDP."""
     def __init__(self, params, optimizer_cls, shard_gradients=False, bucket_mb=25.0, **kwargs):
         self.owner, self.load, self.bucket_mb = {}, [0] * world(), bucket_mb
         self.overlap = self.pending = shard_gradients
@@ -196,8 +184,7 @@ class ShardedOptimizer(Buckets, torch.optim.Optimizer):
             self.load[self.owner[p]] += p.numel()
         self.add_buckets(params, self.bucket_mb)
 
-    def _start(self, bucket):
-        # each gradient goes to its owner alone
+    def _start(self, bucket):  # each gradient goes to its owner alone
         parts = [[p for p in bucket if self.owner[p] == r] for r in range(world())]
         sizes, own = [sum(p.numel() for p in part) for part in parts], parts[rank()]
         wait = reduce_scatter(gradients(itertools.chain(*parts)), sizes)
@@ -235,10 +222,8 @@ def whole(p, x):
 class FSDP(Buckets, nn.Module):
     """Wrap a module so that each rank keeps 1/W of the numbers of every Linear's and Embedding's
     weight (classes of these names, or that inherit from one); others, small, stay whole. A matrix
-    is gathered just ahead of its layer's forward and backward pass, and freed right after; the next
-    one is on its way while this one computes. The graph keeps views of it: their storage is emptied
-    and refilled.
-
+    is gathered just ahead of its layer's forward and backward pass, and freed right after, while
+    the next is on its way. The graph keeps views of it: their storage is emptied and refilled.
     compute_dtype: of a Linear's gathered weight and its gradient, bfloat16 or float16. parameters()
     are the parts: AdamW works on them; Muon, which needs matrices, does not. Methods as in DDP."""
     def __init__(self, module, compute_dtype=None):
@@ -295,14 +280,13 @@ class FSDP(Buckets, nn.Module):
             if torch.is_tensor(x) and x.requires_grad:  # with its gradient the backward pass begins
                 x.register_hook(functools.partial(self._gather, p, True))
 
-    def _start(self, bucket):
-        # of the gradient of a matrix each rank gets its part
+    def _start(self, bucket):  # of the gradient of a matrix each rank gets its part
         p, W = bucket[0], world()
         if not hasattr(p, "shard"):
             return super()._start(bucket)
         g = p.full.new_zeros(0) if p.grad is None else p.grad.reshape(-1)
-        g = F.pad(g, (0, len(p.full) - len(g)))
-        wait = reduce_scatter(g, [len(p.shard)] * W, p.shard.dtype)
+        wait = reduce_scatter(F.pad(g, (0, W * len(p.shard) - len(g))), [len(p.shard)] * W,
+                              p.shard.dtype)
         self._free(p)
         return lambda: {p: wait() / W}
 
@@ -319,8 +303,7 @@ def sum_over(x, group=None):
 
 def join(x, axis, group=None):
     """All ranks' parts of a tensor along an axis, a whole."""
-    parts = all_gather(x.reshape(-1), group=group)().view(world(group), *x.shape)
-    return torch.cat([*parts], axis)
+    return torch.cat([*all_gather(x.reshape(-1), group=group)().view(-1, *x.shape)], axis)
 
 def split_parameter(p, axis, group=None):
     """Leave a parameter this rank's part along an axis. Raises ValueError."""
@@ -368,7 +351,7 @@ def VocabParallelEmbedding(layer, group=None):
     return layer
 
 def split_tensors(model, group=None):
-    """Make a Transformer tensor parallel, in place -> itself. Raises ValueError, RuntimeError."""
+    """Make a Transformer tensor parallel, in place. Raises ValueError, RuntimeError."""
     for name, layer in model.named_modules():
         name = name.split(".")[-1]
         if name in ("q_proj", "k_proj", "v_proj", "w1", "w3", "head"):
@@ -380,7 +363,6 @@ def split_tensors(model, group=None):
     VocabParallelEmbedding(model.embedding, group)
     model.head.register_forward_hook(lambda _, args, y: Collective.apply(
         y, lambda y: join(y, -1, group), lambda g: g.chunk(world(group), -1)[rank(group)]))
-    return model
 
 # ---- Pipeline parallel: each rank has some layers, and a batch passes in pieces.
 
@@ -388,9 +370,8 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=tor
     """Forward and (with gradients) backward passes of micro-batches through the stages of a group's
     ranks: GPipe (Huang et al. 2019) does all forward passes first, 1F1B (Narayanan et al. 2019) at
     most W ahead; both wait (W - 1) / (pieces + W - 1) of the time. stage: this rank's module.
-    batches: list of (x, y), x for the first stage, y for the last. loss_fn(output, y): a piece's
-    share of the loss. like(x): an empty tensor as later stages receive it. -> the sum of the losses
-    (0 but on the last rank)."""
+    batches: list of (x, y), for the first and the last stage. loss_fn(output, y): a piece's loss.
+    like(x): an empty tensor as later stages receive it. -> the sum of losses (on the last rank)."""
     last, r, sent, under_way = world(group) - 1, rank(group), [], []
     loss = torch.zeros((), device=batches[0][0].device)
 
@@ -401,8 +382,7 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=tor
         dist.recv(x, group=group, group_src=source)
         return x
 
-    # every rank is this many forward passes ahead of its backward passes
-    ahead = {"gpipe": len(batches), "1f1b": last - r}[schedule]
+    ahead = {"gpipe": len(batches), "1f1b": last - r}[schedule]  # forward passes of backward ones
     for i in range(len(batches) + ahead):
         if i < len(batches):
             x, y = batches[i]
@@ -423,9 +403,8 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=tor
     return loss
 
 def split_layers(model, group=None):
-    """Leave a Transformer this rank's layers, in place -> itself. The first rank also keeps the
-    embedding, and takes ids, the others (B, T, C), as empty by `like`; the last one keeps the head,
-    and gives logits, the others (B, T, C). Raises ValueError."""
+    """Leave a Transformer this rank's layers, in place: (B, T, C) -> (B, T, C), but the first rank
+    takes ids, and the last one gives logits. Raises ValueError."""
     c, W, r, before = model.config, world(group), rank(group), [*model.parameters()]
     if c.activation == "moe" or c.n_layer < W:
         raise ValueError(f"--pp is for models without experts, and at least {W} layers")
@@ -441,7 +420,6 @@ def split_layers(model, group=None):
         model.embedding = None
     for p in {*before}.difference(model.parameters()):  # (that optimizers may know)
         p.data = p.new_empty(0)
-    return model
 
 def add_tied_gradients(model, group=None):
     """The first and the last rank of a pipeline both have a tied embedding: add gradients up."""
@@ -495,9 +473,8 @@ class RingAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 def ring_attention(q, k, v, group=None, causal=True):
-    """Attention over sequences of which each rank has T consecutive positions, the first rank the
-    first (Liu et al. 2023). q: (B, H, T, D); k, v: (B, H / n, T, D) -> (B, H, T, D). Exact, as each
-    rank keeps an online softmax of what it has seen; none has more than two ranks' keys."""
+    """Attention to all ranks' parts of a sequence, T positions each (Liu et al. 2023), by an online
+    softmax: none has more than two parts. q: (B, H, T, D); k, v: (B, H / n, T, D) -> like q."""
     q, k, v = q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2), v.unsqueeze(2)
     with torch.autocast(q.device.type, enabled=False):
         y = RingAttention.apply(*(model_py.upcast(x) for x in (q, k, v)), group, causal)
@@ -505,9 +482,10 @@ def ring_attention(q, k, v, group=None, causal=True):
 
 def split_sequence(model, group=None):
     """Let a Transformer take this rank's part of each sequence, and its attention reach the others,
-    in place -> itself. Raises ValueError."""
-    if {*model.kinds} != {"full"} or model.config.dropout:
-        raise ValueError("--sp is for full attention, without dropout")
+    in place. Raises ValueError."""
+    c = model.config
+    if {*model.kinds} != {"full"} or c.dropout or c.block_size % world(group):
+        raise ValueError("--sp is for full attention, no dropout, and a block_size that it divides")
 
     def attend(attn, x, where, cache=None):
         q, k, v = attn.heads(x, where.rotate)
@@ -520,16 +498,15 @@ def split_sequence(model, group=None):
     for block in model.blocks:
         block.attn.forward = functools.partial(attend, block.attn)
     model.forward = forward
-    return model
 
 # ---- The training run: train.py's loop, in which methods of `Parallel` replace functions.
 
 SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 
 class Parallel:
-    """A Transformer on several processes. The tp, pp or sp ranks of one copy of it are neighbours;
-    the same rank of all copies forms a group for data parallelism. Raises ValueError."""
-    def __init__(self, args, saved=()):  # saved: states of optimizers, for the whole
+    """A Transformer on several processes; the tp, pp or sp ranks of a copy of it are neighbours.
+    saved: the states of optimizers in a checkpoint. Raises ValueError."""
+    def __init__(self, args, saved=()):
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
         self.args, self.saved, self.passes, self.signals = args, saved, 0, []
         self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
@@ -554,12 +531,11 @@ class Parallel:
             fully_shard(model)
         optimizers = make_optimizers(model, *how)
         self.tied = model.embedding.weight if a.pp > 1 and model.config.tie_embeddings else None
-        if a.tp > 1:
-            split_tensors(model, self.group)
-        elif a.sp > 1:
-            split_sequence(model, self.group)
-        elif a.pp > 1:  # (`cross_entropy` does all of it)
-            self.stage, model.forward = split_layers(model, self.group).forward, lambda x: x
+        for n, split in (a.tp, split_tensors), (a.sp, split_sequence), (a.pp, split_layers):
+            if n > 1:
+                split(model, self.group)
+        if a.pp > 1:  # (`cross_entropy` does all of it)
+            self.stage, model.forward = model.forward, lambda x: x
         if self.zero:
             broadcast(model)
             optimizers = [ShardedOptimizer(o.param_groups, type(o), a.scheme == "zero2",
@@ -683,11 +659,11 @@ def setup(name):
     if train.pick_device(name).startswith("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    found = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    alone = "RANK" not in os.environ
+    store, number, W = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://"))
     # after a restart the store may still have the addresses of those that have died
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found[0])
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=found[1],
-                            world_size=found[2])
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(store=store, rank=number, world_size=W)  # gloo, and for GPUs NCCL
 
     def watch():  # when torchrun is killed, end, too
         while os.getppid() == PARENT:
@@ -723,15 +699,13 @@ def run(words):
             train.load_checkpoint(path)[1]["args"] == words:
         words.append("--resume")  # torchrun --max_restarts starts all again when one has died
     args, words, checkpoint = train.parse_args(parser, words)
-    args = argparse.Namespace(**vars(args) | vars(ours))
-    args.device = setup(args.device)
+    args = argparse.Namespace(**vars(args) | vars(ours) | {"device": setup(args.device)})
     parallel = Parallel(args, checkpoint[1]["optimizer"] if checkpoint else ())
     if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
         os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
         print(f"{path}, of another run, is now {aside}")
     dist.barrier()  # (or train.py would do that on all ranks)
-    for name in ("windows", "cross_entropy", "clip_grad_norm", "make_optimizers", "random_state",
-                 "save_checkpoint"):
+    for name in vars(Parallel).keys() & vars(train).keys():  # windows, cross_entropy, ...
         setattr(train, name, getattr(parallel, name))
     train.parse_args = lambda *_: (args, words, checkpoint)
     train.signal = types.SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, signal=(
@@ -750,11 +724,10 @@ def run(words):
 
 def sent_bytes():
     """Bytes that all processes of this machine have sent each other so far, nan if not known."""
+    path = "/sys/class/net/lo/statistics/tx_bytes"
     dist.barrier()
     time.sleep(0.1)  # until the loopback interface has counted all of them
-    with contextlib.suppress(OSError), open("/sys/class/net/lo/statistics/tx_bytes") as file:
-        return int(file.read())
-    return math.nan
+    return float(np.loadtxt(path)) if os.path.exists(path) else math.nan
 
 def bench(words):
     """Print a table of all schemes, which take turns: time, bytes sent, and memory of a step."""
@@ -767,7 +740,6 @@ def bench(words):
     a.device, runs, rows = setup(a.device), {}, {}
     x, y = torch.randint(config.vocab_size, (2, 2 * world(), config.block_size)).to(a.device)
     for name in (*SCHEMES, "torch ddp", "torch fsdp"):
-        torch.manual_seed(0)
         a.impl, a.scheme = "torch" if " " in name else "own", name.split()[-1]
         parallel = Parallel(argparse.Namespace(**vars(a)))
         model = model_py.Transformer(config).to(a.device)
@@ -796,12 +768,12 @@ def bench(words):
 # ---- plan: the same on paper, for machines one does not have.
 
 def plan(words):
-    """Print what each way to divide a model and its batch among GPUs needs, by formula. The model
-    has L layers of width h = 128 L and 12 L h^2 parameters, each of 2 bytes (bfloat16), 2 for its
-    gradient, 12 for the optimizer (float32 weights, Adam's two means), and a layer activations of
-    34 h bytes per token (Korthikanti et al. 2022). What does not fit is marked by !, exposed is the
-    communication that has no computation to hide behind."""
+    """Print what each way to divide a model and its batch among GPUs needs: of each of the 12 L h^2
+    parameters in L layers of width h = 128 L, 2 bytes (bfloat16), 2 of gradient, 12 of optimizer
+    (float32 weights, two means); per layer and token 34 h of activations (Korthikanti et al. 2022).
+    !: does not fit; exposed: communication that has no computation to hide behind."""
     parser = argparse.ArgumentParser("ddp.py plan", description=plan.__doc__)
+    parser.error = lambda message: fail(message, 2)
     for name, default, text in (
             ("params", 7e9, "of the model"), ("gpus", 64, "in all"), ("gpu_gb", 80.0, "of one"),
             ("tflops", 400.0, "of one in practice"), ("node", 8, "GPUs in a machine"),
@@ -812,8 +784,7 @@ def plan(words):
     a = parser.parse_args(words)
     L = max(1, round((a.params / (12 * 128**2)) ** (1 / 3)))
     h = math.sqrt(a.params / (12 * L))
-    print("scheme      dp  tp  pp  GB:  params   grads   optim   activ   total  s: compute    comm"
-          " exposed  bubble")
+    print("scheme    dp  tp  pp  GB: params  grads  optim  activ  total  s: compute   comm exposed")
     for tp, pp, (kinds, scheme) in itertools.product(
             (1, 2, 4, 8), (1, 2, 4, 8, 16), enumerate(SCHEMES[2:])):  # kinds that are divided
         # (with pipelines gradients and weights would travel for every piece)
@@ -822,24 +793,23 @@ def plan(words):
         dp, own, fsdp = a.gpus // (tp * pp), a.params / (tp * pp) / 1e9, scheme == "fsdp"
         gb = [n * own / (dp if kinds >= least else 1) for n, least in ((2, 3), (2, 2), (12, 1))]
         gb[0] += 2 * own / L * fsdp * 2  # two layers at a time are whole
-        acts = 34 * h * a.batch_tokens / dp * L / (tp * pp) / 1e9  # (of as many pieces as stages)
-        gb = [*gb, acts * min(1, pp / a.microbatches)]
-        bubble = (pp - 1) / (a.microbatches + pp - 1)
-        compute = 6 * a.params * a.batch_tokens / (a.gpus * a.tflops * 1e12) / (1 - bubble)
+        acts = 34 * h * a.batch_tokens / dp * L / (tp * pp) / 1e9
+        gb.append(acts * min(1, pp / a.microbatches))  # (of as many pieces as there are stages)
+        bubble = (pp - 1) / a.microbatches  # (a pipeline waits that much longer)
+        compute = 6 * a.params * a.batch_tokens / (a.gpus * a.tflops * 1e12) * (1 + bubble)
         # to average gradients, and to add up each layer's outputs in both directions
-        gbs = a.node_gbs if a.gpus <= a.node else a.net_gbs
-        comm = (2 + fsdp) * 2 * own * (dp - 1) / dp / gbs
-        comm += 16 / 34 * acts * (tp - 1) / a.node_gbs
-        print(f"{scheme:8}{dp:6}{tp:4}{pp:4}     " + "".join(f"{x:8.1f}" for x in (*gb, sum(gb)))
-              + (" " if sum(gb) <= a.gpu_gb else "!") + f"   {compute:8.2f}{comm:8.2f}"
-              f"{max(0, comm - 2 / 3 * compute):8.2f}{bubble:8.0%}")
+        comm = (2 + fsdp) * 2 * own * (dp - 1) / dp / (
+            a.node_gbs if a.gpus <= a.node else a.net_gbs) + 16 / 34 * acts * (tp - 1) / a.node_gbs
+        seconds = compute, comm, max(0, comm - 2 / 3 * compute)  # (hidden in backward passes)
+        print(f"{scheme:6}{dp:6}{tp:4}{pp:4}    " + "".join(f"{x:7.1f}" for x in (*gb, sum(gb)))
+              + (" " if sum(gb) <= a.gpu_gb else "!") + "".join(f"{x:9.2f}" for x in seconds))
 
 def fail(error, code=1):
     """End with one line. What all ranks find wrong the first one says; torchrun ends the others."""
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(f"ddp.py: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+    print(f"ddp.py: error: {' '.join(str(error).split()):.300}", file=sys.stderr, flush=True)
     os._exit(code)  # (others may wait: no farewell)
 
 def main():
