@@ -273,8 +273,8 @@ class FSDP(Buckets, nn.Module):
         p.data = p.view_full()
 
     def _after_forward(self, p, layer, args, y):
-        # (of an embedding the backward pass needs but a shape; checkpointing has forward passes in
-        if not p.in_backward and not (p.lookup and torch.is_grad_enabled()):  # the backward pass)
+        # (an Embedding's backward pass needs but a shape; a checkpointed layer may be in its own)
+        if not p.in_backward and not (p.lookup and torch.is_grad_enabled()):
             self._free(p)
         for x in y if isinstance(y, (tuple, list)) else [y]:
             if torch.is_tensor(x) and x.requires_grad:  # with its gradient the backward pass begins
@@ -463,8 +463,8 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, o, lse = ctx.saved_tensors
         delta, (dq, dk, dv) = (g * o).sum(-1, keepdim=True), map(torch.zeros_like, (q, k, v))
-        for step in range(world(ctx.group)):  # the keys' gradients travel with them, and are home
-            p = (ring_scores(q, k, step, ctx.group, ctx.causal) - lse).exp()  # in the end
+        for step in range(world(ctx.group)):  # dk and dv go around with their keys, and come home
+            p = (ring_scores(q, k, step, ctx.group, ctx.causal) - lse).exp()
             ds = p * (g @ v.mT - delta) * q.shape[-1] ** -0.5
             dq += ds @ k
             dk += (ds.mT @ q).sum(2, keepdim=True)
@@ -516,8 +516,10 @@ class Parallel:
         if (n not in (args.tp, args.pp, args.sp) or n * (args.dp or self.dp) != W or parts or alone
                 or args.scheme not in schemes or args.batch_size % self.dp
                 or n > 1 and args.impl == "torch"):
-            raise ValueError(f"{W} processes are not dp, dp x tp, dp x pp or dp x sp, dp does not "
-                             "divide batch_size, or flags do not go together: see README.md")
+            raise ValueError(
+                f"{W} processes are not dp, dp x tp, dp x pp or dp x sp, dp does not divide "
+                "batch_size, or flags do not go together: --tp, --pp, --sp take naive, flat, ddp; "
+                "--impl torch ddp, fsdp; --tp, fsdp no muon, soap; some flags are train.py's alone")
         if n > 1:
             make = dist.new_subgroups_by_enumeration
             self.group, _ = make([list(range(i, i + n)) for i in range(0, W, n)])  # one copy
@@ -705,7 +707,7 @@ def run(words):
         os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
         print(f"{path}, of another run, is now {aside}")
     dist.barrier()  # (or train.py would do that on all ranks)
-    for name in vars(Parallel).keys() & vars(train).keys():  # windows, cross_entropy, ...
+    for name in vars(Parallel).keys() & vars(train).keys():  # (windows, cross_entropy, ...)
         setattr(train, name, getattr(parallel, name))
     train.parse_args = lambda *_: (args, words, checkpoint)
     train.signal = types.SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, signal=(
