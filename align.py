@@ -58,8 +58,7 @@ def read_prompt(row):  # -> messages, those before the response if this has a fi
         chat[-1]["content"] += "\n\n" + row["input"]
     return chat
 
-def read_chat(row, names=("response", "output", "completion", "answer")):
-    # -> messages and those of a response by these names, or None if one is empty
+def read_chat(row, names=("response", "output", "completion", "answer")):  # -> messages or None
     reply = [] if "messages" in row else to_messages(row, "assistant", *names)
     chat = reply if len(reply) > 1 else read_prompt(row) + reply
     said = [message["content"].strip() for message in chat if message["role"] == "assistant"]
@@ -267,8 +266,7 @@ def extract_answer(text):
     return text
 
 def parse(text, point):
-    """The value of an expression, a Fraction or complex, or an error; of letters, random values.
-    Each level of precedence is a function (recursive descent)."""
+    """The value of an expression, exact if it can be; each level of precedence is a function."""
     at = 0
     def take(pattern):  # what comes next, if it is such
         nonlocal at
@@ -566,8 +564,7 @@ def batch_of(items, batch_size, step, seed):
     return [items[i] for i in order[first % n :][:batch_size]]
 
 class Assistant:
-    """What args name (ckpt or, to resume, out_dir; device, template, max_new_tokens, batch_size,
-    tool): model, tokenizer, chat template, and `stops`, the ids that end what it says."""
+    """What args name: model, tokenizer, chat template, and `stops`, that end what it says."""
     def __init__(self, args):
         self.args, self.device, self.updates = args, pick_device(args.device), 0
         path = os.path.join(args.out_dir, "ckpt.pt") if args.resume else args.ckpt
@@ -579,6 +576,8 @@ class Assistant:
         self.stops = chat_stops(self.tokenizer, self.template, **self.names)
         self.stops += self.saved.get("stop") or []
         self.known = self.tokenizer.vocab.keys() - self.stops  # what has a text
+        size = self.model.config.block_size
+        self.room = size - min(args.max_new_tokens, size // 2)  # for a prompt
 
     def encode(self, messages, reply=True):  # reply: up to where the assistant speaks next
         if self.template == RAW and len(messages) == 2 - reply and messages[0]["role"] == "user":
@@ -604,9 +603,8 @@ class Assistant:
         return found
 
     def respond(self, prompts, temperature, seed=0):
-        """Sample a response to each of the prompts, lists of ids -> list of (ids with the prompt,
-        mask, text of the response). At temperature 0: greedy. Where the model has written <<48/2=
-        and has a tool, this writes 24>>, and the model goes on; the mask is 0 there."""
+        """Sample a response to each prompt, a list of ids -> list of (ids with the prompt, mask, its
+        text). Where the model, with a tool, has written <<48/2= this writes 24>>; mask: 0 there."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         most, size, said = self.args.max_new_tokens, self.args.batch_size, {}
         ends = [min(len(ids) + most, self.model.config.block_size) for ids in prompts]
@@ -639,12 +637,11 @@ class Assistant:
         self.updates += 1
         return norm
 
-    def fit(self, do_step, evaluate, modules=None):
-        """The loop of every kind of training. do_step(step) -> metrics, after it has changed the
-        parameters; evaluate() -> metrics; modules: what learns, the model or what holds one."""
+    def fit(self, modules, do_step, evaluate):
+        """The loop of every kind of training. modules: what learns. do_step(step) -> metrics, after
+        it has changed the parameters; evaluate() -> metrics."""
         args, rows, step, saved = self.args, [], 0, self.saved
         path, log = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.csv"))
-        modules = modules or [self.model]
         self.parameters = [p for module in modules for p in module.parameters()]
         self.optimizers = [optimizer for module in modules for optimizer in make_optimizers(
             module, args.optimizer, args.learning_rate, args.weight_decay, (0.9, 0.95), 0.95)]
@@ -677,10 +674,9 @@ class Assistant:
             if step % args.log_interval == 0 or due:
                 show(row)
             if due:  # the log first: a run killed between the two has rows too many, left out above
+                names = dict.fromkeys(itertools.chain(*rows))
                 with replacing(log, "w", newline="") as file:
-                    writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)))
-                    writer.writeheader()
-                    writer.writerows(rows)
+                    csv.writer(file).writerows([names, *([r.get(k) for k in names] for r in rows)])
                 save_checkpoint(
                     path, self.model, self.optimizers, step=step, args=args.words, stop=self.stops,
                     modules=[module.state_dict() for module in modules], rng=torch.get_rng_state(),
@@ -689,7 +685,7 @@ class Assistant:
               f"ckpt: {path}", sep="", flush=True)
 
 # ---- Supervised fine-tuning, and preferences.
-def fit_rows(run, read, measure, count=len, modules=None):
+def fit_rows(run, modules, read, measure, count=len):
     """The training of sft, dpo and reward. read(row) -> list of (ids, mask). measure(rows) -> dict
     of means over these lists; "loss" is minimised. count(rows): what a mean is divided by."""
     args, limit = run.args, run.model.config.block_size + 1
@@ -709,7 +705,7 @@ def fit_rows(run, read, measure, count=len, modules=None):
         means = average(rows, -(-len(rows) // args.gradient_accumulation_steps))
         return means | {"grad_norm": run.update()}
     data, held_out = (read_rows(path, make) if path else [] for path in (args.data, args.val_data))
-    run.fit(do_step, torch.no_grad()(lambda: average(held_out, args.batch_size, "val_")), modules)
+    run.fit(modules, do_step, torch.no_grad()(lambda: average(held_out, args.batch_size, "val_")))
 
 def run_sft(args):
     """`sft`: learn to answer as the examples do. Several texts share a row, unless --no_packing."""
@@ -724,7 +720,7 @@ def run_sft(args):
         batch = {name: x.to(run.device) for name, x in batch.items() if name != "dropped"}
         mask = batch.pop("response_mask")
         return {"loss": sft_loss(response_log_probs(model, **batch)["log_probs"], mask)}
-    fit_rows(run, lambda row: run.examples(read_chat(row) or []), measure,
+    fit_rows(run, [model], lambda row: run.examples(read_chat(row) or []), measure,
              lambda rows: sum(sum(mask[1:]) for row in rows for _, mask in row))
 
 def run_preferences(args):
@@ -747,8 +743,8 @@ def run_preferences(args):
             loss = dpo_loss(*policy, *before, args.beta)
         right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half
         return {"loss": loss, "accuracy": right.mean(), "margin": (chosen - rejected).mean()}
-    fit_rows(run, lambda row: [run.examples(chat)[-1] for chat in read_pair(row) or ()], measure,
-             modules=[reward or model])
+    fit_rows(run, [reward or model], lambda row: [run.examples(chat)[-1]
+                                                  for chat in read_pair(row) or ()], measure)
 
 # ---- Reinforcement learning: responses are sampled and judged; a reward becomes an advantage for
 # each token; and the loss is the sum over tokens of weight x `policy_loss`. Algorithms differ in
@@ -782,13 +778,11 @@ def run_rl(args):
     0: none. ppo: gamma, lam(bda), value_weight. reward_model: in place of a verifier."""
     run, algorithm, size, shown = Assistant(args), args.algorithm, args.micro_batch, []
     model = run.model.eval()  # no dropout: log-probs have to agree
-    limit = model.config.block_size - min(args.max_new_tokens, model.config.block_size // 2)
     def make(row):  # a problem, if it leaves room for a response
         problem = read_problem(row)
         problem["ids"] = run.encode(problem["messages"])
-        return problem if 0 < len(problem["ids"]) <= limit else None
-    problems, held_out = (read_rows(path, make) if path else [] for path in (
-        args.data, args.val_data))
+        return problem if 0 < len(problem["ids"]) <= run.room else None
+    data, held_out = (read_rows(path, make) if path else [] for path in (args.data, args.val_data))
     reference = load_checkpoint(args.ckpt, run.device)[0] if args.kl else None
     critic = ScalarModel(load_checkpoint(args.ckpt, run.device)[0]) if algorithm == "ppo" else None
     judge = None
@@ -809,7 +803,7 @@ def run_rl(args):
         return response_log_probs(model, part["input_ids"], labels, True, args.temperature).values()
     @torch.no_grad()
     def rollout(step):  # -> a batch, and the metrics of its rewards
-        asked = [p for p in batch_of(problems, args.prompts_per_step, step, args.seed)
+        asked = [p for p in batch_of(data, args.prompts_per_step, step, args.seed)
                  for _ in range(args.group_size)]
         texts, masks, said = zip(*run.respond([p["ids"] for p in asked], args.temperature,
                                               args.seed * 100_003 + step))
@@ -845,12 +839,11 @@ def run_rl(args):
                 losses = losses + args.value_weight / 2 * error.square()
             if reference:
                 losses = losses + args.kl * kl_estimate(log_probs, part["reference"])
-            loss = (part["weights"] * losses).sum()
-            loss.backward()
-            sums["loss"] += loss.item()
-            for name, x in (("entropy", entropies),
-                            ("kl", kl_estimate(new, part.get("reference", old)))):
-                sums[name] += (x * part["shares"]).sum().item()
+            (part["weights"] * losses).sum().backward()
+            distance, shares = kl_estimate(new, part.get("reference", old)), part["shares"]
+            for name, x in ("loss", part["weights"] * losses), ("entropy", shares * entropies), (
+                    "kl", shares * distance):
+                sums[name] += x.sum().item()
         return {**sums, "grad_norm": run.update()} if sums else {}
     def do_step(step):
         (batch, row), updates = rollout(step), []
@@ -866,7 +859,7 @@ def run_rl(args):
             prompt = problem["messages"][-1]["content"]
             print(f"    {prompt[-200:]!r} -> {text[:300]!r}: {reward:.2f}", flush=True)
         return {"val_accuracy": solve(run, held_out)} if held_out else {}
-    run.fit(do_step, evaluate, [model, critic] if critic else [model])
+    run.fit([model, critic] if critic else [model], do_step, evaluate)
 
 # ---- Data written by a program, or by a checkpoint.
 def run_synth(args):
@@ -950,10 +943,9 @@ def bm25(passages, k1=1.5, b=0.75):
     return best
 
 def run_eval(args):
-    """`eval`: measure a checkpoint at a --task, or ppl, of documents. --fewshot: solved examples
-    before each question, from --fewshot_data or --data; --cot: think step by step; --chat: in the
-    chat template; --samples: pass@k and a vote; --tool calculator; --retrieve: documents, of which
-    the best --passages come before the question."""
+    """`eval`: measure a checkpoint at a --task. --fewshot: so many solved examples come first, of
+    --fewshot_data or --data; --cot: think step by step; --chat: in the chat template; --samples:
+    pass@k and a vote; --retrieve: documents, of which the best --passages come first, too."""
     assistant, make = Assistant(args), functools.partial(read_item, args)
     if args.task == "ppl":
         return show(perplexity(assistant, args), "\n")
@@ -987,8 +979,8 @@ def measure(assistant, items, args):
     encode = assistant.tokenizer.encode_ordinary
     asked = [assistant.encode([{"role": "user", "content": item["prompt"]}]) if args.chat else
              encode(item["prompt"]) for item in items for _ in range(n)]
-    limit, heat = assistant.model.config.block_size - args.max_new_tokens, args.temperature
-    answers = assistant.respond([ids[-limit:] for ids in asked], heat * (n > 1), args.seed)
+    heat = args.temperature if n > 1 else 0
+    answers = assistant.respond([ids[-assistant.room :] for ids in asked], heat, args.seed)
     said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
     both = [(item["problem"], said[i * n : i * n + n]) for i, item in enumerate(items)]
     if args.out:
@@ -1016,10 +1008,9 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
 
 # ---- The demonstration.
 def run_demo(args):
-    """`demo`: a model of 57,000 parameters learns to add two numbers of two digits. Its teacher
-    writes sums, but forgets to carry in seven of ten where there is something to carry; sft learns
-    to add, and to forget. Then rl asks a verifier of the model's own sums. Would longer imitation
-    have done as well? The control tries, for as many steps. Two seeds run at a time."""
+    """`demo`: a small model learns to add from a teacher who forgets to carry in seven of ten cases;
+    sft learns to add, and to forget. Then rl asks a verifier of the model's own sums. Would longer
+    imitation have done as well? The control tries. Two seeds run at a time."""
     begin, jobs = time.perf_counter(), [(args, args.seed + i) for i in range(args.seeds)]
     with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
         results = pool.starmap(demonstrate, jobs, chunksize=1)
@@ -1069,8 +1060,8 @@ FLAGS = """ckpt= data= val_data= out_dir=out-align resume=False device=auto dtyp
     log_interval=10 no_packing=False beta=0.1 algorithm=grpo|reinforce|ppo|dr_grpo|dapo|expert
     prompts_per_step=16 group_size=8 epochs=1 minibatches=1 temperature=1.0 clip=0.2 clip_high=0.0
     kl=0.0 gamma=1.0 lam=0.95 value_weight=0.1 reward_model= kind=word|addition level=2 n=1000 out=
-    rewrite= instruction=Rewrite: limit=0 task=ppl|mmlu|arc|piqa|gsm8k samples=1
-    fewshot=0 fewshot_data= cot=False chat=False retrieve= passages=1 seeds=5"""
+    rewrite= instruction=Rewrite: limit=0 task=ppl|mmlu|arc|piqa|gsm8k samples=1 fewshot=0
+    fewshot_data= cot=False chat=False retrieve= passages=1 seeds=5"""
 COMMANDS = {"demo": run_demo, "sft": run_sft, "dpo": run_preferences, "reward": run_preferences,
             "rl": run_rl, "synth": run_synth, "eval": run_eval}
 
