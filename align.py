@@ -228,7 +228,7 @@ SEED = random.SystemRandom().random()  # of the values of letters: no response c
 UNIT = re.compile(  # after a number: a usual unit, or any plural that is not itself a number
     r"(.*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|%|°|(?:square |cubic )?(?:unit|inch|"
     r"feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|"
-    r"plu|minu|les|ten|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?)")
+    r"plu|minu|les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
@@ -603,8 +603,8 @@ class Assistant:
         return found
 
     def respond(self, prompts, temperature, seed=0):
-        """Sample a response to each prompt, a list of ids -> list of (ids with the prompt, mask, its
-        text). Where the model, with a tool, has written <<48/2= this writes 24>>; mask: 0 there."""
+        """Sample a response to each prompt, lists of ids -> list of (ids with the prompt, mask, its
+        text). Where the model has a tool and wrote <<48/2= this adds 24>>, and the mask is 0."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         most, size, said = self.args.max_new_tokens, self.args.batch_size, {}
         ends = [min(len(ids) + most, self.model.config.block_size) for ids in prompts]
@@ -1008,7 +1008,7 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
 
 # ---- The demonstration.
 def run_demo(args):
-    """`demo`: a small model learns to add from a teacher who forgets to carry in seven of ten cases;
+    """`demo`: a small model learns to add of a teacher who forgets to carry in seven of ten cases:
     sft learns to add, and to forget. Then rl asks a verifier of the model's own sums. Would longer
     imitation have done as well? The control tries. Two seeds run at a time."""
     begin, jobs = time.perf_counter(), [(args, args.seed + i) for i in range(args.seeds)]
