@@ -984,7 +984,8 @@ def measure(assistant, items, args):
     said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
     both = [(item["problem"], said[i * n : i * n + n]) for i, item in enumerate(items)]
     if args.out:
-        write_rows(args.out, [problem | {"responses": texts} for problem, texts in both])
+        write_rows(args.out, [{"prompt": item["prompt"], "responses": texts}
+                              for item, (_, texts) in zip(items, both)])
     for problem, texts in both:
         hits.append([verify(problem, text) >= 1 for text in texts])
         given = [find_choice(text, problem["n"]) if "n" in problem else
@@ -1047,9 +1048,9 @@ def demonstrate(args, seed):  # -> accuracies of sft, rl and control
         sft = f"sft --data {folder}taught.jsonl --no_packing --batch_size 128 --learning_rate 2e-2"
         command("sft", f"{sft} --ckpt {folder}base.pt --max_iters 450")
         command("rl", f"rl --algorithm {args.algorithm} --ckpt {folder}sft/ckpt.pt --data {folder}"
-                "train.jsonl --prompts_per_step 128 --max_iters 60 --learning_rate 1e-2 "
+                "train.jsonl --prompts_per_step 128 --max_iters 50 --learning_rate 1e-2 "
                 "--batch_size 1024 --micro_batch 1024")
-        command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --max_iters 240")
+        command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --max_iters 200")
     return results
 
 # ---- The command line.

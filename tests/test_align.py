@@ -256,7 +256,7 @@ RIGHT = [(rf"\boxed{{{text}}}", truth) for text, truth in (
     (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}",
      r"\begin{pmatrix}1&0.5\\3&4\end{pmatrix}"), (r"x \in [-2,7]", "[-2, 7]"), (r"3\frac12", "3.5"),
     (r"2 \le x < 3", "[2,3)"), (r"(1,2)\cup(3,4)", r"(1, 2) \cup (3, 4)"), ("y = 2x", "2x"))] + [
-    ("The answer is 42.", "42"), ("she has 18 left.\n#### 18", "18"), ("5 apples", "5"),
+    ("The answer is 42.", "42"), ("she has 18 left.\n#### 18", "18"), ("5 cups", "5"), ("5.0", "5"),
     ("**Answer: 12**", "12"), ("so #### 72", "it is\n#### 72"), ("<answer>7</answer>", "7"),
     (r"\boxed{5}. We may check our answer: it fits", "5"), ("$1,234.00", "1234"), ("x = 5", "5")]
 
