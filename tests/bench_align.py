@@ -151,7 +151,8 @@ def evals(args):
     if args.arc:
         print("ARC, ours: ", align(args, "--task", "arc", "--data", args.arc), flush=True)
         begin, hits = time.perf_counter(), []
-        for context, choices, label in A.read_rows(args.arc, A.TASKS["arc"])[: args.limit]:
+        for question, choices, label in A.read_rows(args.arc, A.TASKS["arc"])[: args.limit]:
+            context = question + "\nAnswer:"
             scores, start = [], len(tokenizer(context)["input_ids"])
             for choice in choices:  # one by one, without padding
                 whole = tokenizer(context + " " + choice)["input_ids"]
