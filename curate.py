@@ -1,36 +1,31 @@
 """
 From web pages to documents worth training on.
 
-    python curate.py                   # all of it, on a small crawl made for the purpose
+    python curate.py                   # all of it, on the notes beside this file
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --workers 8
-    python bpe.py train --input corpus/*.jsonl.gz --vocab_size 32000 --out data/web
 
-`pipeline` takes the main text out of HTML, keeps the languages asked for, drops bad text by rules,
-masks personal data and removes duplicates. --out gets documents (.jsonl.gz, one per line, with
-`text`) and report.json (what each step kept and why). --steps chooses; each step is a command, too:
+`pipeline` takes the main text out of HTML, keeps --languages (en; none: all; --language_model of
+train-classifier), drops bad text by --filters (of gopher repetition c4 fineweb) and --classifiers
+(FILE:LABEL:LEAST), masks personal data, drops what is in test sets (--evals) and removes duplicates
+(--threshold of Jaccard similarity by --ngram words; --num_hashes in --num_bands). --out gets
+.jsonl.gz and report.json: what each step kept and why. --steps chooses; each is a command, too:
 
-    python curate.py filter --input texts --out good --filters gopher repetition c4
-    python curate.py decontaminate --input good --evals arc.jsonl --out clean
     python curate.py mix --input web=clean wiki=wiki.jsonl --weights web=0.7 wiki=0.3 --out mixed
     python curate.py train-classifier --input good=wiki.jsonl web=web.jsonl --words 2 --out q.npz
-    python curate.py pipeline --input crawl --out corpus --classifiers q.npz:good:0.5
 
+Without --weights `mix` takes sizes^(1 / temperature); with --tokens (4 bytes each) it repeats.
 Inputs: .warc, .wet, .html, .txt (with <|endoftext|> between documents), JSON lines (.jsonl .ndjson
-.json), code and notes (a file is a document), also as .gz or .zst (needs the package zstandard);
-.pdf (pypdf); folders. A command that was stopped continues when given again. Neither --workers nor
---ray ADDRESS, a Ray cluster that shares the folders, changes the output.
+.json), code and notes, also as .gz and .zst; folders. A stopped command given again goes on.
+Neither --workers nor --ray ADDRESS (of a cluster that shares the folders) changes the output.
 """
-import argparse, array, codecs, collections, concurrent.futures, contextlib, csv, functools, glob
-import gzip, hashlib, html as html_library, importlib, ipaddress, itertools, json, math
-import multiprocessing, os, pathlib, re, shutil, signal, sys, tempfile, threading, unicodedata, zlib
+import argparse, array, codecs, collections, contextlib, functools, glob, gzip, hashlib
+import html as html_library, importlib, itertools, json, math, multiprocessing, os, pathlib, re
+import shutil, signal, sys, tempfile, unicodedata, zlib
 import numpy as np
-EOT = "<|endoftext|>"
 
-# ---- Read WARC (ISO 28500): records of headers, an empty line and a page, in gzip.
-# Crawls are truncated, damaged and wrong about lengths: what cannot be read is counted and skipped.
+# ---- Read WARC (ISO 28500): records of headers and a page; what is damaged is counted and skipped.
 MAX_PAGE, CHUNK, GZIP = 16 << 20, 1 << 20, b"\x1f\x8b\x08"  # bytes: longest page; of a read
-# kind: "html" or "text" (WET); charset: by the HTTP header, or None; body: bytes, decompressed
-Record = collections.namedtuple("Record", "url kind charset body")
+Record = collections.namedtuple("Record", "url kind charset body")  # kind: "html" or "text" (WET)
 
 def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged gzip members
     data = file.read(CHUNK)
@@ -101,10 +96,9 @@ def unpack_http(content):  # a response -> (MIME type, charset, body); ValueErro
     return headers["content-type"].lower() or "text/html", charset and charset[1], body
 
 def read_warc(source, counts=None):
-    """The pages of a WARC or WET file, a path or a binary file, as `Record`s. counts: a Counter of
-    what was skipped. A record ends where the next begins, and must not be shorter than it says."""
+    """Yield the pages of a path or binary file as `Record`s. counts: a Counter of what it skips."""
     counts = collections.Counter() if counts is None else counts
-    for record in read_parts(source, b"\r\n\r\nWARC/", counts, MAX_PAGE):
+    for record in read_parts(source, b"\r\n\r\nWARC/", counts, MAX_PAGE):  # lengths may lie
         head, _, content = record.partition(b"\r\n\r\n")
         headers, charset = parse_headers(head), None
         kind, mime, length = (headers[k] for k in ("warc-type", "content-type", "content-length"))
@@ -120,7 +114,7 @@ def read_warc(source, counts=None):
         except ValueError as reason:
             counts[str(reason)] += 1
 
-# What browsers read otherwise than Python, and labels of the web that Python does not know.
+# What browsers read otherwise than Python, and labels that Python does not know.
 BROWSERS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
 gb2312=gb18030 gbk=gb18030 gb_2312-80=gb18030 shift_jis=cp932 euc_kr=cp949 windows-874=cp874
 iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())
@@ -131,8 +125,7 @@ def decode_page(data, charset=None):
     """Bytes as text: by byte order mark, UTF-8 if it nearly is, HTTP header, <meta>, or cp1252."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
-    text = data.decode("utf-8-sig", "replace")
-    bad = text.count("\ufffd")
+    bad = (text := data.decode("utf-8-sig", "replace")).count("\ufffd")
     if b"\x1b$" not in data and (not bad or len(re.findall("[^\0-\x7f]", text)) > 11 * bad):
         return text
     for label in (charset or "", *META.findall(text[:4096]), "cp1252"):
@@ -160,13 +153,12 @@ HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden|aria-hidden\s*=
                     r"\shidden(?:[\s=/]|$)(?!\s*id=.s:)")  # React streams <div hidden id="S:1">
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # in names like main-text, mainText and MAIN_TEXT
 INVISIBLE = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")
-# Tags of elements that blocks lie in, that have nothing to read, and that are a block.
+# Tags of elements around blocks, of those with nothing to read, and of those that are a block.
 NODES = set("""div ul ol li table tbody thead tfoot tr td th section article aside nav header footer
 main form blockquote pre figure dl details center body fieldset dialog menu""".split())
 UNSHOWN = set("noscript svg template iframe select textarea object title audio video".split())
 LEAVES = set("p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption hr".split())
-# Weights of places (tags of elements around a block, words in their class, id or role), of the
-# other features in `describe`, and of those in `context`.
+# Weights of tags and words in class, id or role of elements around a block; of looks; of context.
 PLACES = """<footer> -2.36; <aside> -1.35; <main> 0.01; <article> 0.47; <form> <label> <button>
 -1.54; <table> 1.72; <ul> <ol> 0.57; <blockquote> 1.37; nav navbar navigation menu submenu dropdown
 -0.83; footer contentinfo -3.38; header masthead topbar banner -0.81; sidebar aside rail
@@ -178,20 +170,17 @@ account -4.45; pagination prev next -1.30; toc 2.75; product 0.83; doc markdown 
 <figcaption> <caption> caption credit -2.64; info box -1.47; date time published meta metadata
 timestamp -0.69; ad advertisement sponsored promo -0.65; card teaser -0.68; gallery image photo
 slideshow -0.96; article story -0.76; headline title heading -0.46; price cart shop buy -0.96"""
-LOOKS = """words <= 8 -0.40; words >= 20 0.98; ends a sentence 0.67; linked -0.90; before -0.71;
-after -0.64; heading 1.38; above <h1> -1.90; p 1.23; li 1.87; div 0.65; pre 1.12; share of sentences
-1.56; sentences above -1.26; text above -0.77; outside of <main> -0.46; outside of <article> -0.94;
-bias 0.60"""
-CONTEXT = """odds 0.58; in the element 1.03; in the page -0.85; in best 0.45; in 50% 0.75; in 70%
-0.72; in 90% 0.03; stretch 0.33; article: odds 0.26; article: in the element -0.29; article: in the
-page -0.07; article: in best 0.25; article: in 50% 0.01; article: in 70% -0.02; article: in 90%
--0.61; article: stretch 0.53; article -0.35; bias -1.98"""
+LOOKS = """words <= 8 -0.40; words >= 20 0.98; ends 0.67; linked -0.90; before -0.71; after -0.64;
+heading 1.38; above <h1> -1.90; p 1.23; li 1.87; div 0.65; pre 1.12; sentences 1.56; sentences above
+-1.26; text above -0.77; outside <main> -0.46; outside <article> -0.94; bias 0.60"""
+CONTEXT = """odds 0.58; element 1.03; page -0.85; in best 0.45; in 50% 0.75; in 70% 0.72; in 90%
+0.03; stretch 0.33; news odds 0.26; news element -0.29; news page -0.07; news in best 0.25; news in
+50% 0.01; news in 70% -0.02; news in 90% -0.61; news stretch 0.53; news -0.35; bias -1.98"""
 PLACES, LOOKS, CONTEXT = (
     {" ".join(words): float(weight) for *words, weight in map(str.split, table.split(";"))}
     for table in (PLACES, LOOKS, CONTEXT))
-LOOKS |= {"in " + names.split()[0]: weight for names, weight in PLACES.items()}
-PLACES = [names.split() for names in PLACES]
-BITS = {word: 1 << i for i, words in enumerate(PLACES) for word in words}
+LOOKS |= {"in " + names: weight for names, weight in PLACES.items()}
+BITS = {word: 1 << i for i, names in enumerate(PLACES) for word in names.split()}
 HIDDEN, DECLARED = 1 << len(PLACES), 2 << len(PLACES)  # the page says that it is an article
 ARTICLE = re.compile(r'"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"|'
                      r"""og:type["'][^>]{0,99}content\s*=\s*["']article""")
@@ -209,19 +198,17 @@ def drop_raw(html):  # without comments, scripts and styles, but with the TeX of
         alt = "".join((ALT.findall(math_alt + image) or [""])[0])
         if image:
             return alt if TEX.search(alt) else ""
-        inside = re.sub("(?s)<annotation.*|<[^>]*>|\\s", "", inside)
+        inside = re.sub(r"(?s)^.*?<annotation[^>]*>|\s*<[^>]*>\s*", "", inside)
         return html_library.escape(script) if "math/tex" in kind else alt or inside
 
     html = QUOTED_MARKUP.sub("", RAW.sub(tex, html.replace("\0", "")))
     return PRE.sub(lambda match: LINE.sub("\n", match.group()), html)
 
 def scan(html):
-    """HTML -> blocks: (text, tag, number of its element, characters in links, bits of its tag), and
-    elements: [number of its parent, first block, end, tag, bits]."""
+    # -> blocks: (text, tag, element, linked, bits), elements: [parent, first block, end, tag, bits]
     declared, html = DECLARED * bool(ARTICLE.search(html)), drop_raw(html)
     blocks, elements, stack, tags = [], [[0, 0, 0, "body", declared]], [0], ["body"]
-    pieces, linked, in_link = [html.partition("<")[0]], 0, False  # of the block to come
-    leaf, leaf_bits = "", 0
+    pieces, linked, in_link, leaf, leaf_bits = [html.partition("<")[0]], 0, False, "", 0
     for closing, tag, attributes, text in TOKEN.findall(html) + [("", "hr", "", "")]:
         tag = tag.lower()
         inline = tag not in NODES and tag not in LEAVES and tag not in UNSHOWN
@@ -237,10 +224,9 @@ def scan(html):
         elif tag == "br":
             pieces.append("\v")
         elif not inline:
-            leaf, leaf_bits = "", 0
-            if tag in LEAVES and not closing:
-                leaf, leaf_bits = tag, place_bits(tag, attributes)
-            elif tag not in LEAVES:
+            opens = tag in LEAVES and not closing
+            leaf, leaf_bits = (tag, place_bits(tag, attributes)) if opens else ("", 0)
+            if tag not in LEAVES:
                 depth = len(stack)  # elements from here on end
                 if closing and tag in tags[1:]:
                     depth, in_link = depth - tags[::-1].index(tag) - 1, False
@@ -274,21 +260,21 @@ def describe(blocks, elements, texts):  # looks: {feature: column}, and bytes, 0
     length *= bits & HIDDEN == 0
     words = np.array([text.count(" ") + 1 for text in texts])
     ends = np.array([text[-1] in ".!?…。！？\"”’'" for text in texts])
-    f = {"words <= 8": words <= 8, "words >= 20": words >= 20, "ends a sentence": ends,
+    f = {"words <= 8": words <= 8, "words >= 20": words >= 20, "ends": ends,
          "linked": link, "before": np.append(0, link[:-1]), "after": np.append(link[1:], 0),
          "heading": np.isin(tags, ["h2", "h3", "h4", "h5", "h6"]),
          "above <h1>": (tags == "h1").any() & (np.cumsum(tags == "h1") == 0)}
     f |= {tag: tags == tag for tag in ("p", "li", "div", "pre")}
     sentences = np.append(0, np.cumsum(length * (ends & (link < 0.5) & (length > 60))))
-    f["share of sentences"] = (sentences[end] - sentences[first])[at] / (sentences[-1] + 1)
+    f["sentences"] = (sentences[end] - sentences[first])[at] / (sentences[-1] + 1)
     f["sentences above"] = sentences[:-1] / (sentences[-1] + 1)
     f["text above"] = (np.cumsum(length) - length) / (length.sum() + 1)
-    for i, (name, *_) in enumerate(PLACES):
+    for i, name in enumerate(PLACES):
         inside = bits >> i & 1
         share = inside @ length / (length.sum() + 1)
         f["in " + name] = inside * (1 - share)  # where all of the page is tells nothing
         if name in ("<main>", "<article>"):
-            f["outside of " + name] = (share > 0.05) & (inside == 0)
+            f["outside " + name] = (share > 0.05) & (inside == 0)
     return f, length
 
 def context(odds, blocks, elements, length):  # blocks among the others: {feature: column}
@@ -299,8 +285,8 @@ def context(odds, blocks, elements, length):  # blocks among the others: {featur
     sums = np.concatenate([np.zeros((2, 1)), np.cumsum([p * length, length], 1)], 1)
     total, index = sums[0, -1] + 1, np.arange(len(blocks))
     likely, text = sums[:, end] - sums[:, first]  # in each element
-    f = {"odds": odds, "in the element": (likely / (text + 1))[at],
-         "in the page": np.full(len(blocks), total / (length.sum() + 1))}
+    f = {"odds": odds, "element": (likely / (text + 1))[at],
+         "page": np.full(len(blocks), total / (length.sum() + 1))}
     chosen = {"best": np.argmax(likely / (text + total))}  # of which element F1 would be highest
     for k in (50, 70, 90):  # the smallest element with that part of the likely text
         chosen[f"{k}%"] = np.flatnonzero(likely >= k / 100 * likely[0])[-1]
@@ -311,8 +297,8 @@ def context(odds, blocks, elements, length):  # blocks among the others: {featur
     stretch = number[np.minimum(np.searchsorted(hits, index), len(number) - 1)]
     f["stretch"] = np.bincount(stretch, p * length)[stretch] / total
     declared = elements[0][4] > 0
-    f |= {"article: " + name: declared * column for name, column in f.items()}
-    return f | {"article": np.full(len(p), declared)}
+    f |= {"news " + name: declared * column for name, column in f.items()}
+    return f | {"news": np.full(len(p), declared)}
 
 def main_blocks(blocks, elements, texts, looks=LOOKS, others=CONTEXT):
     """Which blocks are main text: (blocks,) bool."""
@@ -324,9 +310,8 @@ def main_blocks(blocks, elements, texts, looks=LOOKS, others=CONTEXT):
     order = np.argsort(-p, kind="stable")
     hits, size = np.cumsum((p * length)[order]), np.cumsum(length[order])
     keep = (p >= p[order[np.argmax(hits / (size + hits[-1] + 1))]]) & (length > 0)  # half of F1
-    # What there is three times or more beside an article are comments, or other stories.
     count = collections.Counter((up, tag) for up, begin, end, tag, _ in elements if end - begin > 1)
-    repeated = [False]  # for each element
+    repeated = [False]  # by element: comments or other stories, three or more beside an article
     for up, begin, end, tag, _ in elements[1:]:
         many = tag in ("li", "article") and end - begin > 1 and count[up, tag] > 2
         repeated.append(many or repeated[up])
@@ -345,11 +330,9 @@ def extract_text(html):
             text = "\n".join(filter(None, (" ".join(s.split()) for s in text.split("\v"))))
         if tag in ("tr", "td", "th"):
             text, tag = text.strip(" |"), "tr"
-        text = "- " * (tag == "li") + text
         if text.strip(" -"):
-            out += "\n" if last == tag and tag in ("li", "tr") else "\n\n" * bool(out)
-            out += text
-            last = tag
+            gap = "\n" if last == tag and tag in ("li", "tr") else "\n\n" * bool(out)
+            out, last = out + gap + "- " * (tag == "li") + text, tag
     return unicodedata.normalize("NFC", out)
 
 # ---- Classifiers: softmax regression on hashed n-grams (Joulin et al. 2016, without hidden layer).
@@ -425,16 +408,17 @@ class LinearClassifier:
                      chars=self.chars, words=self.words, scale=self.scale * step)
 
     @classmethod
-    @functools.lru_cache
     def load(cls, path):  # what `save` wrote; ValueError if it is something else
         with np.load(path, allow_pickle=False) as f:
             model = cls(f["labels"].tolist(), f["table"], f["chars"], int(f["words"]), f["scale"])
-        if model.table.shape[1:] != (len(model.labels),) or max(*model.chars, model.words) > 16:
+        size = len(model.table) & len(model.table) - 1, *model.table.shape[1:]
+        if size != (0, len(model.labels)) or max(*model.chars, model.words) > 16:
             raise ValueError(f"{path} is no classifier of curate.py")
         return model
 
-# ---- Language without a trained classifier: by script, letters of its own, or stop words.
-# First word of the Unicode name of letters: the most common language that is written in them.
+load_classifier = functools.lru_cache(LinearClassifier.load)
+
+# ---- Language: by script (first word of the Unicode name of letters), own letters, stop words.
 SCRIPTS = dict(pair.split("=") for pair in """CJK=zh HIRAGANA=ja KATAKANA=ja HANGUL=ko CYRILLIC=ru
 ARABIC=ar GREEK=el HEBREW=he ARMENIAN=hy GEORGIAN=ka DEVANAGARI=hi BENGALI=bn GURMUKHI=pa
 GUJARATI=gu TAMIL=ta TELUGU=te THAI=th MYANMAR=my ETHIOPIC=am KHMER=km LATIN=latin""".split())
@@ -462,17 +446,16 @@ def identify_language(text, classifier=None):
     script, most = counts.most_common(1)[0]
     share, own = most / max(1, sum(counts.values())), OWN_LETTERS.get(script, {})
     if script != "latin":
-        own = (code for code in own if sum(map(text.count, own[code])) > 0.01 * most)
-        return next(own, script), share
+        return next((code for code in own if sum(map(text.count, own[code])) > 0.01 * most),
+                    script), share
     words = re.findall(r"[^\W\d_]+", text)
     hits = collections.Counter({c: sum(map(s.__contains__, words)) for c, s in STOP_WORDS.items()})
     (best, most), (_, second) = hits.most_common(2)
-    # Running text has a stop word in three. A language that has as many hits is as likely.
-    certain = min(1.0, 3 * most / len(words)) * most / max(1, most + second)
+    certain = min(1.0, 3 * most / len(words)) * most / max(1, most + second)  # 1 in 3 is usual
     return best if most or text.isascii() else "und", share * (0.3 + 0.7 * certain)
 
 # ---- Filters: each function names the rule that a text breaks, or returns None.
-# Letters of scripts without spaces between words: kana, Chinese, Thai, Lao, Burmese, Khmer.
+# Scripts without spaces between words: kana, Chinese, Thai, Lao, Burmese, Khmer.
 DENSE = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
 NO_SPACES = re.compile(f"[{DENSE}]")
 ENDS = "…。！？｡؟۔।॥։።"  # of sentences, besides . ! and ?
@@ -544,7 +527,6 @@ def fineweb_reason(text):  # FineWeb's own rules (Penedo et al. 2024)
 
 FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reason,
            "c4": c4_reason, "fineweb": fineweb_reason}
-# The same as functions of a text that say only whether it is kept.
 gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (
     lambda text, reason=reason: reason(text) is None for reason in FILTERS.values())
 
@@ -586,11 +568,11 @@ mask_ips = functools.partial(mask_where, IP, "|||IP_ADDRESS|||",
 
 # ---- Files and workers: documents by kind of file, writing, and maps over files by processes.
 JSON_LINES, PAGES = (".jsonl", ".ndjson", ".json"), (".html", ".htm", ".xhtml")
-KINDS = (".warc", ".wet", ".txt", ".pdf", *JSON_LINES, *PAGES, *""".py .md .rst .tex .org .c .h .cc
+KINDS = (".warc", ".wet", ".txt", *JSON_LINES, *PAGES, *""".py .md .rst .tex .org .c .h .cc
 .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .sh .sql .jl .lua .hs .kt .cs""".split())
 
 def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody knows it
-    kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", path.lower()))[1]
+    kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", os.fspath(path).lower()))[1]
     if kind not in kinds:
         raise ValueError(f"{path}: no known kind of file: {' '.join(kinds)}, or .gz, .zst of them")
     return kind
@@ -598,13 +580,12 @@ def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody
 def find_inputs(patterns):  # files, and what is of known kinds in folders: paths
     paths, known = [], tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst"))
     for path in (path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]):
-        inside = sorted(glob.glob(f"{path}/**/*.*", recursive=True))
-        paths += [p for p in inside if p.endswith(known)] if os.path.isdir(path) else [path]
+        inside = filter(os.path.isfile, sorted(glob.glob(f"{path}/**/*.*", recursive=True)))
+        paths += [p for p in inside if p.lower().endswith(known)] if os.path.isdir(path) else [path]
     return [path for path in paths if kind_of(path) and not path.endswith("report.json")]
 
 def read_documents(path, counts=None):
-    """The documents of a file: dicts with "text" or, if it is yet to be extracted, "html", and with
-    "url" or "path". counts: a Counter of what is skipped, by reason."""
+    """The documents of a file: dicts with "text" or "html", and "url" or "path"."""
     kind, counts = kind_of(path), collections.Counter() if counts is None else counts
     if kind in (".warc", ".wet"):
         for record in read_warc(path, counts):
@@ -617,19 +598,17 @@ def read_documents(path, counts=None):
                 yield document
             except (ValueError, AttributeError, RecursionError):
                 counts["bad line"] += 1
-    elif kind == ".pdf":
-        pages = importlib.import_module("pypdf").PdfReader(path).pages
-        yield {"text": "\n\n".join(page.extract_text() for page in pages), "path": path}
     else:
         limit = math.inf if kind == ".txt" else MAX_PAGE
-        for part in filter(bytes.strip, read_parts(path, EOT.encode(), counts, limit)):
+        for part in filter(bytes.strip, read_parts(path, b"<|endoftext|>", counts, limit)):
             text = decode_page(part).strip().replace("\r\n", "\n")
             yield {"html" if kind in PAGES else "text": text, "path": path}
 
 @contextlib.contextmanager
 def replacing(path):  # a binary file, gzipped if path says so, that is renamed when complete
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-        packed = path.endswith(".gz") and gzip.GzipFile("", "wb", 5, file, mtime=0)
+        packed = str(path).endswith(".gz") and gzip.GzipFile("", "wb", 5, file, mtime=0)
         with packed or contextlib.nullcontext(file) as out:
             yield out
     os.replace(file.name, path)
@@ -643,8 +622,7 @@ def run_job(job):  # (name, arguments, file) -> result, from the file if it was 
             file.write(to_json(globals()[job[0]](*job[1])))
     return json.loads(pathlib.Path(job[2]).read_bytes())
 
-def run_all(function, jobs, work, workers, ray):
-    """[function(*job) for job in jobs]. work: how the names of files begin; ray: an address."""
+def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in jobs]
     jobs = [(function, job, f"{work}-{function}-{i}.json") for i, job in enumerate(jobs)]
     if ray:
         from ray.util.multiprocessing import Pool
@@ -666,7 +644,7 @@ def stable_hash(data):  # bytes or str -> 64 bits, unlike Python's the same in e
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 class BloomFilter:
-    """A set in bits: says that it holds what it does not with probability error_rate (Bloom 1970)."""
+    """A set in bits: claims to hold what it does not with probability error_rate (Bloom 1970)."""
 
     def __init__(self, capacity, error_rate=0.001):
         self.size = math.ceil(-capacity * math.log(error_rate) / math.log(2) ** 2)
@@ -675,15 +653,16 @@ class BloomFilter:
 
     def places(self, item):  # (byte, bit) of each: h1 + i h2 (Kirsch, Mitzenmacher 2006)
         h = stable_hash(item)
-        places = ((h + i * (h >> 32 | 1)) % self.size for i in range(self.num_hashes))
-        return [(at >> 3, 1 << (at & 7)) for at in places]
+        return [divmod((h + i * (h >> 32 | 1)) % self.size, 8) for i in range(self.num_hashes)]
 
     def __contains__(self, item):
-        return all(self.bits[byte] & bit for byte, bit in self.places(item))
+        return all(self.bits[byte] >> bit & 1 for byte, bit in self.places(item))
 
-    def add(self, item):
+    def add(self, item):  # a str or bytes -> whether it was there before
+        seen = item in self
         for byte, bit in self.places(item):
-            self.bits[byte] |= bit
+            self.bits[byte] |= 1 << bit
+        return seen
 
 PUNCTUATION = bytes(i for i in range(33, 128) if not chr(i).isalnum())
 
@@ -720,12 +699,9 @@ def band_keys(hashes, num_hashes, num_bands):  # a 64-bit key per band, with its
     key = (rows.sum(1) + np.arange(1, num_bands + 1, dtype=np.uint64)) * MULTIPLIER
     return (key ^ (key >> np.uint64(31))) * MULTIPLIER
 
-def hash_units(texts, out, unit, o):
-    # Writes keys: odd ones of documents and paragraphs, kept once, even ones of lines, dropped if
-    # frequent, 0 if to keep anyway; or keys of bands, n-grams of documents, and where these end.
+def hash_units(texts, out, unit, o):  # to keys: odd ones are kept once, even ones if not frequent
     keys, ends = array.array("Q"), array.array("Q", [0])
-    if isinstance(texts, str):
-        texts = (document["text"] for document in read_documents(texts))
+    texts = (d["text"] for d in read_documents(texts)) if isinstance(texts, str) else texts
     with open(out + ".sets", "wb") as sets:
         for text in texts:
             if unit == UNITS[0]:
@@ -741,11 +717,15 @@ def hash_units(texts, out, unit, o):
     np.array(keys).tofile(out)
     np.array(ends).tofile(out + ".ends")
 
-def find_repeats(spills, unit, o):
-    # Which units of files to drop: a byte each, in files path.drop. Near duplicates are documents
-    # with a Jaccard similarity of `threshold` to an earlier one.
+def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: whether to drop it
     starts, size = np.cumsum([0, *(os.path.getsize(path) // 8 for path in spills)]), o["num_bands"]
     drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
+    parent = {}  # union-find: of a document an earlier one of its cluster of near duplicates
+
+    def root(x):
+        while x in parent:
+            x = parent[x]
+        return x
 
     @functools.lru_cache(256)
     def grams(document):
@@ -769,13 +749,13 @@ def find_repeats(spills, unit, o):
             continue
         for begin, end in zip(edges[:-1][count > 1], edges[1:][count > 1]):
             bucket = (ids[begin:end] // size).tolist()
-            for i, a in enumerate(bucket):
-                drop[a * size] = drop[a * size] or any(
-                    jaccard(grams(a), grams(b)) >= o["threshold"]
-                    for b in bucket[max(0, i - 50) : i])  # of large buckets not all pairs
+            for a, b in ((a, b) for i, a in enumerate(bucket) for b in bucket[max(0, i - 50) : i]):
+                low, high = sorted((root(a), root(b)))
+                if low != high and jaccard(grams(a), grams(b)) >= o["threshold"]:
+                    parent[high] = low
+    drop[np.array([*parent], int) * size] = True
     for path, part in zip(spills, np.split(drop, starts[1:-1])):
         part.tofile(path + ".drop")
-    return [path + ".drop" for path in spills]
 
 def exact_line_dedup(files, out):
     """Write files to the folder out without the lines that occur more than once in all together."""
@@ -783,32 +763,31 @@ def exact_line_dedup(files, out):
     counts = collections.Counter(line.rstrip(b"\r\n") for own in files.values() for line in own)
     os.makedirs(out, exist_ok=True)
     for path, own in files.items():
-        with replacing(os.path.join(out, os.path.basename(path))) as file:
+        with open(os.path.join(out, os.path.basename(path)), "xb") as file:  # never over an input
             file.writelines(line for line in own if counts[line.rstrip(b"\r\n")] == 1)
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8):
-    """Copy files to the folder out but for near duplicates of earlier ones (`find_repeats`)."""
+    """Copy to the folder out the first file of each cluster of near duplicates."""
     o = {"num_hashes": num_hashes, "num_bands": num_bands, "ngram": ngram, "threshold": threshold}
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         texts = (decode_page(pathlib.Path(path).read_bytes()) for path in files)
         hash_units(texts, spill := os.path.join(work, "keys"), UNITS[2], o)
-        drop = np.fromfile(find_repeats([spill], UNITS[2], o)[0], bool)[::num_bands]
+        find_repeats([spill], UNITS[2], o)
+        drop = np.fromfile(spill + ".drop", bool)[::num_bands]
     for path in itertools.compress(files, ~drop):
-        shutil.copy(path, out)
+        with open(os.path.join(out, os.path.basename(path)), "xb") as file:
+            file.write(pathlib.Path(path).read_bytes())
 
 # ---- Decontaminate: drop documents that share 13 words in a row with a test (Brown et al. 2020).
 
 @functools.lru_cache(1)
 def test_ngrams(paths, n=13):
-    """{n, or length if 8 or more: sorted hashes of n-grams} of JSON strings, .csv cells, lines."""
+    """{n, or length if 8 or more: sorted hashes of n-grams} of strings in JSON or lines."""
     found = collections.defaultdict(list)
     for path in paths:
-        kind = kind_of(path, (*JSON_LINES, ".csv", ".txt"))
         strings = [line.decode("utf-8", "replace") for line in read_parts(path, b"\n", {})]
-        if kind == ".csv":
-            strings = itertools.chain.from_iterable(csv.reader(strings))
-        elif kind != ".txt":
+        if kind_of(path, (*JSON_LINES, ".txt")) != ".txt":
             strings = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', "\n".join(strings)))
         for words in (hash_words(normalize(string))[0] for string in strings):
             if len(words) >= 8:
@@ -842,7 +821,6 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
                     yield {**document, "text": text, "source": name}
 
     streams = {name: stream(name) for name in given}
-    os.makedirs(output_dir, exist_ok=True)
     with replacing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
         while streams and sum(g["bytes"] for g in given.values()) < (budget or math.inf):
             name = min(streams, key=lambda name: given[name]["bytes"] / given[name]["weight"])
@@ -866,7 +844,7 @@ def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to
         yield "extract", None if document["text"] else "no text"
     document["text"] = text = unicodedata.normalize("NFC", document["text"])
     if "language" in steps:
-        classifier = LinearClassifier.load(o["language_model"]) if o["language_model"] else None
+        classifier = load_classifier(o["language_model"]) if o["language_model"] else None
         document["language"], score = identify_language(text, classifier)
         wanted = not o["languages"] or document["language"] in o["languages"] and score >= 0.5
         yield "language", None if wanted else document["language"]
@@ -874,30 +852,29 @@ def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to
         language = [document["language"]] if name == "gopher" and "language" in document else []
         yield name, FILTERS[name](text, *language)
     for path, label, p in (c.rsplit(":", 2) for c in o["classifiers"] if "filter" in steps):
-        document[label] = round(LinearClassifier.load(path).score(text, label), 4)
+        document[label] = round(load_classifier(path).score(text, label), 4)
         yield "classifier", None if document[label] >= float(p) else f"not {label}"
     if "mask" in steps:
-        for mask in (mask_emails, mask_phone_numbers, mask_ips):
-            text, document[mask.args[1].strip("|").lower()] = mask(text)
+        masks = {"emails": mask_emails, "phones": mask_phone_numbers, "ips": mask_ips}
+        for name, mask in masks.items():
+            text, document[name] = mask(text)
         yield "mask", None
     if "decontaminate" in steps and o["evals"]:
         found = contaminated(text, test_ngrams(tuple(o["evals"])))
         yield "decontaminate", "in a test set" if found else None
-    if UNITS[0] in steps:
-        yield UNITS[0], "copy" if next(flags) else None
+    for unit, n in ((UNITS[0], 1), (UNITS[2], o["num_bands"])):
+        if unit in steps:
+            yield unit, "copy" if any([next(flags) for _ in range(n)]) else None
     if UNITS[1] in steps:
         kept = [line for line in text.split("\n") if not next(flags)]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept).strip())
         cut = len(text) < len(document["text"].strip())
         yield UNITS[1], "too little left" if cut and len(text.split()) < 50 else None
-    if UNITS[2] in steps:
-        yield UNITS[2], "copy" if any([next(flags) for _ in range(o["num_bands"])]) else None
     document["text"] = text
 
-def process_file(path, out, steps, o, drop=None):
-    """Steps on a file's documents -> ({"step: reason": how many}, {"step: reason": example})."""
+def process_file(path, out, steps, o, spill=None):  # -> counts, and an example for each reason
     counts, examples, skipped = collections.Counter(), {}, collections.Counter()
-    flags = iter(np.fromfile(drop, bool).tolist()) if drop else None
+    flags = iter(np.fromfile(spill + ".drop", bool).tolist()) if spill else None
     with replacing(out) as file:
         for document in read_documents(path, skipped):
             for step, reason in apply_steps(document, steps, o, flags):
@@ -918,15 +895,15 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
         raise ValueError(f"{out} is of other inputs or settings: give another --out")
     os.makedirs(work, exist_ok=True)
     for steps in stages:
-        base, drops = f"{work}/{steps[0]}", itertools.repeat(None)
+        base, spills = f"{work}/{steps[0]}", itertools.repeat(None)
         if steps[0] in UNITS:
             spills = [f"{base}-{i}" for i in range(len(files))]
             run_all("hash_units", [(*p, steps[0], o) for p in zip(files, spills)], base, *how)
-            drops = find_repeats(spills, steps[0], o)
-        base = f"{out}/" if steps is stages[-1] else f"{base}-"
-        outputs = [f"{base}{i:05d}.jsonl.gz" for i in range(len(files))]
-        jobs = [(path, new, steps, o, drop) for path, new, drop in zip(files, outputs, drops)]
-        for own, texts in run_all("process_file", jobs, f"{work}/{steps[0]}", *how):
+            find_repeats(spills, steps[0], o)
+        folder = f"{out}/" if steps is stages[-1] else f"{base}-"
+        outputs = [f"{folder}{i:05d}.jsonl.gz" for i in range(len(files))]
+        jobs = [(path, new, steps, o, spill) for path, new, spill in zip(files, outputs, spills)]
+        for own, texts in run_all("process_file", jobs, base, *how):
             counts, examples = counts + collections.Counter(own), {**texts, **examples}
         files = outputs
     with replacing(f"{out}/report.json") as file:
@@ -942,12 +919,11 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["pipeline", *STEPS, "mix", "train-classifier"])
-    here = os.path.dirname(os.path.abspath(__file__))
-    options = {"input": glob.glob(f"{here}/*.md"), "out": "data/corpus", "workers": os.cpu_count(),
-               "ray": "", "steps": STEPS, "languages": ["en"], "language_model": "",
-               "classifiers": [], "filters": ["gopher", "repetition", "fineweb"], "evals": [],
-               "threshold": 0.8, "ngram": 5, "num_hashes": 112, "num_bands": 14, "weights": [],
-               "temperature": 1.0, "tokens": 0.0, "words": 0}
+    options = {"input": [f"{pathlib.Path(__file__).resolve().parent}/*.[mp][dy]"], "evals": [],
+               "out": "data/corpus", "workers": os.cpu_count(), "ray": "", "steps": STEPS,
+               "languages": ["en"], "language_model": "", "classifiers": [], "threshold": 0.8,
+               "filters": ["gopher", "repetition", "fineweb"], "ngram": 5, "num_hashes": 112,
+               "num_bands": 14, "weights": [], "temperature": 1.0, "tokens": 0.0, "words": 0}
     for name, default in options.items():
         kind, nargs = (str, "*") if isinstance(default, list) else (type(default), None)
         choices = {"steps": STEPS, "filters": list(FILTERS)}.get(name)
@@ -966,7 +942,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
                               for path in paths for document in read_documents(path)))
         chars = (0, 0) if o["words"] else (1, 4)
         LinearClassifier.train(texts, labels, chars, o["words"]).save(o["out"])
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, csv.Error) as error:
+    except (ValueError, OSError, LookupError, RuntimeError, ImportError) as error:
         print(f"curate.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 
