@@ -628,10 +628,10 @@ def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in j
         from ray.util.multiprocessing import Pool
         here = importlib.import_module("curate")  # Ray's workers find this file by its name
         return Pool(ray_address=ray).map(here.run_job, jobs, chunksize=1)
-    if workers == 1:
+    if min(workers, len(jobs)) < 2:
         return list(map(run_job, jobs))
     context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with context.Pool(workers, signal.signal, quiet) as pool:  # its workers end with this process
+    with context.Pool(min(workers, len(jobs)), signal.signal, quiet) as pool:
         return pool.map(run_job, jobs, chunksize=1)
 
 # ---- Duplicates: documents, lines, paragraphs and near duplicates, by one shuffle.
