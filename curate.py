@@ -602,7 +602,7 @@ def read_documents(path, counts=None):
         limit = math.inf if kind == ".txt" else MAX_PAGE
         for part in filter(bytes.strip, read_parts(path, b"<|endoftext|>", counts, limit)):
             text = decode_page(part).strip().replace("\r\n", "\n")
-            yield {"html" if kind in PAGES else "text": text, "path": path}
+            yield {"html" if kind in PAGES else "text": text, "path": str(path)}
 
 @contextlib.contextmanager
 def replacing(path):  # a binary file, gzipped if path says so, that is renamed when complete
