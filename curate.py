@@ -337,15 +337,18 @@ def extract_text(html):
 
 # ---- Classifiers: softmax regression on hashed n-grams (Joulin et al. 2016, without hidden layer).
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # arithmetic is modulo 2^64
-POWERS = np.cumprod(np.full(1000, MULTIPLIER))
+POWERS = np.cumprod(np.full(1 << 16, MULTIPLIER))
+INVERSES = np.cumprod(np.full(1 << 16, pow(int(MULTIPLIER), -1, 1 << 64), np.uint64))
 
 def hash_words(data):  # what lies between spaces in bytes -> (hashes uint64, lengths)
+    if len(data) > len(POWERS) - 2:
+        half = data.rfind(b" ", 0, len(data) // 2) + 1 or len(data) // 2
+        return tuple(map(np.concatenate, zip(hash_words(data[:half]), hash_words(data[half:]))))
     x = np.frombuffer(b" " + data + b" ", np.uint8)
-    edges = np.flatnonzero(np.diff(letter := x > 32))
-    first = np.cumsum(lengths := edges[1::2] - edges[::2]) - lengths  # among the letters
-    place = np.minimum(np.arange(lengths.sum()) - np.repeat(first, lengths), len(POWERS) - 1)
-    h = np.add.reduceat(x[letter] * POWERS[place], first) * MULTIPLIER if len(first) else POWERS[:0]
-    return (h ^ (h >> np.uint64(32))) * MULTIPLIER, lengths
+    edges = np.flatnonzero(np.diff(x > 32))
+    first, last, total = edges[::2], edges[1::2], np.cumsum(x * POWERS[: len(x)], dtype=np.uint64)
+    h = (total[last] - total[first]) * INVERSES[first] * MULTIPLIER  # a polynomial in the bytes
+    return (h ^ (h >> np.uint64(32))) * MULTIPLIER, last - first
 
 def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
     out = hashes[: max(0, len(hashes) - n + 1)]
@@ -355,9 +358,8 @@ def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
     return out ^ (out >> np.uint64(29))
 
 class LinearClassifier:
-    """table: (2**bits, labels) float32; chars: (shortest, longest) n-gram of characters, (0, 0) for
-    none; words: longest n-gram of words. Characters are best for languages and misspelt words,
-    words alone where classes come from different sources: characters learn quotation marks."""
+    """On n-grams of characters, chars: (shortest, longest), best for languages and odd spelling, or
+    of up to `words` words, chars (0, 0), which are better if classes come from different sources."""
 
     def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
         self.labels, self.table, self.scale = list(labels), table, float(scale)
@@ -685,9 +687,8 @@ def jaccard(a, b):  # |A and B| / |A or B| of sorted arrays of distinct numbers
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / max(1, len(a) + len(b) - common)
 
-# MinHash (Broder 1997): the first n-gram in a random order of all is the same in two texts with
-# probability J, so `num_hashes` orders, a h mod 2^32, give a signature. Two signatures, cut into b
-# bands of r, agree in some band with probability 1 - (1 - J^r)^b: these pairs are compared.
+# MinHash (Broder 1997): the first n-gram in a random order, a h mod 2^32, is the same in two texts
+# with probability J; some of b bands of r orders agree with 1 - (1 - J^r)^b: pairs to compare.
 ORDERS = np.random.RandomState(0).randint(1 << 32, size=4096, dtype=np.uint32) | np.uint32(1)
 
 def band_keys(hashes, num_hashes, num_bands):  # a 64-bit key per band, with its number mixed in
@@ -719,10 +720,9 @@ def hash_units(texts, out, unit, o):  # to keys: odd ones are kept once, even on
 
 def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: whether to drop it
     starts, size = np.cumsum([0, *(os.path.getsize(path) // 8 for path in spills)]), o["num_bands"]
-    drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
-    parent = {}  # union-find: of a document an earlier one of its cluster of near duplicates
+    drop, ranges, parent = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1), {}
 
-    def root(x):
+    def root(x):  # union-find: the parent of a document is an earlier one of its cluster
         while x in parent:
             x = parent[x]
         return x
