@@ -70,7 +70,8 @@ def load_pages(args, learn=False):
 def blocks_of(html):
     """(blocks, elements, texts) as extract_text has them."""
     blocks, elements = C.scan(html if isinstance(html, str) else C.decode_page(html))
-    return blocks, elements, [" ".join(C.clean(b[0]).split()) or "-" for b in blocks]
+    return blocks, elements, [
+        " ".join(C.INVISIBLE.sub("", C.html_library.unescape(b[0])).split()) or "-" for b in blocks]
 
 def score_text(text, gold):
     """F1 of the multisets of words, or of segments the numbers of hits, false hits and misses."""
@@ -184,8 +185,7 @@ def fit(args):
         scores[kind].append(score_text(text, gold))
     if scores:
         show_scores("unseen", scores)
-    print("PLACES:", "; ".join(f"{' '.join(words)} {looks.pop('in ' + words[0]):.2f}"
-                               for words in C.PLACES))
+    print("PLACES:", "; ".join(f"{name} {looks.pop('in ' + name):.2f}" for name in C.PLACES))
     for name, table in (("LOOKS", looks), ("CONTEXT", context)):
         print(f"{name}:", "; ".join(f"{feature} {weight:.2f}" for feature, weight in table.items()))
 
@@ -200,7 +200,7 @@ def minhash(args):
     everything = texts + [b for _, b in pairs]
 
     def ours(text):
-        return C.band_keys(C.minhash_signature(C.shingles(text, 5), 112), 14)
+        return C.band_keys(C.shingles(text, 5), 112, 14)
 
     def datasketch(text):
         from datasketch import MinHash
