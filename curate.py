@@ -359,7 +359,7 @@ def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
 
 class LinearClassifier:
     """On n-grams of characters, chars: (shortest, longest), best for languages and odd spelling, or
-    of up to `words` words, chars (0, 0), which are better where classes are of different sources."""
+    of up to `words` words, chars (0, 0), which are better where classes have their own sources."""
 
     def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
         self.labels, self.table, self.scale = list(labels), table, float(scale)
