@@ -359,7 +359,7 @@ def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
 
 class LinearClassifier:
     """On n-grams of characters, chars: (shortest, longest), best for languages and odd spelling, or
-    of up to `words` words, chars (0, 0), which are better if classes come from different sources."""
+    of up to `words` words, chars (0, 0), which are better where classes have their own sources."""
 
     def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
         self.labels, self.table, self.scale = list(labels), table, float(scale)
@@ -477,7 +477,7 @@ def first_true(**rules):  # the name of the first rule that is broken, or None
 def gopher_quality_reason(text, language="en"):  # Gopher's rules for quality (Rae et al. 2021)
     words, lines, dense = text.split(), parts_of(text), len(NO_SPACES.findall(text))
     letters = sum(map(len, words))
-    spaced, count = (True, len(words)) if dense <= 0.3 * letters else (False, dense)  # letters
+    spaced, count = (True, len(words)) if dense <= 0.3 * letters else (False, dense)  # of letters
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
     lettered = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
     stop_words = {"the", "be", "to", "of", "and", "that", "have", "with"} & {*text.lower().split()}
@@ -942,7 +942,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
                               for path in paths for document in read_documents(path)))
         chars = (0, 0) if o["words"] else (1, 4)
         LinearClassifier.train(texts, labels, chars, o["words"]).save(o["out"])
-    except (ValueError, OSError, LookupError, RuntimeError, ImportError) as error:
+    except Exception as error:  # zipfile and zstandard have their own kinds for damaged files
         print(f"curate.py: error: {error}", file=sys.stderr)
         sys.exit(1)
 
