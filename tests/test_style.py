@@ -7,8 +7,8 @@ import re
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LINES = {"bpe.py": 1187, "model.py": 1224, "train.py": 590, "kernels.py": 880, "ddp.py": 1143,
-         "scaling.py": 500, "curate.py": 1745, "align.py": 1827, "README.md": 260}
+LINES = {"bpe.py": 750, "model.py": 1200, "train.py": 550, "kernels.py": 880, "ddp.py": 830,
+         "scaling.py": 500, "curate.py": 950, "align.py": 1100, "README.md": 260}
 IMPORTS = {"bpe": set(), "kernels": {"model", "train"}, "model": {"bpe", "kernels"},
            "curate": {"bpe", "model"}, "train": {"bpe", "model", "kernels"}, "scaling": {"model"},
            "ddp": {"bpe", "model", "train", "kernels"},
@@ -26,7 +26,7 @@ def test_files_are_within_their_budgets(name):
     assert read(name).count("\n") <= LINES[name]
 
 def test_the_suite_and_the_benches_are_within_theirs():
-    for kind, most in (("test_", 4130), ("bench_", 1300)):
+    for kind, most in (("test_", 3600), ("bench_", 1300)):
         assert sum(read(name).count("\n") for name in OURS if f"/{kind}" in name) <= most, kind
 
 @pytest.mark.parametrize("name", OURS)
