@@ -700,7 +700,7 @@ def main():
     add("--val_fraction", type=float, default=0.01, help="of the documents, for val.bin (0.01)")
     add("--val_input", default=(), nargs="+", help="files of which to make val.bin instead")
     add("--max_tokens", type=int, help="decode so many (all)")
-    add("--num_proc", type=int, help="processes (one per 32 MB)")
+    add("--num_proc", type=int, help="processes (by the size of the input)")
     args = parser.parse_args()
     command, specials, pattern = args.command, args.special_tokens, args.pattern
     if command is None:
@@ -712,8 +712,8 @@ def main():
         parser.error("--input is missing, or --out")
     gc.disable()  # nothing here makes cycles, and many small objects are made
     try:
-        size = sum(map(os.path.getsize, args.input or ()))
-        num_proc = args.num_proc or min(os.cpu_count(), 1 + (size >> 25))
+        size = sum(map(os.path.getsize, args.input or ())) >> (23 if command == "train" else 26)
+        num_proc = args.num_proc or max(1, min(os.cpu_count(), size))
         if command in ("encode", "decode", "show"):
             tokenizer = Tokenizer.from_file(args.tokenizer)
         elif pattern == "char":  # the vocabulary is the characters of the text
