@@ -11,7 +11,7 @@ sequences; one per byte makes longer ones; one per word can not say a new word. 
 (Gage 1994; Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes, so that
 nothing is unknown, and makes a token of the most frequent pair of neighbours, again and again.
 """
-import argparse, codecs, collections, contextlib, functools, gc, glob, gzip, heapq, io
+import argparse, codecs, collections, contextlib, functools, gc, gzip, heapq, io
 import itertools, json, os, pathlib, re, sys, unicodedata
 
 if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.07 CPU-seconds
@@ -117,7 +117,7 @@ def split(texts, patterns):
     if steps[1:] or patterns[0] not in PATTERNS.values():
         return [functools.reduce(split_by, steps, [text]) for text in texts]
     cut, plain = steps[0].findall, patterns[0] in map(PATTERNS.get, ("gpt2", "cl100k", "qwen"))
-    return [[text] if plain and text.lstrip(" ").isalpha() else cut(text) for text in texts]
+    return [[text] if plain and text.removeprefix(" ").isalpha() else cut(text) for text in texts]
 
 def find_cuts(block, chunked=True):
     r"""Offsets from 0 on, int64, where UTF-8 is cut into chunks that are split alone: around each
@@ -427,9 +427,9 @@ class Tokenizer:
             if not token or self.vocab.setdefault(i, utf8(token)) != utf8(token):
                 raise ValueError(f"special token {token!r} is empty, or has the id {i} of another")
             self.special_tokens[token] = i
-        if not all(type(i) is int and 0 <= i < 1 << 21 for i in self.vocab):
+        self.vocab_size, least = max(self.vocab, default=-1) + 1, min(self.vocab, default=0)
+        if {*map(type, self.vocab)} - {int} or least < 0 or self.vocab_size > 1 << 21:
             raise ValueError("an id is not a whole number from 0 to 2**21 - 1")
-        self.vocab_size = max(self.vocab, default=-1) + 1
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in a .bin
         self.eot_id = next((self.special_tokens[s] for s in ENDS if s in self.special_tokens), None)
         patterns = [pattern] if isinstance(pattern, str) else pattern
@@ -704,9 +704,9 @@ def main():
     args = parser.parse_args()
     command, specials, pattern = args.command, args.special_tokens, args.pattern
     if command is None:
-        root, odd = os.path.dirname(os.__file__), r"-packages|\btests?\b|idle_test"
-        names = sorted(glob.glob("**/*.py", root_dir=root, recursive=True))
-        args.input = [os.path.join(root, name) for name in names if not re.search(odd, name)]
+        root, odd = pathlib.Path(os.__file__).parent, r"-packages|\btests?\b|idle_test"
+        paths = sorted(root.rglob("*.py"))
+        args.input = [p for p in paths if not re.search(odd, str(p.relative_to(root)))]
         args.out, args.vocab_size = "data/stdlib", 4096
     if command != "show" and not (args.input and (args.out or command == "decode")):
         parser.error("--input is missing, or --out")
