@@ -11,8 +11,8 @@ sequences; one per byte makes longer ones; one per word can not say a new word. 
 (Gage 1994; Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes, so that
 nothing is unknown, and makes a token of the most frequent pair of neighbours, again and again.
 """
-import argparse, codecs, collections, contextlib, functools, gc, gzip, heapq, io
-import itertools, json, os, pathlib, re, sys, unicodedata
+import argparse, codecs, collections, contextlib, ctypes, functools, gc, gzip, heapq
+import io, itertools, json, os, pathlib, re, sys, unicodedata
 
 if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.07 CPU-seconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -119,10 +119,12 @@ def split(texts, patterns):
     cut, plain = steps[0].findall, patterns[0] in map(PATTERNS.get, ("gpt2", "cl100k", "qwen"))
     return [[text] if plain and text.removeprefix(" ").isalpha() else cut(text) for text in texts]
 
-def find_cuts(block, chunked=True):
+def find_cuts(block, chunked=True, turn=itertools.count(1)):
     r"""Offsets from 0 on, int64, where UTF-8 is cut into chunks that are split alone: around each
     byte 255, which no UTF-8 has and which ends a text; if `chunked` where each of PATTERNS begins a
     pre-token whatever else is there: `two| words`, `word|.` (not before a '), `end.\n|Next`."""
+    if len(block) > 1 << 15 and next(turn) % 32 == 0 and os.name == "posix":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # else glibc keeps what is free
     a = np.frombuffer(block, np.uint8)
     cut = a == 255
     cut[1:] |= cut[:-1]
@@ -192,9 +194,8 @@ BLOCK = 1 << 19  # bytes of text that are worked on at a time; larger ones cost 
 NOT_TEXT = tuple(".parquet .arrow .bz2 .xz .zst .lz4 .zip .7z .tar .tgz .bin .npy .npz .pt".split())
 
 def cut_stream(pieces, specials, chunked):
-    """UTF-8 in pieces of any size -> (blocks of about BLOCK bytes that can be tokenized alone, with
-    the byte 255 in place of special tokens; those found, of which the longest wins). Cuts go after
-    special tokens or, if `chunked`, where `find_cuts` says; 64 MB without any are an error."""
+    """UTF-8 in pieces -> (blocks of about BLOCK bytes that can be tokenized alone, the byte 255 in
+    place of special tokens, of which the longest wins; those found). 64 MB without a cut fail."""
     longest, buffer, enough = max(map(len, specials), default=0) + 1, bytearray(), BLOCK
     words = map(re.escape, sorted(specials, key=len, reverse=True))
     # a byte 255 that comes after a special token ends the same text; the second pattern is nowhere
@@ -379,9 +380,8 @@ def count_pretokens(first, step, source, pattern, specials, text_key):
 def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc=1,
               text_key="text"):
     """Learn a byte-level BPE vocabulary from a file, a list of files, or an iterable of texts, cut
-    at special tokens and into words by a pattern (a name from PATTERNS or a regular expression)
-    -> ({id: bytes}: the bytes, at most vocab_size - 256 - len(special_tokens) merges, the special
-    tokens; the merges in order, as pairs of bytes). Raises ValueError, OSError.
+    at special tokens and by a pattern, a name from PATTERNS or a regular expression
+    -> ({id: bytes}: 256 bytes, merges, special tokens; the merges in order, as pairs of bytes).
     >>> train_bpe(["low low lower"], 259)[1]
     [(b'o', b'w'), (b'l', b'ow')]"""
     source = [input] if isinstance(input, (str, os.PathLike)) else input
