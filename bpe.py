@@ -343,7 +343,7 @@ def learn_merges(words, n_merges):
 def count_pretokens(first, step, source, pattern, specials, text_key):
     """{pre-token: how often} of each `step`-th block. All processes read all: that is cheapest."""
     chunked = pattern in PATTERNS.values()
-    blocks = (read_blocks(source, specials, chunked, text_key) if isinstance(source, list) else
+    blocks = (read_blocks(source, specials, chunked, text_key) if hasattr(source, "__len__") else
               (b for b, _ in cut_stream((utf8(t) + b"\xff" for t in source), specials, chunked)))
     table, slots, chunks, counts = Table(20, 0), [], [], collections.defaultdict(int)
     for block in itertools.chain(itertools.islice(blocks, first, None, step), [b"\xff"]):
@@ -367,8 +367,8 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     >>> train_bpe(["low low lower"], 259)[1]
     [(b'o', b'w'), (b'l', b'ow')]"""
     source = [input] if isinstance(input, (str, os.PathLike)) else input
-    if source is input and not (isinstance(input, list) and any(map(os.path.exists, input))):
-        source, num_proc = iter(input), 1
+    if source is input and not (hasattr(input, "__len__") and any(map(os.path.exists, input))):
+        source, num_proc = iter(input), 1  # it holds texts
     specials, pattern = [*map(utf8, dict.fromkeys(special_tokens))], PATTERNS.get(pattern, pattern)
     n_merges = vocab_size - 256 - len(specials)
     if n_merges < 0 or b"" in specials:
