@@ -400,7 +400,7 @@ def test_interrupted_and_killed_runs_leave_the_old_files(folder):
     (folder / "train.bin").write_bytes(b"old")
     args = f"encode --tokenizer {folder} --input {folder}/a.txt --out {folder} --num_proc 2"
     for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = subprocess.Popen([sys.executable, f"{ROOT}/bpe.py", *args.split()],
+        process = subprocess.Popen([sys.executable, bpe.__file__, *args.split()],
                                    stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         while not list(folder.glob("train.bin.*.tmp")):
             time.sleep(0.02)
