@@ -247,10 +247,13 @@ WRONG = [(text, "5") for text in (
     ("5=6", "6"), ("0.333", "1/3"), ("9^9^9^9", "1"), ("(1,2)", "(2,1)"), ("2x-y=0", "2x+y=0"),
     ("", ""), ("{" * 900, "1"), (r"\boxed{" * 3000, "1"), ("1e999999999", "1"), ("x+2", "2"),
     ("10^{20}", "10^{20}+1"), ("x<3", "(-\\infty,3]"), ("i", "-i"), (r"\sqrt{x^2}", "x"),
-    ("__import__('os').system('id')", "0"), ("a" * 30_000, "1"), ("(((2^60)^60)^60)^60", "1")]
+    ("__import__('os').system('id')", "0"), ("a" * 30_000, "1"), ("(((2^60)^60)^60)^60", "1"),
+    ("3!!", "720"), ("12", r"\pm 12"), ("0=0", "x+y=0"), (r"1+\sqrt2,-1-\sqrt2", r"\pm1\pm\sqrt2"),
+    (r"\sqrt{2}*10^{-20}x=0", "x+y=0"), ("5=6", "7=8"), ("x+y=1", "1"), (r"\binom103", "120")]
 RIGHT = [(rf"\boxed{{{text}}}", truth) for text, truth in (
     (r"\mathbf{9}", "9"), ("pi/2", r"\frac{\pi}{2}"), ("3*sqrt(5)", r"3\sqrt{5}"), ("yx", "xy"),
     ("(a,b) = (-2,1)", "(-2,1)"), (r"m\angle ABC = 30^\circ", "30"), ("x<3", r"(-\infty,3)"),
+    ("7a-2b+5=0", "-7a+2b-5=0"), ("12, -12", r"\pm 12"), ("5!", "120"), (r"\binom52", "10"),
     ("17, 20, and 31", "17,20,31"), ("yes", "Yes"), (r"15\text{ cm}^2", "15"), ("1/2", "0.5"),
     ("2x+3", "3+2x"), (r"\frac{\sqrt{2}}{2}", r"1/\sqrt{2}"), ("1,234", "1234"), ("50%", "0.5"),
     (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}",
@@ -273,6 +276,23 @@ def test_choices():
         assert A.find_choice(text) == letter, text
     assert {*map(A.find_choice, ("A or B", "A cat sat on it", "cannot be A", "not A", "E", "A, B",
                                  "(A) (B) (C) (D)")), A.find_choice("I think", 10)} == {None}
+
+def test_instructions_of_ifeval():
+    less, least = {"let_relation": "less than", "relation": None}, {"relation": "at least"}
+    text = "Dr. Smith met Mrs. Jones at 5 p.m. today."  # one sentence, of 9 words
+    for name, k, good, bad in (
+            ("existence", {"keywords": ["cat", "Dog"]}, "a dog and a CAT", "a dog"),
+            ("forbidden_words", {"forbidden_words": ["cat"]}, "category", "a Cat."),
+            ("frequency", {"keyword": "the", "frequency": 2} | least, "The the", "the"),
+            ("letter_frequency", {"letter": "a", "let_frequency": 2} | less, "bA", "aa"),
+            ("number_sentences", {"num_sentences": 2, "relation": "less than"}, text, "Yes. No!"),
+            ("number_sentences", {"num_sentences": 2} | least, "It is 5 p.m. He left!", text),
+            ("number_words", {"num_words": 9.0} | least, text, "two words"),
+            ("number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
+            ("quotation", None, '"x"', 'x"'), ("no_comma", None, "a", "a, b"),
+            ("english_capital", {}, "ABC 1", "ABc"), ("english_lowercase", {}, "abc", "Abc")):
+        row = {"instruction_id_list": [f"kind:{name}"], "kwargs": [k]}
+        assert [A.verify(row, said) for said in (good, bad, " ")] == [1, 0, 0], name
 
 def test_code_that_is_right_passes():
     for code, tests in (
@@ -340,6 +360,9 @@ def test_tasks_are_read_as_published(tmp_path, base, capsys):
     item = read("arc", arc)
     assert (item["context"], item["target"], item["label"]) == ("Question: Why?\nAnswer:", " yy", 1)
     assert read("piqa", {"goal": "Do", "sol1": "a", "sol2": "b", "label": 0})["target"] == " a"
+    item = read("hellaswag", {"activity_label": "Cook", "ctx_a": "A [x] man.", "ctx_b": "he",
+                              "endings": ["eats [title] it", "runs"], "label": "1"})
+    assert item["context"] + item["target"] == "Cook: A man. He runs" and item["label"] == 1
     item = read("arc", arc, cot=True)
     assert item["problem"] == {"answerKey": "B", "n": 2} and "\nB. yy\nAnswer:" in item["context"]
     item = read("mmlu", ["Q?", "w", "x", "y", "z", "C"])
@@ -364,7 +387,7 @@ def test_answers_are_judged_voted_and_looked_up(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "p.jsonl", rows)
     A.run_command(f"eval --task gsm8k --ckpt x --data {path} --samples 3".split())
     out = capsys.readouterr().out
-    assert "\nacc: 0.5000" in out and "pass@2: 0.5\n" in out and "majority@3: 0.5000" in out
+    assert "\nacc: 0.5000" in out and "pass@2: 0.5000 (" in out and "majority@3: 0.5000" in out
     passages = ["the cat sat on the mat", "paris is a town", "a cat and a dog, a cat"]
     best = A.bm25(passages)
     assert best("what is paris", 1) == [passages[1]] and best("cat dog", 2)[0] == passages[2]
@@ -373,6 +396,14 @@ def test_answers_are_judged_voted_and_looked_up(tmp_path, capsys, monkeypatch):
     A.run_command(f"eval --task gsm8k --ckpt x --data {path} --retrieve {docs}".split())
     out = capsys.readouterr().out
     assert "\nacc: 0.5000" in out and "\nopen_acc: 1.0000" in out
+
+def test_a_judge_that_likes_a_place_decides_nothing(tmp_path, base, capsys, monkeypatch):
+    data = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 3)
+    likes = [1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0]  # the first, the second, what comes first
+    monkeypatch.setattr(A, "score", lambda model, asked, size: likes[: len(asked)])
+    A.run_command(f"judge --ckpt {base} --data {data} --device cpu".split())
+    out = capsys.readouterr().out
+    assert "pairs: 3\nfirst_preferred: 1\nsecond_preferred: 1\nwin_rate: 0.5000" in out
 
 def test_perplexity_of_text(tmp_path, base, capsys):
     text = "one plus one is two. " * 9
@@ -436,7 +467,7 @@ def test_dpo_reward_model_and_what_it_is_for(tmp_path, trained):
     assert len(rows) == 2 and rows[0]["reward"] not in ("0", "1")
 
 @pytest.mark.parametrize("algorithm", "grpo reinforce ppo dr_grpo dapo expert".split())
-def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm, capsys):
+def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm):
     data = write(tmp_path / "p.jsonl", sums(30, answer="1"))  # of all
     more = "--minibatches 2 --kl 0.01" if algorithm in ("ppo", "grpo") else ""
     rows = train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --val_data "
@@ -444,7 +475,6 @@ def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm, capsys
                  f"--learning_rate 5e-3 --eval_interval 12 --micro_batch 48 {more}")
     assert statistics.mean(float(r["reward"]) for r in rows[-3:]) > float(rows[0]["reward"]) + 0.2
     assert {"reward", "solved", "length", "entropy", "kl"} <= set(rows[0])
-    assert "'1': 1.00" in capsys.readouterr().out  # answers are shown
 
 @pytest.mark.parametrize("algorithm", ["dr_grpo", "expert"])
 def test_equal_rewards_change_nothing(tmp_path, trained, algorithm, capsys):
