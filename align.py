@@ -11,26 +11,24 @@ learning with verifiers, and evaluation. Each command's flags: python align.py C
 
 Training goes on with --resume --out_dir DIR. Data: .jsonl or .json, also .gz. sft: `prompt` and
 `response`; Alpaca's `instruction`, `input`, `output`; or `messages` of `role` and `content`. dpo,
-reward: `prompt`, `chosen`, `rejected`. rl: `prompt` and `answer`; or `tests`, lines of Python or
-objects of `input` and `output`. Shapes: B responses, T tokens, V vocabulary; at position t of
+reward, judge: `prompt`, `chosen`, `rejected`. rl: `prompt` and `answer`; or `tests`: lines of code,
+or objects of `input` and `output`. Shapes: B responses, T tokens, V vocabulary; at position t of
 `labels`, log-probs and masks is what comes after that of `input_ids`.
 """
 import argparse, ast, cmath, contextlib, csv, functools, gzip, io, itertools, json, math
 import multiprocessing, os, random, re, signal, statistics, subprocess, sys, time
-from collections import Counter
+from collections import Counter, defaultdict, namedtuple
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from bpe import Tokenizer
 from model import (SWITCH, TEMPLATES, Transformer, TransformerConfig, chat_stops, encode_chat,
-                   load_checkpoint, pick_device, replacing, save_checkpoint)
+                   load_checkpoint, pick_device, replacing, save_checkpoint, upcast)
 from train import clip_grad_norm, get_lr, make_optimizers
 
 # ---- Data: from the rows of a file to messages, and from ids to batches.
 def read_rows(path, make):
-    """make(row) of each row of a .jsonl, .json (a list), .csv or .txt file (documents), also .gz
-    -> list without None. Raises ValueError, with the row, where it fails or nothing is left."""
+    """make(row) of each row of .jsonl, .json, .csv, .txt, also .gz; ValueError names a bad row."""
     kinds = {"jsonl": lambda text: map(json.loads, filter(str.strip, text.split("\n"))),
              "json": json.loads, "csv": lambda text: csv.reader(io.StringIO(text)),
              "txt": lambda text: text.split("<|endoftext|>")}
@@ -73,6 +71,10 @@ def read_problem(row):
     if "tests" in row:
         if not ast.parse(source_of(row["tests"])[0]).body:
             raise ValueError("tests are empty")
+    elif "instruction_id_list" in row:
+        if {name.split(":")[1] for name in row["instruction_id_list"]} - CONSTRAINTS.keys():
+            return None
+        follows(row, "raises what arguments lack")
     else:
         row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
         kind, text, *_ = read(row["answer"])
@@ -81,8 +83,8 @@ def read_problem(row):
     return row | {"messages": read_prompt(row)}
 
 def padded(rows, fill, width, device="cpu"):  # lists of numbers -> (B, width) int64
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows],
-                        dtype=torch.int64, device=device).view(-1, width)
+    rows = [[*row, *[fill] * (width - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
 
 def collate(examples, pad_id=0, device="cpu"):
     """(ids, mask) of B texts -> dict of (B, T) tensors: input_ids and labels, the ids without the
@@ -103,12 +105,11 @@ def tokenize_prompts_and_responses(prompts, responses, tokenizer):
 def pack_sequences(examples, block_size, pad_id=0):
     """Several (ids, mask) in each row of block_size -> dict as of `collate`, of positions, by which
     the model keeps texts apart, as each starts from 0, and "dropped": how many were too long."""
-    rows = []  # each of four lists
-    fitting = [example for example in examples if 1 < len(example[0]) <= block_size + 1]
+    rows, fitting = [], [pair for pair in examples if 1 < len(pair[0]) <= block_size + 1]
     for ids, mask in sorted(fitting, key=lambda example: -len(example[0])):  # the longest first
-        row = next((row for row in rows if len(row[0]) + len(ids) - 1 <= block_size), None)
-        if row is None:
-            rows.append(row := ([], [], [], []))
+        fits = (row for row in rows if len(row[0]) + len(ids) - 1 <= block_size)
+        row = next(fits, ([], [], [], []))
+        rows += [row] * (not row[0])
         for part, new in zip(row, (ids[:-1], ids[1:], mask[1:], range(len(ids) - 1))):
             part += new
     ids, labels, mask, positions = (padded(row, fill, block_size) for row, fill in zip(
@@ -129,7 +130,7 @@ def masked_mean(tensor, mask, dim=None):
 
 def entropy(logits):
     """Entropy in nats of the softmax of the last dimension, -sum p log p. (..., V) -> (...)"""
-    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    log_p = torch.log_softmax(upcast(logits), -1)
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # 0 log 0 is 0
 
 def response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0,
@@ -137,8 +138,7 @@ def response_log_probs(model, input_ids, labels, return_token_entropy=False, tem
     """log p(label_t | input_ids up to t), of our models or Hugging Face's -> {"log_probs": (B, T)},
     0 where a label is -100, and "token_entropy", without gradient. input_ids, labels: (B, T)."""
     logits = model(input_ids) if positions is None else model(input_ids, positions=positions)
-    logits = getattr(logits, "logits", logits)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = upcast(getattr(logits, "logits", logits)) / temperature
     picked = torch.log_softmax(logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     out = {"log_probs": picked.masked_fill(labels == -100, 0.0)}
     return out | ({"token_entropy": entropy(logits.detach())} if return_token_entropy else {})
@@ -147,21 +147,18 @@ def sequence_log_probs(model, input_ids, labels, response_mask):
     """log p of each whole response given its prompt. (B, T) each, see `collate` -> (B,)"""
     return masked_sum(response_log_probs(model, input_ids, labels)["log_probs"], response_mask, 1)
 
-# ---- Losses: sums over tokens of weight x loss, with weights made for the whole batch. So what its
-# parts give adds up; were each a mean of its own, tokens of parts with few would weigh more.
+# ---- Losses: sums of weight x loss; as weights are the whole batch's, what its parts give adds up.
 def sft_loss(log_probs, response_mask, normalizer=None):
     """Mean negative log-likelihood of responses, (B, T) each. normalizer: the batch's tokens."""
     count = response_mask.sum().clamp(min=1) if normalizer is None else normalizer
     return -masked_sum(log_probs, response_mask, normalize_constant=count)
 
 def reward_model_loss(chosen, rejected):
-    """-log sigmoid(r_chosen - r_rejected), mean over pairs: of choices under the model of Bradley &
-    Terry (1952), the negative log-likelihood (Ouyang et al. 2022). (B,), (B,) -> scalar"""
+    """-log sigmoid(r_chosen - r_rejected), mean over pairs (Bradley & Terry 1952). (B,), (B,)"""
     return -torch.nn.functional.logsigmoid(chosen - rejected).sum() / max(1, chosen.numel())
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
-    """The loss above, of the reward beta log(pi / ref), whose best policy is pi itself (Rafailov et
-    al. 2023). Each argument: (B,), of `sequence_log_probs`."""
+    """The loss above, of the reward beta log(pi / ref) (Rafailov et al. 2023). Arguments: (B,)"""
     return reward_model_loss(beta * (policy_chosen - reference_chosen),
                              beta * (policy_rejected - reference_rejected))
 
@@ -179,8 +176,7 @@ def group_advantages(rewards, group_size, eps=1e-6, normalize_std=True):
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_std and group_size > 1:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
-    differ = (groups != groups[:, :1]).any(1, keepdim=True)  # if not: 0, though means are rounded
-    return (advantages * differ).reshape(-1)
+    return (advantages * (groups != groups[:, :1]).any(1, keepdim=True)).reshape(-1)  # equal: 0
 
 def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
     """Generalised advantage estimation (Schulman et al. 2015), from the last token to the first:
@@ -201,7 +197,6 @@ def token_weights(mask, average="token", longest=1):
     token     1 / number of tokens: all count the same (DAPO: Yu et al. 2025; fine-tuning; PPO)
     response  1 / (B length of its response): all responses do (GRPO: Shao et al. 2024)
     constant  1 / (B longest): long wrong answers gain nothing (Dr. GRPO: Liu et al. 2025)"""
-    mask = mask * 1.0
     if average == "response":
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
     return mask / (len(mask) * longest if average == "constant" else mask.sum().clamp(min=1))
@@ -210,8 +205,7 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
     """The loss of each token, whose gradient is an estimate of that of -E[reward]:
     -A log pi                                without old_log_probs (REINFORCE: Williams 1992)
     -r A                                     with them; r = pi / pi_old
-    -min(r A, clip(r, 1 - low, 1 + high) A)  with clip, a number or (low, high): nothing is gained
-        by leaving the trust region (PPO: Schulman et al. 2017; asymmetric: DAPO, Yu et al. 2025)
+    -min(r A, clip(r, 1 - low, 1 + high) A)  with clip, a number or (low, high) (PPO: Schulman 2017)
     log_probs, old_log_probs: (B, T); advantages: (B,), (B, 1) or (B, T) -> (B, T)"""
     advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     if old_log_probs is None:
@@ -221,19 +215,18 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
     near = ratio if clip is None else ratio.clamp(1 - low, 1 + high)
     return -torch.minimum(ratio * advantages, near * advantages)
 
-# ---- Verifiers: what they let through is rewarded, so what can not be read is wrong. Mathematics:
-# a number with its unit, a list, a tuple, an interval, a matrix, name = one of these, or text.
+# ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
 UNIT = re.compile(  # after a number: a usual unit, or any plural that is not itself a number
-    r"(.*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|%|°|(?:square |cubic )?(?:unit|inch|"
+    r"(.*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|%|°|¤|(?:square |cubic )?(?:unit|inch|"
     r"feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|"
     r"plu|minu|les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
 SIGNS = dict(pair.split(":") for pair in (
-    "pi:π infty:∞ le:≤ leq:≤ ge:≥ geq:≥ lt:< gt:> in:= cup:∪ cdot:* times:* div:/").split())
+    "pi:π infty:∞ le:≤ leq:≤ ge:≥ geq:≥ lt:< gt:> in:= cup:∪ pm:± cdot:* times:* div:/").split())
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
     (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
@@ -244,18 +237,19 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
     (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\degree", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
     ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"\\[cdt]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
+    (r"\\binom\{(\d\d?)\}\{(\d\d?)\}", lambda found: f"({math.comb(*map(int, found.groups()))})"),
+    (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),
     (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
-    (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"), (r"\+(?=∞)", ""),
-    (r"\s+", " "), (r"^[\s*=]+|[\s*]+$", ""), (r"(?<!\.)\.$", ""),
-    (r"^([a-z]) *>([^<≤>≥=]+)$", r"\2<\1<∞"), (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"),
-    (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),  # x < 3; and then 2 < x ≤ 3 is x = (2, 3]
+    (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
+    (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"), (r"^¤([\d,.]+)$", r"\1¤"),
+    (r"\+(?=∞)|((?<=[=(,])|^)\s*\+", ""), (r"^([a-z]) *>([^<≤>≥=]+)$", r"\2<\1<∞"),
+    (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"), (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),
     (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),
-    ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]
+    ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]  # x < 3, 2 < x ≤ 3: an interval
 
 def extract_answer(text):
-    """What follows a response's last \\boxed{; without one, its last <answer>, #### or "answer is";
-    without any mark, all of it, so that prose is no answer."""
+    """What follows the last \\boxed, or else <answer>, ####, "answer is"; or else all of a text."""
     if len(parts := re.split(r"\\f?box(?:ed)?\s*\{", text)) > 1:
         depth = list(itertools.accumulate(((c == "{") - (c == "}") for c in parts[-1]), initial=1))
         return parts[-1][: depth.index(0) - 1] if 0 in depth else ""  # or it was cut off
@@ -348,18 +342,20 @@ def read(text):  # an answer as (kind, its parts): value, list, union, =, text, 
             return read(text[1:-1])
         return "list" if text[0] in "{⦃" else text[0] + text[-1], [*map(read, pieces)]
     number, unit = text, ""
-    if number[:1] == "¤":
-        number, unit = number[1:], "$"
-    elif found := UNIT.fullmatch(number):
+    if found := UNIT.fullmatch(number):
         number, unit = found[1], re.sub(r"(?<=\w)s$|[\^ ]", "", found[2])
     values = math_value(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number))
     return ("value", values, unit) if values else word
 
-def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 5 = 6 and 2x = 5 as None
+def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 2x = 5 up to a factor; 5 = 6 as None
     sides = sides[::-1] if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]) else sides
     name = NAME.fullmatch(sides[0])
     values = [read(side) for side in sides[bool(name) :]]
     free = values[-1][0] == "value" and not close(*values[-1][1][:2])  # of letters
+    if not name and len(sides) == 2 and all(known := [*map(math_value, sides)]):
+        gap = [x - y for x, y in zip(*known)]
+        if all(gap) and not close(*gap[:2]):
+            return "value", [x / gap[0] for x in gap], "= 0"
     if not all(same(x, values[-1]) for x in values) or name and not name[1] and free:
         return None
     return ("=", "".join(name[0].split()), values[-1]) if name else values[-1]
@@ -399,9 +395,30 @@ def find_choice(response, n=4):
         if found := re.findall(pattern, response[-20_000:]):
             return found[-1]
 
-# ---- Code of a model, in a process that splits in two: one holds the code; the other reads the
-# tests, and asks the first for every call. They exchange literals, as text, so an object that
-# claims to be equal to everything, os._exit(0) and printing are no use.
+def often(pattern, text, k):  # whether it occurs as often as k asks, with its only number
+    asked = next(value for value in k.values() if type(value) in (int, float))
+    return (len(re.findall(pattern, text)) >= asked) != ("less than" in k.values())
+
+SENTENCE = (r"(?<!\b[A-HJ-Z])(?<!\b[MDSJ][rst])(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\n\d)"  # Dr. J.
+            r"[.!?]+[\"')*\]]*(?=\s+[^\sa-z]|\s*\Z)|\S\s*\Z")  # an end; but not in 5 p.m. today
+CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given the arguments k
+    "existence": lambda t, k: all(w.lower() in t.lower() for w in k["keywords"]),
+    "forbidden_words": lambda t, k: not any(
+        re.search(rf"\b{re.escape(w)}\b", t, re.I) for w in k["forbidden_words"]),
+    "frequency": lambda t, k: often(re.escape(k["keyword"].strip().lower()), t.lower(), k),
+    "letter_frequency": lambda t, k: often(re.escape(k["letter"].lower()), t.lower(), k),
+    "number_sentences": lambda t, k: often(SENTENCE, t, k),
+    "number_words": lambda t, k: often(r"\w+", t, k), "no_comma": lambda t, k: "," not in t,
+    "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^\s*[*-][^*]", t)),
+    "quotation": lambda t, k: bool(re.fullmatch(r'\s*".*"\s*', t, re.S)),
+    "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
+
+def follows(problem, response):
+    """Which instructions of a row of IFEval a response follows, strictly -> list of bool."""
+    return [bool(response.strip()) and CONSTRAINTS[name.split(":")[1]](response, k or {})
+            for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
+
+# ---- Code of a model: in one process; tests, in another, ask it for calls. They send literals.
 SANDBOX = r'''
 import ast, contextlib, ctypes, io, json, os, platform, resource, socket, struct, sys
 import bisect, builtins, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions
@@ -469,11 +486,7 @@ except BaseException as error:
 os._exit(os.write(2, json.dumps(verdict).encode()))
 '''
 
-class Verdict(NamedTuple):
-    """Of `run_code`; true where the tests passed. error: why not ("timeout", or the exception)."""
-    passed: bool
-    error: str
-
+class Verdict(namedtuple("Verdict", "passed error")):  # error: "", "timeout" or the exception
     def __bool__(self):
         return self.passed
 
@@ -484,9 +497,8 @@ def source_of(tests):  # in the forms of `run_code` -> (their source, whether of
                      if program else test for test in tests), program
 
 def run_code(code, tests, timeout=5.0, memory_mb=512):
-    """Run Python code of a stranger and then tests of it, source or a list of lines such as
-    `assert f(1) == 2`; or a list of {"input", "output"} of a program -> `Verdict`. Functions take
-    and give literals. seccomp leaves 19 system calls, on Linux; elsewhere nothing passes."""
+    """Run a stranger's Python code, then tests: source, or a list of lines like `assert f(1) == 2`,
+    or of {"input", "output"} of a program -> `Verdict`. Functions take and give literals."""
     tests, program = source_of(tests)  # words of a command line have a largest size
     job = json.dumps([code[:20_000], program, int(timeout) + 2, memory_mb << 20])
     child = subprocess.Popen(
@@ -506,19 +518,21 @@ def verify(problem, response):
     if "tests" in problem:
         fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.S)
         return float(run_code((fenced or [response])[-1], problem["tests"]).passed)
+    if "instruction_id_list" in problem:
+        return statistics.fmean(follows(problem, response))
     if "answerKey" in problem:
         return float(find_choice(response, problem["n"]) == problem["answerKey"])
     return float(grade_math(response, problem["answer"]))
 
 # ---- Learned verifiers, and problems that a program makes and so can solve.
 class ScalarModel(torch.nn.Module):
-    """A Transformer with one output per position in place of logits, 0 at first. The last token's
-    is a reward model's score; those of all tokens are PPO's value function."""
-    def __init__(self, body):
+    """A Transformer with one output per position, 0 at first: the last is a reward; all, values."""
+    def __init__(self, body, state=None):
         super().__init__()
         self.body, device = body, body.embedding.weight.device
         self.head = torch.nn.Linear(body.config.n_embd, 1, bias=False, device=device)
         torch.nn.init.zeros_(self.head.weight)
+        self.load_state_dict(state or self.state_dict())
 
     def forward(self, input_ids):  # (B, T) -> (B, T)
         return self.head(self.body(input_ids, hidden=True).float())[..., 0]
@@ -557,16 +571,15 @@ def write_rows(path, rows):  # write dicts as .jsonl
 
 def batch_of(items, batch_size, step, seed):
     """Batch number `step` of the epochs, whose order tells by seed and number: runs can resume."""
-    n, first, order = len(items), step * batch_size, []
-    for epoch in range(first // n, (first + batch_size - 1) // n + 1):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order += torch.randperm(n, generator=g).tolist()
-    return [items[i] for i in order[first % n :][:batch_size]]
+    n, at = len(items), range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(
+        seed * 1_000_003 + epoch)).tolist() for epoch in {i // n for i in at}}
+    return [items[orders[i // n][i % n]] for i in at]
 
 class Assistant:
     """What args name: model, tokenizer, chat template, and `stops`, that end what it says."""
     def __init__(self, args):
-        self.args, self.device, self.updates = args, pick_device(args.device), 0
+        self.args, self.device = args, pick_device(args.device)
         path = os.path.join(args.out_dir, "ckpt.pt") if args.resume else args.ckpt
         self.model, self.saved = load_checkpoint(path, self.device)
         self.tokenizer = Tokenizer.from_json(self.saved.get("tokenizer") or "{}")
@@ -586,8 +599,7 @@ class Assistant:
         return encode_chat(self.tokenizer, self.template, messages, reply, **self.names)
 
     def examples(self, messages):
-        """Each time the assistant speaks is an example, since templates may leave out old thoughts
-        -> list of (ids, mask), 1 there, end included, but for what a tool has written."""
+        """(ids, mask) for each time the assistant speaks: 1 there, but for what a tool wrote."""
         found = []
         for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
             prompt = self.encode(messages[:i])
@@ -603,8 +615,8 @@ class Assistant:
         return found
 
     def respond(self, prompts, temperature, seed=0):
-        """Sample a response to each prompt, lists of ids -> list of (ids with the prompt, mask, its
-        text). Where the model has a tool and wrote <<48/2= this adds 24>>, and the mask is 0."""
+        """Prompts' ids -> list of (ids with the response, mask, text). A tool's result (24>>
+        after <<48/2=) is put in, and masked."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         most, size, said = self.args.max_new_tokens, self.args.batch_size, {}
         ends = [min(len(ids) + most, self.model.config.block_size) for ids in prompts]
@@ -619,14 +631,13 @@ class Assistant:
             for i, ids in zip(rows, new):
                 masks[i] += [1] * (len(ids) - len(masks[i]))
                 own = [token for token in ids[len(prompts[i]) :] if token in self.known]
-                said[i] = self.tokenizer.decode(own)
-                call = re.search(CALL.pattern + "$", said[i]) if ids[-1] in calls else None
-                if call:
-                    result = self.tokenizer.encode_ordinary(f"{calculate(call[1])}>>")
-                    ids += result[: ends[i] - len(ids)]
+                texts[i], said[i] = ids, self.tokenizer.decode(own)
+                if ids[-1] in calls:
+                    call = re.search(CALL.pattern + "$", said[i])
+                    result = f"{calculate(call[1])}>>" if call else ""
+                    ids += self.tokenizer.encode_ordinary(result)[: ends[i] - len(ids)]
                     masks[i] += [0] * (len(ids) - len(masks[i]))
-                texts[i] = ids
-                todo += [i] * (bool(calls) and ids[-1] not in self.stops and len(ids) < ends[i])
+                    todo += [i] * (len(ids) < ends[i])
         return [(texts[i], masks[i], said[i]) for i in range(len(prompts))]
 
     def update(self):  # one step of the optimizers -> the norm that the gradient had
@@ -634,12 +645,10 @@ class Assistant:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
         return norm
 
     def fit(self, modules, do_step, evaluate):
-        """The loop of every kind of training. modules: what learns. do_step(step) -> metrics, after
-        it has changed the parameters; evaluate() -> metrics."""
+        """All training. do_step(step) changes modules' parameters; it and evaluate() -> metrics."""
         args, rows, step, saved = self.args, [], 0, self.saved
         path, log = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.csv"))
         self.parameters = [p for module in modules for p in module.parameters()]
@@ -653,9 +662,8 @@ class Assistant:
             torch.set_rng_state(saved["rng"].cpu())
             with open(log, encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        else:
-            show({"step": 0} | evaluate())
-            os.makedirs(args.out_dir, exist_ok=True)
+        show({"step": step} | evaluate())
+        os.makedirs(args.out_dir, exist_ok=True)
         saved, self.saved = {name: saved.get(name) for name in ("begin", "tokenizer")}, None
         while step < args.max_iters:
             begin, lr = time.perf_counter(), get_lr(
@@ -671,9 +679,8 @@ class Assistant:
             if not whole or not all(map(math.isfinite, row.values())):
                 raise ValueError(f"step {step} is not finite: {row}; try a smaller --learning_rate")
             rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-            if step % args.log_interval == 0 or due:
-                show(row)
             if due:  # the log first: a run killed between the two has rows too many, left out above
+                show(row)
                 names = dict.fromkeys(itertools.chain(*rows))
                 with replacing(log, "w", newline="") as file:
                     csv.writer(file).writerows([names, *([r.get(k) for k in names] for r in rows)])
@@ -681,13 +688,13 @@ class Assistant:
                     path, self.model, self.optimizers, step=step, args=args.words, stop=self.stops,
                     modules=[module.state_dict() for module in modules], rng=torch.get_rng_state(),
                     names=self.names, template=self.template, **saved)
-        print("" if self.updates else "nothing was learned: in no step did rewards differ\n",
-              f"ckpt: {path}", sep="", flush=True)
+        if not any("grad_norm" in row for row in rows):
+            print("nothing was learned: in no step did rewards differ")
+        show({"ckpt": path})
 
 # ---- Supervised fine-tuning, and preferences.
 def fit_rows(run, modules, read, measure, count=len):
-    """The training of sft, dpo and reward. read(row) -> list of (ids, mask). measure(rows) -> dict
-    of means over these lists; "loss" is minimised. count(rows): what a mean is divided by."""
+    """Training on read(row), lists of (ids, mask). measure(rows) -> means over count(rows)."""
     args, limit = run.args, run.model.config.block_size + 1
     def make(row):
         found = read(row)
@@ -746,8 +753,7 @@ def run_preferences(args):
     fit_rows(run, [reward or model], lambda row: [run.examples(chat)[-1]
                                                   for chat in read_pair(row) or ()], measure)
 
-# ---- Reinforcement learning: responses are sampled and judged; a reward becomes an advantage for
-# each token; and the loss is the sum over tokens of weight x `policy_loss`. Algorithms differ in
+# ---- Reinforcement learning: the loss is the sum over tokens of weight x `policy_loss`.
 #            A, the advantage of a response or token          weight            clip
 # reinforce  r - mean of the batch                            1 / tokens        -
 # expert     1 for each right response, once; no others       1 / tokens        -
@@ -756,45 +762,37 @@ def run_preferences(args):
 # dapo       (r - mean) / std of its group                    1 / tokens        high = 0.28
 # ppo        GAE of a learned value of each token             1 / tokens        low = high
 def advantages_of(batch, args):  # (B, 1), or for ppo (B, T) and batch["returns"]: see the table
-    rewards, mask = batch["rewards"], batch["response_mask"]
+    rewards, mask = batch["rewards"][:, None], batch["response_mask"]
     if args.algorithm == "ppo":
         last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-        per_token = rewards[:, None] * last  # the reward comes with the last token
-        A, batch["returns"] = gae(per_token, batch["values"], args.gamma, args.lam, mask)
+        A, batch["returns"] = gae(rewards * last, batch["values"], args.gamma, args.lam, mask)
         return (A - A[mask].mean()) / (A[mask].std(correction=0) + 1e-8)
     if args.algorithm in ("reinforce", "expert"):
-        return (rewards - rewards.mean() * (args.algorithm == "reinforce"))[:, None]
-    normalize = args.algorithm != "dr_grpo"
-    return group_advantages(rewards, args.group_size, normalize_std=normalize)[:, None]
+        return (rewards - rewards.mean() * (args.algorithm == "reinforce"))
+    return group_advantages(rewards, args.group_size, 1e-6, args.algorithm != "dr_grpo")[:, None]
 
 def solve(assistant, problems):  # the share of problems whose greedy response is verified
     answers = assistant.respond([problem["ids"] for problem in problems], 0)
     return statistics.fmean(verify(p, text) >= 1 for p, (*_, text) in zip(problems, answers))
 
 def run_rl(args):
-    """`rl`: sample responses, have them verified, and make the good ones likelier. One step: for
-    each of prompts_per_step prompts, group_size responses, and epochs over all of minibatches
-    updates. kl: weight of the distance from --ckpt. clip, clip_high: of ratios below and above 1;
-    0: none. ppo: gamma, lam(bda), value_weight. reward_model: in place of a verifier."""
-    run, algorithm, size, shown = Assistant(args), args.algorithm, args.micro_batch, []
+    """`rl`: sample group_size responses to each of prompts_per_step prompts; make those likelier
+    that a verifier, or --reward_model, likes. kl: weight of the distance to --ckpt. clip 0: none."""
+    run, algorithm, size = Assistant(args), args.algorithm, args.micro_batch
     model = run.model.eval()  # no dropout: log-probs have to agree
     def make(row):  # a problem, if it leaves room for a response
         problem = read_problem(row)
-        problem["ids"] = run.encode(problem["messages"])
-        return problem if 0 < len(problem["ids"]) <= run.room else None
+        ids = problem and run.encode(problem["messages"])
+        return problem | {"ids": ids} if ids and len(ids) <= run.room else None
     data, held_out = (read_rows(path, make) if path else [] for path in (args.data, args.val_data))
     reference = load_checkpoint(args.ckpt, run.device)[0] if args.kl else None
     critic = ScalarModel(load_checkpoint(args.ckpt, run.device)[0]) if algorithm == "ppo" else None
-    judge = None
-    if args.reward_model:
-        body, saved = load_checkpoint(args.reward_model, run.device)
-        judge = ScalarModel(body)
-        judge.load_state_dict(saved["modules"][0])
+    judge = args.reward_model and load_checkpoint(args.reward_model, run.device)
+    judge = judge and ScalarModel(judge[0], judge[1]["modules"][0])
     clip = args.clip or 1e9, args.clip_high or (0.28 if algorithm == "dapo" else args.clip or 1e9)
     average = {"grpo": "response", "dr_grpo": "constant"}.get(algorithm, "token")
     plain = algorithm in ("reinforce", "expert")  # without ratios
-    # with one update a batch, the policy that learns is the one that has written the responses
-    on_policy = plain or args.epochs * args.minibatches == 1 and not critic
+    on_policy = plain or args.epochs * args.minibatches == 1 and not critic  # who learns has spoken
     def parts(batch):
         tensors = zip(*(x.split(size) for x in batch.values()))
         return [dict(zip(batch, some)) for some in tensors if len(some[0])]
@@ -807,10 +805,8 @@ def run_rl(args):
                  for _ in range(args.group_size)]
         texts, masks, said = zip(*run.respond([p["ids"] for p in asked], args.temperature,
                                               args.seed * 100_003 + step))
-        rewards = torch.cat([
-            judge.score(texts[i : i + size]) for i in range(0, len(texts), size)]) if judge else \
-            torch.tensor([*map(verify, asked, said)], device=run.device)
-        shown[:] = list(zip(asked, said, rewards.tolist()))[:: args.group_size][:3]
+        rewards = judge.score(texts) if judge else torch.tensor(
+            [*map(verify, asked, said)], device=run.device)
         batch = collate([*zip(texts, masks)], device=run.device) | {"rewards": rewards}
         row = {"reward": rewards.mean().item(), "solved": (rewards >= 1).float().mean().item(),
                "length": batch["response_mask"].sum(1).float().mean().item()}
@@ -831,19 +827,18 @@ def run_rl(args):
         mini["shares"] = token_weights(mini["response_mask"])
         for part in parts(mini):
             log_probs, entropies = look(model, part)
-            new = log_probs.detach()
-            old = part.get("old", new)
+            old = part.get("old", log_probs.detach())
+            distance = kl_estimate(log_probs, part.get("reference", old))
             losses = policy_loss(log_probs, part["advantages"], None if plain else old, clip)
             if critic:
                 error = critic(part["input_ids"]) - part["returns"]
                 losses = losses + args.value_weight / 2 * error.square()
             if reference:
-                losses = losses + args.kl * kl_estimate(log_probs, part["reference"])
-            (part["weights"] * losses).sum().backward()
-            distance, shares = kl_estimate(new, part.get("reference", old)), part["shares"]
-            for name, x in ("loss", part["weights"] * losses), ("entropy", shares * entropies), (
-                    "kl", shares * distance):
-                sums[name] += x.sum().item()
+                losses = losses + args.kl * distance
+            loss = (part["weights"] * losses).sum()
+            loss.backward()
+            means = [(part["shares"] * x).sum().item() for x in (entropies, distance)]
+            sums.update(loss=loss.item(), entropy=means[0], kl=means[1])
         return {**sums, "grad_norm": run.update()} if sums else {}
     def do_step(step):
         (batch, row), updates = rollout(step), []
@@ -854,12 +849,8 @@ def run_rl(args):
                         for rows in order.chunk(args.minibatches)]
         updates = [update for update in updates if update] or [{}]
         return row | {name: statistics.fmean(u[name] for u in updates) for name in updates[0]}
-    def evaluate():
-        for problem, text, reward in shown:
-            prompt = problem["messages"][-1]["content"]
-            print(f"    {prompt[-200:]!r} -> {text[:300]!r}: {reward:.2f}", flush=True)
-        return {"val_accuracy": solve(run, held_out)} if held_out else {}
-    run.fit([model, critic] if critic else [model], do_step, evaluate)
+    run.fit([model, critic] if critic else [model], do_step,
+            lambda: {"val_accuracy": solve(run, held_out)} if held_out else {})
 
 # ---- Data written by a program, or by a checkpoint.
 def run_synth(args):
@@ -875,6 +866,22 @@ def run_synth(args):
     made = (make_problem(args.kind, args.level, rng) for _ in range(50 * args.n))
     write_rows(args.out, [*{problem["prompt"]: problem for problem in made}.values()][: args.n])
 
+def run_judge(args):
+    """`judge`: which answer of each pair of a file is better, asks a checkpoint in both orders, as
+    models favour a place (Zheng et al. 2023). If it favours both, or neither: undecided."""
+    judge, asked = Assistant(args), []
+    for pair in read_rows(args.data, read_pair)[: args.limit or None]:
+        for a, b in pair, pair[::-1]:
+            ids = judge.encode([{"role": "user", "content": (
+                f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
+                f"{b[-1]['content']}\n\nWhich answer is better, A or B?")}])
+            asked += [(ids + judge.tokenizer.encode_ordinary(letter)[:1], 1) for letter in "AB"]
+    log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)
+    ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: the first answer, in either order
+    votes = Counter((ahead[:, 0] - ahead[:, 1]).tolist())
+    show({"pairs": votes.total(), "first_preferred": votes[2], "second_preferred": votes[-2],
+          "win_rate": share([True] * votes[2] + [False] * votes[-2])}, "\n")
+
 # ---- Evaluation.
 def share(hits):
     """List of bool -> the proportion of True, with the 95% interval of Wilson (1927)."""
@@ -887,8 +894,7 @@ def pass_at_k(n, c, k):  # that of k of n responses, c of them right, one is (Ch
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def encode_continuation(tokenizer, context, continuation):
-    """-> (ids of both, how many of the last are the continuation's), as one text: "Answer:" + " 42"
-    is cut as in training. Spaces before, and all after an empty context, are the continuation's."""
+    """-> (ids of both as one text, how many of the last are the continuation's, spaces too)"""
     kept, whole = context.rstrip(), tokenizer.encode_ordinary(context + continuation)
     if not kept:
         return [tokenizer.eot_id, *whole], len(whole)
@@ -904,32 +910,36 @@ def score(model, requests, batch_size=16):
         out += sequence_log_probs(model, **batch).tolist()
     return out
 
-# Of each task: what a row of its file, as published, asks -> (question, choices or None, number of
-# the right one or answer). Contexts are those of lm-evaluation-harness (Gao et al. 2021).
-TASKS = {
+def unmarked(text):  # HellaSwag's, without the marks of WikiHow
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+TASKS = {  # row, as published -> (question, choices or None, number of the right one or answer)
     "mmlu": lambda r: (r[0].strip(), r[1:5], "ABCD".index(r[5])),
     "arc": lambda r: ("Question: " + r["question"], r["choices"]["text"],
                       r["choices"]["label"].index(r["answerKey"])),
     "piqa": lambda r: ("Question: " + r["goal"], [r["sol1"], r["sol2"]], r["label"]),
-    "gsm8k": lambda r: ("Question: " + r["question"], None, r["answer"])}
+    "hellaswag": lambda r: (
+        unmarked(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"),
+        [*map(unmarked, r["endings"])], int(r["label"])),
+    "gsm8k": lambda r: ("Question: " + r["question"], None, r["answer"]),
+    "ifeval": lambda r: (r["prompt"], None, "")}
 
 def read_item(args, row):
-    """A row of a task -> {"context", "target"} with "choices" and "label", to be scored, or, with
-    --cot or without choices, with "problem", to be answered in words."""
+    """-> {"context", "target"} and {"choices", "label"}, scored, or {"problem"}, to be answered."""
     context, choices, label = TASKS[args.task](row)
     if choices and (args.cot or args.task == "mmlu"):
         context += "".join(f"\n{a}. {text}" for a, text in zip(LETTERS, choices))
         choices = LETTERS[: len(choices)]
-    context += "\nAnswer:" + " Let's think step by step." * args.cot
+    context += "\nAnswer:" * (args.cot or args.task not in ("hellaswag", "ifeval"))
+    context += " Let's think step by step." * args.cot
     item = {"context": context, "target": f" {choices[label] if choices else label}"}
     if choices and not args.cot:
         return item | {"choices": choices, "label": label}
-    return item | {"problem": {"answerKey": choices[label], "n": len(choices)} if choices else
-                   read_problem(row)}
+    problem = {"answerKey": choices[label], "n": len(choices)} if choices else read_problem(row)
+    return item | {"problem": problem} if problem else None
 
 def bm25(passages, k1=1.5, b=0.75):
-    """Okapi BM25 (Robertson et al. 1994) -> best(text, n): the n passages with most of its words,
-    where rare words count more, and a word's tenth mention hardly more than its ninth."""
+    """Okapi BM25 (Robertson et al. 1994) -> best(text, n): n passages with its words, rare ones."""
     counts = [Counter(re.findall(r"\w+", passage.lower())) for passage in passages]
     mean, having = sum(map(Counter.total, counts)) / len(counts), Counter(itertools.chain(*counts))
     def best(text, n):
@@ -943,9 +953,8 @@ def bm25(passages, k1=1.5, b=0.75):
     return best
 
 def run_eval(args):
-    """`eval`: measure a checkpoint at a --task. --fewshot: so many solved examples come first, of
-    --fewshot_data or --data; --cot: think step by step; --chat: in the chat template; --samples:
-    pass@k and a vote; --retrieve: documents, of which the best --passages come first, too."""
+    """`eval`: --ckpt at a --task. --fewshot: so many solved examples first, of --fewshot_data;
+    --cot: steps; --samples: pass@k, a vote; --retrieve: its best --passages before the question."""
     assistant, make = Assistant(args), functools.partial(read_item, args)
     if args.task == "ppl":
         return show(perplexity(assistant, args), "\n")
@@ -960,41 +969,40 @@ def run_eval(args):
         best = bm25(sum(read_rows(args.retrieve, lambda row: row["text"].split("\n\n")), []))
         for item in items:
             item["prompt"] = "\n\n".join([*best(item["context"], args.passages), item["prompt"]])
-        found = measure(assistant, items, args)
-        show({f"open_{name}": value for name, value in found.items()}, "\n")
+        show({f"open_{name}": x for name, x in measure(assistant, items, args).items()}, "\n")
 
 def measure(assistant, items, args):
-    """Accuracies -> dict. Of choices: by likelihood, and by that per character. Of answers: of the
-    first of n, pass@k, and of what most of n give (self-consistency: Wang et al. 2022)."""
-    n, hits, votes = args.samples, [], []
+    """Accuracies, of n samples also pass@k and of the vote (self-consistency: Wang et al. 2022)."""
+    n, hits, encode = args.samples, defaultdict(list), assistant.tokenizer.encode_ordinary
     if "problem" not in items[0]:
         found = iter(score(assistant.model, [
             encode_continuation(assistant.tokenizer, item["prompt"], " " + choice)
             for item in items for choice in item["choices"]], args.batch_size))
         for item in items:
-            own = [(next(found), len(choice)) for choice in item["choices"]]
-            ways = [log_p for log_p, _ in own], [log_p / max(1, size) for log_p, size in own]
-            hits.append([way.index(max(way)) == item["label"] for way in ways])
-        return {name: share(column) for name, column in zip(("acc", "acc_norm"), zip(*hits))}
-    encode = assistant.tokenizer.encode_ordinary
+            own = [(next(found), max(1, len(choice))) for choice in item["choices"]]
+            for name, way in ("acc", [x for x, _ in own]), ("acc_norm", [x / n for x, n in own]):
+                hits[name].append(way.index(max(way)) == item["label"])
+        return {name: share(column) for name, column in hits.items()}
     asked = [assistant.encode([{"role": "user", "content": item["prompt"]}]) if args.chat else
              encode(item["prompt"]) for item in items for _ in range(n)]
-    heat = args.temperature if n > 1 else 0
-    answers = assistant.respond([ids[-assistant.room :] for ids in asked], heat, args.seed)
+    answers = assistant.respond([ids[-assistant.room :] for ids in asked],
+                                args.temperature if n > 1 else 0, args.seed)
     said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
-    both = [(item["problem"], said[i * n : i * n + n]) for i, item in enumerate(items)]
+    for i, item in enumerate(items):
+        item["responses"] = texts = said[i * n : i * n + n]
+        problem, right = item["problem"], [verify(item["problem"], text) >= 1 for text in texts]
+        hits["acc"].append(right[0])
+        if n > 1:
+            for k in [2**j for j in range(n.bit_length())]:
+                hits[f"pass@{k}"].append(pass_at_k(n, sum(right), k))
+            given = [find_choice(text, problem["n"]) if "n" in problem else
+                     repr(read(extract_answer(text)[:1000])) for text in texts]
+            hits[f"majority@{n}"].append(right[given.index(Counter(given).most_common(1)[0][0])])
+        if args.task == "ifeval":  # acc is of rows, of which all are followed
+            hits["instruction_acc"] += follows(problem, texts[0])
     if args.out:
-        write_rows(args.out, [{"prompt": item["prompt"], "responses": texts}
-                              for item, (_, texts) in zip(items, both)])
-    for problem, texts in both:
-        hits.append([verify(problem, text) >= 1 for text in texts])
-        given = [find_choice(text, problem["n"]) if "n" in problem else
-                 repr(read(extract_answer(text)[:1000])) for text in texts]
-        votes.append(hits[-1][given.index(Counter(given).most_common(1)[0][0])])
-    values = {"acc": share([own[0] for own in hits])}
-    for k in [2**j for j in range(n.bit_length())] if n > 1 else ():
-        values[f"pass@{k}"] = statistics.fmean(pass_at_k(n, sum(own), k) for own in hits)
-    return values | ({f"majority@{n}": share(votes)} if n > 1 else {})
+        write_rows(args.out, items)
+    return {name: share(column) for name, column in hits.items()}
 
 def perplexity(assistant, args):  # of documents, in windows of block_size
     texts = read_rows(args.data, lambda row: (row if type(row) is str else row["text"]) or None)
@@ -1010,47 +1018,40 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
 # ---- The demonstration.
 def run_demo(args):
     """`demo`: a small model learns to add of a teacher who forgets to carry in seven of ten cases:
-    sft learns to add, and to forget. Then rl asks a verifier of the model's own sums. Would longer
-    imitation have done as well? The control tries. Two seeds run at a time."""
-    begin, jobs = time.perf_counter(), [(args, args.seed + i) for i in range(args.seeds)]
+    sft learns to add, and to forget. Then rl asks a verifier; control imitates longer instead."""
+    begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
     with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
-        results = pool.starmap(demonstrate, jobs, chunksize=1)
-    means = [statistics.fmean(column) for column in zip(*results)]
-    print("\nheld-out problems solved     sft      rl control")
-    for title, row in zip([*(f"seed {seed}" for _, seed in jobs), "mean"], [*results, means]):
-        print(f"{title:24}" + "".join(f"{accuracy:8.1%}" for accuracy in row))
-    print(f"seconds: {time.perf_counter() - begin:.1f}\nout_dir: {args.out_dir}", flush=True)
+        results = pool.starmap(demonstrate, [(args, seed) for seed in seeds], chunksize=1)
+    for seed, row in [*zip(seeds, results), ("mean", map(statistics.fmean, zip(*results)))]:
+        show({"held-out problems solved, seed": seed} | dict(zip(("sft", "rl", "control"), row)))
+    show({"seconds": time.perf_counter() - begin, "out_dir": args.out_dir}, "\n")
 
 def demonstrate(args, seed):  # -> accuracies of sft, rl and control
     folder, results, rng = f"{args.out_dir}/seed{seed}/", [], random.Random(seed)
     sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 8100)
-    problems = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
-    taught = [p | {"response": str(a + b if rng.random() < 0.3 else
-                                   (a // 10 + b // 10) * 10 + (a + b) % 10)}
-              for p, (a, b) in zip(problems, sums)]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "response": str(
+        a + b if rng.random() < 0.3 else (a // 10 + b // 10) * 10 + (a + b) % 10)} for a, b in sums]
     tokenizer = Tokenizer({i: c.encode() for i, c in enumerate("0123456789+=")}, [],
                           ["<|endoftext|>"], r"[\s\S]", ignore_merges=True)
     torch.manual_seed(seed)
     model = Transformer(TransformerConfig(vocab_size=13, block_size=12, n_layer=2, n_head=4,
                                           n_embd=48, position="learned"))
-    def command(name, line):  # does and shows what could have been typed
-        line += (f" --out_dir {folder}{name} --device cpu --seed {seed} --optimizer muon "
-                 "--weight_decay 0.1 --schedule cosine --max_new_tokens 4")
-        print(f"\n$ python align.py {line}", flush=True)
-        done = run_command(line.split())
-        done.ckpt = f"{folder}{name}/ckpt.pt"
-        test = [p | {"ids": tokenizer.encode(p["prompt"])} for p in problems[:1000]]
-        results.append(solve(Assistant(done), test))
+    sft = " --no_packing --batch_size 128 --learning_rate 2e-2 --max_iters"
+    lines = {"sft": f"sft --ckpt {folder}base.pt {sft} 450", "rl": (
+        f"rl --ckpt {folder}sft/ckpt.pt --algorithm {args.algorithm} --prompts_per_step 128 "
+        "--batch_size 1024 --micro_batch 1024 --learning_rate 1e-2 --max_iters 50"),
+        "control": f"sft --ckpt {folder}sft/ckpt.pt {sft} 200"}
     with contextlib.redirect_stdout(sys.stdout if seed == args.seed else open(os.devnull, "w")):
-        write_rows(folder + "train.jsonl", problems[1000:])
-        write_rows(folder + "taught.jsonl", taught[1000:])
+        write_rows(folder + "sums.jsonl", rows[1000:])
         save_checkpoint(folder + "base.pt", model, tokenizer=tokenizer.to_json())
-        sft = f"sft --data {folder}taught.jsonl --no_packing --batch_size 128 --learning_rate 2e-2"
-        command("sft", f"{sft} --ckpt {folder}base.pt --max_iters 450")
-        command("rl", f"rl --algorithm {args.algorithm} --ckpt {folder}sft/ckpt.pt --data {folder}"
-                "train.jsonl --prompts_per_step 128 --max_iters 50 --learning_rate 1e-2 "
-                "--batch_size 1024 --micro_batch 1024")
-        command("control", f"{sft} --ckpt {folder}sft/ckpt.pt --max_iters 200")
+        for name, line in lines.items():
+            line += (f" --data {folder}sums.jsonl --out_dir {folder}{name} --seed {seed} --device "
+                     "cpu --optimizer muon --weight_decay 0.1 --schedule cosine --max_new_tokens 4")
+            print(f"\n$ python align.py {line}", flush=True)
+            done = run_command(line.split())
+            done.resume = True  # what is judged is what was learned
+            test = [row | {"ids": tokenizer.encode(row["prompt"])} for row in rows[:1000]]
+            results.append(solve(Assistant(done), test))
     return results
 
 # ---- The command line.
@@ -1058,13 +1059,13 @@ FLAGS = """ckpt= data= val_data= out_dir=out-align resume=False device=auto dtyp
     seed=1 template=|chatml|plain tool=|calculator max_new_tokens=256 batch_size=16 micro_batch=64
     max_iters=200 learning_rate=1e-5 warmup_iters=0 schedule=constant|cosine|wsd grad_clip=1.0
     optimizer=adamw|muon|soap|sgd weight_decay=0.0 gradient_accumulation_steps=1 eval_interval=50
-    log_interval=10 no_packing=False beta=0.1 algorithm=grpo|reinforce|ppo|dr_grpo|dapo|expert
-    prompts_per_step=16 group_size=8 epochs=1 minibatches=1 temperature=1.0 clip=0.2 clip_high=0.0
-    kl=0.0 gamma=1.0 lam=0.95 value_weight=0.1 reward_model= kind=word|addition level=2 n=1000 out=
-    rewrite= instruction=Rewrite: limit=0 task=ppl|mmlu|arc|piqa|gsm8k samples=1 fewshot=0
+    no_packing=False beta=0.1 algorithm=grpo|reinforce|ppo|dr_grpo|dapo|expert prompts_per_step=16
+    group_size=8 epochs=1 minibatches=1 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0
+    lam=0.95 value_weight=0.1 reward_model= kind=word|addition level=2 n=1000 out= rewrite=
+    instruction=Rewrite: limit=0 task=ppl|mmlu|arc|hellaswag|piqa|gsm8k|ifeval samples=1 fewshot=0
     fewshot_data= cot=False chat=False retrieve= passages=1 seeds=5"""
 COMMANDS = {"demo": run_demo, "sft": run_sft, "dpo": run_preferences, "reward": run_preferences,
-            "rl": run_rl, "synth": run_synth, "eval": run_eval}
+            "rl": run_rl, "synth": run_synth, "judge": run_judge, "eval": run_eval}
 
 def run_command(words):  # do what was typed after `python align.py` -> its flags
     parser = argparse.ArgumentParser(
