@@ -16,7 +16,7 @@ W processes together send (W - 1) P in an all-gather or reduce-scatter, twice th
 
 import argparse, contextlib, functools, itertools, math, os, signal, sys, threading, time, types
 
-PARENT = os.getppid()  # torchrun, unless it is killed while torch loads
+PARENT = os.getppid()  # torchrun; asked now, as it may be killed while torch loads
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is quiet until then
 
@@ -83,10 +83,11 @@ class Buckets:
     `overlap` leave as soon as they are complete, while the backward pass goes on. Whichever
     parameters a rank has used, order and number of messages are the same on all, or they would wait
     for one another: a missing gradient counts as 0."""
-    overlap, group, matrices, require_backward_grad_sync = True, None, (), True  # (PyTorch's name)
+    overlap, group, matrices = True, None, ()  # (matrices: FSDP's)
+    require_backward_grad_sync = True  # False: see `no_sync` (PyTorch's name)
 
     def add_buckets(self, params, bucket_mb):
-        """Divide parameters into buckets, the last first, ahead of those that there are."""
+        """Divide parameters into buckets of one dtype, the last first, ahead of those there are."""
         new, room = [], -1
         for p in reversed([p for p in params if p.requires_grad]):
             if p.nbytes > room or p.dtype != new[-1][0].dtype:
@@ -101,9 +102,8 @@ class Buckets:
     def _ready(self, p):  # its gradient is there
         if self.overlap and self.require_backward_grad_sync:
             self.ready.add(p)
-            for bucket in self.buckets[len(self.sent) :]:
-                if not self.ready.issuperset(bucket):
-                    break
+            unsent = self.buckets[len(self.sent) :]
+            for bucket in itertools.takewhile(self.ready.issuperset, unsent):
                 self._send(bucket)
 
     def _send(self, bucket):
@@ -123,10 +123,11 @@ class Buckets:
         for bucket in self.buckets[len(self.sent) :]:
             self._send(bucket)
         # if on any rank another backward pass has added to what had left, all goes once more
-        late = any(p.grad is not None for bucket in self.buckets for p in bucket)
-        late = torch.tensor(float(late), device=self.buckets[0][0].device)
-        for bucket in self.buckets if all_reduce(late, self.group) else ():
-            self._send(bucket)
+        params = [*itertools.chain(*self.buckets)]
+        late = float(any(p.grad is not None for p in params))
+        if params and all_reduce(params[0].new_tensor(late), self.group):
+            for bucket in self.buckets:
+                self._send(bucket)
         for p, g in itertools.chain.from_iterable(wait().items() for wait in self.sent):
             self.total[p] = self.total[p] + g if p in self.total else g
         self.ready, self.sent, self.pending = set(), [], False
@@ -215,7 +216,7 @@ def gather_full_params(module):
     return {name: whole(params.get(name), x).clone() for name, x in state.items()}
 
 def whole(p, x):
-    """The whole of x, if it is p, a part of a parameter, or a tensor of its shape."""
+    """The whole of x, if x is p, a part of a parameter, or has p's shape; or else x as it is."""
     like = hasattr(p, "to_whole") and torch.is_tensor(x) and x.shape == p.shape
     return p.to_whole(x.detach()) if like else x
 
@@ -231,6 +232,7 @@ class FSDP(Buckets, nn.Module):
         self.module, self.compute_dtype, self.matrices = module, compute_dtype, []
         self.gather_full_params = functools.partial(gather_full_params, module)
         broadcast(module)
+        module.register_forward_pre_hook(lambda *_: self._free(*self.matrices))
         for layer in module.modules():
             kinds = {kind.__name__ for kind in type(layer).__mro__}
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
@@ -238,6 +240,7 @@ class FSDP(Buckets, nn.Module):
                 p = layer.weight
                 if not hasattr(p, "shard"):  # (it may be tied)
                     self._shard(p, "Embedding" in kinds)
+                p.lookup &= "Embedding" in kinds
                 layer.register_forward_pre_hook(functools.partial(self._gather, p, False))
                 layer.register_forward_hook(functools.partial(self._after_forward, p))
         self.add_buckets([p for p in module.parameters() if not hasattr(p, "shard")], math.inf)
@@ -250,31 +253,33 @@ class FSDP(Buckets, nn.Module):
         p.to_whole = lambda x: all_gather(x)()[:n].view(shape)
         p.shard, p.lookup, p.coming = p.to_part(p.detach()), lookup, None
         p.full = p.shard.new_empty(W * len(p.shard), dtype=None if lookup else self.compute_dtype)
-        p.view_full = lambda: p.full[:n].view(shape)
-        self.matrices.append(p)
+        p.matrix = p.full[:n].view(shape)
         p.number = len(self.matrices)
+        self.matrices.append(p)
         self._free(p)
 
-    def _free(self, p):
-        if p.coming:
-            p.coming()
-        p.data, p.coming, p.in_backward = p.shard, None, False
-        p.full.untyped_storage().resize_(0)
+    def _free(self, *matrices):
+        for p in matrices:
+            if p.coming:
+                p.coming()
+            p.shard = p.data if p.ndim == 1 else p.shard  # (an optimizer may have put another here)
+            p.data, p.coming, p.in_backward = p.shard, None, False
+            p.full.untyped_storage().resize_(0)
 
     def _gather(self, p, in_backward, *_):
         """Make a matrix whole, and start with the next one."""
         p.in_backward |= in_backward
-        i = p.number - 2 if p.in_backward else p.number
+        i = p.number + (-1 if p.in_backward else 1)
         for each in (p, *self.matrices[max(0, i) : i + 1]):
-            if each.coming is None:
+            if each.coming is None and not (in_backward and each.lookup):  # (its shape will do)
                 each.full.untyped_storage().resize_(each.full.nbytes)
                 each.coming = all_gather(each.shard.to(each.full.dtype), each.full)
-        p.coming()
-        p.data = p.view_full()
+        if p.coming:
+            p.coming()
+        p.data = p.matrix
 
     def _after_forward(self, p, layer, args, y):
-        # (an Embedding's backward pass needs but a shape; a checkpointed layer may be in its own)
-        if not p.in_backward and not (p.lookup and torch.is_grad_enabled()):
+        if not p.in_backward:  # (a checkpointed layer may be)
             self._free(p)
         for x in y if isinstance(y, (tuple, list)) else [y]:
             if torch.is_tensor(x) and x.requires_grad:  # with its gradient the backward pass begins
@@ -318,10 +323,9 @@ def split_parameter(p, axis, group=None):
 
 def ColumnParallelLinear(layer, group=None):
     """Leave a Linear layer this rank's d_out / W outputs, in place -> itself: (..., d_in) -> (...,
-    d_out / W). Raises ValueError."""
+    d_out / W). The input is the same for all, its gradient the sum of theirs. Raises ValueError."""
     for p in layer.parameters():
         split_parameter(p, 0, group)
-    # the same input for all ranks: its gradient is the sum of theirs
     layer.register_forward_pre_hook(lambda _, args: Collective.apply(
         args[0], lambda x: x.view_as(x), lambda g: all_reduce(g.clone(), group)))
     return layer
@@ -329,25 +333,25 @@ def ColumnParallelLinear(layer, group=None):
 def RowParallelLinear(layer, group=None):
     """Leave a Linear layer this rank's d_in / W inputs, in place -> itself: (..., d_in / W) ->
     (..., d_out), the sum of all ranks' products. Raises ValueError."""
-    def forward(x):
-        y = sum_over(F.linear(x, layer.weight), group)
-        return y if layer.bias is None else y + layer.bias
-
+    def forward(self, x):
+        y = sum_over(F.linear(x, self.weight), group)
+        return y if self.bias is None else y + self.bias
     split_parameter(layer.weight, 1, group)
-    layer.forward = forward
+    layer.forward = types.MethodType(forward, layer)
     return layer
 
 def VocabParallelEmbedding(layer, group=None):
     """Leave an Embedding this rank's n / W rows, in place -> itself. Ids of others give 0, and the
     sum is all ranks' together: (...) int64 -> (..., d). Raises ValueError."""
-    def forward(ids):
-        own = ids - rank(group) * len(layer.weight)
-        mine = (own >= 0) & (own < len(layer.weight))
-        x = F.embedding(own.masked_fill(~mine, 0), layer.weight)
+    pad = getattr(layer, "padding_idx", None)  # (nn.Embedding's: an id whose row does not learn)
+    def forward(self, ids):
+        own = ids - rank(group) * len(self.weight)
+        mine = (own >= 0) & (own < len(self.weight))
+        x = F.embedding(own.masked_fill(~mine, 0), self.weight)
+        x = x if pad is None else torch.where(ids[..., None] == pad, x.detach(), x)
         return sum_over(x * mine[..., None], group)
-
     split_parameter(layer.weight, 0, group)
-    layer.forward = forward
+    layer.forward = types.MethodType(forward, layer)
     return layer
 
 def split_tensors(model, group=None):
@@ -374,14 +378,13 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=tor
     like(x): an empty tensor as later stages receive it. -> the sum of losses (on the last rank)."""
     last, r, sent, under_way = world(group) - 1, rank(group), [], []
     loss = torch.zeros((), device=batches[0][0].device)
-
     def send(x, to):  # x must live until it has left
-        sent.append((dist.isend(x := x.contiguous(), group=group, group_dst=to), x))
-
+        x = x.contiguous()
+        sent.append((dist.isend(x, group=group, group_dst=to), x))
     def receive(x, source):
+        x = x.contiguous()
         dist.recv(x, group=group, group_src=source)
         return x
-
     ahead = {"gpipe": len(batches), "1f1b": last - r}[schedule]  # forward passes of backward ones
     for i in range(len(batches) + ahead):
         if i < len(batches):
@@ -486,18 +489,15 @@ def split_sequence(model, group=None):
     c = model.config
     if {*model.kinds} != {"full"} or c.dropout or c.block_size % world(group):
         raise ValueError("--sp is for full attention, no dropout, and a block_size that it divides")
-
     def attend(attn, x, where, cache=None):
         q, k, v = attn.heads(x, where.rotate)
         return attn.o_proj(ring_attention(q, k, v, group).transpose(-3, -2).flatten(-2))
-
-    def forward(ids):
+    def forward(self, ids):
         at = torch.arange(ids.shape[1], device=ids.device) + rank(group) * ids.shape[1]
-        return type(model).forward(model, ids, positions=at[None])
-
+        return type(self).forward(self, ids, positions=at[None])
     for block in model.blocks:
         block.attn.forward = functools.partial(attend, block.attn)
-    model.forward = forward
+    model.forward = types.MethodType(forward, model)
 
 # ---- The training run: train.py's loop, in which methods of `Parallel` replace functions.
 
@@ -505,10 +505,10 @@ SCHEMES = ("naive", "flat", "ddp", "zero1", "zero2", "fsdp")
 
 class Parallel:
     """A Transformer on several processes; the tp, pp or sp ranks of a copy of it are neighbours.
-    saved: the states of optimizers in a checkpoint. Raises ValueError."""
-    def __init__(self, args, saved=()):
+    saved: the states of optimizers in a checkpoint; path: where one will be. Raises ValueError."""
+    def __init__(self, args, saved=(), path=""):
         n, W, self.zero = args.tp * args.pp * args.sp, world(), "zero" in args.scheme
-        self.args, self.saved, self.passes, self.signals = args, saved, 0, []
+        self.args, self.saved, self.path, self.passes, self.signals = args, saved, path, 0, []
         self.dp, self.copy, self.group, self.grads = W // n, rank() // n, None, None
         schemes = SCHEMES[:3] if n > 1 else SCHEMES if args.impl == "own" else ("ddp", "fsdp")
         parts = (args.scheme == "fsdp" or args.tp > 1) and args.optimizer in ("muon", "soap")
@@ -562,8 +562,14 @@ class Parallel:
                     else x for k, x in state.items()}
                 for i, state in saved["state"].items() if params[i].numel() and
                 getattr(optimizer, "owner", {}).get(params[i], rank()) == rank()}
-        torch.manual_seed(a.seed + (rank() if a.pp > 1 else self.copy))  # (dropout differs)
+        stream = rank() if a.pp > 1 else self.copy
+        if stream:  # (dropout differs; the first one's is train.py's)
+            torch.manual_seed(a.seed + stream)
         model.register_forward_pre_hook(self.before_forward)
+        if rank() == 0 and not (a.resume or a.eval_only) and os.path.exists(self.path):
+            os.rename(self.path, aside := f"{self.path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
+            print(f"{self.path}, of another run, is now {aside}", flush=True)
+        dist.barrier()  # (or train.py would do that on all ranks)
         return optimizers
 
     def before_forward(self, model, _):
@@ -623,8 +629,8 @@ class Parallel:
     def random_state(self, device, new=None):
         """As train.random_state, with the states of all ranks; other ranks begin anew."""
         layout = [world(), self.args.tp, self.args.pp]
-        if new and new.get("layout") == layout:
-            random_state(device, new["ranks"][rank()])
+        if new and new.get("layout", [1, 1, 1]) == layout:
+            random_state(device, new.get("ranks", [new])[rank()])
         own, ranks = random_state(device), [None] * world()
         dist.all_gather_object(ranks, own)
         return own | {"ranks": ranks, "layout": layout}
@@ -666,12 +672,10 @@ def setup(name):
     # after a restart the store may still have the addresses of those that have died
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(store=store, rank=number, world_size=W)  # gloo, and for GPUs NCCL
-
     def watch():  # when torchrun is killed, end, too
         while os.getppid() == PARENT:
             time.sleep(1)
         os._exit(1)
-
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=watch, daemon=True).start()
     if rank() > 0:  # the first one speaks for all
@@ -701,12 +705,10 @@ def run(words):
             train.load_checkpoint(path)[1]["args"] == words:
         words.append("--resume")  # torchrun --max_restarts starts all again when one has died
     args, words, checkpoint = train.parse_args(parser, words)
+    if any(getattr(args, name) != parser.get_default(name) for name in vars(ours)):
+        parser.error("flags that train.py does not have can not be abbreviated")
     args = argparse.Namespace(**vars(args) | vars(ours) | {"device": setup(args.device)})
-    parallel = Parallel(args, checkpoint[1]["optimizer"] if checkpoint else ())
-    if rank() == 0 and not (args.resume or args.eval_only) and os.path.exists(path):
-        os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
-        print(f"{path}, of another run, is now {aside}")
-    dist.barrier()  # (or train.py would do that on all ranks)
+    parallel = Parallel(args, checkpoint[1]["optimizer"] if checkpoint else (), path)
     for name in vars(Parallel).keys() & vars(train).keys():  # (windows, cross_entropy, ...)
         setattr(train, name, getattr(parallel, name))
     train.parse_args = lambda *_: (args, words, checkpoint)
@@ -789,9 +791,8 @@ def plan(words):
     print("scheme    dp  tp  pp  GB: params  grads  optim  activ  total  s: compute   comm exposed")
     for tp, pp, (kinds, scheme) in itertools.product(
             (1, 2, 4, 8), (1, 2, 4, 8, 16), enumerate(SCHEMES[2:])):  # kinds that are divided
-        # (with pipelines gradients and weights would travel for every piece)
         if tp > a.node or a.gpus % (tp * pp) or pp > L or pp > 1 and kinds > 1:
-            continue
+            continue  # (with pipelines gradients and weights would travel for every piece)
         dp, own, fsdp = a.gpus // (tp * pp), a.params / (tp * pp) / 1e9, scheme == "fsdp"
         gb = [n * own / (dp if kinds >= least else 1) for n, least in ((2, 3), (2, 2), (12, 1))]
         gb[0] += 2 * own / L * fsdp * 2  # two layers at a time are whole
