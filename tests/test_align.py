@@ -416,7 +416,7 @@ def test_packing_and_accumulation_do_not_change_training(tmp_path, base, trained
     assert losses[1:] == [pytest.approx(losses[0], rel=1e-4)] * 2
     one, two = (train("rl", *trained, tmp_path / "rl", f"--algorithm dapo --micro_batch {size} "
                       "--minibatches 2 --max_iters 4 --prompts_per_step 4 --group_size 4 "
-                      "--max_new_tokens 3 --learning_rate 1e-3") for size in (1024, 5))
+                      "--max_new_tokens 3 --learning_rate 1e-3") for size in (1024, 1))
     one, two = ([float(row.get("loss") or 0) for row in rows] for rows in (one, two))
     assert one == pytest.approx(two, abs=1e-4) and any(one)
 
