@@ -74,7 +74,7 @@ def read_problem(row):
     elif "instruction_id_list" in row:
         if {name.split(":")[1] for name in row["instruction_id_list"]} - CONSTRAINTS.keys():
             return None
-        follows(row, "raises what arguments lack")
+        verify(row, "a")  # raises what arguments lack
     else:
         row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
         kind, text, *_ = read(row["answer"])
@@ -211,7 +211,7 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
     if old_log_probs is None:
         return -advantages * log_probs
     ratio = (log_probs - old_log_probs).exp()
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     near = ratio if clip is None else ratio.clamp(1 - low, 1 + high)
     return -torch.minimum(ratio * advantages, near * advantages)
 
@@ -400,7 +400,7 @@ def often(pattern, text, k):  # whether it occurs as often as k asks, with its o
     asked = next(value for value in k.values() if type(value) in (int, float))
     return (len(re.findall(pattern, text)) >= asked) != ("less than" in k.values())
 
-SENTENCE = (r"(?<!\b[A-HJ-Z])(?<!\b[MDSJ][rst])(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\n\d)"  # Dr. J.
+SENTENCE = (r"(?<![.!?])(?<!\b[A-HJ-Z])(?<!\b[MDSJ][rst])(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\n\d)"
             r"[.!?]+[\"')*\]]*(?=\s+[^\sa-z]|\s*\Z)|\S\s*\Z")  # an end; but not in 5 p.m. today
 CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given the arguments k
     "existence": lambda t, k: all(w.lower() in t.lower() for w in k["keywords"]),
@@ -410,7 +410,7 @@ CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given
     "letter_frequency": lambda t, k: often(re.escape(k["letter"].lower()), t.lower(), k),
     "number_sentences": lambda t, k: often(SENTENCE, t, k),
     "number_words": lambda t, k: often(r"\w+", t, k), "no_comma": lambda t, k: "," not in t,
-    "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^\s*[*-][^*]", t)),
+    "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^ *[*-][^*]", t)),
     "quotation": lambda t, k: bool(re.fullmatch(r'\s*".*"\s*', t, re.S)),
     "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
 
@@ -777,7 +777,7 @@ def solve(assistant, problems):  # the share of problems whose greedy response i
 
 def run_rl(args):
     """`rl`: sample group_size responses to each of prompts_per_step prompts; make those likelier
-    that a verifier, or --reward_model, likes. kl: weight of a distance from --ckpt. clip 0: none."""
+    that a verifier, or --reward_model, likes. kl: weight of distance from --ckpt. clip 0: none."""
     run, algorithm, size = Assistant(args), args.algorithm, args.micro_batch
     model = run.model.eval()  # no dropout: log-probs have to agree
     def make(row):  # a problem, if it leaves room for a response
