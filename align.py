@@ -74,7 +74,7 @@ def read_problem(row):
     elif "instruction_id_list" in row:
         if {name.split(":")[1] for name in row["instruction_id_list"]} - CONSTRAINTS.keys():
             return None
-        follows(row, "raises what arguments lack")
+        verify(row, "a")  # raises what arguments lack
     else:
         row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
         kind, text, *_ = read(row["answer"])
@@ -211,7 +211,7 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
     if old_log_probs is None:
         return -advantages * log_probs
     ratio = (log_probs - old_log_probs).exp()
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     near = ratio if clip is None else ratio.clamp(1 - low, 1 + high)
     return -torch.minimum(ratio * advantages, near * advantages)
 
@@ -235,14 +235,15 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
     (r"\\[,;: ]|(?<!^)~|\\q?quad(?![a-z])", " "), (r"\\(?:overline|vec)(?=\{[a-zA-Z]+\})", ""),
     (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"), ("−", "-"),
     (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
-    (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\degree", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
+    (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\?degrees?", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
     ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
     (r"\\binom\{(\d\d?)\}\{(\d\d?)\}", lambda found: f"({math.comb(*map(int, found.groups()))})"),
     (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),
-    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
-    (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
-    (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"), (r"^¤([\d,.]+)$", r"\1¤"),
+    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([\d,.]+)$", r"\1¤"),
+    (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", lambda found: "({}+{}/{})".format(*found.groups())
+     if int(found[2]) < int(found[3]) else found[0]), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
+    (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
     (r"\+(?=∞)|((?<=[=(,])|^)\s*\+", ""), (r"^([a-z]) *>([^<≤>≥=]+)$", r"\2<\1<∞"),
     (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"), (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),
     (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),
@@ -373,7 +374,7 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
             close(x, y * share) for x, y in zip(a[1][:points], b[1]))
     in_order = a[0] not in ("list", "union")  # of these, each as often as in the other
     return len(a[1]) == len(b[1]) and all(map(same, a[1], b[1]) if in_order else (
-        sum(same(x, y) for y in a[1]) == sum(same(x, y) for y in b[1]) for x in a[1]))
+        sum(same(x, y) for y in a[1]) == sum(same(x, y) for y in b[1]) > 0 for x in a[1]))
 
 def grade_math(response, truth):
     """Whether a response, or an answer alone, gives the true answer, both strings."""
@@ -399,7 +400,7 @@ def often(pattern, text, k):  # whether it occurs as often as k asks, with its o
     asked = next(value for value in k.values() if type(value) in (int, float))
     return (len(re.findall(pattern, text)) >= asked) != ("less than" in k.values())
 
-SENTENCE = (r"(?<!\b[A-HJ-Z])(?<!\b[MDSJ][rst])(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\n\d)"  # Dr. J.
+SENTENCE = (r"(?<![.!?])(?<!\b[A-HJ-Z])(?<!\b[MDSJ][rst])(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\n\d)"
             r"[.!?]+[\"')*\]]*(?=\s+[^\sa-z]|\s*\Z)|\S\s*\Z")  # an end; but not in 5 p.m. today
 CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given the arguments k
     "existence": lambda t, k: all(w.lower() in t.lower() for w in k["keywords"]),
@@ -409,7 +410,7 @@ CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given
     "letter_frequency": lambda t, k: often(re.escape(k["letter"].lower()), t.lower(), k),
     "number_sentences": lambda t, k: often(SENTENCE, t, k),
     "number_words": lambda t, k: often(r"\w+", t, k), "no_comma": lambda t, k: "," not in t,
-    "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^\s*[*-][^*]", t)),
+    "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^ *[*-][^*]", t)),
     "quotation": lambda t, k: bool(re.fullmatch(r'\s*".*"\s*', t, re.S)),
     "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
 
@@ -731,8 +732,7 @@ def run_sft(args):
              lambda rows: sum(sum(mask[1:]) for row in rows for _, mask in row))
 
 def run_preferences(args):
-    """`dpo`: make chosen responses likelier than rejected ones; beta: nearness to --ckpt. `reward`:
-    a model that gives them more. DPO's reward is beta log(pi / pi of --ckpt)."""
+    """`dpo`: make chosen likelier than rejected, beta: near --ckpt. `reward`: learn rewards."""
     run = Assistant(args)
     model = run.model.eval()  # without dropout, so that at step 0 the policy is the reference
     reward = ScalarModel(model) if args.command == "reward" else None
@@ -777,7 +777,7 @@ def solve(assistant, problems):  # the share of problems whose greedy response i
 
 def run_rl(args):
     """`rl`: sample group_size responses to each of prompts_per_step prompts; make those likelier
-    that a verifier, or --reward_model, likes. kl: weight of the distance to --ckpt. clip 0: none."""
+    that a verifier, or --reward_model, likes. kl: weight of distance from --ckpt. clip 0: none."""
     run, algorithm, size = Assistant(args), args.algorithm, args.micro_batch
     model = run.model.eval()  # no dropout: log-probs have to agree
     def make(row):  # a problem, if it leaves room for a response

@@ -231,7 +231,7 @@ WRONG = [(text, "5") for text in (
     ("", ""), ("{" * 900, "1"), (r"\boxed{" * 3000, "1"), ("1e999999999", "1"), ("x+2", "2"),
     ("10^{20}", "10^{20}+1"), ("x<3", "(-\\infty,3]"), ("i", "-i"), (r"\sqrt{x^2}", "x"),
     ("__import__('os').system('id')", "0"), ("a" * 30_000, "1"), ("(((2^60)^60)^60)^60", "1"),
-    ("3!!", "720"), ("12", r"\pm 12"), ("0=0", "x+y=0"), (r"\sqrt{2}*10^{-20}x=0", "x+y=0")]
+    ("3!!", "720"), ("12", r"\pm 12"), ("0=0", "x+y=0"), ("5,", "5, 6"), (r"1\frac32", "5/2")]
 RIGHT = [(rf"\boxed{{{text}}}", truth) for text, truth in (
     (r"\mathbf{9}", "9"), ("pi/2", r"\frac{\pi}{2}"), ("3*sqrt(5)", r"3\sqrt{5}"), ("yx", "xy"),
     ("(a,b) = (-2,1)", "(-2,1)"), (r"m\angle ABC = 30^\circ", "30"), ("x<3", r"(-\infty,3)"),
@@ -484,7 +484,7 @@ def test_usage_errors(tmp_path, base, trained, capsys, monkeypatch):
     for line in (f"sft {common} --batch_size x", "nothing", "rl --algorithm no"):
         assert re.fullmatch("2 .+\n", "{} {}".format(*fails(line)))
     for flags in ("--data x.jsonl", "--resume", f"--data {base}", *(
-            f"--data {trained[1]} --optimizer muon --learning_rate {x}" for x in ("1e39", "1e400"))):
+            f"--data {trained[1]} --optimizer muon --learning_rate 1e{i}" for i in (39, 400))):
         error, _ = fails(f"sft {common} {flags}")
         assert error.startswith("align.py: error: ") and "\n" not in error, flags
     assert not os.path.exists(tmp_path / "o" / "ckpt.pt")
