@@ -105,7 +105,7 @@ def test_damage_is_counted_and_the_rest_is_read():
     broken = members[2][:40] + bytes(860) + members[2][900:]
     bodies, counts = read(members[0] + members[1] + broken + members[3] + members[4][:-500])
     assert [b[3:4] for b in bodies if b[3:4] != b"2"] == [b"0", b"1", b"3"]
-    assert counts["damaged gzip"] >= 1 and counts["compressed file cut short"] == 1
+    assert counts["damaged gzip or zstd"] >= 1 and counts["compressed file cut short"] == 1
     good, bomb = record(http(b"<p>x</p>")), gzip.compress(record(http(bytes(40 << 20))))
     for junk in (b"\0" * 5000, b"WARC/1.0\r\n\r\n", b"WARC/1.0\r\nContent-Length: x\r\n\r\n"):
         assert read(junk + b"\r\n\r\n" + good)[0] == [b"<p>x</p>"]
@@ -309,9 +309,9 @@ def test_minhash_dedup_of_files(tmp_path):
 def test_large_clusters_take_linear_time(tmp_path):
     start, spill = time.process_time(), str(tmp_path / "keys")
     o = {"ngram": 5, "num_hashes": 112, "num_bands": 14, "threshold": 0.8}
-    C.hash_units([f"{prose(1, 20)} x{i}" for i in range(1000)], spill, C.UNITS[2], o)
+    C.hash_units([[f"{prose(1, 20)} x{i}" for i in range(1000)]], [spill], C.UNITS[2], o)
     C.find_repeats([spill], C.UNITS[2], o)
-    assert np.fromfile(spill + ".drop", bool)[::14].sum() == 999
+    assert np.fromfile(spill + ".drop", bool).sum() == 999
     assert time.process_time() - start < 8
 
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
