@@ -23,6 +23,7 @@ import numpy as np
 
 # ---- Read WARC (ISO 28500): records of headers and a page; what is damaged is counted and skipped.
 MAX_PAGE, CHUNK, GZIP, ZSTD = 16 << 20, 1 << 20, b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")  # of a chunked body
 Record = collections.namedtuple("Record", "url kind charset body")  # kind: "html" or "text" (WET)
 
 def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged members
@@ -79,8 +80,6 @@ def decode_body(body, coding):  # undoes gzip and deflate; ValueError: what it i
             if member.eof and len(out) <= MAX_PAGE:
                 return out
     raise ValueError(f"content encoding {coding[:20]}")
-
-CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")  # of a chunked body
 
 def read_warc(source, counts=None):
     """Yield the pages of a path or binary file as `Record`s. counts: a Counter of what it skips."""
@@ -780,11 +779,10 @@ def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0
 # ---- Decontaminate: drop documents that share 13 words in a row with a test (Brown et al. 2020).
 @functools.lru_cache(1)
 def test_ngrams(paths, n=13):
-    """{n, or length if 8 or more: sorted hashes of n-grams} of strings in JSON or lines."""
+    """{n, or length from 8: sorted hashes of n-grams} of strings or lines. KeyError if damaged."""
     found = collections.defaultdict(list)
     for path in paths:
-        lines = read_parts(path, b"\n", {})  # raises KeyError where it would count damage
-        strings = [line.decode("utf-8", "replace") for line in lines]
+        strings = [line.decode("utf-8", "replace") for line in read_parts(path, b"\n", {})]
         if kind_of(path, (*JSON_LINES, ".txt")) != ".txt":
             strings = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', "\n".join(strings)))
         for words in (hash_words(normalize(string))[0] for string in strings):
@@ -863,9 +861,10 @@ def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to
     for unit in {UNITS[0], UNITS[2]} & {*steps}:
         yield unit, "copy" if next(flags) else None
     if UNITS[1] in steps:
-        kept = [line for line in text.split("\n") if not next(flags)]
+        lines = text.split("\n")
+        kept = [line for line in lines if not next(flags)]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept).strip())
-        few = text != document["text"] and gopher_quality_reason(text) == "under 50 words"
+        few = len(kept) < len(lines) and gopher_quality_reason(text) == "under 50 words"
         yield UNITS[1], "too little left" if few else None
     document["text"] = text
 
@@ -916,6 +915,7 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
 
 def main():  # errors become one line, and exit code 1 or, for usage, 2
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # workers end with their parent
+    sys.warnoptions.append("ignore:resource_tracker")  # which cleans up after that
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["pipeline", *STEPS, "mix", "train-classifier"])
