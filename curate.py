@@ -717,7 +717,7 @@ def hash_units(sources, spills, unit, o):  # paths, or texts, to files of keys
                     once = unit == UNITS[0] or len(line) >= 100  # a document, or a paragraph
                     key = stable_hash(line) // 4 * 4 + 2 + once
                     key = bloom.add(line) if bloom and once and unit == UNITS[1] else key
-                    keys.append(key if line.strip() else 0)
+                    keys.append(key if line.strip() or unit == UNITS[0] else 0)
         np.array(keys).tofile(out)
         np.array(ends).tofile(out + ".ends")
 
@@ -887,7 +887,7 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
     files, counts, examples = find_inputs(o["input"]), collections.Counter(), {}
     work = f"{out}/.work-{stable_hash(to_json([o, files, *map(os.path.getsize, files)])):x}"
     stages = [o["steps"], *([unit] for unit in UNITS if "dedup" in o["steps"])]
-    if glob.glob(f"{out}/*") and not os.path.exists(work):
+    if os.path.isdir(out) and os.listdir(out) and not os.path.exists(work):
         raise ValueError(f"{out} is of other inputs or settings: give another --out")
     os.makedirs(work, exist_ok=True)
     for steps in stages:
