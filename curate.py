@@ -36,7 +36,7 @@ def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged me
         yield from itertools.chain([data], iter(functools.partial(file.read, CHUNK), b""))
         return
     while data := data if len(data) > 3 else data + file.read(size):
-        data, member = data[data.find(magic) :] if magic in data else b"", new()
+        data, member = (data[data.find(magic) :], new()) if magic in data else (b"", None)
         try:
             while data and not member.eof:
                 yield member.decompress(data, *limit)
@@ -46,12 +46,12 @@ def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged me
             counts["damaged gzip or zstd"] += 1
             data = data[1:]
             yield b"\r\n\r\n"  # so that what comes next begins a line, or a record
-        if not member.eof and not data:
+        if member and not member.eof and not data:
             counts["compressed file cut short"] += 1
 
 def read_parts(source, mark, counts, limit=math.inf):
     """What lies between marks in a path or binary file; nothing of more than limit bytes."""
-    part, large = bytearray(), 0  # large: whether it is already
+    part, large = bytearray(), 0  # large: 1 if the part began before, and is left out
     with open(source, "rb") if isinstance(source, (str, os.PathLike)) else source as file:
         for piece in unpack(file, counts):
             part += piece
@@ -764,7 +764,7 @@ def exact_line_dedup(files, out):
             file.writelines(line for line in own if counts[line.rstrip(b"\r\n")] == 1)
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8):
-    """Copy to the folder out the first file of each cluster of near duplicates."""
+    """Copy to the folder out the files but for those that are near an earlier one."""
     o = {"num_hashes": num_hashes, "num_bands": num_bands, "ngram": ngram, "threshold": threshold}
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:

@@ -60,10 +60,10 @@ def test_warc_members_plain_and_one_member_give_the_same_pages():
                record(http(b"%PDF", "Content-Type: a/pdf")), record(http(b"", status="HTTP/1 404")),
                record("Grüße".encode(), "conversion", "text/plain"), record(http(b"<p>two</p>"))]
     for data in (b"".join(records), gzip.compress(b"".join(records)),
-                 b"".join(map(gzip.compress, records))):
+                 b"".join(map(gzip.compress, records)) + b"\n"):
         bodies, counts = read(data)
         assert bodies == [b"<p>one</p>", "Grüße".encode(), b"<p>two</p>"]
-        assert counts["no page"] == 3 and counts["HTTP status not 200"] == 1
+        assert +counts == {"no page": 3, "HTTP status not 200": 1}
 
 RAW_DEFLATE = zlib.compress(b"<p>z</p>")[2:-4]
 
