@@ -3,64 +3,66 @@ From web pages to documents worth training on.
 
     python curate.py                   # all of it, on the notes beside this file
     python curate.py pipeline --input crawl/*.warc.gz --out corpus --workers 8
+    python curate.py mix --input web=clean wiki=wiki.jsonl --weights web=0.7 wiki=0.3 --out mixed
+    python curate.py train-classifier --input good=wiki.jsonl web=web.jsonl --words 2 --out q.npz
 
 `pipeline` takes the main text out of HTML, keeps --languages (en; none: all; --language_model of
 train-classifier), drops bad text by --filters (of gopher repetition c4 fineweb) and --classifiers
 (FILE:LABEL:LEAST), masks personal data, drops what is in test sets (--evals) and removes duplicates
-(--threshold of Jaccard similarity by --ngram words; --num_hashes in --num_bands). --out gets
-.jsonl.gz and report.json: what each step kept and why. --steps chooses; each is a command, too:
-
-    python curate.py mix --input web=clean wiki=wiki.jsonl --weights web=0.7 wiki=0.3 --out mixed
-    python curate.py train-classifier --input good=wiki.jsonl web=web.jsonl --words 2 --out q.npz
-
-Without --weights `mix` takes sizes^(1 / temperature); with --tokens (4 bytes each) it repeats.
-Inputs: .warc, .wet, .html, .txt (with <|endoftext|> between documents), JSON lines (.jsonl .ndjson
-.json), code and notes, also as .gz and .zst; folders. A stopped command given again goes on.
-Neither --workers nor --ray ADDRESS (of a cluster that shares the folders) changes the output.
+(--threshold of Jaccard similarity by --ngram words; --num_hashes in --num_bands; --bloom ERROR_RATE
+for paragraphs). --out gets .jsonl.gz and report.json: what each step kept and why. --steps chooses;
+each is a command, too. Without --weights `mix` takes sizes^(1 / temperature); with --tokens (4
+bytes each) it repeats. Inputs: .warc, .wet, .html, .txt (with <|endoftext|> between documents),
+.pdf, JSON lines (.jsonl .ndjson .json), code and notes, also as .gz and .zst; folders. A stopped
+command given again goes on. --workers and --ray ADDRESS (with shared folders) change no output.
 """
-import argparse, array, codecs, collections, contextlib, functools, glob, gzip, hashlib
-import html as html_library, importlib, itertools, json, math, multiprocessing, os, pathlib, re
-import shutil, signal, sys, tempfile, unicodedata, zlib
+import argparse, array, codecs, collections, concurrent.futures, contextlib, functools, glob
+import gzip, hashlib, html as html_library, importlib, itertools, json, math, multiprocessing
+import os, pathlib, re, signal, sys, tempfile, threading, unicodedata, zlib
 import numpy as np
 
 # ---- Read WARC (ISO 28500): records of headers and a page; what is damaged is counted and skipped.
-MAX_PAGE, CHUNK, GZIP = 16 << 20, 1 << 20, b"\x1f\x8b\x08"  # bytes: longest page; of a read
+MAX_PAGE, CHUNK, GZIP, ZSTD = 16 << 20, 1 << 20, b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")  # of a chunked body
 Record = collections.namedtuple("Record", "url kind charset body")  # kind: "html" or "text" (WET)
 
-def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged gzip members
-    data = file.read(CHUNK)
-    if data.startswith(b"\x28\xb5\x2f\xfd"):
-        zstandard = importlib.import_module("zstandard").ZstdDecompressor()
-        file.seek(0)
-        file, data = zstandard.stream_reader(file, read_across_frames=True), b""
-    if not data.startswith(GZIP):
+def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged members
+    data, magic, size, limit = file.read(4), GZIP, CHUNK, (CHUNK,)
+    new = functools.partial(zlib.decompressobj, 31)
+    if data.startswith(ZSTD):  # knows no limit, but a kB of it stands for 32 MB at most
+        magic, size, limit = ZSTD, 1 << 10, ()
+        new = importlib.import_module("zstandard").ZstdDecompressor().decompressobj
+    if not data.startswith(magic):
         yield from itertools.chain([data], iter(functools.partial(file.read, CHUNK), b""))
         return
-    while data := data if len(data) > 2 else data + file.read(CHUNK):
-        data, member = data[data.find(GZIP) :] if GZIP in data else b"", zlib.decompressobj(31)
+    while data := data if len(data) > 3 else data + file.read(size):
+        data, member = (data[data.find(magic) :], new()) if magic in data else (b"", None)
         try:
             while data and not member.eof:
-                yield member.decompress(data, CHUNK)
-                data = member.unconsumed_tail or member.unused_data or file.read(CHUNK)
-            counts["compressed file cut short"] += not member.eof
-        except zlib.error:
-            counts["damaged gzip"] += 1
+                yield member.decompress(data, *limit)
+                rest = getattr(member, "unconsumed_tail", b"") or member.unused_data
+                data = rest or file.read(size)
+        except Exception:  # zlib.error or ZstdError
+            counts["damaged gzip or zstd"] += 1
             data = data[1:]
             yield b"\r\n\r\n"  # so that what comes next begins a line, or a record
+        if member and not member.eof and not data:
+            counts["compressed file cut short"] += 1
 
 def read_parts(source, mark, counts, limit=math.inf):
     """What lies between marks in a path or binary file; nothing of more than limit bytes."""
-    part = bytearray()
+    part, large = bytearray(), 0  # large: 1 if the part began before, and is left out
     with open(source, "rb") if isinstance(source, (str, os.PathLike)) else source as file:
         for piece in unpack(file, counts):
             part += piece
             if part.find(mark, max(0, len(part) - len(piece) - len(mark))) >= 0:
                 *parts, part = part.split(mark)
-                yield from map(bytes, parts)
+                yield from map(bytes, parts[large:])
+                large = 0
             if len(part) > limit:
-                counts["too large"] += 1
-                part = bytearray()
-    yield bytes(part)
+                counts["too large"] += 1 - large
+                part, large = part[-len(mark) :], 1
+    yield from [bytes(part)][large:]
 
 def parse_headers(head):  # the `Name: value` lines of a header as {name in lower case: value}
     lines = re.findall(r"(?m)^([^\s:]+)[ \t]*:(.*)$", head.decode("utf-8", "replace"))
@@ -79,38 +81,36 @@ def decode_body(body, coding):  # undoes gzip and deflate; ValueError: what it i
                 return out
     raise ValueError(f"content encoding {coding[:20]}")
 
-def unpack_http(content):  # a response -> (MIME type, charset, body); ValueError: no page
-    head, *body = re.split(rb"\r?\n\r?\n", content.lstrip(), maxsplit=1)
-    if not body or not re.match(rb"(?i)HTTP/\S+\s+200\b", head):
-        raise ValueError("HTTP status not 200")
-    headers, body, chunks, at = parse_headers(head), body[0], [], 0
-    if "chunked" in headers["transfer-encoding"].lower():
-        size = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")
-        while (length := size.match(body, at)) and int(length[1], 16):
-            at = length.end() + int(length[1], 16) + 2
-            chunks.append(body[length.end() : at - 2])
-        body = b"".join(chunks) or body  # as it is, if it is not chunked after all
-    for coding in headers["content-encoding"].lower().split(",")[::-1]:
-        body = decode_body(body, re.sub("identity|none|utf-8", "", coding).strip())
-    charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", headers["content-type"].lower())
-    return headers["content-type"].lower() or "text/html", charset and charset[1], body
-
 def read_warc(source, counts=None):
     """Yield the pages of a path or binary file as `Record`s. counts: a Counter of what it skips."""
     counts = collections.Counter() if counts is None else counts
     for record in read_parts(source, b"\r\n\r\nWARC/", counts, MAX_PAGE):  # lengths may lie
         head, _, content = record.partition(b"\r\n\r\n")
-        headers, charset = parse_headers(head), None
-        kind, mime, length = (headers[k] for k in ("warc-type", "content-type", "content-length"))
+        headers, chunks, at = parse_headers(head), [], 0
+        url, kind, length = (headers[k] for k in ("warc-target-uri", "warc-type", "content-length"))
         try:
             if not re.fullmatch("[0-9]{1,15}", length) or int(length) > len(content):
                 raise ValueError("wrong length, or cut short")
-            if kind == "response":
-                mime, charset, content = unpack_http(content[: int(length)])
+            content = content[: int(length)]
+            if kind == "response":  # of HTTP
+                head, *body = re.split(rb"\r?\n\r?\n", content.lstrip(), maxsplit=1)
+                if not body or not re.match(rb"(?i)HTTP/\S+\s+200\b", head):
+                    raise ValueError("HTTP status not 200")
+                headers, content = parse_headers(head), body[0]
+                if "chunked" in headers["transfer-encoding"].lower():
+                    while (size := CHUNK_SIZE.match(content, at)) and int(size[1], 16):
+                        at = size.end() + int(size[1], 16) + 2
+                        chunks.append(content[size.end() : at - 2])
+                    content = b"".join(chunks) or content  # if it is not chunked after all
+                for coding in headers["content-encoding"].lower().split(",")[::-1]:
+                    coding = re.sub("identity|none|utf-8", "", coding).strip()
+                    content = decode_body(content, coding)
+            mime = headers["content-type"].lower() or "text/html" * (kind == "response")
+            charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", mime)
             page = "html" if "html" in mime else "text" if "text/plain" in mime else None
             if not page or kind not in ("response", "conversion", "resource"):
                 raise ValueError("no page")
-            yield Record(headers["warc-target-uri"], page, charset, content)
+            yield Record(url, page, charset and charset[1], content)
         except ValueError as reason:
             counts[str(reason)] += 1
 
@@ -176,9 +176,8 @@ heading 1.38; above <h1> -1.90; p 1.23; li 1.87; div 0.65; pre 1.12; sentences 1
 CONTEXT = """odds 0.58; element 1.03; page -0.85; in best 0.45; in 50% 0.75; in 70% 0.72; in 90%
 0.03; stretch 0.33; news odds 0.26; news element -0.29; news page -0.07; news in best 0.25; news in
 50% 0.01; news in 70% -0.02; news in 90% -0.61; news stretch 0.53; news -0.35; bias -1.98"""
-PLACES, LOOKS, CONTEXT = (
-    {" ".join(words): float(weight) for *words, weight in map(str.split, table.split(";"))}
-    for table in (PLACES, LOOKS, CONTEXT))
+PLACES, LOOKS, CONTEXT = ({" ".join(words): float(weight) for *words, weight in map(
+    str.split, table.split(";"))} for table in (PLACES, LOOKS, CONTEXT))
 LOOKS |= {"in " + names: weight for names, weight in PLACES.items()}
 BITS = {word: 1 << i for i, names in enumerate(PLACES) for word in names.split()}
 HIDDEN, DECLARED = 1 << len(PLACES), 2 << len(PLACES)  # the page says that it is an article
@@ -192,21 +191,19 @@ def place_bits(tag, attributes):  # the bits of the places that a tag opens, and
     bits = {BITS.get(word.lower().rstrip("s"), 0) for word in WORD.findall(names)}
     return functools.reduce(int.__or__, bits, BITS.get(f"<{tag}>", 0) | HIDDEN * hidden)
 
-def drop_raw(html):  # without comments, scripts and styles, but with the TeX of formulas
-    def tex(match):
-        _, kind, script, math_alt, inside, image = match.groups(default="")
-        alt = "".join((ALT.findall(math_alt + image) or [""])[0])
-        if image:
-            return alt if TEX.search(alt) else ""
-        inside = re.sub(r"(?s)^.*?<annotation[^>]*>|\s*<[^>]*>\s*", "", inside)
-        return html_library.escape(script) if "math/tex" in kind else alt or inside
-
-    html = QUOTED_MARKUP.sub("", RAW.sub(tex, html.replace("\0", "")))
-    return PRE.sub(lambda match: LINE.sub("\n", match.group()), html)
+def formula(match):  # in place of a match of RAW: the TeX of a formula, or nothing
+    _, kind, script, math_alt, inside, image = match.groups(default="")
+    alt = "".join((ALT.findall(math_alt + image) or [""])[0])
+    if image:
+        return alt if TEX.search(alt) else ""
+    inside = re.sub(r"(?s)^.*?<annotation[^>]*>|\s*<[^>]*>\s*", "", inside)
+    return html_library.escape(script) if "math/tex" in kind else alt or inside
 
 def scan(html):
     # -> blocks: (text, tag, element, linked, bits), elements: [parent, first block, end, tag, bits]
-    declared, html = DECLARED * bool(ARTICLE.search(html)), drop_raw(html)
+    declared = DECLARED * bool(ARTICLE.search(html))
+    html = QUOTED_MARKUP.sub("", RAW.sub(formula, html.replace("\0", "")))
+    html = PRE.sub(lambda match: LINE.sub("\n", match.group()), html)
     blocks, elements, stack, tags = [], [[0, 0, 0, "body", declared]], [0], ["body"]
     pieces, linked, in_link, leaf, leaf_bits = [html.partition("<")[0]], 0, False, "", 0
     for closing, tag, attributes, text in TOKEN.findall(html) + [("", "hr", "", "")]:
@@ -215,8 +212,7 @@ def scan(html):
         if tag in ("td", "th") and sum(map(len, pieces)) < 200:  # small cells: a row is a block
             inline, pieces = False, pieces + [" | "] if pieces and not closing else pieces
         elif not inline or tag == "br" and pieces[-1:] == ["\v"]:
-            whole = "".join(pieces)
-            if whole.strip():
+            if (whole := "".join(pieces)).strip():
                 blocks.append((whole, leaf or tags[-1], stack[-1], linked, leaf_bits))
             pieces, linked = [], 0
         if tag == "a":
@@ -418,8 +414,6 @@ class LinearClassifier:
             raise ValueError(f"{path} is no classifier of curate.py")
         return model
 
-load_classifier = functools.lru_cache(LinearClassifier.load)
-
 # ---- Language: by script (first word of the Unicode name of letters), own letters, stop words.
 SCRIPTS = dict(pair.split("=") for pair in """CJK=zh HIRAGANA=ja KATAKANA=ja HANGUL=ko CYRILLIC=ru
 ARABIC=ar GREEK=el HEBREW=he ARMENIAN=hy GEORGIAN=ka DEVANAGARI=hi BENGALI=bn GURMUKHI=pa
@@ -448,8 +442,7 @@ def identify_language(text, classifier=None):
     script, most = counts.most_common(1)[0]
     share, own = most / max(1, sum(counts.values())), OWN_LETTERS.get(script, {})
     if script != "latin":
-        return next((code for code in own if sum(map(text.count, own[code])) > 0.01 * most),
-                    script), share
+        return next((c for c in own if sum(map(text.count, own[c])) > 0.01 * most), script), share
     words = re.findall(r"[^\W\d_]+", text)
     hits = collections.Counter({c: sum(map(s.__contains__, words)) for c, s in STOP_WORDS.items()})
     (best, most), (_, second) = hits.most_common(2)
@@ -522,8 +515,7 @@ def c4_reason(text):  # C4 (Raffel et al. 2020): sentences count in lines that i
 
 def fineweb_reason(text):  # FineWeb's own rules (Penedo et al. 2024)
     lines, short = parts_of(text), 12 if NO_SPACES.search(text[:200]) else 30
-    return first_true(
-        empty=not lines, characters_in_repeated_lines=repeated_share(lines)[1] > 0.1,
+    return first_true(empty=not lines, characters_in_repeated_lines=repeated_share(lines)[1] > 0.1,
         lines_without_punctuation=sum(map(bool, map(ENDED.search, lines))) < 0.12 * len(lines),
         short_lines=sum(len(line) < short for line in lines) >= 0.67 * len(lines))
 
@@ -534,13 +526,12 @@ gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (
 
 # ---- Mask personal data: numbers whose form, or a word before them, says what they are.
 LETTER = rf"[^\W{DENSE}\uac00-\ud7af]"  # others (without spaces, Korean) may touch an address
-EMAIL = re.compile(rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@"
-                   rf"(?:(?!_){LETTER}(?:{LETTER}|-){{0,62}}\.){{1,8}}"
-                   rf"(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
-PHONE_CUE = re.compile(
-    r"(?i)(?:\b(?:(?:tele)?(?:ph|f)one?|tel|fax|call|contact|mobile|cell|whatsapp|hotline|dial|sms|"
-    r"text|ring|reach (?:me|us)|(?:my|our|your|his|her|their) (?:\w+ )?number)\b|☎|📞|电话|電話|手机|"
-    r"手機|전화)[^\d\n]{0,24}$")
+EMAIL = re.compile(
+    rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_){LETTER}(?:{LETTER}|-)"
+    rf"{{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
+PHONE_CUE = re.compile(r"""(?ix) (?:\b(?: (?:tele)?(?:ph|f)one?|tel|fax|call|contact|mobile|cell|
+    sms|text|ring|whatsapp|hotline|dial | reach[ ](?:me|us) | (?:my|our|your|his|her|their)[ ]
+    (?:\w+[ ])?number )\b | ☎|📞|电话|電話|手机|手機|전화 ) [^\d\n]{0,24}$""")
 PHONE = re.compile(rf"""(?mx) (?<![.,/$€£\#+-]) (?<!{LETTER}) (?<!\d[ :=]) (?:
         (?P<world> \+ \d{{1,3}} (?:[ .-]?\(\d{{1,4}}\))? (?:[ .-]?\d{{1,5}}){{1,6}} )
       | (?P<american> (?:1[ .-]?)? (?: \(\d{{3}}\)[ -]{{0,2}} | \d{{3}}(?P<sep>[ .-]) )
@@ -561,16 +552,15 @@ def mask_where(pattern, name, is_meant, text):
 
 # Functions: text -> (masked text, how many). A phone number has a form of its own, or a cue.
 mask_emails = functools.partial(mask_where, EMAIL, "|||EMAIL_ADDRESS|||", lambda *_: True)
-mask_phone_numbers = functools.partial(
-    mask_where, PHONE, "|||PHONE_NUMBER|||", lambda match, before:
-    7 <= sum(map(str.isdigit, match[0])) <= (15 if match["world"] else 12)
-    and (match["world"] or match["american"] or PHONE_CUE.search(before)))
+mask_phone_numbers = functools.partial(mask_where, PHONE, "|||PHONE_NUMBER|||", lambda m, before:
+    7 <= sum(map(str.isdigit, m[0])) <= (15 if m["world"] else 12)
+    and (m["world"] or m["american"] or PHONE_CUE.search(before)))
 mask_ips = functools.partial(mask_where, IP, "|||IP_ADDRESS|||",
                              lambda match, before: not VERSION.search(before))
 
 # ---- Files and workers: documents by kind of file, writing, and maps over files by processes.
 JSON_LINES, PAGES = (".jsonl", ".ndjson", ".json"), (".html", ".htm", ".xhtml")
-KINDS = (".warc", ".wet", ".txt", *JSON_LINES, *PAGES, *""".py .md .rst .tex .org .c .h .cc
+KINDS = (".warc", ".wet", ".txt", ".pdf", *JSON_LINES, *PAGES, *""".py .md .rst .tex .org .c .h .cc
 .cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .sh .sql .jl .lua .hs .kt .cs""".split())
 
 def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody knows it
@@ -596,10 +586,17 @@ def read_documents(path, counts=None):
         for line in filter(bytes.strip, read_parts(path, b"\n", counts, 4 * MAX_PAGE)):
             try:
                 document = json.loads(line)
-                document.get("text", document.get("html")).isascii()  # raises if it is no text
+                [document[key].isascii() for key in document.keys() & {"text", "html"}][0]
                 yield document
-            except (ValueError, AttributeError, RecursionError):
+            except (ValueError, AttributeError, IndexError, RecursionError):  # or it has no text
                 counts["bad line"] += 1
+    elif kind == ".pdf":
+        pypdf = importlib.import_module("pypdf")
+        try:
+            pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
+            yield {"text": "\n\n".join(pages), "path": str(path)}
+        except Exception:  # pypdf raises all kinds of them for damaged files
+            counts["damaged PDF"] += 1
     else:
         limit = math.inf if kind == ".txt" else MAX_PAGE
         for part in filter(bytes.strip, read_parts(path, b"<|endoftext|>", counts, limit)):
@@ -618,6 +615,11 @@ def replacing(path):  # a binary file, gzipped if path says so, that is renamed 
 def to_json(value, indent=None):  # on one line unless indented; half surrogates become "?"
     return json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "replace") + b"\n"
 
+def start_worker():  # it leaves Ctrl-C to its parent, and ends when that has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
 def run_job(job):  # (name, arguments, file) -> result, from the file if it was done before
     if not os.path.exists(job[2]):
         with replacing(job[2]) as file:
@@ -632,13 +634,13 @@ def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in j
         return Pool(ray_address=ray).map(here.run_job, jobs, chunksize=1)
     if min(workers, len(jobs)) < 2:
         return list(map(run_job, jobs))
-    context, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with context.Pool(min(workers, len(jobs)), signal.signal, quiet) as pool:
-        return pool.map(run_job, jobs, chunksize=1)
+    with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(jobs)), multiprocessing.get_context("spawn"), start_worker) as pool:
+        return list(pool.map(run_job, jobs))
 
 # ---- Duplicates: documents, lines, paragraphs and near duplicates, by one shuffle.
-# The units of every file become 64-bit keys. Each range of the keys is collected from all files and
-# sorted, and says which units repeat an earlier one. Every file is written anew without them.
+# Units become 64-bit keys: odd ones are kept once, even ones if not frequent; 0 always, 1 never.
+# A range of keys at a time is collected from all files and sorted; then files are written anew.
 RANGE, UNITS = 1 << 22, ("exact duplicates", "repeated lines", "near duplicates")
 
 def stable_hash(data):  # bytes or str -> 64 bits, unlike Python's the same in every process
@@ -647,7 +649,6 @@ def stable_hash(data):  # bytes or str -> 64 bits, unlike Python's the same in e
 
 class BloomFilter:
     """A set in bits: claims to hold what it does not with probability error_rate (Bloom 1970)."""
-
     def __init__(self, capacity, error_rate=0.001):
         self.size = math.ceil(-capacity * math.log(error_rate) / math.log(2) ** 2)
         self.num_hashes = max(1, round(self.size / capacity * math.log(2)))
@@ -700,32 +701,29 @@ def band_keys(hashes, num_hashes, num_bands):  # a 64-bit key per band, with its
     key = (rows.sum(1) + np.arange(1, num_bands + 1, dtype=np.uint64)) * MULTIPLIER
     return (key ^ (key >> np.uint64(31))) * MULTIPLIER
 
-def hash_units(texts, out, unit, o):  # to keys: odd ones are kept once, even ones if not frequent
-    keys, ends = array.array("Q"), array.array("Q", [0])
-    texts = (d["text"] for d in read_documents(texts)) if isinstance(texts, str) else texts
-    with open(out + ".sets", "wb") as sets:
-        for text in texts:
-            if unit == UNITS[0]:
-                keys.append(stable_hash(text) | 1)
-            elif unit == UNITS[1]:  # a paragraph is a line of 100 characters
-                keys.extend(stable_hash(line) // 2 * 2 + (len(line) >= 100) if line.strip() else 0
-                            for line in text.split("\n"))
-            else:
-                grams = shingles(text, o["ngram"])
-                bands = band_keys(grams, o["num_hashes"], o["num_bands"])
-                keys.extend((bands * np.uint64(len(grams) > 0)).tolist())
-                ends.append(ends[-1] + sets.write(grams))
-    np.array(keys).tofile(out)
-    np.array(ends).tofile(out + ".ends")
+def hash_units(sources, spills, unit, o):  # paths, or texts, to files of keys
+    bloom = o.get("bloom") and BloomFilter(sum(map(os.path.getsize, sources)) // 30 + 1, o["bloom"])
+    for texts, out in zip(sources, spills):
+        keys, ends = array.array("Q"), array.array("Q", [0])
+        texts = (d["text"] for d in read_documents(texts)) if isinstance(texts, str) else texts
+        with open(out + ".sets", "wb") as sets:
+            for text in texts:
+                if unit == UNITS[2]:
+                    grams = shingles(text, o["ngram"])
+                    bands = band_keys(grams, o["num_hashes"], o["num_bands"])
+                    keys.extend((bands * np.uint64(len(grams) > 0)).tolist())
+                    ends.append(ends[-1] + sets.write(grams))
+                for line in {UNITS[0]: [text], UNITS[1]: text.split("\n")}.get(unit, ()):
+                    once = unit == UNITS[0] or len(line) >= 100  # a document, or a paragraph
+                    key = stable_hash(line) // 4 * 4 + 2 + once
+                    key = bloom.add(line) if bloom and once and unit == UNITS[1] else key
+                    keys.append(key if line.strip() or unit == UNITS[0] else 0)
+        np.array(keys).tofile(out)
+        np.array(ends).tofile(out + ".ends")
 
 def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: whether to drop it
     starts, size = np.cumsum([0, *(os.path.getsize(path) // 8 for path in spills)]), o["num_bands"]
-    drop, ranges, parent = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1), {}
-
-    def root(x):  # union-find: the parent of a document is an earlier one of its cluster
-        while x in parent:
-            x = parent[x]
-        return x
+    drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
 
     @functools.lru_cache(256)
     def grams(document):
@@ -738,8 +736,9 @@ def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: 
         keys, ids = [], []
         for path, start in zip(spills, starts):
             own = np.fromfile(path, np.uint64)
-            found = np.flatnonzero((own % ranges == r) & (own > 0))
+            found = np.flatnonzero((own % ranges == r) & (own > 1))
             keys, ids = [*keys, own[found]], [*ids, found + start]
+            drop[start : start + len(own)] |= own == 1
         order = np.argsort(keys := np.concatenate(keys), kind="stable")
         keys, ids = keys[order], np.concatenate(ids)[order]
         first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
@@ -749,13 +748,11 @@ def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: 
             continue
         for begin, end in zip(edges[:-1][count > 1], edges[1:][count > 1]):
             bucket = (ids[begin:end] // size).tolist()
-            for a, b in ((a, b) for i, a in enumerate(bucket) for b in bucket[max(0, i - 50) : i]):
-                low, high = sorted((root(a), root(b)))
-                if low != high and jaccard(grams(a), grams(b)) >= o["threshold"]:
-                    parent[high] = low
-    drop[np.array([*parent], int) * size] = True
+            for i, b in enumerate(bucket):  # dropped if one of 50 before it is near
+                near = (jaccard(grams(a), grams(b)) for a in bucket[max(0, i - 50) : i])
+                drop[b * size] = drop[b * size] or any(j >= o["threshold"] for j in near)
     for path, part in zip(spills, np.split(drop, starts[1:-1])):
-        part.tofile(path + ".drop")
+        part[:: size if unit == UNITS[2] else 1].tofile(path + ".drop")
 
 def exact_line_dedup(files, out):
     """Write files to the folder out without the lines that occur more than once in all together."""
@@ -767,23 +764,22 @@ def exact_line_dedup(files, out):
             file.writelines(line for line in own if counts[line.rstrip(b"\r\n")] == 1)
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8):
-    """Copy to the folder out the first file of each cluster of near duplicates."""
+    """Copy to the folder out the files but for those that are near an earlier one."""
     o = {"num_hashes": num_hashes, "num_bands": num_bands, "ngram": ngram, "threshold": threshold}
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         texts = (decode_page(pathlib.Path(path).read_bytes()) for path in files)
-        hash_units(texts, spill := os.path.join(work, "keys"), UNITS[2], o)
+        hash_units([texts], [spill := os.path.join(work, "keys")], UNITS[2], o)
         find_repeats([spill], UNITS[2], o)
-        drop = np.fromfile(spill + ".drop", bool)[::num_bands]
+        drop = np.fromfile(spill + ".drop", bool)
     for path in itertools.compress(files, ~drop):
         with open(os.path.join(out, os.path.basename(path)), "xb") as file:
             file.write(pathlib.Path(path).read_bytes())
 
 # ---- Decontaminate: drop documents that share 13 words in a row with a test (Brown et al. 2020).
-
 @functools.lru_cache(1)
 def test_ngrams(paths, n=13):
-    """{n, or length if 8 or more: sorted hashes of n-grams} of strings in JSON or lines."""
+    """{n, or length from 8: sorted hashes of n-grams} of strings or lines. KeyError if damaged."""
     found = collections.defaultdict(list)
     for path in paths:
         strings = [line.decode("utf-8", "replace") for line in read_parts(path, b"\n", {})]
@@ -800,7 +796,6 @@ def contaminated(text, ngrams):  # whether a text has one of the n-grams of `tes
         (ngram_hashes(words, length), known) for length, known in ngrams.items()))
 
 # ---- Mix sources: documents in turn, so that bytes of text are at any time as weights say.
-
 def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperature=1.0):
     """Write mixed.jsonl.gz, and say what was reached. sources: {name: [paths]}; weights: by default
     size of files^(1 / temperature); budget: bytes of text, for which sources are repeated up to
@@ -837,9 +832,10 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
 
 # ---- Pipeline: the steps on a document, on a file, and on all; and the command line.
 STEPS = ["extract", "language", "filter", "mask", "decontaminate", "dedup"]
+load_classifier = functools.lru_cache(LinearClassifier.load)
 
 def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to drop or None)
-    if "html" in document and "extract" in steps:
+    if "html" in document and ("extract" in steps or "text" not in document):
         document["text"] = extract_text(document.pop("html"))
         yield "extract", None if document["text"] else "no text"
     document["text"] = text = unicodedata.normalize("NFC", document["text"])
@@ -862,14 +858,14 @@ def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to
     if "decontaminate" in steps and o["evals"]:
         found = contaminated(text, test_ngrams(tuple(o["evals"])))
         yield "decontaminate", "in a test set" if found else None
-    for unit, n in ((UNITS[0], 1), (UNITS[2], o["num_bands"])):
-        if unit in steps:
-            yield unit, "copy" if any([next(flags) for _ in range(n)]) else None
+    for unit in {UNITS[0], UNITS[2]} & {*steps}:
+        yield unit, "copy" if next(flags) else None
     if UNITS[1] in steps:
-        kept = [line for line in text.split("\n") if not next(flags)]
+        lines = text.split("\n")
+        kept = [line for line in lines if not next(flags)]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept).strip())
-        cut = len(text) < len(document["text"].strip())
-        yield UNITS[1], "too little left" if cut and len(text.split()) < 50 else None
+        few = len(kept) < len(lines) and gopher_quality_reason(text) == "under 50 words"
+        yield UNITS[1], "too little left" if few else None
     document["text"] = text
 
 def process_file(path, out, steps, o, spill=None):  # -> counts, and an example for each reason
@@ -889,16 +885,18 @@ def process_file(path, out, steps, o, spill=None):  # -> counts, and an example 
 def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
     how, o, out = (o["workers"], o["ray"]), {**o, "workers": 0, "ray": 0}, o["out"]
     files, counts, examples = find_inputs(o["input"]), collections.Counter(), {}
-    work = f"{out}/.work-{stable_hash(to_json([o, *map(os.path.getsize, files)])):x}"
+    work = f"{out}/.work-{stable_hash(to_json([o, files, *map(os.path.getsize, files)])):x}"
     stages = [o["steps"], *([unit] for unit in UNITS if "dedup" in o["steps"])]
-    if glob.glob(f"{out}/*") and not os.path.exists(work):
+    if os.path.isdir(out) and os.listdir(out) and not os.path.exists(work):
         raise ValueError(f"{out} is of other inputs or settings: give another --out")
     os.makedirs(work, exist_ok=True)
     for steps in stages:
         base, spills = f"{work}/{steps[0]}", itertools.repeat(None)
         if steps[0] in UNITS:
             spills = [f"{base}-{i}" for i in range(len(files))]
-            run_all("hash_units", [(*p, steps[0], o) for p in zip(files, spills)], base, *how)
+            each = [([path], [spill]) for path, spill in zip(files, spills)]
+            jobs = [(files, spills)] if steps[0] == UNITS[1] and o["bloom"] else each
+            run_all("hash_units", [(*job, steps[0], o) for job in jobs], base, *how)
             find_repeats(spills, steps[0], o)
         folder = f"{out}/" if steps is stages[-1] else f"{base}-"
         outputs = [f"{folder}{i:05d}.jsonl.gz" for i in range(len(files))]
@@ -909,21 +907,23 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
     with replacing(f"{out}/report.json") as file:
         file.write(to_json({"counts": counts, "examples": examples}, indent=1))
     print(*(f"{n:>12,}  {what}" for what, n in counts.items()), sep="\n")
-    shutil.rmtree(work)
-    os.makedirs(work)
+    rest = glob.glob(f"{work}/*") + glob.glob(f"{out}/*.tmp")  # which a killed run left
+    for path in sorted(rest, key=lambda path: not path.endswith(".json")):  # what jobs said first
+        os.remove(path)
     if not any(next(read_documents(path), None) for path in files):
         raise ValueError("no document was kept")
 
 def main():  # errors become one line, and exit code 1 or, for usage, 2
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # workers end with their parent
+    sys.warnoptions.append("ignore:resource_tracker")  # which cleans up after that
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["pipeline", *STEPS, "mix", "train-classifier"])
     options = {"input": [f"{pathlib.Path(__file__).resolve().parent}/*.[mp][dy]"], "evals": [],
                "out": "data/corpus", "workers": os.cpu_count(), "ray": "", "steps": STEPS,
                "languages": ["en"], "language_model": "", "classifiers": [], "threshold": 0.8,
-               "filters": ["gopher", "repetition", "fineweb"], "ngram": 5, "num_hashes": 112,
-               "num_bands": 14, "weights": [], "temperature": 1.0, "tokens": 0.0, "words": 0}
+               "filters": ["gopher", "repetition", "fineweb"], "bloom": 0.0, "ngram": 5, "words": 0,
+               "num_hashes": 112, "num_bands": 14, "weights": [], "temperature": 1.0, "tokens": 0.0}
     for name, default in options.items():
         kind, nargs = (str, "*") if isinstance(default, list) else (type(default), None)
         choices = {"steps": STEPS, "filters": list(FILTERS)}.get(name)

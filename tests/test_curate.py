@@ -57,14 +57,13 @@ def write_jsonl(path, texts):
 def test_warc_members_plain_and_one_member_give_the_same_pages():
     records = [record(b"software: x", "warcinfo", "application/warc-fields"),
                record(b"GET /", "request"), record(http(b"<p>one</p>")),
-               record(http(b"%PDF", "Content-Type: application/pdf")),
-               record(http(b"gone", status="HTTP/1.1 404 Not Found")),
+               record(http(b"%PDF", "Content-Type: a/pdf")), record(http(b"", status="HTTP/1 404")),
                record("Grüße".encode(), "conversion", "text/plain"), record(http(b"<p>two</p>"))]
     for data in (b"".join(records), gzip.compress(b"".join(records)),
-                 b"".join(map(gzip.compress, records))):
+                 b"".join(map(gzip.compress, records)) + b"\n"):
         bodies, counts = read(data)
         assert bodies == [b"<p>one</p>", "Grüße".encode(), b"<p>two</p>"]
-        assert counts["no page"] == 3 and counts["HTTP status not 200"] == 1
+        assert +counts == {"no page": 3, "HTTP status not 200": 1}
 
 RAW_DEFLATE = zlib.compress(b"<p>z</p>")[2:-4]
 
@@ -105,12 +104,14 @@ def test_damage_is_counted_and_the_rest_is_read():
     broken = members[2][:40] + bytes(860) + members[2][900:]
     bodies, counts = read(members[0] + members[1] + broken + members[3] + members[4][:-500])
     assert [b[3:4] for b in bodies if b[3:4] != b"2"] == [b"0", b"1", b"3"]
-    assert counts["damaged gzip"] >= 1 and counts["compressed file cut short"] == 1
+    assert counts["damaged gzip or zstd"] >= 1 and counts["compressed file cut short"] == 1
     good, bomb = record(http(b"<p>x</p>")), gzip.compress(record(http(bytes(40 << 20))))
     for junk in (b"\0" * 5000, b"WARC/1.0\r\n\r\n", b"WARC/1.0\r\nContent-Length: x\r\n\r\n"):
         assert read(junk + b"\r\n\r\n" + good)[0] == [b"<p>x</p>"]
     bodies, counts = read(bomb + gzip.compress(good))
-    assert bodies == [b"<p>x</p>"] and counts["too large"] >= 1
+    assert bodies == [b"<p>x</p>"] and counts["too large"] == 1
+    data = io.BytesIO(b"one|" + bytes(5 << 20) + b"|two")
+    assert list(C.read_parts(data, b"|", {"too large": 0}, 1 << 20)) == [b"one", b"two"]
 
 @pytest.mark.parametrize("data, header, text", [
     ("Grüße".encode(), None, "Grüße"), ("Grüße".encode("cp1252"), None, "Grüße"),
@@ -161,7 +162,6 @@ def test_names_of_what_holds_the_article_do_not_count_against_it():
     for html in (f"<p>Loading</p><noscript>{long}", f"<div style='visibility:hidden'>{long}</div>",
                  f"<div class='newsletter cookie related'><div class=sidebar>{long}"):
         assert prose(1) in C.extract_text(html) and prose(2) in C.extract_text(html.encode())
-    assert "Enable" not in C.extract_text(f"{long}<noscript>Enable it</noscript>")
 
 @pytest.mark.parametrize("unit", ["<div>", '<a x="<', "<!--", "<svg>", "<td>x", "&#", "<script",
                                   "<math>", "<pre>", "<pre", "<img", "<br>", "<p>\ud800</p>"])
@@ -203,7 +203,7 @@ def test_classifier_learns_saves_and_loads(tmp_path, how):
         pytest.raises(ValueError, C.LinearClassifier.load, path)
 
 LINES = [prose(i, 1) for i in range(6)]
-TEXT = "\n".join(LINES)
+TEXT, CHINESE = "\n".join(LINES), "这是一个关于河流和石头的故事，" * 10
 
 @pytest.mark.parametrize("rule, text, reason", [
     ("gopher", prose(1), None), ("gopher", "The string you read is text. " * 5, "under 50 words"),
@@ -214,8 +214,7 @@ TEXT = "\n".join(LINES)
     ("gopher", "the of and " * 20 + "1234 " * 20, "words without letters"),
     ("gopher", "# the river of them " * 30, "symbols to words"), ("fineweb", "", "empty"),
     ("gopher", "lorem ipsum dolor amet " * 30, "stop words"), ("repetition", "", None),
-    ("gopher", "这是一个关于河流和石头的故事，" * 10, None),
-    ("repetition", "\n\n".join(prose(i, 3) for i in range(5)), None),
+    ("gopher", CHINESE, None), ("repetition", "\n\n".join(prose(i, 3) for i in range(5)), None),
     ("repetition", "\n\n".join([prose(1), prose(2)] + [prose(3)] * 3), "repeated paragraphs"),
     ("repetition", "\n".join(LINES + LINES[:1] * 5), "repeated lines"),
     ("repetition", " ".join(f"blue house w{i}" for i in range(60)), "most frequent 2-gram"),
@@ -301,22 +300,12 @@ def test_minhash_dedup_of_files(tmp_path):
     paths, (o1, o2, o3) = [tmp_path / name for name in texts], (tmp_path / o for o in "abc")
     C.minhash_dedup(paths, o1, num_hashes=100, num_bands=20, ngram=3, threshold=0.8)
     assert {path.name for path in o1.iterdir()} == set(texts) - {"copy of 2.txt", "near 4.txt"}
-    assert all(path.read_text() == texts[path.name] for path in o1.iterdir())
     C.minhash_dedup(paths[::-1], o2, 100, 20, 3, 0.8)  # the first is kept
     C.minhash_dedup(paths, o3, 100, 20, 3, 0.99)  # candidates are compared
     assert (o2 / "copy of 2.txt").exists() and (o3 / "near 4.txt").exists()
 
-def test_large_clusters_take_linear_time(tmp_path):
-    start, spill = time.process_time(), str(tmp_path / "keys")
-    o = {"ngram": 5, "num_hashes": 112, "num_bands": 14, "threshold": 0.8}
-    C.hash_units([f"{prose(1, 20)} x{i}" for i in range(1000)], spill, C.UNITS[2], o)
-    C.find_repeats([spill], C.UNITS[2], o)
-    assert np.fromfile(spill + ".drop", bool)[::14].sum() == 999
-    assert time.process_time() - start < 8
-
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
-    """Not on PYTHONHASHSEED, not on the number of workers, not on the cuts of the shuffle. With six
-    hashes in one band only some of the near copies are found: which, is up to the hashes."""
+    """Nor on workers, nor on cuts of the shuffle. Six hashes in one band find some copies only."""
     paths = [write_jsonl(tmp_path / f"{k}.jsonl", [near_copy(prose(i % 7, 40), 12 + i)
                                                    for i in range(k, k + 12)]) for k in range(3)]
     args = ["dedup", "--input", *paths, "--ngram", "2", "--num_hashes", "6", "--num_bands", "1",
@@ -333,9 +322,10 @@ def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
 
 def test_decontaminate(tmp_path):
     question = "which of these rivers runs through more countries than any other in the world"
-    (tmp_path / "e.jsonl").write_text(json.dumps({"q": {"stem": question}, "choices": ["yes"]}))
+    tests = json.dumps({"q": {"stem": question}, "choices": ["yes"]}).encode()
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(tests))
     (tmp_path / "e.txt").write_text("What colour is the sky on a clear day\nblue\n")
-    tests = [str(tmp_path / name) for name in ("e.jsonl", "e.txt")]
+    tests = [str(tmp_path / name) for name in ("e.jsonl.gz", "e.txt")]
     texts = [prose(1), f"{prose(1)} {question.upper()}! {prose(2)}", prose(2) + " yes blue rivers",
              "Q: what colour is the sky, on a clear day?"]
     path = write_jsonl(tmp_path / "d.jsonl", texts)
@@ -351,10 +341,7 @@ def test_mix_reaches_what_it_is_asked_for(tmp_path):
     given = C.mix(sources, tmp_path / "1", {"a": 0.25, "b": 0.75}, budget=30_000)
     assert abs(given["b"]["reached"] - 0.75) < 0.03 and given["b"]["epochs"] == 2
     assert 30_000 <= sum(len(d["text"]) for d in documents(tmp_path / "1")) < 31_500
-    C.mix(sources, tmp_path / "2", {"a": 1, "b": 1})  # until the first one is used up
-    assert sum(d["source"] == "b" for d in documents(tmp_path / "2")) == 20
-    for weights in ({"a": 1}, {"a": float("inf"), "b": 1}, {"a": -1, "b": 2}):
-        pytest.raises(ValueError, C.mix, sources, tmp_path / "3", weights)
+    pytest.raises(ValueError, C.mix, sources, tmp_path / "3", {"a": float("inf"), "b": 1})
     sources["c"] = [write_jsonl(tmp_path / "c.jsonl", ["\n\n".join(map(prose, range(500)))])]
     given = C.mix(sources, tmp_path / "4", {"a": 0.4, "b": 0.2, "c": 0.4}, budget=20_000)
     assert abs(given["c"]["reached"] - 0.4) < 0.05  # one document, of 400 kB
@@ -373,9 +360,8 @@ def crawl(tmp_path_factory):
         records = [gzip.compress(record(http(html))) for html in pages]
         (folder / f"{k}.warc.gz").write_bytes(b"".join(records))
     (folder / "sub").mkdir()
-    for name, data in {
-            "broken.warc.gz": records[0] + records[1][:400], "sub/p.html": page(700),
-            "list.json": b'{"text": 1}\n[]\nnot json\n' + json.dumps(
+    for name, data in {"broken.warc.gz": records[0] + records[1][:400], "sub/p.html": page(700),
+            "list.json": b'{"text": "", "html": 1}\n[]\nnot json\n' + json.dumps(
                 {"text": prose(500) + " Mail me: jo@example.org, 283-182-3829."}).encode(),
             "t.txt": "<|endoftext|>".join([prose(600), "It is a short one.", prose(601)]).encode(),
             "sub/notes.md.gz": gzip.compress(prose(800).encode()), "sub/x.png": b"\x89"}.items():
@@ -400,12 +386,14 @@ def test_pipeline_is_the_same_for_any_number_of_workers(crawl, tmp_path):
 
 def test_lines_and_paragraphs(tmp_path):
     menu, quote = "Home About Contact Subscribe", "Somebody has quoted this from elsewhere. " * 3
-    texts = [f"{menu}\n{prose(i)}" for i in range(7)]
+    texts = [f"{menu}\n{prose(i)}" for i in range(7)] + [f"{menu}\n{CHINESE}"]
     texts += [texts[0], *(f"{prose(i)}\n{quote}\nA short line." for i in (20, 21))]
     path = write_jsonl(tmp_path / "x.jsonl", texts)
-    expected = [prose(i) for i in range(7)] + [texts[8].strip(), f"{prose(21)}\nA short line."]
-    run("dedup", "--input", path, "--out", tmp_path / "o", "--threshold", "2")
-    assert [d["text"] for d in documents(tmp_path / "o")] == expected
+    expected = [*map(prose, range(7)), CHINESE, texts[9].strip(), f"{prose(21)}\nA short line."]
+    for bloom in ("0", "0.001"):
+        out = tmp_path / bloom
+        run("dedup", "--input", path, "--out", out, "--threshold", "2", "--bloom", bloom)
+        assert [d["text"] for d in documents(out)] == expected
 
 def test_killed_run_goes_on(crawl, tmp_path):
     out, inputs = tmp_path / "out", [tmp_path / f"{i}.warc.gz" for i in range(12)]
@@ -421,12 +409,17 @@ def test_killed_run_goes_on(crawl, tmp_path):
     assert 3 <= len(done := list(out.glob(".work-*/extract-process*.json"))) < 12
     for path in done:  # what was done is not done again: it is taken from here
         path.write_text(path.read_text().replace("extract: kept", "extract: kept before"))
+    (out / "00000.jsonl.gz.1.tmp").touch()
     subprocess.run(command, check=True, capture_output=True)
     counts = json.loads((out / "report.json").read_text())["counts"]
     assert counts["extract: kept before"] == len(done) * 64
-    assert not list(next(out.glob(".work-*")).iterdir())  # nor anything half written is left
+    assert not [*out.glob(".work-*/*"), *out.glob("*.tmp")]  # nor anything half written is left
     run(*command[2:-4], "--out", tmp_path / "whole", "--workers", "1")
     assert contents(out) == contents(tmp_path / "whole")
+
+def test_a_worker_that_is_killed_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(C, "start_worker", os.abort)
+    pytest.raises(RuntimeError, C.run_all, "hash_units", [(), ()], tmp_path / "x", 2, "")
 
 def test_classifier_on_the_command_line(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [prose(i, 3) for i in range(60)])
@@ -444,9 +437,7 @@ def test_classifier_on_the_command_line(tmp_path):
     (("dedup", "--input", "x.jsonl", "x.bz2"), 1, "x.bz2: no known kind"),
     (("mix", "--input", "a=x.bz2"), 1, "x.bz2: no known kind"),
     (("decontaminate", "--input", "x.jsonl", "--evals", "x.bz2"), 1, "x.bz2: no known kind"),
-    (("dedup", "--input", "x.jsonl", "--num_bands", "13"), 1, "13"),
     (("filter", "--input", "x.jsonl", "--classifiers", "q.npz:a:0.5"), 1, "q.npz"),
-    (("mix", "--input", "a=x.jsonl", "--weights", "a=b"), 1, "'b'"),
     (("filter", "--input", "x.jsonl", "--filters", "no"), 2, "invalid choice")])
 def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
     write_jsonl(tmp_path / "x.jsonl", [prose(1)])
@@ -454,7 +445,16 @@ def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
     error = run(*args, "--out", "o", code=code, cwd=tmp_path).stderr
     assert message in error.strip().splitlines()[-1]
 
-def test_zst(tmp_path):
-    compress, path = pytest.importorskip("zstandard").compress, tmp_path / "x.jsonl.zst"
-    path.write_bytes(compress(b'{"text": "a"}\n') + compress(b'{"text": "b"}\n'))
-    assert [d["text"] for d in C.read_documents(path)] == ["a", "b"]
+PDF = (b"%PDF-1.4\n1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj 2 0 obj <</Type/Pages/Kids[3 0 R]"
+       b"/Count 1>> endobj 3 0 obj <</Type/Page/Parent 2 0 R/Contents 4 0 R/Resources<</Font<</F<<"
+       b"/Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>> endobj 4 0 obj <</Length 24>> stream\n"
+       b"BT /F 12 Tf (Text) Tj ET\nendstream endobj trailer <</Root 1 0 R>>\nstartxref\n0\n%%EOF")
+
+def test_pdf_and_zst(tmp_path):
+    zst, pdf, counts = tmp_path / "x.jsonl.zst", tmp_path / "x.pdf", C.collections.Counter()
+    compress, _ = pytest.importorskip("zstandard").compress, pytest.importorskip("pypdf")
+    for cut, texts in ((None, ["a", "b", "Text"]), (-4, ["a"])):
+        pdf.write_bytes(PDF[: cut and 50])
+        zst.write_bytes((compress(b'{"text": "a"}\n') + compress(b'{"text": "b"}\n'))[:cut])
+        assert [d["text"] for f in (zst, pdf) for d in C.read_documents(f, counts)] == texts
+    assert counts["compressed file cut short"] == counts["damaged PDF"] == 1
