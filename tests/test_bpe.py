@@ -389,7 +389,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, c
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 5}\n')
     (tmp_path / "bad.json").write_text('{"model": {"vocab": {"a": 1')
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 1000)[:30])
-    header = np.array([20240520, 1, *[0] * 254], np.int32).tobytes()
+    header = np.array([20240520, 1, 9, *[0] * 253], np.int32).tobytes()
     (tmp_path / "wild.bin").write_bytes(header + np.full(9, 60_000, np.uint16).tobytes())
     result = run(*args.split(), cwd=tmp_path)
     assert result.returncode == code and len(result.stderr.strip().splitlines()) == 1
