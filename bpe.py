@@ -6,10 +6,9 @@
     python bpe.py encode --tokenizer data/ts --input data/ts/train.txt --out data/ts
     python bpe.py decode --tokenizer data/ts --input data/ts/val.bin --max_tokens 50
 
-A language model reads integers. One per character needs a huge vocabulary and still makes long
-sequences; one per byte makes longer ones; one per word can not say a new word. Byte-pair encoding
-(Gage 1994; Sennrich et al. 2016; on bytes: Radford et al. 2019) starts from the 256 bytes, so that
-nothing is unknown, and makes a token of the most frequent pair of neighbours, again and again.
+A language model reads integers. One per character or byte makes long sequences, one per word can
+not say a new word. Byte-pair encoding (Gage 1994; Sennrich et al. 2016; on bytes: Radford et al.
+2019) makes a token of the most frequent pair of neighbours, again and again, from 256 bytes on.
 """
 import argparse, base64, codecs, collections, contextlib, ctypes, functools, gc, gzip, heapq
 import io, itertools, json, os, pathlib, re, sys, unicodedata
@@ -104,14 +103,13 @@ def split_by(texts, step):
 def split(texts, patterns):
     """Texts -> for each the list of its pre-tokens, by the patterns in turn."""
     steps = [*map(regex.compile, patterns)]
-    if steps[1:] or patterns[0] not in PATTERNS.values():
-        return [functools.reduce(split_by, steps, [text]) for text in texts]
-    return [*map(steps[0].findall, texts)]
+    if patterns in [[known] for known in PATTERNS.values()]:  # which match all, and in linear time
+        return [*map(steps[0].findall, texts)]
+    return [functools.reduce(split_by, steps, [text]) for text in texts]
 
 def find_cuts(block, chunked=True, turn=itertools.count(1)):
-    r"""Offsets from 0 on, int64, where UTF-8 is cut into chunks that are split alone: around each
-    byte 255, which no UTF-8 has and which ends a text; if `chunked` where each of PATTERNS begins a
-    pre-token whatever else is there: `two| words`, `word|.` (not before a '), `end.\n|Next`."""
+    r"""Offsets from 0 on where UTF-8 is cut into chunks: around bytes 255, not in UTF-8, that end a
+    text; if `chunked` where each of PATTERNS begins a pre-token: `a| b`, `a|.` (no '), `.\n|a`."""
     if len(block) > 1 << 15 and next(turn) % 32 == 0 and os.name == "posix":
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # else glibc keeps what is free
     a = np.frombuffer(block, np.uint8)
@@ -190,7 +188,9 @@ def cut_stream(pieces, specials, chunked):
     pieces = (p[i : i + BLOCK] for p in pieces for i in range(0, len(p), BLOCK))
     for piece in itertools.chain(pieces, [b""]):  # the empty one is the end
         buffer += piece
-        if piece and len(buffer) < enough:
+        # what follows a long text must not come into its block, whose chunks could fill a table
+        ends = len(buffer) >= BLOCK and not chunked and (b"\xff" in piece or special.search(piece))
+        if piece and len(buffer) < enough and not ends:
             continue
         text, size = bytes(buffer), len(buffer)
         end = max(0, size - longest) if piece else size  # what begins later may be incomplete
@@ -198,7 +198,8 @@ def cut_stream(pieces, specials, chunked):
         at = found[-1].end() if found else 0
         cut = max(at, text.rfind(b"\xff", at) + 1) if piece else size
         if chunked and piece:
-            places = find_cuts(text[(low := max(cut, end - (1 << 16))) : end], True)
+            low = max(cut, end - (1 << 16 if size < 3 * BLOCK else 4 * BLOCK))  # or all that is new
+            places = find_cuts(text[low:end], True)
             cut = low + int(places[-1]) if (places > 3).any() else cut  # it must see what is before
         if cut:
             yield special.sub(b"\xff", text[:at]) + text[at:cut], [match[0] for match in found]
@@ -209,7 +210,7 @@ def cut_stream(pieces, specials, chunked):
 
 def read_blocks(paths, specials, chunked, text_key):
     """Files -> blocks of `cut_stream`. What is no Unicode becomes U+FFFD; JSON lines (.jsonl,
-    .ndjson, .json) have no special tokens. Raises OSError, ValueError."""
+    .ndjson, .json) have no special tokens. OSError, ValueError."""
     for path in paths:
         size, name = os.path.getsize(path), os.fspath(path).lower()
         stem, known = name.removesuffix(".gz"), specials
@@ -224,7 +225,10 @@ def read_blocks(paths, specials, chunked, text_key):
                     lines = (json.loads(line.lstrip("\ufeff")) for line in file if line.strip())
                     pieces = (utf8(line[text_key]) + b"\xff" for line in lines if line[text_key])
                     known = ()
-                yield from (block for block, _ in cut_stream(pieces, known, chunked))
+                for n, (block, _) in enumerate(cut_stream(pieces, known, chunked)):
+                    if n % 32 == 31 and sys.stderr.isatty():  # the next line replaces it
+                        print(f"{n * BLOCK >> 20} MB read", end="\r", file=sys.stderr, flush=True)
+                    yield block
             if os.path.getsize(path) < size:
                 raise ValueError("it became shorter while it was read")
         except Exception as error:
@@ -340,7 +344,7 @@ def learn_merges(words, n_merges):
         names += [a + b for a, b in merges[len(names) - 256 :]]
     return merges
 
-def count_pretokens(first, step, source, pattern, specials, text_key):
+def count_pretokens(step, source, pattern, specials, text_key, first):
     """{pre-token: how often} of each `step`-th block. All processes read all: that is cheapest."""
     chunked = pattern in PATTERNS.values()
     blocks = (read_blocks(source, specials, chunked, text_key) if hasattr(source, "__len__") else
@@ -361,11 +365,8 @@ def count_pretokens(first, step, source, pattern, specials, text_key):
 
 def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc=1,
               text_key="text"):
-    """Learn a byte-level BPE vocabulary from a file, a list of files, or an iterable of texts, cut
-    at special tokens and by a pattern, a name from PATTERNS or a regular expression
-    -> ({id: bytes}: 256 bytes, merges, special tokens; the merges in order, as pairs of bytes).
-    >>> train_bpe(["low low lower"], 259)[1]
-    [(b'o', b'w'), (b'l', b'ow')]"""
+    """A file, a list of files (if one exists), or texts; a name from PATTERNS or a regex -> ({id:
+    bytes}: 256 bytes, merges, special tokens; merges in order, as pairs). ValueError, OSError."""
     source = [input] if isinstance(input, (str, os.PathLike)) else input
     if source is input and not (hasattr(input, "__len__") and any(map(os.path.exists, input))):
         source, num_proc = iter(input), 1  # it holds texts
@@ -373,8 +374,7 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     n_merges = vocab_size - 256 - len(specials)
     if n_merges < 0 or b"" in specials:
         raise ValueError(f"vocab_size {vocab_size} is too small, or a special token is empty")
-    job = functools.partial(count_pretokens, step=num_proc, source=source, pattern=pattern,
-                            specials=specials, text_key=text_key)
+    job = functools.partial(count_pretokens, num_proc, source, pattern, specials, text_key)
     words = collections.Counter()
     for counts in parallel(job, range(num_proc), num_proc):
         words.update(counts)
@@ -382,11 +382,9 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     return dict(enumerate(tokens + specials)), merges
 
-# ---- The tokenizer.
-# The characters that bytes are in a tokenizer.json: printable Latin-1 is itself, others U+0100, ...
-OTHERS = itertools.count(256)
-BYTES = "".join(chr(b if b in {*range(33, 127), *range(161, 173), *range(174, 256)}
-                    else next(OTHERS)) for b in range(256))
+# ---- The tokenizer. In its JSON bytes are characters: printable Latin-1 itself, others U+0100...
+SAME = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTES = "".join(chr(b if b in SAME else 256 + len({*range(b)} - SAME)) for b in range(256))
 TIKTOKEN = {  # OpenAI's .tiktoken files, by the beginning of their names: pattern, special tokens
     **dict.fromkeys(("gpt2", "r50k", "p50k"), ("gpt2", {EOT: 50256})),
     "cl100k": ("cl100k", {EOT: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
@@ -400,9 +398,7 @@ class Tokenizer:
         that make a third one merge, that of the lowest id first (OpenAI's rule)
     special_tokens: list of strings, of which new ones get the next ids, or {string: id}
     pattern: a name from PATTERNS, a regular expression, or a list of those, applied in turn
-    ignore_merges: a pre-token in the vocabulary is that token. nfc: text is brought into NFC
-    >>> Tokenizer({0: b"a", 1: b"b", 2: b"ab"}, [(b"a", b"b")]).encode("abba")
-    [2, 1, 0]"""
+    ignore_merges: a pre-token in the vocabulary is that token. nfc: text is brought into NFC"""
     def __init__(self, vocab, merges, special_tokens=(), pattern="gpt2", ignore_merges=False,
                  nfc=False):
         self.vocab, self.special_tokens, tied = dict(vocab), {}, merges is None
@@ -443,7 +439,7 @@ class Tokenizer:
         self.pairs.value[self.pairs.find(*keys, add=True)[0]] = [*self.ranks.values()]
 
     def encode(self, text, special=True):
-        """str -> list of ids. special: see special tokens, which in a stranger's text are text."""
+        """str -> ids; bytes without one are left out. special: see special tokens in the text."""
         return list(self.encode_iterable([text], special))
 
     encode_ordinary = functools.partialmethod(encode, special=False)
@@ -470,10 +466,10 @@ class Tokenizer:
             ids, n = self.merge([word.encode("utf-8", "surrogateescape") for word in words])
             # a chunk's value is where its ids begin in self.ids, and how many it has
             n = np.add.reduceat(n, np.cumsum([0, *map(len, found[:-1])]))
-            table.value[new_slots] = len(self.ids) + np.cumsum(n) - n << 26 | n
+            table.value[new_slots] = len(self.ids) + np.cumsum(n) - n << 32 | n
             self.ids = np.append(self.ids, ids)
         value, self.table = table.value.take(slots), table  # (after an error it would be half full)
-        first, n = value >> 26, value & (1 << 26) - 1
+        first, n = value >> 32, value & 0xFFFFFFFF
         place = np.repeat(first - np.cumsum(n) + n, n)
         return self.ids.take(place + np.arange(len(place)))
 
@@ -616,6 +612,8 @@ class Tokenizer:
 def read_names(names, merges, specials):
     """Names (of BYTES, but special tokens are text) -> ({id: bytes}, merges as pairs of bytes)."""
     table, encode = codecs.charmap_build(BYTES), codecs.charmap_encode
+    if clash := [n for n in specials if n in names and n in BYTES and not n.isascii()]:
+        raise ValueError(f"the special token {clash[0]!r} is a character that stands for a byte")
     token = {n: utf8(n) if n in specials else encode(n, "strict", table)[0] for n in names}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     return {i: token[name] for name, i in names.items()}, [(token[a], token[b]) for a, b in pairs]
@@ -640,7 +638,7 @@ def read_bin(path):
     header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get((*header[:2].tolist(),))
     if dtype and len(header) == 256:
-        n = max(int(header[2]), (size - 1024) // int(dtype[2]))  # a ValueError if it was cut off
+        n = int(header[2]) if header[2] < 2**31 - 1 else (size - 1024) // int(dtype[2])
         return np.memmap(path, dtype, "r", 1024, (n,)) if n else np.zeros(0, dtype), header
     ids = np.memmap(path, "<u2", "r", shape=size // 2)
     text = ids[:500].tobytes().decode("utf-8", "replace").rstrip("\ufffd")  # ids have zero bytes
@@ -658,18 +656,19 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
     sizes = np.array([len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size)])
     sizes[tokenizer.eot_id] = 0  # of an id: how many bytes of text it stands for
     names = ["train.bin", "val.bin"] if val_paths or val_fraction else ["train.bin"]
-    total = np.zeros((len(names), 2), np.int64)  # of each: tokens, bytes of text
+    total, given = np.zeros((len(names), 2), np.int64), 0  # tokens, bytes of text; those read
     with contextlib.ExitStack() as stack:
         bins = [stack.enter_context(replacing(os.path.join(out, name))) for name in names]
         for file in bins:
             file.write(bytes(1024))
         for files, fraction in ((paths, 0 if val_paths else val_fraction), (val_paths, 1)):
-            blocks, seen = read_blocks(files, [EOT.encode()], tokenizer.chunked, text_key), 0
-            for ids in parallel(tokenizer.encode_block, blocks, num_proc):
+            seen, blocks = 0, read_blocks(files, [EOT.encode()], tokenizer.chunked, text_key)
+            blocks, same = itertools.tee(blocks)
+            for ids, block in zip(parallel(tokenizer.encode_block, blocks, num_proc), same):
                 ends = np.flatnonzero(ids == tokenizer.eot_id) + 1
                 share = np.floor((seen + np.arange(len(ends) + 2)) * fraction)
                 to_val = np.repeat(np.diff(share) > 0, np.diff(ends, prepend=0, append=len(ids)))
-                seen += len(ends)
+                seen, given = seen + len(ends), given + len(block) - len(ends)
                 for i, file in enumerate(bins):
                     mine = ids[to_val == i].astype(tokenizer.dtype)
                     file.write(mine)
@@ -682,6 +681,8 @@ def encode_files(tokenizer, paths, out, val_fraction=0.01, val_paths=(), num_pro
             file.seek(0)
             file.write(np.array([*header, size & 0xFFFFFFFF, size >> 32], "<u4"))
             print(f"{out}/{name}: {n:,} tokens, {size:,} bytes of text, {size / n:.2f} per token")
+    if (lost := given - total[:, 1].sum()) and not tokenizer.nfc:  # (which changes how many)
+        print(f"{lost:,} bytes of text are left out: they have no tokens", file=sys.stderr)
 
 # ---- The command line.
 def main():  # errors become one line, and exit code 1 or, for usage, 2
@@ -713,7 +714,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
     gc.disable()  # nothing here makes cycles, and many small objects are made
     try:
         size = sum(map(os.path.getsize, args.input or ())) >> (23 if command == "train" else 26)
-        num_proc = args.num_proc or max(1, min(os.cpu_count(), size))
+        more = args.num_proc or max(1, min(os.cpu_count(), size)), args.text_key
         if command in ("encode", "decode", "show"):
             tokenizer = Tokenizer.from_file(args.tokenizer, pattern=args.pattern)
         elif pattern == "char":  # the vocabulary is the characters of the text
@@ -721,28 +722,27 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
             chars = sorted({c for block in blocks for c in block.decode("utf-8", "ignore")})
             tokenizer = Tokenizer(dict(enumerate(map(utf8, chars))), [], specials, "char", True)
         else:
-            learned = train_bpe(args.input, args.vocab_size, specials, pattern, num_proc,
-                                args.text_key)
+            learned = train_bpe(args.input, args.vocab_size, specials, pattern, *more)
             tokenizer = Tokenizer(*learned, specials, pattern)
         if command in (None, "encode"):
-            encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input,
-                         num_proc, args.text_key)
+            encode_files(tokenizer, args.input, args.out, args.val_fraction, args.val_input, *more)
         if command in (None, "train", "encode"):
             tokenizer.save(f"{args.out}/tokenizer.json")  # beside the .bin files
             print(f"{args.out}/tokenizer.json: {len(tokenizer.vocab):,} tokens")
         if command == "decode":
-            ids = read_bin(args.input[0])[0][: args.max_tokens]
-            if ids.max(initial=0) >= tokenizer.vocab_size:
-                raise ValueError(f"id {ids.max()} of {args.input[0]} is not in the vocabulary")
-            for i in range(0, len(ids), BLOCK):
-                sys.stdout.buffer.write(tokenizer.decode_bytes(ids[i : i + BLOCK]))
+            for ids in (read_bin(path)[0][: args.max_tokens] for path in args.input):
+                if ids.max(initial=0) >= tokenizer.vocab_size:
+                    raise ValueError(f"id {ids.max()} is not in the vocabulary")
+                for i in range(0, len(ids), BLOCK):
+                    sys.stdout.buffer.write(tokenizer.decode_bytes(ids[i : i + BLOCK]))
         kinds = CharTokenizer(), ByteTokenizer(), WordTokenizer(args.text), tokenizer
         for kind in kinds if command == "show" else ():
             ids = kind.encode(args.text)
             print(f"{type(kind).__name__}, {kind.vocab_size:,} tokens: {len(ids)} ids\n  {ids}\n  "
                   + "|".join(kind.decode([i]) for i in ids))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError):  # or `| head` has seen enough
+        os._exit(130)
     except Exception as error:  # (what a stranger's file can raise varies)
         sys.exit(f"bpe.py: error: {error}")
 
