@@ -305,20 +305,20 @@ def test_minhash_dedup_of_files(tmp_path):
     assert (o2 / "copy of 2.txt").exists() and (o3 / "near 4.txt").exists()
 
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
-    """Nor on workers, nor on cuts of the shuffle. Six hashes in one band find some copies only."""
+    """Nor on workers or cuts of the shuffle; six hashes in one band find some copies only."""
     paths = [write_jsonl(tmp_path / f"{k}.jsonl", [near_copy(prose(i % 7, 40), 12 + i)
                                                    for i in range(k, k + 12)]) for k in range(3)]
     args = ["dedup", "--input", *paths, "--ngram", "2", "--num_hashes", "6", "--num_bands", "1",
             "--threshold", "0.3", "--out"]
-    for seed, workers in (("0", 1), ("123", 3)):
+    for seed, workers in (("0", 1), ("random", 3)):
         env = {**os.environ, "PYTHONHASHSEED": seed}
         run(*args, tmp_path / seed, "--workers", workers, env=env)
     monkeypatch.setattr(C, "RANGE", 7)
     monkeypatch.setattr(sys, "argv", ["", *args, str(tmp_path / "7"), "--workers", "1"])
     monkeypatch.setattr(signal, "signal", print)
     C.main()
-    assert contents(tmp_path / "0") == contents(tmp_path / "123") == contents(tmp_path / "7")
-    assert 7 < len(documents(tmp_path / "0")) < 36  # some found, some not
+    assert contents(tmp_path / "0") == contents(tmp_path / "random") == contents(tmp_path / "7")
+    assert 7 < len(documents(tmp_path / "0")) < 36 and C.stable_hash("duplicate") == 1268023599156326036
 
 def test_decontaminate(tmp_path):
     question = "which of these rivers runs through more countries than any other in the world"
