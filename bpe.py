@@ -638,7 +638,7 @@ def read_bin(path):
     header, size = np.fromfile(path, "<i4", 256), os.path.getsize(path)
     dtype = {(20240520, 1): "<u2", (20240801, 7): "<u4"}.get((*header[:2].tolist(),))
     if dtype and len(header) == 256:
-        n = int(header[2]) if header[2] < 2**31 - 1 else (size - 1024) // int(dtype[2])
+        n = int(header[2]) if 0 < header[2] < 2**31 - 1 else (size - 1024) // int(dtype[2])
         return np.memmap(path, dtype, "r", 1024, (n,)) if n else np.zeros(0, dtype), header
     ids = np.memmap(path, "<u2", "r", shape=size // 2)
     text = ids[:500].tobytes().decode("utf-8", "replace").rstrip("\ufffd")  # ids have zero bytes
