@@ -1,33 +1,29 @@
 """ddp.py: every scheme against one process, over gloo."""
 
-import contextlib, copy, csv, glob, importlib, math, multiprocessing, os, signal, subprocess, sys
-import time
+import contextlib, copy, csv, glob, importlib, math, multiprocessing, os, signal, sys, time
+from multiprocessing import forkserver
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# all processes are forked from one that imports this beforehand, while we do the same
+multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "ddp"])
+if "__mp_main__" not in sys.modules:  # (it is in theirs)
+    forkserver.ensure_running()
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed as dist, multiprocessing as mp, nn
 from torch.utils.checkpoint import checkpoint
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 import ddp as D
 import model as M
-import train as T
-
-multiprocessing.set_forkserver_preload([  # what would take each process a second
-    "torch._dynamo", "ddp", "torch.distributed.fsdp", "matplotlib.backends.backend_agg"])
 
 def child(rank, world, path, f):
-    """One process of a test: leaves a file when f has passed all it checks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.manual_seed(rank)  # different weights, until they are broadcast
     f(rank, world)
     dist.barrier()  # or a rank that is ready first takes the connection away from the others
-    open(f"{path}.{rank}", "x").close()
     dist.destroy_process_group()
 
 def equal(a, b, tolerance=1e-10, msg=None):
@@ -90,13 +86,10 @@ def each_scheme_is_one_process(rank, world):
             for batches in data:
                 for i, ids in enumerate(batches):
                     more = i + 1 < accumulate
-                    quiet = syncing.no_sync() if more and scheme != "fsdp" else None
-                    with quiet or contextlib.nullcontext():
+                    with syncing.no_sync() if more else contextlib.nullcontext():
                         loss = loss_of(wrapped, ids[rank]) / accumulate
-                        assert scheme != "fsdp" or module.a.weight.ndim == 1  # freed after use
+                        assert {p.ndim for p in syncing.matrices} <= {1}  # fsdp's, freed after use
                         loss.backward()
-                    if more and scheme == "fsdp":
-                        wrapped.finish_gradient_synchronization(more=True)
                 if scheme != "zero2":  # (there `step` does it)
                     syncing.finish_gradient_synchronization()
                 for p, owner in getattr(optimizer, "owner", {}).items():
@@ -126,20 +119,16 @@ def which_parameters_a_rank_uses_does_not_matter(rank, world):
         for layer in layers if rank == 0 else (layers[1], layers[1]):
             layer(x).sum().backward()
         finish()
+    D.DDP(nn.Linear(2, 2).requires_grad_(False)).finish_gradient_synchronization()  # (none at all)
     equal(a.weight.grad, torch.full((1, 3), 0.5))
     equal(b.weight.grad, torch.full((1, 3), 1.5))
     equal(d.weight, b.weight - 1.5, 1e-6)
-
-class Linear(nn.Linear):
-    """Not F.linear, and without a bias."""
-    def forward(self, x):
-        return torch.einsum("...i,oi->...o", x, self.weight)
 
 class Paths(nn.Module):
     """Layers in the order that is asked for, with or without activation checkpointing."""
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Embedding(6, 6), *(Linear(6, 6) for _ in range(4))])
+        self.layers = nn.ModuleList([nn.Embedding(6, 6), *(M.Linear(6, 6) for _ in range(4))])
         self.layers[4].weight = self.layers[0].weight
 
     def forward(self, ids, order, checkpointing):
@@ -154,20 +143,21 @@ def fully_sharded_in_any_order(rank, world):
     torch.manual_seed(0)
     module, ids = Paths().double(), torch.tensor([0, 5, 2])
     wrapped = D.FSDP(copy.deepcopy(module))
-    models = [(x, torch.optim.SGD(x.parameters(), lr=0.1)) for x in (module, wrapped)]
     for orders, checkpointing in (("1234", False), ("4321", False), ("1 4", False),
                                   ("123 32", False), ("1123", True)):
         losses = []
-        for x, optimizer in models:
+        for x in (module, wrapped):
             for order in orders.split():  # several backward passes add up
                 losses.append(x(ids, order, checkpointing).square().sum())
                 losses[-1].backward()
         wrapped.finish_gradient_synchronization()
-        for x, optimizer in models:
-            optimizer.step()
-            optimizer.zero_grad()
+        wrapped(ids, "24", False)  # gathers weights that will have changed before the next time
+        for p in (p for x in (module, wrapped) for p in x.parameters() if p.grad is not None):
+            p.data = p.data - 0.1 * p.grad  # not in place
+            p.grad = None
         half = len(losses) // 2
         equal(torch.stack(losses[half:]), torch.stack(losses[:half]), msg=orders)
+        wrapped(ids, "1", False)
         full = wrapped.gather_full_params()
         for name, x in module.state_dict().items():
             equal(full[name], x)
@@ -197,7 +187,7 @@ def tensor_parallel(rank, world):
     for changes in ({}, {"qk_norm": True, "bias": True, "tie_embeddings": True, "logit_cap": 3.0},
                     {"attention": "sliding", "activation": "gelu", "norm_place": "post"},
                     {"attention": "linear", "activation": "moe"}):
-        model, ids, logits, loss, grads = transformer_reference(**changes)
+        model, ids, logits, loss, grads = transformer_reference(n_layer=2, **changes)
         split = copy.deepcopy(model)
         D.split_tensors(split)
         out = split(ids[:, :-1])
@@ -206,14 +196,17 @@ def tensor_parallel(rank, world):
         for name, p in split.named_parameters():
             equal(p.grad, getattr(p, "to_part", lambda x: x)(grads[name]), msg=name)
             equal(D.whole(p, p), model.get_parameter(name), msg=name)
-    a, b, table = nn.Linear(6, 8).double(), nn.Linear(8, 6).double(), nn.Embedding(8, 4)
+    a, b, table = nn.Linear(6, 8).double(), nn.Linear(8, 6).double(), nn.Embedding(8, 4, 5)
     for layer in (a, b, table):  # by themselves
         D.broadcast(layer)
     column, row = D.ColumnParallelLinear(copy.deepcopy(a)), D.RowParallelLinear(copy.deepcopy(b))
     x = torch.ones(3, 6).double().requires_grad_()
     equal(*(torch.autograd.grad(g(f(x).relu()).square().sum(), x)[0]
             for f, g in ((a, b), (column, row))))
-    equal(D.VocabParallelEmbedding(copy.deepcopy(table))(torch.arange(8)), table.weight.detach())
+    own, x = D.VocabParallelEmbedding(copy.deepcopy(table)), torch.arange(8)
+    equal(own(x), table(x))
+    (own(x) + table(x)).sum().backward()  # (row 5, padding, does not learn)
+    equal(own.weight.grad, own.weight.to_part(table.weight.grad))
 
 def pipeline(rank, world):
     for changes in ({"position": "learned", "norm": "layernorm"}, {"tie_embeddings": True}):
@@ -221,11 +214,10 @@ def pipeline(rank, world):
         for schedule, n in (("gpipe", 2), ("1f1b", 1), ("1f1b", 8), ("gpipe", 3)):
             stage = copy.deepcopy(model)
             D.split_layers(stage)
+            stage.register_forward_hook(lambda _, args, y: y.mT.contiguous().mT)  # odd strides
             batches = [(b[:, :-1], b[:, 1:]) for b in ids.chunk(n)]
-
             def share(out, y):
                 return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / (8 * 12)
-
             ours = D.pipeline_step(stage, batches, share, None, schedule, stage.like)
             assert rank < world - 1 or not equal(ours, loss)
             if model.config.tie_embeddings:
@@ -262,20 +254,24 @@ def ring(rank, world):
     (which_parameters_a_rank_uses_does_not_matter, 2), (fully_sharded_in_any_order, 2),
     (tensor_parallel, 2), (pipeline, 2), (pipeline, 3), (ring, 3)])
 def test_of_processes(tmp_path, f, world):
-    path = tmp_path / "rendezvous"
-    mp.start_processes(child, (world, str(path), f), world, start_method="forkserver")
-    assert len(glob.glob(f"{path}.*")) == world
+    mp.start_processes(child, (world, f"{tmp_path}/store", f), world, start_method="forkserver")
 
 # ---- The command line.
 
-def script(rank, name, environment, output, args):
-    # one process of `run`: a script's main(), as torchrun would start it
+def script(rank, name, environment, output, args, torchrun=None):
+    # one process of `run`: a script's main(), as torchrun would start it; or torchrun, with one
     torch.set_num_threads(1)
     with open(f"{output}.{rank}", "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(environment | {"RANK": str(rank)} if environment else {})
     sys.argv = [f"{name}.py", *args]
+    sys.modules["matplotlib"] = None  # (a plot takes longer than these runs)
+    if torchrun:
+        os.environ["TORCHELASTIC_RUN_ID"] = "1"
+        if os.fork():
+            os._exit(os.wait()[1] > 0)
+        D.PARENT = os.getppid()  # (it had been imported)
     if rank == 1 and "SIGNAL" in environment:  # in its sixth step
         steps, step = iter(range(6)), D.Parallel.clip_grad_norm
         D.Parallel.clip_grad_norm = lambda *how: step(*how) if next(steps) < 5 else os.kill(
@@ -283,8 +279,7 @@ def script(rank, name, environment, output, args):
     importlib.import_module(name).main()
 
 def run(processes, folder, *args, name="ddp", **environment):
-    """Run a script in so many processes (0: it needs no others) -> (whether all ended well, what
-    they printed)."""
+    """Run a script in so many processes (0: on its own) -> (whether all ended well, its output)."""
     world = max(1, processes)
     if processes:
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -342,10 +337,12 @@ def test_a_run_goes_on_elsewhere_with_equal_losses(data, alone, tmp_path):
 
 def test_a_run_with_dropout_goes_on_with_every_ranks_random_numbers(data, tmp_path):
     rows = []
-    for args in ("8", "4", "8 --resume"):  # (the second of them moves the first one's file away)
-        train(2, data, tmp_path, *f"--dropout 0.3 --max_iters {args}".split())
-        rows.append(rows_of(tmp_path))
-    assert len(list(tmp_path.glob("ckpt-*.pt"))) == 1 and torch.equal(rows[0], rows[2])
+    for processes, args in ((2, "8"), (2, "4"), (2, "8 --resume"),  # (4 moves 8's file away)
+                            (1, "2"), (0, "4 --resume"), (1, "6 --resume"), (0, "6")):
+        train(processes, data, tmp_path, *f"--dropout 0.3 --max_iters {args}".split())
+        rows.append(rows_of(tmp_path)[:, :2])
+    assert torch.equal(rows[0], rows[2]) and torch.equal(rows[5], rows[6])
+    assert 1 <= len(list(tmp_path.glob("ckpt-*.pt"))) <= 3
 
 def test_bench_and_plan(tmp_path, capsys):
     good, printed = run(2, tmp_path, *"bench --repeat 1 --n_embd 32 --n_layer 1".split())
@@ -360,13 +357,16 @@ def test_bench_and_plan(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ("--dp 3", "are not dp"), ("--batch_size 3", "batch_size"), ("--tp 2 --d_ff 33", "divided"),
-    ("--scheme zero3", "invalid choice"), ("--learning_rate 1e30 --grad_clip 0", "learning_rate")])
+    ("--scheme zero3", "invalid choice"), ("--schem fsdp", "abbreviated"),
+    ("--data /nowhere", "No such file"), ("--learning_rate 1e30 --grad_clip 0", "learning_rate")])
 def test_an_error_is_one_line(data, tmp_path, flags, message):
-    args = (*FLAGS, *flags.split(), "--max_iters", 9)
-    good, printed = run(2, tmp_path, "--data", data, "--out_dir", tmp_path, *args)
+    (tmp_path / "ckpt.pt").write_text("of another run")
+    args = ("--data", data, "--out_dir", tmp_path, *FLAGS, "--max_iters", 9, *flags.split())
+    good, printed = run(2, tmp_path, *args)
     errors = [line for line in printed.splitlines() if line.startswith("ddp.py: error:")]
     assert not good and len(errors) == 1 and message in errors[0], printed[-1500:]
     assert "Traceback" not in printed
+    assert (tmp_path / "ckpt.pt").exists() or "learning_rate" in flags  # (it had begun)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_rank_that_dies_or_stops_ends_the_others_and_all_go_on(data, alone, tmp_path, number):
@@ -378,12 +378,13 @@ def test_a_rank_that_dies_or_stops_ends_the_others_and_all_go_on(data, alone, tm
     equal(rows_of(tmp_path), rows_of(alone)[:8], 2e-4)
 
 def test_a_rank_ends_when_torchrun_is_killed(data, tmp_path):
-    command = [sys.executable, os.path.join(ROOT, "ddp.py"), "--data", data, "--out_dir", tmp_path,
-               *FLAGS, "--max_iters", 100000]
-    parent = subprocess.Popen(
-        ["sh", "-c", f"{' '.join(map(str, command))} & wait"], stdout=subprocess.PIPE,
-        env=os.environ | {"TORCHELASTIC_RUN_ID": "a", "OMP_NUM_THREADS": "1"})
+    args = ["--data", str(data), "--out_dir", str(tmp_path), *FLAGS, "--max_iters", "100000"]
+    ours, theirs = multiprocessing.Pipe(False)
+    torchrun, = mp.start_processes(script, ("ddp", {}, f"{tmp_path}/output", args, theirs), 1,
+                                   join=False, start_method="forkserver").processes
+    theirs.close()
     while not (tmp_path / "ckpt.pt").exists():
+        assert torchrun.is_alive()
         time.sleep(0.1)
-    parent.kill()
-    parent.communicate(timeout=20)  # (waits until all who can print have ended)
+    torchrun.kill()
+    assert ours.poll(20)  # none has the other end any more
