@@ -232,7 +232,7 @@ class FSDP(Buckets, nn.Module):
         self.module, self.compute_dtype, self.matrices = module, compute_dtype, []
         self.gather_full_params = functools.partial(gather_full_params, module)
         broadcast(module)
-        module.register_forward_pre_hook(lambda *_: self._free(*self.matrices))
+        module.register_forward_pre_hook(lambda *_: self._free(*self.matrices))  # (old weights)
         for layer in module.modules():
             kinds = {kind.__name__ for kind in type(layer).__mro__}
             # (nn.MultiheadAttention's output layer is not called: its weight is read)
@@ -289,9 +289,8 @@ class FSDP(Buckets, nn.Module):
         p, W = bucket[0], world()
         if not hasattr(p, "shard"):
             return super()._start(bucket)
-        g = p.full.new_zeros(0) if p.grad is None else p.grad.reshape(-1)
-        wait = reduce_scatter(F.pad(g, (0, W * len(p.shard) - len(g))), [len(p.shard)] * W,
-                              p.shard.dtype)
+        g = torch.zeros_like(p.full) if p.grad is None else p.grad.reshape(-1)
+        wait = reduce_scatter(F.pad(g, (0, -len(g) % W)), [len(p.shard)] * W, p.shard.dtype)
         self._free(p)
         return lambda: {p: wait() / W}
 
@@ -385,7 +384,7 @@ def pipeline_step(stage, batches, loss_fn, group=None, schedule="1f1b", like=tor
         x = x.contiguous()
         dist.recv(x, group=group, group_src=source)
         return x
-    ahead = {"gpipe": len(batches), "1f1b": last - r}[schedule]  # forward passes of backward ones
+    ahead = {"gpipe": len(batches), "1f1b": last - r}[schedule]  # of backward passes, by so many
     for i in range(len(batches) + ahead):
         if i < len(batches):
             x, y = batches[i]
@@ -812,7 +811,8 @@ def fail(error, code=1):
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(f"ddp.py: error: {' '.join(str(error).split()):.300}", file=sys.stderr, flush=True)
+    if not isinstance(error, BrokenPipeError):  # (`head`, for instance, has seen enough)
+        print(f"ddp.py: error: {' '.join(str(error).split()):.300}", file=sys.stderr, flush=True)
     os._exit(code)  # (others may wait: no farewell)
 
 def main():
