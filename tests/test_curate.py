@@ -318,7 +318,7 @@ def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", print)
     C.main()
     assert contents(tmp_path / "0") == contents(tmp_path / "random") == contents(tmp_path / "7")
-    assert 7 < len(documents(tmp_path / "0")) < 36 and C.stable_hash("duplicate") == 1268023599156326036
+    assert 7 < len(documents(tmp_path / "0")) < 36 and C.stable_hash("x") % 10**6 == 258058
 
 def test_decontaminate(tmp_path):
     question = "which of these rivers runs through more countries than any other in the world"
