@@ -19,7 +19,6 @@ import argparse, ast, cmath, contextlib, csv, functools, gzip, io, itertools, js
 import multiprocessing, os, random, re, signal, statistics, subprocess, sys, time
 from collections import Counter, defaultdict, namedtuple
 from fractions import Fraction
-
 import torch
 from bpe import Tokenizer
 from model import (SWITCH, TEMPLATES, Transformer, TransformerConfig, chat_stops, encode_chat,
@@ -890,7 +889,8 @@ def share(hits):
     low, high = max(0, middle - half), min(1 + 3.8416 / n, middle + half)  # of rounding
     return f"{p:.4f} ({low / (1 + 3.8416 / n):.4f} to {high / (1 + 3.8416 / n):.4f})"
 
-def pass_at_k(n, c, k):  # that of k of n responses, c of them right, one is (Chen et al. 2021)
+def pass_at_k(n, c, k):
+    """The chance that of k of n responses, of which c are right, one is right (Chen et al. 2021)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def encode_continuation(tokenizer, context, continuation):

@@ -200,7 +200,8 @@ def formula(match):  # in place of a match of RAW: the TeX of a formula, or noth
     return html_library.escape(script) if "math/tex" in kind else alt or inside
 
 def scan(html):
-    # -> blocks: (text, tag, element, linked, bits), elements: [parent, first block, end, tag, bits]
+    """HTML, cut at block tags -> (blocks: (text, tag, element, characters in links, bits);
+    elements: [parent, first block, end, tag, bits])."""
     declared = DECLARED * bool(ARTICLE.search(html))
     html = QUOTED_MARKUP.sub("", RAW.sub(formula, html.replace("\0", "")))
     html = PRE.sub(lambda match: LINE.sub("\n", match.group()), html)
@@ -356,7 +357,6 @@ def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
 class LinearClassifier:
     """On n-grams of characters, chars: (shortest, longest), best for languages and odd spelling, or
     of up to `words` words, chars (0, 0), which are better where classes have their own sources."""
-
     def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
         self.labels, self.table, self.scale = list(labels), table, float(scale)
         self.chars, self.words = tuple(chars), words
@@ -467,7 +467,8 @@ def parts_of(text, end="\n"):  # what lies between ends, stripped, if not empty
 def first_true(**rules):  # the name of the first rule that is broken, or None
     return next((name.replace("_", " ") for name, broken in rules.items() if broken), None)
 
-def gopher_quality_reason(text, language="en"):  # Gopher's rules for quality (Rae et al. 2021)
+def gopher_quality_reason(text, language="en"):
+    """The first of Gopher's rules for quality (Rae et al. 2021) that a text breaks, or None."""
     words, lines, dense = text.split(), parts_of(text), len(NO_SPACES.findall(text))
     letters = sum(map(len, words))
     spaced, count = (True, len(words)) if dense <= 0.3 * letters else (False, dense)  # of letters
@@ -487,7 +488,8 @@ def repeated_share(parts):  # (share of parts that repeat an earlier one, and of
     every, once = (np.array([len(some), sum(map(len, some))]) for some in (parts, set(parts)))
     return (every - once) / np.maximum(every, 1)
 
-def gopher_repetition_reason(text):  # Gopher's limits to repetition: lines, n-grams of words
+def gopher_repetition_reason(text):
+    """The first of Gopher's limits to repeated lines and n-grams of words, or None."""
     for name, end in (("paragraphs", "\n\n"), ("lines", "\n")):
         if any(repeated_share(parts_of(text, end)) > (0.3, 0.2)):
             return f"repeated {name}"
@@ -569,7 +571,8 @@ def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody
         raise ValueError(f"{path}: no known kind of file: {' '.join(kinds)}, or .gz, .zst of them")
     return kind
 
-def find_inputs(patterns):  # files, and what is of known kinds in folders: paths
+def find_inputs(patterns):
+    """Paths of files and patterns, and of what is of known kinds in folders. Raises ValueError."""
     paths, known = [], tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst"))
     for path in (path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]):
         inside = filter(os.path.isfile, sorted(glob.glob(f"{path}/**/*.*", recursive=True)))
@@ -724,14 +727,12 @@ def hash_units(sources, spills, unit, o):  # paths, or texts, to files of keys
 def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: whether to drop it
     starts, size = np.cumsum([0, *(os.path.getsize(path) // 8 for path in spills)]), o["num_bands"]
     drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
-
     @functools.lru_cache(256)
     def grams(document):
         file = np.searchsorted(starts, document * size, "right") - 1
         at = 8 * (document - int(starts[file]) // size)
         begin, end = np.fromfile(spills[file] + ".ends", np.uint64, 2, offset=at).tolist()
         return np.fromfile(spills[file] + ".sets", np.uint64, (end - begin) // 8, offset=begin)
-
     for r in range(int(ranges)):
         keys, ids = [], []
         for path, start in zip(spills, starts):
@@ -790,7 +791,8 @@ def test_ngrams(paths, n=13):
                 found[min(n, len(words))].append(ngram_hashes(words, min(n, len(words))))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 
-def contaminated(text, ngrams):  # whether a text has one of the n-grams of `test_ngrams`
+def contaminated(text, ngrams):
+    """Whether a text has one of the n-grams of `test_ngrams`."""
     words, _ = hash_words(normalize(text))
     return any((known[np.searchsorted(known[:-1], grams)] == grams).any() for grams, known in (
         (ngram_hashes(words, length), known) for length, known in ngrams.items()))
@@ -808,13 +810,11 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
     given = {name: {"weight": weights[name] / total, "bytes": 0} for name in sorted(weights)}
     limit = int(min(1 << 16, max(1000, (budget or math.inf) / 50)))  # longer texts are cut
     piece = re.compile(rf"(?s)\S.{{,{limit}}}(?=\n\n|\Z)|\S.{{,{limit}}}")
-
     def stream(name):
         for given[name]["epochs"] in range(1, 1 + (max_epochs if budget else 1)):
             for document in itertools.chain.from_iterable(map(read_documents, sources[name])):
                 for text in piece.findall(document["text"]):
                     yield {**document, "text": text, "source": name}
-
     streams = {name: stream(name) for name in given}
     with replacing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
         while streams and sum(g["bytes"] for g in given.values()) < (budget or math.inf):
