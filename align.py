@@ -890,7 +890,7 @@ def share(hits):
     return f"{p:.4f} ({low / (1 + 3.8416 / n):.4f} to {high / (1 + 3.8416 / n):.4f})"
 
 def pass_at_k(n, c, k):
-    """The chance that of k of n responses, of which c are right, one is right (Chen et al. 2021)."""
+    """The chance that one of k out of n responses, c of them right, is right (Chen et al. 2021)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def encode_continuation(tokenizer, context, continuation):
