@@ -1,6 +1,6 @@
 """model.py: equality with written-out references, and what a stranger's file may not do."""
 
-import concurrent.futures, json, math, os, subprocess, sys, time
+import io, json, math, os, re, subprocess, sys, time
 
 import pytest
 import torch
@@ -29,10 +29,13 @@ def close(a, b, tolerance=1e-5):
     scale = max(1.0, b.abs().max().item())
     torch.testing.assert_close(a, b, atol=tolerance * scale, rtol=tolerance)
 
-def run(*args, cwd, stdin=""):
-    path = os.path.join(os.path.dirname(M.__file__), "model.py")
-    return subprocess.run([sys.executable, path, *map(str, args)], cwd=cwd, input=stdin,
-                          capture_output=True, text=True, timeout=120)
+def run(capsys, *args):
+    """model.py's main in this process (test_pipeline.py starts it as one) -> what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["model.py", *map(str, args)])
+        patch.setattr(sys, "stdin", io.StringIO("hello\nworld\n"))
+        M.main()
+    return capsys.readouterr()
 
 def test_linear_embedding_norms_and_softmax_equal_pytorch():
     x = torch.randn(2, 3, 8)
@@ -616,34 +619,32 @@ def test_hostile_templates_end(template):
         M.render(template, [{"role": "user", "content": "hi"}])
     assert time.perf_counter() - start < 6
 
-def test_command_line(tmp_path, tokenizer):
+def test_command_line(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = make(vocab_size=320, block_size=64)  # (ids from 270 on have no text)
-    M.save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer=tokenizer.to_json(), step=1)
-    M.save_checkpoint(tmp_path / "draft.pt", make(2, vocab_size=320, n_layer=1), tokenizer="{}")
-    at = ("--ckpt", tmp_path / "ckpt.pt")
-    errors = [(["--ckpt", "none.pt"], 1, "none.pt is no checkpoint"),
-              (["--temprature=1"], 2, "unrecognized arguments: --temprature"),
-              (["import"], 2, "take a folder"), ([*at, "--temperature", "-1"], 1, "has no sense")]
-    asked = [["--prompt", "hello", "--max_new_tokens", 9, "--num_samples", 2, *at],
-             ["--start", "hello", "--max_new_tokens", 9, *at],
-             ["--draft", tmp_path / "draft.pt", "--max_new_tokens", 9, *at],
-             ["chat", "--max_new_tokens", 5, *at], ["export", "folder/", *at],
-             ["quantize", "--quantize", "int4", *at], ["prune", "--n_layer", 1, "--d_ff", 64, *at],
-             ["info", "--n_layer", 12, "--n_embd", 768, "--bias=True"]]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done = [*pool.map(lambda args: run(*args, cwd=tmp_path, stdin="hello\nworld\n"),
-                          [*asked, *(args for args, _, _ in errors)])]
-    two, one, draft, chat, export, *others, info = done[: len(asked)]
-    assert two.stdout.count("hello") == 2 and one.stdout in two.stdout, two.stderr
-    assert "accepted" in draft.stderr and chat.stdout.count("\n") >= 2, chat.stderr
-    assert export.stdout == "folder/: a llama\n" and "FLOPs per token, training" in info.stdout
-    for result, (_, code, message) in zip(done[len(asked) :], errors):
-        assert result.returncode == code and message in result.stderr, result.stderr
-        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    for command in ("quantize", "prune"):
-        small = M.load_checkpoint(tmp_path / "out" / f"{command}.pt")
+    M.save_checkpoint("ckpt.pt", model, tokenizer=tokenizer.to_json(), step=1)
+    M.save_checkpoint("draft.pt", make(2, vocab_size=320, n_layer=1), tokenizer="{}")
+    at = ("--max_new_tokens", 9, "--ckpt", "ckpt.pt")
+    one = run(capsys, "--start", "hello", *at).out
+    two = run(capsys, "--prompt", "hello", "--num_samples", 2, *at).out
+    assert two.count("hello") == 2 and one in two and len(one) > 6
+    assert "accepted" in run(capsys, "--draft", "draft.pt", *at).err
+    assert run(capsys, "chat", *at).out.count("\n") >= 2
+    assert run(capsys, "export", "folder/", *at).out == "folder/: a llama\n"
+    assert "FLOPs per token, training" in run(capsys, "info", "--n_layer", 12, "--bias=True").out
+    for command in (["quantize", "--quantize", "int4"], ["prune", "--n_layer", 1, "--d_ff", 64]):
+        run(capsys, *command, *at)
+        small = M.load_checkpoint(f"out/{command[0]}.pt")
         assert small[1]["tokenizer"] == tokenizer.to_json()
     assert small[0].config.n_layer == 1 and small[0].config.d_ff == 64
-    done = run("import", "folder", "--out", "again.pt", cwd=tmp_path)
-    assert "tokenizer" in done.stdout, done.stderr
-    assert torch.equal(M.load_checkpoint(tmp_path / "again.pt")[0](ids(1, 9)), model(ids(1, 9)))
+    assert "tokenizer" in run(capsys, "import", "folder", "--out", "again.pt").out
+    assert torch.equal(M.load_checkpoint("again.pt")[0](ids(1, 9)), model(ids(1, 9)))
+    for command, message in ((["--ckpt", "none.pt"], "none.pt is no checkpoint"),
+                             ([*at, "--temperature", "-1"], "has no sense")):
+        with pytest.raises(ValueError, match=message):  # which the script makes one line
+            run(capsys, *command)
+    for command in ["--temprature=1"], ["import"]:
+        with pytest.raises(SystemExit, match="2"):
+            run(capsys, *command)
+        assert re.fullmatch("model.py: error: .*(take a folder|--temprature).*\n",
+                            capsys.readouterr().err)
