@@ -26,11 +26,10 @@ def child(rank, world, path, f):
     dist.barrier()  # or a rank that is ready first takes the connection away from the others
     dist.destroy_process_group()
 
-def equal(a, b, tolerance=1e-10, msg=None):
+def assert_equal(a, b, tolerance=1e-10, msg=None):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=msg)
 
 # ---- Data parallelism.
-
 class Odd(nn.Module):
     """Odd sizes, a tied matrix, a frozen one, and one that is never used."""
     def __init__(self):
@@ -99,7 +98,7 @@ def each_scheme_is_one_process(rank, world):
                 optimizer.zero_grad()
             state = wrapped.gather_full_params() if scheme == "fsdp" else module.state_dict()
             for name in (name for name in expected if "unused" not in name):  # (it decays)
-                equal(state[name], expected[name], msg=f"{scheme} {accumulate} {name}")
+                assert_equal(state[name], expected[name], msg=f"{scheme} {accumulate} {name}")
             overlapped = scheme in ("ddp", "ddp + zero1", "zero2", "fsdp")
             assert accumulate > 1 or (min(sent) > 0 if overlapped else max(sent) == 0)
             if "zero" in scheme:
@@ -120,9 +119,9 @@ def which_parameters_a_rank_uses_does_not_matter(rank, world):
             layer(x).sum().backward()
         finish()
     D.DDP(nn.Linear(2, 2).requires_grad_(False)).finish_gradient_synchronization()  # (none at all)
-    equal(a.weight.grad, torch.full((1, 3), 0.5))
-    equal(b.weight.grad, torch.full((1, 3), 1.5))
-    equal(d.weight, b.weight - 1.5, 1e-6)
+    assert_equal(a.weight.grad, torch.full((1, 3), 0.5))
+    assert_equal(b.weight.grad, torch.full((1, 3), 1.5))
+    assert_equal(d.weight, b.weight - 1.5, 1e-6)
 
 class Paths(nn.Module):
     """Layers in the order that is asked for, with or without activation checkpointing."""
@@ -156,13 +155,13 @@ def fully_sharded_in_any_order(rank, world):
             p.data = p.data - 0.1 * p.grad  # not in place
             p.grad = None
         half = len(losses) // 2
-        equal(torch.stack(losses[half:]), torch.stack(losses[:half]), msg=orders)
+        assert_equal(torch.stack(losses[half:]), torch.stack(losses[:half]), msg=orders)
         wrapped(ids, "1", False)
         full = wrapped.gather_full_params()
         for name, x in module.state_dict().items():
-            equal(full[name], x)
+            assert_equal(full[name], x)
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, 0.0), torch.randn(3, 2, 8)
-    equal(layer(x), D.FSDP(layer)(x), 1e-6)
+    assert_equal(layer(x), D.FSDP(layer)(x), 1e-6)
     half = D.FSDP(Odd(), compute_dtype=torch.bfloat16)
     out = half(torch.randint(11, (2, 7)))
     assert out.dtype == torch.bfloat16
@@ -191,22 +190,22 @@ def tensor_parallel(rank, world):
         split = copy.deepcopy(model)
         D.split_tensors(split)
         out = split(ids[:, :-1])
-        equal(out, logits)
+        assert_equal(out, logits)
         F.cross_entropy(out.flatten(0, 1), ids[:, 1:].flatten()).backward()
         for name, p in split.named_parameters():
-            equal(p.grad, getattr(p, "to_part", lambda x: x)(grads[name]), msg=name)
-            equal(D.whole(p, p), model.get_parameter(name), msg=name)
+            assert_equal(p.grad, getattr(p, "to_part", lambda x: x)(grads[name]), msg=name)
+            assert_equal(D.whole(p, p), model.get_parameter(name), msg=name)
     a, b, table = nn.Linear(6, 8).double(), nn.Linear(8, 6).double(), nn.Embedding(8, 4, 5)
     for layer in (a, b, table):  # by themselves
         D.broadcast(layer)
     column, row = D.ColumnParallelLinear(copy.deepcopy(a)), D.RowParallelLinear(copy.deepcopy(b))
     x = torch.ones(3, 6).double().requires_grad_()
-    equal(*(torch.autograd.grad(g(f(x).relu()).square().sum(), x)[0]
+    assert_equal(*(torch.autograd.grad(g(f(x).relu()).square().sum(), x)[0]
             for f, g in ((a, b), (column, row))))
     own, x = D.VocabParallelEmbedding(copy.deepcopy(table)), torch.arange(8)
-    equal(own(x), table(x))
+    assert_equal(own(x), table(x))
     (own(x) + table(x)).sum().backward()  # (row 5, padding, does not learn)
-    equal(own.weight.grad, own.weight.to_part(table.weight.grad))
+    assert_equal(own.weight.grad, own.weight.to_part(table.weight.grad))
 
 def pipeline(rank, world):
     for changes in ({"position": "learned", "norm": "layernorm"}, {"tie_embeddings": True}):
@@ -219,12 +218,12 @@ def pipeline(rank, world):
             def share(out, y):
                 return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum") / (8 * 12)
             ours = D.pipeline_step(stage, batches, share, None, schedule, stage.like)
-            assert rank < world - 1 or not equal(ours, loss)
+            assert rank < world - 1 or not assert_equal(ours, loss)
             if model.config.tie_embeddings:
                 D.add_tied_gradients(stage)
             assert 0 < len([*stage.parameters()]) < len(grads)
             for name, p in stage.named_parameters():
-                equal(p.grad, grads[name], msg=name)
+                assert_equal(p.grad, grads[name], msg=name)
 
 def ring(rank, world):
     torch.manual_seed(0)
@@ -235,19 +234,19 @@ def ring(rank, world):
         expected = torch.autograd.grad(out, full, g)
         parts = [x[:, :, own].detach().requires_grad_() for x in full]
         ours = D.ring_attention(*parts, causal=causal)
-        equal(ours, out[:, :, own])
+        assert_equal(ours, out[:, :, own])
         for a, b in zip(torch.autograd.grad(ours, parts, g[:, :, own]), expected):
-            equal(a, b[:, :, own])
+            assert_equal(a, b[:, :, own])
     for position in ("rope", "learned"):
         model, ids, logits, _, grads = transformer_reference(position=position)
         D.split_sequence(model)
         split, own = D.DDP(model), slice(4 * rank, 4 * rank + 4)
         out = split(ids[:, :-1][:, own])
-        equal(out, logits[:, own])
+        assert_equal(out, logits[:, own])
         F.cross_entropy(out.flatten(0, 1), ids[:, 1:][:, own].flatten()).backward()
         split.finish_gradient_synchronization()
         for name, p in model.named_parameters():
-            equal(p.grad, grads[name], msg=name)
+            assert_equal(p.grad, grads[name], msg=name)
 
 @pytest.mark.parametrize("f, world", [
     (each_scheme_is_one_process, 2), (each_scheme_is_one_process, 3),
@@ -331,9 +330,10 @@ def test_a_run_goes_on_elsewhere_with_equal_losses(data, alone, tmp_path):
             (2, "--sp 2"), (2, "--scheme zero2"), (2, "--impl torch"))):
         train(processes, data, tmp_path, *flags.split(), "--max_iters", 4 * step + 4,
               *["--resume"][: step])
-        equal(rows_of(tmp_path), rows_of(alone)[: 4 * step + 4], 1e-3, flags)
+        assert_equal(rows_of(tmp_path), rows_of(alone)[: 4 * step + 4], 1e-3, flags)
     train(0, data, tmp_path, "--resume")  # (back again: there is nothing left to do)
-    equal(*(M.load_checkpoint(out / "ckpt.pt")[0].state_dict() for out in (tmp_path, alone)), 1e-2)
+    assert_equal(*(M.load_checkpoint(folder / "ckpt.pt")[0].state_dict()
+                   for folder in (tmp_path, alone)), 1e-2)
 
 def test_a_run_with_dropout_goes_on_with_every_ranks_random_numbers(data, tmp_path):
     rows = []
@@ -375,7 +375,7 @@ def test_a_rank_that_dies_or_stops_ends_the_others_and_all_go_on(data, alone, tm
     assert not good and time.monotonic() < begin + 20
     assert number == signal.SIGKILL or "go on with --resume" in printed
     train(2, data, tmp_path, "--max_iters", 8, TORCHELASTIC_RESTART_COUNT="1")
-    equal(rows_of(tmp_path), rows_of(alone)[:8], 2e-4)
+    assert_equal(rows_of(tmp_path), rows_of(alone)[:8], 2e-4)
 
 def test_a_rank_ends_when_torchrun_is_killed(data, tmp_path):
     args = ["--data", str(data), "--out_dir", str(tmp_path), *FLAGS, "--max_iters", "100000"]

@@ -17,7 +17,7 @@ import kernels as K
 import model as M
 
 DEVICE = K.DEVICE
-close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+assert_close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
 @pytest.fixture(autouse=True)
 def begin(monkeypatch):
@@ -83,15 +83,15 @@ def test_attention_functions_without_heads_save_one_number_a_row(function, causa
     saved = function.apply(*inputs, causal).grad_fn.saved_tensors
     (lse,) = [x for x in saved if x.shape == (3, 40)]
     assert len(saved) == 5 and all(x.shape == (3, 40, 16) for x in saved if x is not lse)
-    close(lse, (q @ k.mT / 4).masked_fill(~mask, -math.inf).logsumexp(-1))
+    assert_close(lse, (q @ k.mT / 4).masked_fill(~mask, -math.inf).logsumexp(-1))
     assert largest_error(lambda *x: function.apply(*x, causal), lambda *x: attention(
         *(a[:, None] for a in x), mask)[:, 0], *inputs) < 1e-5
 
 def test_attention_of_large_scores_and_a_scale_of_0():
     q, k, v = 300 * rand(1, 1, 50, 16), 30 * rand(1, 1, 50, 16), rand(1, 1, 50, 16)
     for f in (K.flash_attention, K.flash_attention_torch):
-        close(f(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-3)
-        close(f(q, k, v, False, scale=0.0), v.mean(-2, keepdim=True).expand_as(v))
+        assert_close(f(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-3)
+        assert_close(f(q, k, v, False, scale=0.0), v.mean(-2, keepdim=True).expand_as(v))
 
 def test_any_strides_are_taken():
     q, k, v = rand(2, 30, 4, 16).transpose(1, 2), rand(2, 2, 16, 30).mT, rand(2, 2, 16, 30).mT
@@ -111,7 +111,8 @@ def test_cross_entropy_of_impossible_and_huge_logits_and_without_targets():
     logits = torch.cat([torch.full((1, 5000), -math.inf), torch.zeros(1, 10)], 1).to(DEVICE)
     assert abs(K.cross_entropy(logits, torch.tensor([5005]).to(DEVICE)) - math.log(10)) < 1e-6
     big, targets = 1e4 * torch.randn(2, 3, 50, device=DEVICE), torch.zeros(2, 3).long().to(DEVICE)
-    close(K.cross_entropy(big, targets), F.cross_entropy(big.flatten(0, 1), targets.flatten()))
+    assert_close(K.cross_entropy(big, targets),
+                 F.cross_entropy(big.flatten(0, 1), targets.flatten()))
     x, w, none = rand(6, 33), rand(33, 33), torch.full((6,), -100, device=DEVICE)
     for f, inputs in ((K.cross_entropy, (x,)), (K.linear_cross_entropy, (x, w))):
         for reduction in ("mean", "sum"):
@@ -133,7 +134,7 @@ def test_linear_cross_entropy_never_has_all_logits():
         K.linear_cross_entropy(x, w, targets, chunk=7).backward()
     assert max(seen) == w.nbytes  # more than 7 x 500 logits, less than 24 x 500
     with torch.no_grad():
-        close(K.linear_cross_entropy(x, w, targets), plain)
+        assert_close(K.linear_cross_entropy(x, w, targets), plain)
     for chunk in (1, 7, 1000, None):
         ours = partial(K.linear_cross_entropy, targets=targets, chunk=chunk, reduction="sum")
         assert largest_error(lambda x, w: 3 * ours(x, w), lambda x, w: 3 * F.cross_entropy(
@@ -159,7 +160,7 @@ def test_adamw_equals_torch():
             b.grad = torch.randn_like(b)
         reference.step()
         K.adamw_step(ours, [b.grad.clone() for b in theirs], m, v, t, 3e-2, (0.8, 0.9), 1e-6, 0.3)
-        close(ours, [b.detach() for b in theirs], atol=1e-6)
+        assert_close(ours, [b.detach() for b in theirs], atol=1e-6)
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integer_products_take_the_formats_of_model_py(kind):
@@ -168,7 +169,7 @@ def test_integer_products_take_the_formats_of_model_py(kind):
     f, w = K.int8_matmul if kind == "int8" else K.int4_matmul, linear.rows().double()
     for shape in ((2, 3, 70), (70,), (0, 70)):
         x = torch.randn(shape, device=DEVICE)
-        close(f(x, *parts).double(), x.double() @ w.T)
+        assert_close(f(x, *parts).double(), x.double() @ w.T)
     with pytest.raises(NotImplementedError):  # a gradient that would be missing
         f(rand(2, 70), *parts).sum().backward()
 
@@ -190,7 +191,7 @@ def test_training_with_the_kernels_gives_the_same_losses(kind):
             optimizer.zero_grad()
             losses.append(loss.detach())
     assert losses[2] < losses[0]
-    close(losses[:3], losses[3:])
+    assert_close(losses[:3], losses[3:])
 
 @pytest.mark.skipif(not K.INTERPRETED, reason="it multiplies bfloat16 wrongly, a GPU does not")
 def test_the_interpreter_computes_bfloat16_in_float32():

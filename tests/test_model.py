@@ -2,8 +2,7 @@
 
 import io, json, math, os, re, subprocess, sys, time
 
-import pytest
-import torch
+import pytest, torch
 import torch.nn.functional as F
 
 import model as M
@@ -25,7 +24,7 @@ def make(seed=0, **changes):
 def ids(*shape, seed=1):
     return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
-def close(a, b, tolerance=1e-5):
+def assert_close(a, b, tolerance=1e-5):
     scale = max(1.0, b.abs().max().item())
     torch.testing.assert_close(a, b, atol=tolerance * scale, rtol=tolerance)
 
@@ -40,35 +39,35 @@ def run(capsys, *args):
 def test_linear_embedding_norms_and_softmax_equal_pytorch():
     x = torch.randn(2, 3, 8)
     linear = M.Linear(8, 5, bias=True)
-    close(linear(x), x @ linear.weight.T + linear.bias)
+    assert_close(linear(x), x @ linear.weight.T + linear.bias)
     assert abs(M.Linear(300, 300).weight.std() - math.sqrt(2 / 600)) < 0.002
     assert M.Linear(300, 300).weight.abs().max() <= 3 * math.sqrt(2 / 600)
     table = M.Embedding(7, 4)
-    close(table(torch.tensor([[6, 0]])), table.weight[torch.tensor([[6, 0]])])
+    assert_close(table(torch.tensor([[6, 0]])), table.weight[torch.tensor([[6, 0]])])
     norm = M.RMSNorm(8, eps=1e-3)
     norm.weight.data.normal_()
-    close(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-3))
+    assert_close(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-3))
     half = norm(100 * x.bfloat16())
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
-    close(norm.double()(x.double()), F.rms_norm(x.double(), (8,), norm.weight, 1e-3), 1e-12)
-    close(M.softmax(1000 * x, 1), torch.softmax(1000 * x, 1))
+    assert_close(norm.double()(x.double()), F.rms_norm(x.double(), (8,), norm.weight, 1e-3), 1e-12)
+    assert_close(M.softmax(1000 * x, 1), torch.softmax(1000 * x, 1))
 
 def test_swiglu_and_feed_forward_are_their_formulas():
     x, part = torch.randn(3, 8), M.SwiGLU(8, 12)
     gate, up = x @ part.w1.weight.T, x @ part.w3.weight.T
-    close(part(x), (gate * torch.sigmoid(gate) * up) @ part.w2.weight.T)
+    assert_close(part(x), (gate * torch.sigmoid(gate) * up) @ part.w2.weight.T)
     for name, f in (("relu2", lambda a: a.clamp(min=0) ** 2), ("gelu", F.gelu),
                     ("gelu_tanh", lambda a: F.gelu(a, approximate="tanh"))):
         part = M.FeedForward(8, 12, name)
-        close(part(x), f(x @ part.w1.weight.T) @ part.w2.weight.T)
+        assert_close(part(x), f(x @ part.w1.weight.T) @ part.w2.weight.T)
 
 def test_attention_to_be_read_equals_pytorchs():
     q, k, v = torch.randn(3, 2, 4, 6, 8)
     mask = torch.rand(6, 6) < 0.6
     mask[2] = False
     want = F.scaled_dot_product_attention(q, k, v, mask).nan_to_num()
-    close(M.scaled_dot_product_attention(q, k, v, mask), want)
-    close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert_close(M.scaled_dot_product_attention(q, k, v, mask), want)
+    assert_close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 def test_mistake_3_rotary_layouts_are_not_the_same():
     """Half-split and interleaved, each against its complex product, and in a whole model: permuted
@@ -76,9 +75,9 @@ def test_mistake_3_rotary_layouts_are_not_the_same():
     x, t = torch.randn(5, 8), torch.arange(5)
     turn = torch.polar(torch.ones(5, 4), t[:, None] * 10000.0 ** (-torch.arange(4) / 4))
     want = torch.view_as_real(torch.view_as_complex(x.view(5, 4, 2)) * turn).flatten(1)
-    close(M.apply_rope(x, *M.rope_angles(t, 8, interleaved=True), True), want)
+    assert_close(M.apply_rope(x, *M.rope_angles(t, 8, interleaved=True), True), want)
     halves = torch.complex(x[:, :4], x[:, 4:]) * turn
-    close(M.apply_rope(x, *M.rope_angles(t, 8)), torch.cat((halves.real, halves.imag), 1))
+    assert_close(M.apply_rope(x, *M.rope_angles(t, 8)), torch.cat((halves.real, halves.imag), 1))
     for kind in ("full", "sliding"):
         model, other = make(attention=kind), make(attention=kind, rope_interleaved=True)
         state = model.state_dict()
@@ -88,26 +87,26 @@ def test_mistake_3_rotary_layouts_are_not_the_same():
             if "q_proj" in name or "k_proj" in name:  # (a_0.. b_0..) -> (a_0 b_0 a_1 b_1 ...)
                 state[name] = state[name].view(4, 2, 4, -1).transpose(1, 2).reshape(32, -1)
         other.load_state_dict(state)
-        close(model(ids(2, 9)), other(ids(2, 9)))
+        assert_close(model(ids(2, 9)), other(ids(2, 9)))
 
 def test_rope_scaling_of_llama_3():
     cos, sin = M.rope_angles(torch.tensor([1]), 128, 500000.0, "8,1,4,8192")
     angle, plain = torch.atan2(sin, cos)[0, 64:], 500000.0 ** (-torch.arange(64) / 64)
     wave = 2 * math.pi / plain
-    close(angle[wave < 8192 / 4], plain[wave < 8192 / 4])
-    close(angle[wave > 8192], plain[wave > 8192] / 8, 1e-7)
+    assert_close(angle[wave < 8192 / 4], plain[wave < 8192 / 4])
+    assert_close(angle[wave > 8192], plain[wave > 8192] / 8, 1e-7)
     between = (wave > 8192 / 4) & (wave < 8192)
     smooth = (8192 / wave[between] - 1) / 3
-    close(angle[between], (1 - smooth) * plain[between] / 8 + smooth * plain[between], 1e-7)
+    assert_close(angle[between], (1 - smooth) * plain[between] / 8 + smooth * plain[between], 1e-7)
 
 def test_linear_attention_is_recurrent_is_its_formula():
     q, k, v, rq, rk = torch.rand(5, 2, 3, 70, 8, dtype=torch.float64)
     want = ((rq @ rk.mT).tril() @ v) / (q * k.cumsum(2)).sum(-1, keepdim=True)
     for chunk in (1, 7, 64):
         y, S, z = M.linear_attention(q, k, v, rq, rk, chunk=chunk)
-        close(y, want, 1e-8)
-    close(S, rk.mT @ v)
-    close(z, k.sum(2, keepdim=True))
+        assert_close(y, want, 1e-8)
+    assert_close(S, rk.mT @ v)
+    assert_close(z, k.sum(2, keepdim=True))
 
 def test_hyena_is_a_direct_convolution():
     part, x = M.Hyena(6, block_size=16), torch.randn(2, 9, 6)
@@ -115,12 +114,12 @@ def test_hyena_is_a_direct_convolution():
     x0, x1, v = sum(u[:, i : i + 9] * part.short[i].T for i in range(3)).chunk(3, -1)
     h, v = part.filter(9), x1 * v
     y = torch.stack([sum(h[t - s] * v[:, s] for s in range(t + 1)) for t in range(9)], 1)
-    close(part(x), part.o_proj(x0 * (y + part.skip * v)))
+    assert_close(part(x), part.o_proj(x0 * (y + part.skip * v)))
 
 def test_latent_attention_absorbed_is_naive():
     model = make(attention="latent")
     cache = M.Cache(model)
-    close(model(ids(2, 9), cache), model(ids(2, 9)))  # the cached form moves U over to the query
+    assert_close(model(ids(2, 9), cache), model(ids(2, 9)))  # (the cached form moves U to q)
     assert cache.layers[0]["latent"].shape[1:] == (1, 9, 8 + 4)  # kv_rank + rope_size numbers
 
 def test_grouped_heads_are_repeated_heads():
@@ -130,7 +129,7 @@ def test_grouped_heads_are_repeated_heads():
         state[name] = state[name].view(2, 8, 32).repeat_interleave(2, 0).view(32, 32)
     full.load_state_dict(state)
     x = torch.randn(2, 7, 32)
-    close(grouped(x), full(x))
+    assert_close(grouped(x), full(x))
 
 def test_experts_are_a_loop_over_tokens_and_no_token_is_lost():
     part, x = M.MixtureOfExperts(8, 12, n_expert=5, top_k=2), torch.randn(2, 7, 8)
@@ -141,12 +140,12 @@ def test_experts_are_a_loop_over_tokens_and_no_token_is_lost():
             best = p[b, t].topk(2)
             for weight, i in zip(best.values / best.values.sum(), best.indices):
                 want[b, t] += weight * part.experts[i](x[b, t])
-    close(part(x), want)
+    assert_close(part(x), want)
     share = F.one_hot(p.topk(2).indices, 5).sum(2).flatten(0, 1).float().mean(0) / 2
-    close(part.loss, 0.01 * 5 * (share * p.flatten(0, 1).mean(0)).sum())
+    assert_close(part.loss, 0.01 * 5 * (share * p.flatten(0, 1).mean(0)).sum())
     model = make(activation="moe", n_expert=4)
     model.train()(ids(2, 9))
-    close(model.auxiliary_loss(), sum(block.ffn.loss for block in model.blocks))
+    assert_close(model.auxiliary_loss(), sum(block.ffn.loss for block in model.blocks))
     assert model.auxiliary_loss() >= 2 * 0.01 * 0.99  # 0.01 a layer when all are equal
 
 # ---- Combinations. Each pair of values of two fields occurs in one of them.
@@ -171,11 +170,11 @@ def test_causal_cached_padded_and_packed(changes):
     whole = model(x)
     other = x.clone()
     other[:, 11:] = (other[:, 11:] + 1) % 61
-    close(model(other)[:, :11], whole[:, :11])  # nothing sees what comes later
+    assert_close(model(other)[:, :11], whole[:, :11])  # nothing sees what comes later
     assert (model(other)[:, 11] - whole[:, 11]).abs().max() > 1e-4
     cache = M.Cache(model)
     parts = [model(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 6), (6, 15), (15, 19))]
-    close(torch.cat(parts, 1), whole, 1e-4)
+    assert_close(torch.cat(parts, 1), whole, 1e-4)
     texts = [ids(3, seed=2).tolist(), ids(11, seed=3).tolist(), ids(30, seed=4).tolist()]
     alone = [model.generate([text], 6, temperature=0)[0] for text in texts]  # past the window, too
     assert model.generate(texts, 6, temperature=0) == alone
@@ -187,10 +186,10 @@ def test_causal_cached_padded_and_packed(changes):
             model(x[:1], positions=positions)
     else:
         packed = model(x[:1], positions=positions)
-        close(packed[:, :7], model(x[:1, :7]))
-        close(packed[:, 7:], model(x[:1, 7:]))
+        assert_close(packed[:, :7], model(x[:1, :7]))
+        assert_close(packed[:, 7:], model(x[:1, 7:]))
     block, h = model.blocks[0], torch.randn(2, 3, 5, 32)
-    close(block(h)[1, 2], block(h[1, 2]))  # (..., T, C)
+    assert_close(block(h)[1, 2], block(h[1, 2]))  # (..., T, C)
 
 @pytest.mark.parametrize("heads", [4, 1])
 def test_sliding_window_is_masked_full_attention_and_its_cache_stays_small(heads):
@@ -202,7 +201,7 @@ def test_sliding_window_is_masked_full_attention_and_its_cache_stays_small(heads
     i = torch.arange(40)
     seen = (i[None] <= i[:, None]) & (i[:, None] - i[None] < 5)
     want = M.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
-    close(part(x), full.o_proj(want))
+    assert_close(part(x), full.o_proj(want))
     model = make(attention="sliding", block_size=128)
     cache = M.Cache(model)
     for i in range(100):
@@ -221,13 +220,13 @@ def test_gradients_of_checkpointed_blocks_and_of_bfloat16():
     plain = gradients(enabled=False)
     model.activation_checkpointing = True
     for a, b in zip(plain, gradients(enabled=False)):
-        close(a, b)
+        assert_close(a, b)
     worst = max((a - b).norm() / a.norm() for a, b in zip(plain, gradients(enabled=True)))
     assert worst < 0.3
 
 def test_dropout_first_loss_and_length():
     model = make(dropout=0.5)
-    close(model(ids(2, 9)), model(ids(2, 9)))
+    assert_close(model(ids(2, 9)), model(ids(2, 9)))
     assert not torch.equal(model.train()(ids(2, 9)), model(ids(2, 9)))
     torch.manual_seed(0)
     fresh = M.Transformer(M.TransformerConfig(vocab_size=300, n_embd=64))
@@ -260,13 +259,13 @@ def test_counts_are_the_formulas():
 def test_sampling_follows_its_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     p = M.token_probabilities(logits, temperature=0.5)
-    close(p, torch.softmax(2 * logits, -1))
+    assert_close(p, torch.softmax(2 * logits, -1))
     assert (M.token_probabilities(logits, top_k=2)[0] > 0).tolist() == [True, True, False, False]
     assert (M.token_probabilities(logits, top_p=0.7)[0] > 0).tolist() == [True, True, False, False]
     assert (M.token_probabilities(logits, top_p=0.6)[0] > 0).sum() == 1
     torch.manual_seed(0)
     counts = torch.bincount(M.sample(logits.expand(20000, 4)), minlength=4) / 20000
-    close(counts, torch.softmax(logits, -1)[0], 0.02)
+    assert_close(counts, torch.softmax(logits, -1)[0], 0.02)
     assert M.sample(logits, temperature=0).tolist() == [0]
     for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 1.5}, {"temperature": math.nan},
                 {"temperature": 0, "top_k": -1}):
@@ -330,8 +329,9 @@ def test_quantized_weights_are_off_by_half_a_step_at_most(kind, step):
     size = 2 * w.abs().amax(1, keepdim=True) if kind == "int8" else (w.amax() - w.amin())
     assert ((small.rows() - w).abs() <= 0.5001 * size / step).all()
     x = torch.randn(3, 70)
-    close(small(x), x @ small.rows().T + linear.bias, 0.02)
-    close(small(x.expand(40, 3, 70)), (x @ small.rows().T + linear.bias).expand(40, 3, 9), 1e-5)
+    want = x @ small.rows().T + linear.bias
+    assert_close(small(x), want, 0.02)
+    assert_close(small(x.expand(40, 3, 70)), want.expand(40, 3, 9), 1e-5)
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_models_are_saved_loaded_and_generate(tmp_path, kind):
@@ -360,7 +360,7 @@ def test_pruning_what_does_nothing_changes_nothing(changes):
                 part.bias.data[::3] = 0
     small = M.prune(model, ids(4, 20), n_layer=2, d_ff=16)
     assert small.config.n_layer == 2 and small.config.d_ff == 16
-    close(small(ids(2, 9)), model(ids(2, 9)))
+    assert_close(small(ids(2, 9)), model(ids(2, 9)))
 
 def test_checkpoint_round_trip_and_what_a_killed_writer_left(tmp_path):
     model, path = make(), tmp_path / "ckpt.pt"
@@ -477,7 +477,7 @@ def test_a_llama_by_its_formulas(tmp_path):
     h = h + (F.silu(a @ layer["mlp.gate_proj.weight"].T) * (a @ layer["mlp.up_proj.weight"].T)) \
         @ layer["mlp.down_proj.weight"].T
     want = norm(h, "model.norm.weight") @ w["lm_head.weight"].T
-    close(M.import_folder(tmp_path / "out")[0](x)[0], want)
+    assert_close(M.import_folder(tmp_path / "out")[0](x)[0], want)
 
 def change_config(folder, remove=(), **changes):
     path = folder / "config.json"
@@ -558,7 +558,7 @@ def test_shards_and_halves(tmp_path):
         (tmp_path / "out" / f"model-{i}.safetensors").write_bytes(safetensors(header, data))
     index = tmp_path / "out" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
-    close(M.import_folder(tmp_path / "out")[0](ids(2, 9)), model(ids(2, 9)), 0.05)
+    assert_close(M.import_folder(tmp_path / "out")[0](ids(2, 9)), model(ids(2, 9)), 0.05)
 
 @pytest.fixture(scope="module")
 def tokenizer():

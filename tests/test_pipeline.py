@@ -124,10 +124,10 @@ def test_from_tokens_to_models_and_a_law(folder):
     os.killpg(running[0].pid, signal.SIGKILL)  # as a power cut would
     running[0].communicate()
     finish(running[1])
-    running = [start("ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 40 --batch_size 4 "
-                     "--device cpu --scheme zero1", folder)]
+    running = start("ddp --init_from out/ckpt.pt --data data --out_dir out-ddp --max_iters 40 "
+                    "--batch_size 4 --device cpu --scheme zero1", folder)
     call("train --resume --out_dir killed", folder)
-    finish(running[0])
+    finish(running)
     assert losses(folder / "killed") == losses(folder / "out")
     one, two = (torch.load(folder / name / "ckpt.pt", weights_only=True)["model"]
                 for name in ("out", "killed"))
