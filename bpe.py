@@ -15,8 +15,7 @@ import io, itertools, json, os, pathlib, re, sys, unicodedata
 
 if __name__ == "__main__":  # numpy need not start threads that nobody uses: 0.07 CPU-seconds
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-import numpy as np
-import regex
+import numpy as np, regex
 utf8 = functools.partial(str.encode, encoding="utf-8", errors="replace")
 EOT = "<|endoftext|>"  # stands between documents in .txt files; its id ends every document
 
@@ -285,7 +284,6 @@ def learn_merges(words, n_merges):
     pair = np.full(size, -1, np.int32)  # number of the pair that begins at a place, or -1
     count, key = np.zeros((2, 3 * size + 1), np.int64)  # of pairs, by number; left << 32 | right
     where, names, merges = [], [bytes([b]) for b in range(256)], []  # where: the places of each
-
     def enter(places):  # number the pairs that begin at these places, all of them new
         keys = token[places].astype(np.int64) << 32 | token[next_[places]]
         order = np.argsort(keys, kind="stable")
@@ -368,8 +366,9 @@ def train_bpe(input, vocab_size, special_tokens=(EOT,), pattern="gpt2", num_proc
     """A file, a list of files (if one exists), or texts; a name from PATTERNS or a regex -> ({id:
     bytes}: 256 bytes, merges, special tokens; merges in order, as pairs). ValueError, OSError."""
     source = [input] if isinstance(input, (str, os.PathLike)) else input
-    if source is input and not (hasattr(input, "__len__") and any(map(os.path.exists, input))):
-        source, num_proc = iter(input), 1  # it holds texts
+    texts = source is input and not (hasattr(input, "__len__") and any(map(os.path.exists, input)))
+    if texts or not all(map(os.path.isfile, source)):
+        source, num_proc = iter(input) if texts else source, 1  # a pipe can be read once, too
     specials, pattern = [*map(utf8, dict.fromkeys(special_tokens))], PATTERNS.get(pattern, pattern)
     n_merges = vocab_size - 256 - len(specials)
     if n_merges < 0 or b"" in specials:
@@ -441,7 +440,6 @@ class Tokenizer:
     def encode(self, text, special=True):
         """str -> ids; bytes without one are left out. special: see special tokens in the text."""
         return list(self.encode_iterable([text], special))
-
     encode_ordinary = functools.partialmethod(encode, special=False)
 
     def encode_iterable(self, iterable, special=True):
@@ -603,6 +601,8 @@ class Tokenizer:
             vocab = {int(i): base64.b64decode(token) for token, i in lines}
             return cls(vocab, None, special_tokens or specials, pattern or known, True)
         if path.name != "vocab.json":
+            if pattern or special_tokens:
+                raise ValueError(f"{path} has its own pattern and special tokens: give none")
             return cls.from_json(text)
         lines, names = path.with_name("merges.txt").read_text("utf-8").split("\n"), json.loads(text)
         merges = [line for line in lines if line and line[:9] != "#version:"]

@@ -1,9 +1,6 @@
 """bpe.py against naive versions of itself, by hand-made cases, and through its command line."""
 import base64, collections, gzip, itertools, json, os, random, signal, subprocess, sys, time
-import numpy as np
-import pytest
-import regex
-
+import numpy as np, pytest, regex
 import bpe
 from bpe import EOT, PATTERNS, Tokenizer
 
@@ -104,10 +101,13 @@ def test_training_does_not_depend_on_processes_blocks_or_source(tmp_path, monkey
     for block, processes in ((1 << 20, 2), (3000, 3), (200, 1)):
         monkeypatch.setattr(bpe, "BLOCK", block)
         assert bpe.train_bpe([path], 400, specials, num_proc=processes) == expected
-    # no merge crosses a special token, and the longest wins
+    end, pipe = os.pipe()
+    with open(pipe, "wb") as file:
+        file.write(b"low low lower")
+    assert len(bpe.train_bpe(f"/dev/fd/{end}", 259, num_proc=2)[1]) == 2  # read once
     vocab, merges = bpe.train_bpe(iter([f"ab{EOT}ab{EOT}" * 50 + "x y " * 50]), 300, [EOT])
     assert merges == [(b"a", b"b"), (b" ", b"y"), (b" ", b"x")]  # and then there are no pairs
-    assert bpe.train_bpe(iter(["abcd abcd"]), 300, ["ab", "abcd"])[1] == []
+    assert bpe.train_bpe(iter(["abcd abcd"]), 300, ["ab", "abcd"])[1] == []  # the longest
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pretokens_of_the_parts_are_those_of_the_whole(name):
@@ -377,9 +377,9 @@ BAD_INPUT = [
     *((TRAIN + f"a.{kind}", 1, "neither text") for kind in ("parquet", "jsonl.zst", "bz2")),
     (ENCODE + "a.txt --tokenizer bad.json", 1, "no tok"), (ENCODE + "a.txt", 1, "too few doc"),
     (ENCODE + "a.txt bad.jsonl --num_proc 2", 1, "bad.jsonl"), (ENCODE + "no.gz", 1, "gzip"),
-    ("encode --input a.txt", 2, "--out"), ("train --out o", 2, "--input"),
+    ("encode --input a.txt", 2, "--out"), ("train --out o", 2, "--input"), ("shine", 2, "shine"),
     ("decode --tokenizer t.json --input wild.bin", 1, "not in the vocabulary"),
-    ("decode --tokenizer t.json --input a.txt", 1, "no .bin"), ("shine", 2, "shine")]
+    ("decode --tokenizer t.json --input a.txt", 1, "no .bin"), (ENCODE + "a.txt --pattern x", 1, "own p")]
 
 @pytest.mark.parametrize("args, code, message", BAD_INPUT)
 def test_bad_input_gets_one_line_and_leaves_nothing(tokenizer, tmp_path, args, code, message):
