@@ -186,7 +186,7 @@ def clip_grad_norm(params, max_norm, eps=1e-6):
     """Scale all gradients by one factor so that together their norm is at most max_norm (0: only
     measure). Returns the norm before, a tensor."""
     grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.stack([g.norm() for g in grads]).norm()
+    norm = torch.stack([g.norm() for g in grads] or [torch.zeros(())]).norm()
     if max_norm:
         for g in grads:
             g.mul_((max_norm / (norm + eps)).clamp(max=1.0))

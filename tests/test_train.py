@@ -2,9 +2,7 @@
 
 import csv, functools, itertools, math, os, shutil, signal, sys
 
-import numpy as np
-import pytest
-import torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 
 import bpe, model as M, train as T
@@ -131,6 +129,7 @@ def test_weight_decay_on_matrices_only_and_clipping_equals_pytorchs():
         p.grad = g.clone()
         torch.testing.assert_close(T.clip_grad_norm(iter([p, torch.ones(1)]), limit), g.norm())
         torch.testing.assert_close(p.grad, g * (min(1.0, limit / g.norm()) if limit else 1.0))
+    assert T.clip_grad_norm([torch.ones(1)], 1.0) == 0  # of no gradients
 
 def test_learning_rate_schedules():
     for kind, wanted in (("cosine", {55: 0.55, 100: 0.1}), ("constant", {500: 1.0}),
