@@ -217,15 +217,21 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
 # ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
-UNIT = re.compile(  # after a number: a usual unit, or any plural that is not itself a number
-    r"(.*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|%|°|¤|(?:square |cubic )?(?:unit|inch|"
-    r"feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|"
-    r"plu|minu|les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?)")
+UNIT = (  # a usual unit, or any plural that is not itself a number
+    r"(?:(?<=[\s/])[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|"
+    r"meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|plu|minu|"
+    r"les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?")
+UNIT = re.compile(  # after a number; m/s and miles per hour, too
+    rf"((?!.*(?:sin|cos|tan)).*[\d)}}])\s*({UNIT}(?:\s*/\s*{UNIT}| per [a-z]+)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
 SIGNS = dict(pair.split(":") for pair in (
     "pi:π infty:∞ le:≤ leq:≤ ge:≥ geq:≥ lt:< gt:> in:= cup:∪ pm:± cdot:* times:* div:/").split())
+FUNCTIONS = {"ln": cmath.log, "log": cmath.log10, "exp": cmath.exp} | {
+    arc + name: getattr(cmath, arc[:1] + name) for name in ("sin", "cos", "tan")
+    for arc in ("", "arc")}
+FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z])"
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
     (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
@@ -234,12 +240,16 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
     (r"\\[,;: ]|(?<!^)~|\\q?quad(?![a-z])", " "), (r"\\(?:overline|vec)(?=\{[a-zA-Z]+\})", ""),
     (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"), ("−", "-"),
     (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
+    (r"(?<=\d)\s*(thousand|million|billion)(?![a-z])",
+     lambda found: f"*10^{dict(t=3, m=6, b=9)[found[1][0]]}"),
+    (r"(\d*\.)(\d*)\\overline\{(\d{1,20})\}", lambda found: "({}{}+{}/{})".format(
+        *found.groups(), (10 ** len(found[3]) - 1) * 10 ** len(found[2]))),
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\?degrees?", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
     ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
     (r"\\binom\{(\d\d?)\}\{(\d\d?)\}", lambda found: f"({math.comb(*map(int, found.groups()))})"),
     (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),
-    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([\d,.]+)$", r"\1¤"),
+    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([\d,.*^]+)$", r"\1¤"),
     (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", lambda found: "({}+{}/{})".format(*found.groups())
      if int(found[2]) < int(found[3]) else found[0]), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
     (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
@@ -279,8 +289,9 @@ def parse(text, point):
         return x
     def power():
         x = atom()
-        while take(r"\^|\*\*"):
-            x = raised(x, -power() if take("-") else power())
+        while sign := take(r"\^|\*\*|°"):
+            x = x * math.pi / 180 if sign == "°" else raised(
+                x, -power() if take("-") else power())
         return x
     def raised(x, y):  # exact where that is short
         if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
@@ -295,6 +306,13 @@ def parse(text, point):
         if take(r"\\?sqrt(?![a-z])|√"):
             degree = atom() if take(r"(?=\[)") is not None else Fraction(2)
             return raised(atom(r"\d"), 1 / degree)
+        if name := take(FUNCTION):  # sin x, sin 2x, sin(x), sin^2 x, sin^{-1} x, log_2 x
+            name = "arc" * bool(take(r"\^\{-1\}")) + name.strip("\\")
+            base = atom(r"\d") if name == "log" and take("_") else 10
+            exponent = atom(r"\d") if take(r"\^") else Fraction(1)
+            bracket = take(r"(?=[({])") is not None
+            x = atom() if bracket else product(rf"(?!{FUNCTION})(?=[a-zA-Zπ]|\\[a-z])")
+            return raised(FUNCTIONS[name](x) / cmath.log10(base), exponent)
         if name := take(LETTER + "|π"):
             value = random.Random(f"{SEED} {name} {point}").randrange(2 * 10**6, 3 * 10**6)
             value = Fraction(-value if point == 2 else value, 10**6 + 3)
@@ -309,9 +327,10 @@ def parse(text, point):
 
 @functools.lru_cache(10_000)
 def math_value(text):  # at two choices of positive letters, one of negative; or None
-    if len(text) > 1000 or re.search(r"(?<![\\a-zA-Z])(?!sqrt)[a-zA-Z]{3}", text):
+    if len(text) > 1000 or re.search(rf"(?<![\\a-zA-Z])(?!sqrt|{FUNCTION})[a-zA-Z]{{3}}", text):
         return None  # a word is no product of letters
-    with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
+    with contextlib.suppress(
+            ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return [parse(text, point) for point in range(3)]
 
 def close(x, y):  # whether two numbers are equal: fractions exactly, others nearly
@@ -368,9 +387,13 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
         return a == b != ("text", "")
     if a[0] == "value":  # at negative letters roots may differ
         points = 3 if all(isinstance(x[1][2], Fraction) or x[1][2].imag == 0 for x in (a, b)) else 2
-        share = 100 if a[2] == "%" and not b[2] and abs(a[1][0]) <= 100 and abs(b[1][0]) <= 1 else 1
-        return (not a[2] or not b[2] or a[2] == b[2]) and all(
-            close(x, y * share) for x, y in zip(a[1][:points], b[1]))
+        scales = [Fraction(1)]
+        if a[2] == "%" and not b[2] and abs(a[1][0]) <= 100 and abs(b[1][0]) <= 1:
+            scales = [Fraction(100)]  # 50% gives 0.5, not 50
+        elif b[2] == "%" and not a[2]:
+            scales += [Fraction(1, 100)]  # 0.5 and 50 give 50%
+        return (not a[2] or not b[2] or a[2] == b[2]) and any(all(
+            close(x, y * scale) for x, y in zip(a[1][:points], b[1])) for scale in scales)
     in_order = a[0] not in ("list", "union")  # of these, each as often as in the other
     return len(a[1]) == len(b[1]) and all(map(same, a[1], b[1]) if in_order else (
         sum(same(x, y) for y in a[1]) == sum(same(x, y) for y in b[1]) > 0 for x in a[1]))
@@ -410,12 +433,19 @@ CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given
     "number_sentences": lambda t, k: often(SENTENCE, t, k),
     "number_words": lambda t, k: often(r"\w+", t, k), "no_comma": lambda t, k: "," not in t,
     "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^ *[*-][^*]", t)),
+    "number_placeholders": lambda t, k: often(r"\[.*?\]", t, k),
+    "end_checker": lambda t, k: t.strip('" \n').lower().endswith(k["end_phrase"].strip().lower()),
     "quotation": lambda t, k: bool(re.fullmatch(r'\s*".*"\s*', t, re.S)),
     "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
 
-def follows(problem, response):
-    """Which instructions of a row of IFEval a response follows, strictly -> list of bool."""
-    return [bool(response.strip()) and CONSTRAINTS[name.split(":")[1]](response, k or {})
+def follows(problem, response, loose=False):
+    """Which instructions of a row of IFEval a response follows -> list of bool. loose: or would,
+    without its first line, its last one or both, or without its stars."""
+    lines, forms = response.split("\n"), [response]
+    if loose:
+        forms += ["\n".join(some).strip() for some in (lines[1:], lines[:-1], lines[1:-1])]
+        forms += [form.replace("*", "") for form in forms]
+    return [any(CONSTRAINTS[name.split(":")[1]](form, k or {}) for form in forms if form.strip())
             for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
 # ---- Code of a model: in one process; tests, in another, ask it for calls. They send literals.
@@ -434,7 +464,8 @@ told, tell, tests = open(link, "rb"), open(link, "wb"), "" if holds_code else sy
 for number in range(3 * holds_code):
     os.dup2(null, number)
 for name, n in dict(CORE=0, FSIZE=0, NPROC=0, NOFILE=0, AS=memory, CPU=seconds).items():
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS lacks some
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
 # read write close mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap madvise
 # getpid exit futex clock_gettime clock_nanosleep exit_group getrandom: no other system calls
 kind, *calls = {"x86_64": (
@@ -446,18 +477,21 @@ rules = [(0x20, 0, 0, 4), (0x15, 1, 0, kind), (6, 0, 0, 0), (0x20, 0, 0, 0),
          (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]  # refuse: EPERM; allow
 rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
 sized = ctypes.create_string_buffer(struct.pack("HP", len(calls) + 6, ctypes.addressof(rules)))
-prctl = ctypes.CDLL(None).prctl  # no new rights; then a filter, by seccomp
-if not calls or prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0):
-    os._exit(os.write(2, b'"this system can not confine code"'))
+prctl = calls and getattr(ctypes.CDLL(None), "prctl", None)  # no new rights; then a filter
+confined = bool(prctl) and not (prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0))
 def send(*message):
     tell.write(repr(message).encode() + b"\n")
     tell.flush()
 def ask(name, *args, **kwargs):
     send(name, args, kwargs)
-    status, value = ast.literal_eval(told.readline(1 << 24).decode())
+    status, value, *changed = ast.literal_eval(told.readline(1 << 24).decode())
     if status:
         kinds = ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError
         raise {kind.__name__: kind for kind in kinds}.get(status, RuntimeError)(value)
+    for old, new in zip([*args, *kwargs.values()], changed):
+        if isinstance(old, (list, dict, set)):  # as the function left it
+            old.clear()
+            (old.extend if isinstance(old, list) else old.update)(new)
     return value
 def run(text):  # the code as a program, with this as its input
     sys.stdin, sys.stdout = said = [io.TextIOWrapper(io.BytesIO(start), write_through=True)
@@ -472,7 +506,7 @@ if holds_code:
     for line in told:
         name, args, kwargs = ast.literal_eval(line.decode())
         try:
-            send("", names[name](*args, **kwargs))
+            send("", names[name](*args, **kwargs), *args, *kwargs.values())
         except BaseException as error:
             send(type(error).__name__, str(error)[:300])
     os._exit(0)
@@ -480,19 +514,21 @@ try:
     names |= {name: functools.partial(ask, name) for name in ask("load")
               if name[:1] != "_" and not hasattr(builtins, name)}
     exec(tests, names)
-    verdict = ""
+    verdict = "" if ast.parse(tests).body else "no tests"
 except BaseException as error:
     verdict = (type(error).__name__ + ": " + str(error))[:300]
-os._exit(os.write(2, json.dumps(verdict).encode()))
+os._exit(os.write(2, json.dumps([confined, verdict]).encode()))
 '''
 
 class Verdict(namedtuple("Verdict", "passed error")):  # error: "", "timeout" or the exception
     def __bool__(self):
         return self.passed
 
+print_once = functools.cache(print)
+
 def source_of(tests):  # in the forms of `run_code` -> (their source, whether of a program)
     tests = [tests] if isinstance(tests, str) else tests
-    program = not isinstance(tests[0], str)
+    program = not all(isinstance(test, str) for test in tests)
     return "\n".join(f"assert run({test['input']!r}).split() == {test['output']!r}.split()"
                      if program else test for test in tests), program
 
@@ -505,7 +541,10 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
         [sys.executable, "-I", "-S", "-c", SANDBOX, job], cwd="/", env={}, stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        error = json.loads(child.communicate(tests.encode(), timeout)[1])
+        confined, error = json.loads(child.communicate(tests.encode(), timeout)[1])
+        if not confined:
+            print_once("code runs here without a seccomp filter: only time and memory are limited, "
+                       "it can read files and reach the network", file=sys.stderr)
     except (subprocess.TimeoutExpired, ValueError) as problem:
         error = "the tests did not end" if isinstance(problem, ValueError) else "timeout"
     finally:
@@ -806,6 +845,8 @@ def run_rl(args):
                                               args.seed * 100_003 + step))
         rewards = judge.score(texts) if judge else torch.tensor(
             [*map(verify, asked, said)], device=run.device)
+        if (step + 1) % args.eval_interval == 0:
+            print(f"{asked[0]['messages'][-1]['content']!r:.300} -> {said[0]!r:.300}", flush=True)
         batch = collate([*zip(texts, masks)], device=run.device) | {"rewards": rewards}
         row = {"reward": rewards.mean().item(), "solved": (rewards >= 1).float().mean().item(),
                "length": batch["response_mask"].sum(1).float().mean().item()}
@@ -868,13 +909,17 @@ def run_synth(args):
 def run_judge(args):
     """`judge`: which answer of each pair of a file is better, asks a checkpoint in both orders, as
     models favour a place (Zheng et al. 2023). If it favours both, or neither: undecided."""
-    judge, asked = Assistant(args), []
-    for pair in read_rows(args.data, read_pair)[: args.limit or None]:
-        for a, b in pair, pair[::-1]:
-            ids = judge.encode([{"role": "user", "content": (
-                f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
-                f"{b[-1]['content']}\n\nWhich answer is better, A or B?")}])
-            asked += [(ids + judge.tokenizer.encode_ordinary(letter)[:1], 1) for letter in "AB"]
+    judge = Assistant(args)
+    def make(row):  # the question in both orders, with either answer
+        pair = read_pair(row) or ()
+        texts = [judge.encode([{"role": "user", "content": (
+            f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
+            f"{b[-1]['content']}\n\nWhich answer is better, A or B?")}])
+            for a, b in zip(pair, pair[::-1])]
+        texts = [ids + judge.tokenizer.encode_ordinary(x)[:1] for ids in texts for x in "AB"]
+        return texts if 0 < max(map(len, texts), default=0) <= judge.model.config.block_size else None
+    pairs = read_rows(args.data, make)[: args.limit or None]
+    asked = [(ids, 1) for texts in pairs for ids in texts]
     log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)
     ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: the first answer, in either order
     votes = Counter((ahead[:, 0] - ahead[:, 1]).tolist())
@@ -1000,6 +1045,8 @@ def measure(assistant, items, args):
             hits[f"majority@{n}"].append(right[given.index(Counter(given).most_common(1)[0][0])])
         if args.task == "ifeval":  # acc is of rows, of which all are followed
             hits["instruction_acc"] += follows(problem, texts[0])
+            hits["loose_acc"].append(all(loose := follows(problem, texts[0], True)))
+            hits["loose_instruction_acc"] += loose
     if args.out:
         write_rows(args.out, items)
     return {name: share(column) for name, column in hits.items()}
