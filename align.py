@@ -15,7 +15,7 @@ reward, judge: `prompt`, `chosen`, `rejected`. rl: `prompt` and `answer`; or `te
 or objects of `input` and `output`. Shapes: B responses, T tokens, V vocabulary; at position t of
 `labels`, log-probs and masks is what comes after that of `input_ids`.
 """
-import argparse, ast, cmath, contextlib, csv, functools, gzip, io, itertools, json, math
+import argparse, ast, cmath, contextlib, csv, functools, gzip, itertools, json, math
 import multiprocessing, os, random, re, signal, statistics, subprocess, sys, time
 from collections import Counter, defaultdict, namedtuple
 from fractions import Fraction
@@ -28,15 +28,13 @@ from train import clip_grad_norm, get_lr, make_optimizers
 # ---- Data: from the rows of a file to messages, and from ids to batches.
 def read_rows(path, make):
     """make(row) of each row of .jsonl, .json, .csv, .txt, also .gz; ValueError names a bad row."""
-    kinds = {"jsonl": lambda text: map(json.loads, filter(str.strip, text.split("\n"))),
-             "json": json.loads, "csv": lambda text: csv.reader(io.StringIO(text)),
-             "txt": lambda text: text.split("<|endoftext|>")}
-    made = []
+    kinds = {"jsonl": lambda file: map(json.loads, filter(str.strip, file)), "json": json.load,
+             "csv": csv.reader, "txt": lambda file: file.read().split("<|endoftext|>")}
+    made, opened = [], gzip.open if path.endswith(".gz") else open
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            text = file.read().decode()
-        for row in kinds[path.removesuffix(".gz").rpartition(".")[2]](text):
-            made.append(make(row))
+        with opened(path, "rt", encoding="utf-8", newline="\n") as file:
+            for row in kinds[path.removesuffix(".gz").rpartition(".")[2]](file):
+                made.append(make(row))
     except Exception as error:
         raise ValueError(f"{path}, row {len(made) + 1}: {error!r:.200}") from None
     kept = [item for item in made if item is not None]
@@ -217,21 +215,18 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
 # ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
-UNIT = (  # a usual unit, or any plural that is not itself a number
-    r"(?:(?<=[\s/])[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|"
-    r"meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|plu|minu|"
-    r"les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?")
-UNIT = re.compile(  # after a number; m/s and miles per hour, too
-    rf"((?!.*(?:sin|cos|tan)).*[\d)}}])\s*({UNIT}(?:\s*/\s*{UNIT}| per [a-z]+)?)")
+UNIT = re.compile(  # after a number: a usual unit, or any plural that is not itself a number; a rate
+    r"((?!.*(?:sin|cos|tan)).*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|°|¤|(?:square |"
+    r"cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|"
+    r"quarter|third|time|plu|minu|les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)"
+    r"(?:\s*\^[23])?(?:\s*(?:/|per )\s*(?:[smh]|[a-z]{2,})(?:\s*\^[23])?)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
 SIGNS = dict(pair.split(":") for pair in (
     "pi:π infty:∞ le:≤ leq:≤ ge:≥ geq:≥ lt:< gt:> in:= cup:∪ pm:± cdot:* times:* div:/").split())
-FUNCTIONS = {"ln": cmath.log, "log": cmath.log10, "exp": cmath.exp} | {
-    arc + name: getattr(cmath, arc[:1] + name) for name in ("sin", "cos", "tan")
-    for arc in ("", "arc")}
-FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z])"
+FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=cmath.log10)
+FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
     (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
@@ -239,11 +234,8 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
     (r"\$|\\[()\[\]!]|\\(?:left|right|displaystyle|angle)(?![a-z])", ""),
     (r"\\[,;: ]|(?<!^)~|\\q?quad(?![a-z])", " "), (r"\\(?:overline|vec)(?=\{[a-zA-Z]+\})", ""),
     (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"), ("−", "-"),
+    (r"(?<=\d) *million(?![a-z])", "*10^6"), (r"(?<=\d) *billion(?![a-z])", "*10^9"),
     (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
-    (r"(?<=\d)\s*(thousand|million|billion)(?![a-z])",
-     lambda found: f"*10^{dict(t=3, m=6, b=9)[found[1][0]]}"),
-    (r"(\d*\.)(\d*)\\overline\{(\d{1,20})\}", lambda found: "({}{}+{}/{})".format(
-        *found.groups(), (10 ** len(found[3]) - 1) * 10 ** len(found[2]))),
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\?degrees?", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
     ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
@@ -282,16 +274,15 @@ def parse(text, point):
         while sign := take("[+-]"):
             x += product() if sign == "+" else -product()
         return x
-    def product(signs=r"\*(?!\*)|/|(?=[a-zA-Zπ(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"):
+    def product(signs=r"\*(?!\*)|/|(?=[a-zA-Zπ°(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"):
         x = power()
         while (sign := take(signs)) is not None:  # 2x is a product, too
             x = x / power() if sign == "/" else x * power()
         return x
     def power():
         x = atom()
-        while sign := take(r"\^|\*\*|°"):
-            x = x * math.pi / 180 if sign == "°" else raised(
-                x, -power() if take("-") else power())
+        while take(r"\^|\*\*"):
+            x = raised(x, -power() if take("-") else power())
         return x
     def raised(x, y):  # exact where that is short
         if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
@@ -306,17 +297,16 @@ def parse(text, point):
         if take(r"\\?sqrt(?![a-z])|√"):
             degree = atom() if take(r"(?=\[)") is not None else Fraction(2)
             return raised(atom(r"\d"), 1 / degree)
-        if name := take(FUNCTION):  # sin x, sin 2x, sin(x), sin^2 x, sin^{-1} x, log_2 x
-            name = "arc" * bool(take(r"\^\{-1\}")) + name.strip("\\")
-            base = atom(r"\d") if name == "log" and take("_") else 10
+        if name := take(FUNCTION):  # of what follows: sin(x), sin 2x, sin^2 x, log_2 x
+            base = atom(r"\d") if take("_") else 10
             exponent = atom(r"\d") if take(r"\^") else Fraction(1)
-            bracket = take(r"(?=[({])") is not None
-            x = atom() if bracket else product(rf"(?!{FUNCTION})(?=[a-zA-Zπ]|\\[a-z])")
-            return raised(FUNCTIONS[name](x) / cmath.log10(base), exponent)
-        if name := take(LETTER + "|π"):
+            alone = take(r"(?=[({])") is None
+            x = product(rf"(?!{FUNCTION})(?=[a-zπ°]|\\[a-z])") if alone else atom()
+            return raised(FUNCTIONS[name.strip("\\")](x) / cmath.log10(base), exponent)
+        if name := take(LETTER + "|π|°"):
             value = random.Random(f"{SEED} {name} {point}").randrange(2 * 10**6, 3 * 10**6)
             value = Fraction(-value if point == 2 else value, 10**6 + 3)
-            return {"π": math.pi, "e": math.e, "i": 1j}.get(name, value)
+            return {"π": math.pi, "°": math.pi / 180, "e": math.e, "i": 1j}.get(name, value)
         bracket = take(r"[({\[]")
         x = total() if bracket else None
         return x if take(re.escape(")}]"["({[".index(bracket)])) else None  # a TypeError later
@@ -329,8 +319,7 @@ def parse(text, point):
 def math_value(text):  # at two choices of positive letters, one of negative; or None
     if len(text) > 1000 or re.search(rf"(?<![\\a-zA-Z])(?!sqrt|{FUNCTION})[a-zA-Z]{{3}}", text):
         return None  # a word is no product of letters
-    with contextlib.suppress(
-            ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
         return [parse(text, point) for point in range(3)]
 
 def close(x, y):  # whether two numbers are equal: fractions exactly, others nearly
@@ -360,11 +349,9 @@ def read(text):  # an answer as (kind, its parts): value, list, union, =, text, 
         if len(pieces) == 1 and text[0] in "({":
             return read(text[1:-1])
         return "list" if text[0] in "{⦃" else text[0] + text[-1], [*map(read, pieces)]
-    number, unit = text, ""
-    if found := UNIT.fullmatch(number):
-        number, unit = found[1], re.sub(r"(?<=\w)s$|[\^ ]", "", found[2])
+    number, unit = found.groups() if (found := UNIT.fullmatch(text)) else (text, "")
     values = math_value(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number))
-    return ("value", values, unit) if values else word
+    return ("value", values, re.sub(r"(?<=\w)s$|[\^ ]", "", unit)) if values else word
 
 def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 2x = 5 up to a factor; 5 = 6 as None
     sides = sides[::-1] if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]) else sides
@@ -387,11 +374,8 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
         return a == b != ("text", "")
     if a[0] == "value":  # at negative letters roots may differ
         points = 3 if all(isinstance(x[1][2], Fraction) or x[1][2].imag == 0 for x in (a, b)) else 2
-        scales = [Fraction(1)]
-        if a[2] == "%" and not b[2] and abs(a[1][0]) <= 100 and abs(b[1][0]) <= 1:
-            scales = [Fraction(100)]  # 50% gives 0.5, not 50
-        elif b[2] == "%" and not a[2]:
-            scales += [Fraction(1, 100)]  # 0.5 and 50 give 50%
+        scales = [1, Fraction(1, 100)] if b[2] == "%" and not a[2] else [  # 50 and 0.5 give 50%
+            100 if a[2] == "%" and not b[2] and abs(b[1][0]) <= 1 else 1]  # 50% gives 0.5
         return (not a[2] or not b[2] or a[2] == b[2]) and any(all(
             close(x, y * scale) for x, y in zip(a[1][:points], b[1])) for scale in scales)
     in_order = a[0] not in ("list", "union")  # of these, each as often as in the other
@@ -460,7 +444,7 @@ sys.stdout, ends, null = open(os.devnull, "w"), socket.socketpair(), os.open(os.
 holds_code = os.fork() == 0  # from here on two processes; this one holds the code, or reads tests
 ends[not holds_code].close()
 link = ends[holds_code].detach()
-told, tell, tests = open(link, "rb"), open(link, "wb"), "" if holds_code else sys.stdin.read()
+told, tell, tests = open(link), open(link, "w"), "" if holds_code else sys.stdin.read()
 for number in range(3 * holds_code):
     os.dup2(null, number)
 for name, n in dict(CORE=0, FSIZE=0, NPROC=0, NOFILE=0, AS=memory, CPU=seconds).items():
@@ -480,11 +464,10 @@ sized = ctypes.create_string_buffer(struct.pack("HP", len(calls) + 6, ctypes.add
 prctl = calls and getattr(ctypes.CDLL(None), "prctl", None)  # no new rights; then a filter
 confined = bool(prctl) and not (prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0))
 def send(*message):
-    tell.write(repr(message).encode() + b"\n")
-    tell.flush()
+    print(repr(message), file=tell, flush=True)
 def ask(name, *args, **kwargs):
     send(name, args, kwargs)
-    status, value, *changed = ast.literal_eval(told.readline(1 << 24).decode())
+    status, value, *changed = ast.literal_eval(told.readline(1 << 24))
     if status:
         kinds = ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError
         raise {kind.__name__: kind for kind in kinds}.get(status, RuntimeError)(value)
@@ -504,7 +487,7 @@ if holds_code:
     names["load"] = lambda: exec("" if program else code, names) or [
         name for name, x in names.items() if callable(x)]
     for line in told:
-        name, args, kwargs = ast.literal_eval(line.decode())
+        name, args, kwargs = ast.literal_eval(line)
         try:
             send("", names[name](*args, **kwargs), *args, *kwargs.values())
         except BaseException as error:
@@ -520,11 +503,9 @@ except BaseException as error:
 os._exit(os.write(2, json.dumps([confined, verdict]).encode()))
 '''
 
-class Verdict(namedtuple("Verdict", "passed error")):  # error: "", "timeout" or the exception
-    def __bool__(self):
-        return self.passed
-
 print_once = functools.cache(print)
+Verdict = namedtuple("Verdict", "passed error")  # error: "", "timeout" or the exception
+Verdict.__bool__ = lambda verdict: verdict.passed
 
 def source_of(tests):  # in the forms of `run_code` -> (their source, whether of a program)
     tests = [tests] if isinstance(tests, str) else tests
@@ -543,8 +524,8 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     try:
         confined, error = json.loads(child.communicate(tests.encode(), timeout)[1])
         if not confined:
-            print_once("code runs here without a seccomp filter: only time and memory are limited, "
-                       "it can read files and reach the network", file=sys.stderr)
+            print_once("no seccomp here: a model's code can read files and use the network",
+                       file=sys.stderr)
     except (subprocess.TimeoutExpired, ValueError) as problem:
         error = "the tests did not end" if isinstance(problem, ValueError) else "timeout"
     finally:
@@ -632,6 +613,7 @@ class Assistant:
         self.room = size - min(args.max_new_tokens, size // 2)  # for a prompt
 
     def encode(self, messages, reply=True):  # reply: up to where the assistant speaks next
+        messages = [{"role": "user", "content": messages}] if type(messages) is str else messages
         if self.template == RAW and len(messages) == 2 - reply and messages[0]["role"] == "user":
             ids = self.tokenizer.encode_ordinary("".join(m["content"] for m in messages))
             return ids + [self.tokenizer.eot_id] * (not reply)  # the same, but fast
@@ -657,8 +639,8 @@ class Assistant:
         """Prompts' ids -> list of (ids with the response, mask, text). A tool's result (24>>
         after <<48/2=) is put in, and masked."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
-        most, size, said = self.args.max_new_tokens, self.args.batch_size, {}
-        ends = [min(len(ids) + most, self.model.config.block_size) for ids in prompts]
+        said, size, room = {}, self.args.batch_size, self.model.config.block_size
+        ends = [min(len(ids) + self.args.max_new_tokens, room) for ids in prompts]
         calls = {i for i, x in self.tokenizer.vocab.items() if self.args.tool and x[-1:] == b"="}
         generator = torch.Generator(self.device).manual_seed(seed)
         todo = list(range(len(prompts)))
@@ -689,18 +671,17 @@ class Assistant:
     def fit(self, modules, do_step, evaluate):
         """All training. do_step(step) changes modules' parameters; it and evaluate() -> metrics."""
         args, rows, step, saved = self.args, [], 0, self.saved
-        path, log = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.csv"))
+        path = os.path.join(args.out_dir, "ckpt.pt")
         self.parameters = [p for module in modules for p in module.parameters()]
         self.optimizers = [optimizer for module in modules for optimizer in make_optimizers(
             module, args.optimizer, args.learning_rate, args.weight_decay, (0.9, 0.95), 0.95)]
         torch.manual_seed(args.seed)
         if args.resume:
-            step, states = saved["step"], saved["modules"] + saved["optimizer"]
+            step, rows = saved["step"], saved["rows"]
+            states = saved["modules"] + saved["optimizer"]
             for part, state in zip(modules + self.optimizers, states):
                 part.load_state_dict(state)
             torch.set_rng_state(saved["rng"].cpu())
-            with open(log, encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         show({"step": step} | evaluate())
         os.makedirs(args.out_dir, exist_ok=True)
         saved, self.saved = {name: saved.get(name) for name in ("begin", "tokenizer")}, None
@@ -714,19 +695,19 @@ class Assistant:
             step, row["learning_rate"], row["seconds"] = step + 1, lr, time.perf_counter() - begin
             due = step % args.eval_interval == 0 or step == args.max_iters
             row |= evaluate() if due else {}
-            whole = all(p.isfinite().all() for p in self.parameters) if due else True
-            if not whole or not all(map(math.isfinite, row.values())):
+            if not all(map(math.isfinite, row.values())) or due and not all(
+                    p.isfinite().all() for p in self.parameters):
                 raise ValueError(f"step {step} is not finite: {row}; try a smaller --learning_rate")
             rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-            if due:  # the log first: a run killed between the two has rows too many, left out above
+            if due:
                 show(row)
                 names = dict.fromkeys(itertools.chain(*rows))
-                with replacing(log, "w", newline="") as file:
+                with replacing(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
                     csv.writer(file).writerows([names, *([r.get(k) for k in names] for r in rows)])
                 save_checkpoint(
-                    path, self.model, self.optimizers, step=step, args=args.words, stop=self.stops,
+                    path, self.model, self.optimizers, step=step, rows=rows, args=args.words,
                     modules=[module.state_dict() for module in modules], rng=torch.get_rng_state(),
-                    names=self.names, template=self.template, **saved)
+                    stop=self.stops, names=self.names, template=self.template, **saved)
         if not any("grad_norm" in row for row in rows):
             print("nothing was learned: in no step did rewards differ")
         show({"ckpt": path})
@@ -899,7 +880,7 @@ def run_synth(args):
     if args.rewrite:
         writer = Assistant(args)
         asked = read_rows(args.rewrite, lambda row: writer.encode(
-            [{"role": "user", "content": f"{args.instruction}\n\n{row['text']}"}]))
+            f"{args.instruction}\n\n{row['text']}"))
         answers = writer.respond(asked, args.temperature, args.seed)
         return write_rows(args.out, [{"text": text} for *_, text in answers if text.strip()])
     rng = random.Random(args.seed)
@@ -909,17 +890,12 @@ def run_synth(args):
 def run_judge(args):
     """`judge`: which answer of each pair of a file is better, asks a checkpoint in both orders, as
     models favour a place (Zheng et al. 2023). If it favours both, or neither: undecided."""
-    judge = Assistant(args)
-    def make(row):  # the question in both orders, with either answer
-        pair = read_pair(row) or ()
-        texts = [judge.encode([{"role": "user", "content": (
-            f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
-            f"{b[-1]['content']}\n\nWhich answer is better, A or B?")}])
-            for a, b in zip(pair, pair[::-1])]
-        texts = [ids + judge.tokenizer.encode_ordinary(x)[:1] for ids in texts for x in "AB"]
-        return texts if 0 < max(map(len, texts), default=0) <= judge.model.config.block_size else None
-    pairs = read_rows(args.data, make)[: args.limit or None]
-    asked = [(ids, 1) for texts in pairs for ids in texts]
+    judge, asked = Assistant(args), []
+    for pair in read_rows(args.data, read_pair)[: args.limit or None]:
+        for a, b in pair, pair[::-1]:
+            ids = judge.encode(f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
+                               f"{b[-1]['content']}\n\nWhich answer is better, A or B?")
+            asked += [(ids + judge.tokenizer.encode_ordinary(letter)[:1], 1) for letter in "AB"]
     log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)
     ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: the first answer, in either order
     votes = Counter((ahead[:, 0] - ahead[:, 1]).tolist())
@@ -929,10 +905,10 @@ def run_judge(args):
 # ---- Evaluation.
 def share(hits):
     """List of bool -> the proportion of True, with the 95% interval of Wilson (1927)."""
-    n, p = len(hits) or 1e-9, sum(hits) / max(1, len(hits))
-    middle, half = p + 1.9208 / n, 1.96 * math.sqrt(p * (1 - p) / n + 0.9604 / n**2)
-    low, high = max(0, middle - half), min(1 + 3.8416 / n, middle + half)  # of rounding
-    return f"{p:.4f} ({low / (1 + 3.8416 / n):.4f} to {high / (1 + 3.8416 / n):.4f})"
+    n, p = len(hits), sum(hits) / max(1, len(hits))
+    middle = (n * p + 1.9208) / (n + 3.8416)
+    half = 1.96 * math.sqrt(n * p * (1 - p) + 0.9604) / (n + 3.8416)
+    return f"{p:.4f} ({abs(middle - half):.4f} to {middle + half:.4f})"  # abs: no -0.0000
 
 def pass_at_k(n, c, k):
     """The chance that one of k out of n responses, c of them right, is right (Chen et al. 2021)."""
@@ -948,8 +924,10 @@ def encode_continuation(tokenizer, context, continuation):
 @torch.no_grad()
 def score(model, requests, batch_size=16):
     """requests: list of (ids, n) -> list of log p of the last n ids given those before."""
-    out, texts = [], [(ids, [0] * (len(ids) - n) + [1] * n) for ids, n in requests]
-    texts = [[row[-(model.config.block_size + 1) :] for row in text] for text in texts]
+    out, most = [], model.config.block_size + 1
+    texts = [(ids[-most:], ([0] * (len(ids) - n) + [1] * n)[-most:]) for ids, n in requests]
+    if cropped := sum(len(ids) > most for ids, _ in requests):
+        print(f"{cropped} of {len(requests)} texts lose what is before the last {most} tokens")
     for at in range(0, len(texts), batch_size):
         batch = collate(texts[at : at + batch_size], device=model.embedding.weight.device)
         out += sequence_log_probs(model, **batch).tolist()
@@ -1007,8 +985,8 @@ def run_eval(args):
     shots = read_rows(args.fewshot_data or args.data, make) if args.fewshot else []
     for item in items:  # solved examples, but never the item itself
         others = [shot for shot in shots if shot["context"] != item["context"]][: args.fewshot]
-        item["prompt"] = "".join(shot["context"] + shot["target"] + "\n\n" for shot in others)
-        item["prompt"] += item["context"]
+        others = [shot["context"] + shot["target"] for shot in others]
+        item["prompt"] = "\n\n".join([*others, item["context"]])
     show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n")
     if args.retrieve:
         best = bm25(sum(read_rows(args.retrieve, lambda row: row["text"].split("\n\n")), []))
@@ -1018,7 +996,7 @@ def run_eval(args):
 
 def measure(assistant, items, args):
     """Accuracies, of n samples also pass@k and of the vote (self-consistency: Wang et al. 2022)."""
-    n, hits, encode = args.samples, defaultdict(list), assistant.tokenizer.encode_ordinary
+    n, hits = args.samples, defaultdict(list)
     if "problem" not in items[0]:
         found = iter(score(assistant.model, [
             encode_continuation(assistant.tokenizer, item["prompt"], " " + choice)
@@ -1028,8 +1006,8 @@ def measure(assistant, items, args):
             for name, way in ("acc", [x for x, _ in own]), ("acc_norm", [x / n for x, n in own]):
                 hits[name].append(way.index(max(way)) == item["label"])
         return {name: share(column) for name, column in hits.items()}
-    asked = [assistant.encode([{"role": "user", "content": item["prompt"]}]) if args.chat else
-             encode(item["prompt"]) for item in items for _ in range(n)]
+    encode = assistant.encode if args.chat else assistant.tokenizer.encode_ordinary
+    asked = [encode(item["prompt"]) for item in items for _ in range(n)]
     answers = assistant.respond([ids[-assistant.room :] for ids in asked],
                                 args.temperature if n > 1 else 0, args.seed)
     said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
@@ -1045,8 +1023,7 @@ def measure(assistant, items, args):
             hits[f"majority@{n}"].append(right[given.index(Counter(given).most_common(1)[0][0])])
         if args.task == "ifeval":  # acc is of rows, of which all are followed
             hits["instruction_acc"] += follows(problem, texts[0])
-            hits["loose_acc"].append(all(loose := follows(problem, texts[0], True)))
-            hits["loose_instruction_acc"] += loose
+            hits["loose_acc"].append(all(follows(problem, texts[0], True)))
     if args.out:
         write_rows(args.out, items)
     return {name: share(column) for name, column in hits.items()}
@@ -1073,31 +1050,32 @@ def run_demo(args):
         show({"held-out problems solved, seed": seed} | dict(zip(("sft", "rl", "control"), row)))
     show({"seconds": time.perf_counter() - begin, "out_dir": args.out_dir}, "\n")
 
-def demonstrate(args, seed):  # -> accuracies of sft, rl and control
+def demonstrate(args, seed):
+    """One seed of the demonstration -> accuracies of sft, rl and control."""
     folder, results, rng = f"{args.out_dir}/seed{seed}/", [], random.Random(seed)
     sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 8100)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "response": str(
         a + b if rng.random() < 0.3 else (a // 10 + b // 10) * 10 + (a + b) % 10)} for a, b in sums]
     tokenizer = Tokenizer({i: c.encode() for i, c in enumerate("0123456789+=")}, [],
                           ["<|endoftext|>"], r"[\s\S]", ignore_merges=True)
+    test = [row | {"ids": tokenizer.encode(row["prompt"])} for row in rows[:1000]]
     torch.manual_seed(seed)
     model = Transformer(TransformerConfig(vocab_size=13, block_size=12, n_layer=2, n_head=4,
                                           n_embd=48, position="learned"))
-    sft = " --no_packing --batch_size 128 --learning_rate 2e-2 --max_iters"
-    lines = {"sft": f"sft --ckpt {folder}base.pt {sft} 450", "rl": (
-        f"rl --ckpt {folder}sft/ckpt.pt --algorithm {args.algorithm} --prompts_per_step 128 "
-        "--batch_size 1024 --micro_batch 1024 --learning_rate 1e-2 --max_iters 50"),
-        "control": f"sft --ckpt {folder}sft/ckpt.pt {sft} 200"}
+    sft = "--no_packing --batch_size 128 --learning_rate 2e-2 --max_iters"
+    rl = (f"--algorithm {args.algorithm} --prompts_per_step 128 --batch_size 1024 --micro_batch "
+          "1024 --learning_rate 1e-2 --max_iters 50")
     with contextlib.redirect_stdout(sys.stdout if seed == args.seed else open(os.devnull, "w")):
         write_rows(folder + "sums.jsonl", rows[1000:])
         save_checkpoint(folder + "base.pt", model, tokenizer=tokenizer.to_json())
-        for name, line in lines.items():
-            line += (f" --data {folder}sums.jsonl --out_dir {folder}{name} --seed {seed} --device "
-                     "cpu --optimizer muon --weight_decay 0.1 --schedule cosine --max_new_tokens 4")
+        for line in (f"sft {sft} 450 --ckpt {folder}base.pt --out_dir {folder}sft",
+                     f"rl {rl} --ckpt {folder}sft/ckpt.pt --out_dir {folder}rl",
+                     f"sft {sft} 200 --ckpt {folder}sft/ckpt.pt --out_dir {folder}control"):
+            line += (f" --data {folder}sums.jsonl --seed {seed} --device cpu --optimizer muon "
+                     "--weight_decay 0.1 --schedule cosine --max_new_tokens 4")
             print(f"\n$ python align.py {line}", flush=True)
             done = run_command(line.split())
             done.resume = True  # what is judged is what was learned
-            test = [row | {"ids": tokenizer.encode(row["prompt"])} for row in rows[:1000]]
             results.append(solve(Assistant(done), test))
     return results
 
