@@ -66,8 +66,7 @@ def read_pair(row):  # -> the chosen and the rejected conversation, or None if e
 def read_problem(row):
     """A row for reinforcement learning -> row with "messages". Raises what no verifier can read."""
     if "tests" in row:
-        if not ast.parse(source_of(row["tests"])[0]).body:
-            raise ValueError("tests are empty")
+        ast.parse(source_of(row["tests"])[0]).body[0]  # raises what is no code, or empty
     elif "instruction_id_list" in row:
         if {name.split(":")[1] for name in row["instruction_id_list"]} - CONSTRAINTS.keys():
             return None
@@ -215,18 +214,18 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
 # ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
-UNIT = re.compile(  # after a number: a usual unit, or any plural that is not itself a number; a rate
-    r"((?!.*(?:sin|cos|tan)).*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|°|¤|(?:square |"
-    r"cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|"
-    r"quarter|third|time|plu|minu|les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)"
-    r"(?:\s*\^[23])?(?:\s*(?:/|per )\s*(?:[smh]|[a-z]{2,})(?:\s*\^[23])?)?)")
+UNIT = re.compile(  # after a number: a usual unit, or any plural that is no number; then / or per
+    r"((?!.*(?:sin|cos|tan)).*(?:[\d)}]|million))\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|"
+    r"°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:plu|"
+    r"dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|[mb]illion)s|"
+    r"\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per )\s*(?:[smh]|[a-z]{2,})(?:\s*\^[23])?)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
-SIGNS = dict(pair.split(":") for pair in (
-    "pi:π infty:∞ le:≤ leq:≤ ge:≥ geq:≥ lt:< gt:> in:= cup:∪ pm:± cdot:* times:* div:/").split())
+SIGNS = dict(zip("pi infty le leq ge geq lt gt in cup pm cdot times div".split(), "π∞≤≤≥≥<>=∪±**/"))
 FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=cmath.log10)
 FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
+WORD = rf"(?<![\\a-zA-Z])(?!sqrt|million|{FUNCTION})[a-zA-Z]{{3}}"  # it is no product of letters
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
     (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
@@ -234,14 +233,13 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
     (r"\$|\\[()\[\]!]|\\(?:left|right|displaystyle|angle)(?![a-z])", ""),
     (r"\\[,;: ]|(?<!^)~|\\q?quad(?![a-z])", " "), (r"\\(?:overline|vec)(?=\{[a-zA-Z]+\})", ""),
     (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"), ("−", "-"),
-    (r"(?<=\d) *million(?![a-z])", "*10^6"), (r"(?<=\d) *billion(?![a-z])", "*10^9"),
     (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\?degrees?", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
     ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
     (r"\\binom\{(\d\d?)\}\{(\d\d?)\}", lambda found: f"({math.comb(*map(int, found.groups()))})"),
     (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),
-    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([\d,.*^]+)$", r"\1¤"),
+    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([^¤]+)$", r"\1¤"),
     (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", lambda found: "({}+{}/{})".format(*found.groups())
      if int(found[2]) < int(found[3]) else found[0]), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
     (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
@@ -291,7 +289,7 @@ def parse(text, point):
         return complex(x) ** complex(y)
     def atom(number=r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d\d?(?!\d))?"):
         if digits := take(number):
-            return Fraction(digits)
+            return Fraction(digits) * (10**6 if take("million(?![a-z])") else 1)
         if take(r"\\frac(?![a-z])"):
             return atom(r"\d") / atom(r"\d")
         if take(r"\\?sqrt(?![a-z])|√"):
@@ -317,14 +315,13 @@ def parse(text, point):
 
 @functools.lru_cache(10_000)
 def math_value(text):  # at two choices of positive letters, one of negative; or None
-    if len(text) > 1000 or re.search(rf"(?<![\\a-zA-Z])(?!sqrt|{FUNCTION})[a-zA-Z]{{3}}", text):
-        return None  # a word is no product of letters
     with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
-        return [parse(text, point) for point in range(3)]
+        if len(text) <= 1000 and not re.search(WORD, text):
+            return [parse(text, point) for point in range(3)]
 
 def close(x, y):  # whether two numbers are equal: fractions exactly, others nearly
-    exact = isinstance(x, Fraction) and isinstance(y, Fraction)
-    return x == y if exact else cmath.isclose(x, y, rel_tol=1e-10, abs_tol=1e-14)
+    return x == y if type(x) is type(y) is Fraction else cmath.isclose(
+        x, y, rel_tol=1e-10, abs_tol=1e-14)
 
 def split(text, pattern):  # the pieces between matches of a pattern outside of all brackets
     depths = [0, *itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
@@ -373,7 +370,7 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
     if a[0] != b[0] or a[0] == "text":
         return a == b != ("text", "")
     if a[0] == "value":  # at negative letters roots may differ
-        points = 3 if all(isinstance(x[1][2], Fraction) or x[1][2].imag == 0 for x in (a, b)) else 2
+        points = 3 if all(x[1][2].imag == 0 for x in (a, b)) else 2
         scales = [1, Fraction(1, 100)] if b[2] == "%" and not a[2] else [  # 50 and 0.5 give 50%
             100 if a[2] == "%" and not b[2] and abs(b[1][0]) <= 1 else 1]  # 50% gives 0.5
         return (not a[2] or not b[2] or a[2] == b[2]) and any(all(
@@ -385,9 +382,8 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
 def grade_math(response, truth):
     """Whether a response, or an answer alone, gives the true answer, both strings."""
     answer = extract_answer(response[-20_000:])
-    truth = extract_answer(truth) if re.search(r"####|\\boxed", truth) else truth
     with contextlib.suppress(ArithmeticError, RecursionError):
-        return len(answer) <= 1000 and same(read(answer), read(truth))
+        return len(answer) <= 1000 and same(read(answer), read(extract_answer(truth)))
     return False
 
 def find_choice(response, n=4):
@@ -423,12 +419,10 @@ CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given
     "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
 
 def follows(problem, response, loose=False):
-    """Which instructions of a row of IFEval a response follows -> list of bool. loose: or would,
-    without its first line, its last one or both, or without its stars."""
-    lines, forms = response.split("\n"), [response]
-    if loose:
-        forms += ["\n".join(some).strip() for some in (lines[1:], lines[:-1], lines[1:-1])]
-        forms += [form.replace("*", "") for form in forms]
+    """Which instructions of an IFEval row a response follows; loose: any part of it, as below."""
+    lines = response.split("\n")  # without the first, the last, or both; and without stars
+    forms = [response, *("\n".join(x).strip() for x in (lines[1:], lines[:-1], lines[1:-1]))]
+    forms = forms + [form.replace("*", "") for form in forms] if loose else [response]
     return [any(CONSTRAINTS[name.split(":")[1]](form, k or {}) for form in forms if form.strip())
             for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
@@ -524,8 +518,7 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     try:
         confined, error = json.loads(child.communicate(tests.encode(), timeout)[1])
         if not confined:
-            print_once("no seccomp here: a model's code can read files and use the network",
-                       file=sys.stderr)
+            print_once("without seccomp, code can read files and use the network", file=sys.stderr)
     except (subprocess.TimeoutExpired, ValueError) as problem:
         error = "the tests did not end" if isinstance(problem, ValueError) else "timeout"
     finally:
@@ -547,18 +540,17 @@ def verify(problem, response):
 # ---- Learned verifiers, and problems that a program makes and so can solve.
 class ScalarModel(torch.nn.Module):
     """A Transformer with one output per position, 0 at first: the last is a reward; all, values."""
-    def __init__(self, body, state=None):
+    def __init__(self, body, saved=None):
         super().__init__()
-        self.body, device = body, body.embedding.weight.device
-        self.head = torch.nn.Linear(body.config.n_embd, 1, bias=False, device=device)
-        torch.nn.init.zeros_(self.head.weight)
-        self.load_state_dict(state or self.state_dict())
+        self.body = body
+        self.head = torch.nn.Parameter(torch.zeros_like(body.embedding.weight[0]).float())
+        self.load_state_dict(saved["modules"][0] if saved else self.state_dict())
 
     def forward(self, input_ids):  # (B, T) -> (B, T)
-        return self.head(self.body(input_ids, hidden=True).float())[..., 0]
+        return self.body(input_ids, hidden=True).float() @ self.head
 
     def score(self, texts):  # rewards of whole texts, a list of B lists of ids -> (B,)
-        last = torch.tensor([[len(ids) - 1] for ids in texts], device=self.head.weight.device)
+        last = torch.tensor([[len(ids) - 1] for ids in texts], device=self.head.device)
         return self(padded(texts, 0, max(map(len, texts)), last.device)).gather(1, last)[:, 0]
 
 def make_problem(kind, level, rng):
@@ -580,7 +572,7 @@ def calculate(text):  # the value of an arithmetic expression as a short decimal
     return f"{float(x):.10g}" if isinstance(x, Fraction) and x == y else "?"
 
 def show(values, between=" | "):  # print names and values, in a line or in lines
-    print(between.join(f"{name}: {value:.4g}" if type(value) is float else f"{name}: {value}"
+    print(between.join(f"{name}: {value:.5g}" if type(value) is float else f"{name}: {value}"
                        for name, value in values.items()), flush=True)
 
 def write_rows(path, rows):  # write dicts as .jsonl
@@ -623,9 +615,8 @@ class Assistant:
         """(ids, mask) for each time the assistant speaks: 1 there, but for what a tool wrote."""
         found = []
         for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
-            prompt = self.encode(messages[:i])
             whole = self.encode(messages[: i + 1], False) + self.stops[:1]
-            start = len(os.path.commonprefix([prompt, whole]))
+            start = len(os.path.commonprefix([self.encode(messages[:i]), whole]))
             end = next(k + 1 for k in range(start, len(whole)) if whole[k] in self.stops)
             found.append((whole[:end], [0] * start + [1] * (end - start)))
         for ids, mask in found if self.args.tool else ():
@@ -636,8 +627,7 @@ class Assistant:
         return found
 
     def respond(self, prompts, temperature, seed=0):
-        """Prompts' ids -> list of (ids with the response, mask, text). A tool's result (24>>
-        after <<48/2=) is put in, and masked."""
+        """Prompts' ids -> list of (ids with the response, mask, text). Results of tools are masked."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         said, size, room = {}, self.args.batch_size, self.model.config.block_size
         ends = [min(len(ids) + self.args.max_new_tokens, room) for ids in prompts]
@@ -677,8 +667,7 @@ class Assistant:
             module, args.optimizer, args.learning_rate, args.weight_decay, (0.9, 0.95), 0.95)]
         torch.manual_seed(args.seed)
         if args.resume:
-            step, rows = saved["step"], saved["rows"]
-            states = saved["modules"] + saved["optimizer"]
+            step, rows, states = saved["step"], saved["rows"], saved["modules"] + saved["optimizer"]
             for part, state in zip(modules + self.optimizers, states):
                 part.load_state_dict(state)
             torch.set_rng_state(saved["rng"].cpu())
@@ -763,10 +752,9 @@ def run_preferences(args):
             loss = reward_model_loss(chosen, rejected)
         else:
             batch = collate(examples, device=run.device)
-            policy = sequence_log_probs(model, **batch).view(2, -1)
-            before = sequence_log_probs(reference, **batch).view(2, -1)
-            chosen, rejected = args.beta * (policy - before)
-            loss = dpo_loss(*policy, *before, args.beta)
+            policy, ref = (sequence_log_probs(m, **batch).view(2, -1) for m in (model, reference))
+            chosen, rejected = args.beta * (policy - ref)
+            loss = dpo_loss(*policy, *ref, args.beta)
         right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half
         return {"loss": loss, "accuracy": right.mean(), "margin": (chosen - rejected).mean()}
     fit_rows(run, [reward or model], lambda row: [run.examples(chat)[-1]
@@ -806,8 +794,7 @@ def run_rl(args):
     data, held_out = (read_rows(path, make) if path else [] for path in (args.data, args.val_data))
     reference = load_checkpoint(args.ckpt, run.device)[0] if args.kl else None
     critic = ScalarModel(load_checkpoint(args.ckpt, run.device)[0]) if algorithm == "ppo" else None
-    judge = args.reward_model and load_checkpoint(args.reward_model, run.device)
-    judge = judge and ScalarModel(judge[0], judge[1]["modules"][0])
+    judge = args.reward_model and ScalarModel(*load_checkpoint(args.reward_model, run.device))
     clip = args.clip or 1e9, args.clip_high or (0.28 if algorithm == "dapo" else args.clip or 1e9)
     average = {"grpo": "response", "dr_grpo": "constant"}.get(algorithm, "token")
     plain = algorithm in ("reinforce", "expert")  # without ratios
@@ -826,8 +813,6 @@ def run_rl(args):
                                               args.seed * 100_003 + step))
         rewards = judge.score(texts) if judge else torch.tensor(
             [*map(verify, asked, said)], device=run.device)
-        if (step + 1) % args.eval_interval == 0:
-            print(f"{asked[0]['messages'][-1]['content']!r:.300} -> {said[0]!r:.300}", flush=True)
         batch = collate([*zip(texts, masks)], device=run.device) | {"rewards": rewards}
         row = {"reward": rewards.mean().item(), "solved": (rewards >= 1).float().mean().item(),
                "length": batch["response_mask"].sum(1).float().mean().item()}
@@ -854,8 +839,7 @@ def run_rl(args):
             if critic:
                 error = critic(part["input_ids"]) - part["returns"]
                 losses = losses + args.value_weight / 2 * error.square()
-            if reference:
-                losses = losses + args.kl * distance
+            losses = losses + (args.kl * distance if reference else 0)
             loss = (part["weights"] * losses).sum()
             loss.backward()
             means = [(part["shares"] * x).sum().item() for x in (entropies, distance)]
@@ -879,9 +863,8 @@ def run_synth(args):
     as --ckpt writes them anew, by --instruction: what curate.py mix takes."""
     if args.rewrite:
         writer = Assistant(args)
-        asked = read_rows(args.rewrite, lambda row: writer.encode(
-            f"{args.instruction}\n\n{row['text']}"))
-        answers = writer.respond(asked, args.temperature, args.seed)
+        texts = read_rows(args.rewrite, lambda row: f"{args.instruction}\n\n{row['text']}")
+        answers = writer.respond([*map(writer.encode, texts)], args.temperature, args.seed)
         return write_rows(args.out, [{"text": text} for *_, text in answers if text.strip()])
     rng = random.Random(args.seed)
     made = (make_problem(args.kind, args.level, rng) for _ in range(50 * args.n))
@@ -916,22 +899,19 @@ def pass_at_k(n, c, k):
 
 def encode_continuation(tokenizer, context, continuation):
     """-> (ids of both as one text, how many of the last are the continuation's, spaces too)"""
-    kept, whole = context.rstrip(), tokenizer.encode_ordinary(context + continuation)
-    if not kept:
-        return [tokenizer.eot_id, *whole], len(whole)
-    return whole, max(1, len(whole) - len(tokenizer.encode_ordinary(kept)))
+    kept, whole = (tokenizer.encode_ordinary(x) for x in (context.rstrip(), context + continuation))
+    return [tokenizer.eot_id] * (not kept) + whole, max(1, len(whole) - len(kept))
 
 @torch.no_grad()
 def score(model, requests, batch_size=16):
     """requests: list of (ids, n) -> list of log p of the last n ids given those before."""
-    out, most = [], model.config.block_size + 1
+    most = model.config.block_size + 1
     texts = [(ids[-most:], ([0] * (len(ids) - n) + [1] * n)[-most:]) for ids, n in requests]
     if cropped := sum(len(ids) > most for ids, _ in requests):
         print(f"{cropped} of {len(requests)} texts lose what is before the last {most} tokens")
-    for at in range(0, len(texts), batch_size):
-        batch = collate(texts[at : at + batch_size], device=model.embedding.weight.device)
-        out += sequence_log_probs(model, **batch).tolist()
-    return out
+    parts = (texts[at : at + batch_size] for at in range(0, len(texts), batch_size))
+    batches = (collate(part, device=model.embedding.weight.device) for part in parts)
+    return [x for batch in batches for x in sequence_log_probs(model, **batch).tolist()]
 
 def unmarked(text):  # HellaSwag's, without the marks of WikiHow
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -1033,11 +1013,10 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
     T, texts = assistant.model.config.block_size, texts[: args.limit or None]
     ids = [encode_continuation(assistant.tokenizer, "", text)[0] for text in texts]
     windows = [text[i : i + T + 1] for text in ids for i in range(0, len(text) - 1, T)]
-    tokens = sum(map(len, windows)) - len(windows)
+    tokens, size = sum(map(len, ids)) - len(ids), sum(len(text.encode()) for text in texts)
     loss = -sum(score(assistant.model, [(ids, len(ids) - 1) for ids in windows], args.batch_size))
-    bits = loss / math.log(2) / sum(len(text.encode()) for text in texts)
-    return {"tokens": tokens, "loss": f"{loss / tokens:.4f}",
-            "perplexity": f"{math.exp(loss / tokens):.4f}", "bits_per_byte": f"{bits:.4f}"}
+    return {"tokens": tokens, "loss": loss / tokens, "perplexity": math.exp(loss / tokens),
+            "bits_per_byte": loss / math.log(2) / size}
 
 # ---- The demonstration.
 def run_demo(args):
@@ -1050,8 +1029,7 @@ def run_demo(args):
         show({"held-out problems solved, seed": seed} | dict(zip(("sft", "rl", "control"), row)))
     show({"seconds": time.perf_counter() - begin, "out_dir": args.out_dir}, "\n")
 
-def demonstrate(args, seed):
-    """One seed of the demonstration -> accuracies of sft, rl and control."""
+def demonstrate(args, seed):  # -> accuracies of sft, rl and control
     folder, results, rng = f"{args.out_dir}/seed{seed}/", [], random.Random(seed)
     sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 8100)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "response": str(
@@ -1100,8 +1078,7 @@ def run_command(words):  # do what was typed after `python align.py` -> its flag
     parser.add_argument("command", nargs="?", default="demo", choices=COMMANDS)
     for flag, values in (flag.split("=") for flag in FLAGS.split()):
         default, *others = values.split("|")
-        with contextlib.suppress(ValueError, SyntaxError):
-            default = ast.literal_eval(default)
+        default = ast.literal_eval(default) if re.match(r"\d|False", default) else default
         how = SWITCH if default is False else {
             "type": type(default), "choices": [default, *others] if others else None}
         parser.add_argument(f"--{flag}", default=default, **how, help=f"default {default!r}")
@@ -1116,8 +1093,6 @@ def run_command(words):  # do what was typed after `python align.py` -> its flag
 def main():  # errors become one line, and exit code 1 or, for usage, 2
     try:
         run_command(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as error:
         sys.exit(f"align.py: error: {' '.join(str(error).split()):.500}")
 
