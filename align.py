@@ -218,7 +218,7 @@ UNIT = re.compile(  # after a number: a usual unit, or any plural that is no num
     r"((?!.*(?:sin|cos|tan)).*(?:[\d)}]|million))\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|"
     r"°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:plu|"
     r"dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|[mb]illion)s|"
-    r"\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per )\s*(?:[smh]|[a-z]{2,})(?:\s*\^[23])?)?)")
+    r"\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per)\s*(?:[smh]|[a-z]{2,})(?:\^[23])?)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
@@ -627,7 +627,7 @@ class Assistant:
         return found
 
     def respond(self, prompts, temperature, seed=0):
-        """Prompts' ids -> list of (ids with the response, mask, text). Results of tools are masked."""
+        """Prompts' ids -> list of (ids with the response, mask, text), results of tools masked."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
         said, size, room = {}, self.args.batch_size, self.model.config.block_size
         ends = [min(len(ids) + self.args.max_new_tokens, room) for ids in prompts]
