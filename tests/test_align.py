@@ -38,8 +38,8 @@ def sums(n, **more):  # n problems of one digit; `more`: fields in place of thei
     return [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b), **more}
             for a, b in pairs[:n]]
 
-def train(kind, ckpt, data, out, flags=""):
-    A.run_command(f"{kind} --ckpt {ckpt} --data {data} --out_dir {out} --device cpu {flags}".split())
+def train(kind, ckpt, data, out, more=""):
+    A.run_command(f"{kind} --ckpt {ckpt} --data {data} --out_dir {out} --device cpu {more}".split())
     with open(out / "log.csv", encoding="utf-8") as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
