@@ -227,26 +227,27 @@ FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=
 FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
 WORD = rf"(?<![\\a-zA-Z])(?!sqrt|million|{FUNCTION})[a-zA-Z]{{3}}"  # it is no product of letters
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
-    (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(
+    (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(  # ⟦(1,2),(3,4)⟧
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
-    (r"\\\$|^\$(?=[^$]*$)", "¤"), (r"(?<=\d)(?:\{,\}|\\,|,\\!)\s*(?=\d{3})", ","),
-    (r"\$|\\[()\[\]!]|\\(?:left|right|displaystyle|angle)(?![a-z])", ""),
+    (r"\\\$|^\$(?=[^$]*$)", "¤"), (r"(?<=\d)(?:\{,\}|\\,|,\\!)\s*(?=\d{3})", ","),  # 1{,}000
+    (r"\$|\\[()\[\]!]|\\(?:left|right|displaystyle|angle)(?![a-z])", ""),  # $\left(
     (r"\\[,;: ]|(?<!^)~|\\q?quad(?![a-z])", " "), (r"\\(?:overline|vec)(?=\{[a-zA-Z]+\})", ""),
-    (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"), ("−", "-"),
-    (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
+    (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"),  # \text{cm}, \mathbf{9}
+    (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),  # \le -> ≤
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\?degrees?", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
-    ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
+    ("<=", "≤"), (">=", "≥"), ("−", "-"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),  # \{1,2\} -> ⦃1,2⦄
+    (r"([_^])\{(\w)\}", r"\1\2"), (r"\\[cdt](frac|binom)", r"\\\1"),  # x^{2} -> x^2, \dfrac
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac12 -> \frac{1}{2}
     (r"\\binom\{(\d\d?)\}\{(\d\d?)\}", lambda found: f"({math.comb(*map(int, found.groups()))})"),
-    (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),
+    (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),  # 5!
     (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([^¤]+)$", r"\1¤"),
     (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", lambda found: "({}+{}/{})".format(*found.groups())
-     if int(found[2]) < int(found[3]) else found[0]), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
-    (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
+     if int(found[2]) < int(found[3]) else found[0]), (r"\s+", " "),  # 1\frac{1}{2} -> (1+1/2)
+    (r"^[\s*=]+|[\s*]+$", ""), (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
     (r"\+(?=∞)|((?<=[=(,])|^)\s*\+", ""), (r"^([a-z]) *>([^<≤>≥=]+)$", r"\2<\1<∞"),
     (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"), (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),
-    (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),
-    ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]  # x < 3, 2 < x ≤ 3: an interval
+    (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),  # 2<x≤3 -> x=<2,3≤
+    ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]  # and that as x=(2,3]
 
 def extract_answer(text):
     """What follows the last \\boxed, or else <answer>, ####, "answer is"; or else all of a text."""
@@ -632,8 +633,7 @@ class Assistant:
         said, size, room = {}, self.args.batch_size, self.model.config.block_size
         ends = [min(len(ids) + self.args.max_new_tokens, room) for ids in prompts]
         calls = {i for i, x in self.tokenizer.vocab.items() if self.args.tool and x[-1:] == b"="}
-        generator = torch.Generator(self.device).manual_seed(seed)
-        todo = list(range(len(prompts)))
+        todo, generator = [*range(len(prompts))], torch.Generator(self.device).manual_seed(seed)
         while todo:
             rows, todo = todo[:size], todo[size:]
             new = self.model.generate(
@@ -780,6 +780,7 @@ def advantages_of(batch, args):  # (B, 1), or for ppo (B, T) and batch["returns"
 
 def solve(assistant, problems):  # the share of problems whose greedy response is verified
     answers = assistant.respond([problem["ids"] for problem in problems], 0)
+    print(f"{assistant.tokenizer.decode(problems[0]['ids'])!r} -> {answers[0][2]!r}", flush=True)
     return statistics.fmean(verify(p, text) >= 1 for p, (*_, text) in zip(problems, answers))
 
 def run_rl(args):
@@ -850,10 +851,9 @@ def run_rl(args):
         g = torch.Generator().manual_seed(args.seed * 7919 + step)
         for _ in range(args.epochs if len(batch["rewards"]) else 0):
             order = torch.randperm(len(batch["rewards"]), generator=g).to(run.device)
-            updates += [learn({name: x[rows] for name, x in batch.items()})
-                        for rows in order.chunk(args.minibatches)]
-        updates = [update for update in updates if update] or [{}]
-        return row | {name: statistics.fmean(u[name] for u in updates) for name in updates[0]}
+            updates += filter(None, (learn({name: x[rows] for name, x in batch.items()})
+                                     for rows in order.chunk(args.minibatches)))
+        return row | {k: statistics.fmean(u[k] for u in updates) for k in (updates or [{}])[0]}
     run.fit([model, critic] if critic else [model], do_step,
             lambda: {"val_accuracy": solve(run, held_out)} if held_out else {})
 

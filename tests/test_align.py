@@ -170,13 +170,12 @@ def test_masks_cover_what_the_assistant_says(base, template):
             {"role": "assistant", "content": "no<|endoftext|>"}]
     for messages, text in zip((chat[:3], chat, chat[1:3]), ("yes", "no<|endoftext|>", "yes")):
         ids, mask = talker.examples(messages)[-1]
-        prompt = talker.encode(messages[:-1])
-        said = ids[len(prompt) :]
+        said = ids[len(prompt := talker.encode(messages[:-1])) :]
         assert ids == prompt + said and mask == [0] * len(prompt) + [1] * len(said)
         assert said.count(talker.tokenizer.eot_id) == 1  # what people write is none
         assert talker.tokenizer.decode(said).strip() == text + "<|endoftext|>"
-        slow = M.encode_chat(talker.tokenizer, talker.template, messages, False, **talker.names)
-        assert talker.encode(messages, False) == slow
+        assert talker.encode(messages, False) == M.encode_chat(
+            talker.tokenizer, talker.template, messages, False, **talker.names)
     assert len(talker.examples(chat)) == 2
 
 def test_formats_of_data(tmp_path):
@@ -461,7 +460,8 @@ def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm, capsys
     data = write(tmp_path / "p.jsonl", sums(10, answer="impossible"))
     train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --max_iters 2 "
           "--prompts_per_step 4 --max_new_tokens 3")  # equal rewards change nothing
-    assert ("nothing was learned" in capsys.readouterr().out) == (algorithm != "ppo")
+    assert "=' -> '" in (out := capsys.readouterr().out)  # a sample answer
+    assert ("nothing was learned" in out) == (algorithm != "ppo")
 
 def test_synthetic_data(tmp_path, base):
     docs, out = write(tmp_path / "d.jsonl", [{"text": "one"}] * 2), tmp_path / "r.jsonl"
