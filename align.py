@@ -601,7 +601,6 @@ class Assistant:
         self.template = TEMPLATES.get(args.template) or self.saved.get("template") or RAW
         self.stops = chat_stops(self.tokenizer, self.template, **self.names)
         self.stops += self.saved.get("stop") or []
-        self.known = self.tokenizer.vocab.keys() - self.stops  # what has a text
         size = self.model.config.block_size
         self.room = size - min(args.max_new_tokens, size // 2)  # for a prompt
 
@@ -641,7 +640,7 @@ class Assistant:
                 stop={*self.stops, *calls}, generator=generator)
             for i, ids in zip(rows, new):
                 masks[i] += [1] * (len(ids) - len(masks[i]))
-                own = [token for token in ids[len(prompts[i]) :] if token in self.known]
+                own = [token for token in ids[len(prompts[i]) :] if token not in self.stops]
                 texts[i], said[i] = ids, self.tokenizer.decode(own)
                 if ids[-1] in calls:
                     call = re.search(CALL.pattern + "$", said[i])
@@ -987,9 +986,8 @@ def measure(assistant, items, args):
                 hits[name].append(way.index(max(way)) == item["label"])
         return {name: share(column) for name, column in hits.items()}
     encode = assistant.encode if args.chat else assistant.tokenizer.encode_ordinary
-    asked = [encode(item["prompt"]) for item in items for _ in range(n)]
-    answers = assistant.respond([ids[-assistant.room :] for ids in asked],
-                                args.temperature if n > 1 else 0, args.seed)
+    asked = [encode(item["prompt"])[-assistant.room :] for item in items for _ in range(n)]
+    answers = assistant.respond(asked, args.temperature if n > 1 else 0, args.seed)
     said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
     for i, item in enumerate(items):
         item["responses"] = texts = said[i * n : i * n + n]
@@ -1093,6 +1091,8 @@ def run_command(words):  # do what was typed after `python align.py` -> its flag
 def main():  # errors become one line, and exit code 1 or, for usage, 2
     try:
         run_command(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, LookupError, RuntimeError, ArithmeticError) as error:
         sys.exit(f"align.py: error: {' '.join(str(error).split()):.500}")
 
