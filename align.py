@@ -331,7 +331,8 @@ def split(text, pattern):  # the pieces between matches of a pattern outside of 
     return [text[a:b] for (_, a), (b, _) in zip(ends, ends[1:])]
 
 @functools.lru_cache(10_000)  # the true answer is compared with each response of a group
-def read(text):  # an answer as (kind, its parts): value, list, union, =, text, or brackets
+def read(text):
+    """An answer as (kind, its parts). Kinds: value, list, union, =, text, or a pair of brackets."""
     text = text if len(text) <= 1000 else ""  # which takes long, and is none
     for pattern, new in CLEANING:
         text = pattern.sub(new, text)
@@ -458,8 +459,8 @@ rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule
 sized = ctypes.create_string_buffer(struct.pack("HP", len(calls) + 6, ctypes.addressof(rules)))
 prctl = calls and getattr(ctypes.CDLL(None), "prctl", None)  # no new rights; then a filter
 confined = bool(prctl) and not (prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0))
-def send(*message):
-    print(repr(message), file=tell, flush=True)
+def send(*message):  # inf is no literal, 1e999 is
+    print(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e999", repr(message)), file=tell, flush=True)
 def ask(name, *args, **kwargs):
     send(name, args, kwargs)
     status, value, *changed = ast.literal_eval(told.readline(1 << 24))
@@ -963,9 +964,8 @@ def run_eval(args):
     items = read_rows(args.data, make)[: args.limit or None]
     shots = read_rows(args.fewshot_data or args.data, make) if args.fewshot else []
     for item in items:  # solved examples, but never the item itself
-        others = [shot for shot in shots if shot["context"] != item["context"]][: args.fewshot]
-        others = [shot["context"] + shot["target"] for shot in others]
-        item["prompt"] = "\n\n".join([*others, item["context"]])
+        others = [x["context"] + x["target"] for x in shots if x["context"] != item["context"]]
+        item["prompt"] = "\n\n".join([*others[: args.fewshot], item["context"]])
     show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n")
     if args.retrieve:
         best = bm25(sum(read_rows(args.retrieve, lambda row: row["text"].split("\n\n")), []))

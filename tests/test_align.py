@@ -269,7 +269,7 @@ def test_instructions_of_ifeval():
 
 def test_code_that_is_right_passes():
     for code, tests in (
-            ("def f(x): return x + 1", ["assert f(1) == 2", "assert f(x=2) == 3"]),
+            ("def f(x): return x + 1", ["assert f(1) == 2", "assert f(x=1e999) == 1e999"]),
             ("import math\ndef h(x):\n    if x < 0: raise ValueError\n    return x / 2, {x}",
              "assert math.isclose(h(1)[0], 0.5) and h(1) == (0.5, {1})\ntry:\n    h(-1)\n"
              "except ValueError: pass\nelse: assert 0"),
