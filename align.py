@@ -214,17 +214,17 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
 # ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
+FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=cmath.log10)
+FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
 UNIT = re.compile(  # after a number: a usual unit, or any plural that is no number; then / or per
-    r"((?!.*(?:sin|cos|tan)).*(?:[\d)}]|million))\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|%|"
-    r"°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:plu|"
-    r"dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|[mb]illion)s|"
+    r"((?!.*" + FUNCTION + r").*(?:[\d)}]|million))\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|"
+    r"%|°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:"
+    r"plu|dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|[mb]illion)s|"
     r"\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per)\s*(?:[smh]|[a-z]{2,})(?:\^[23])?)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
 SIGNS = dict(zip("pi infty le leq ge geq lt gt in cup pm cdot times div".split(), "π∞≤≤≥≥<>=∪±**/"))
-FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=cmath.log10)
-FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
 WORD = rf"(?<![\\a-zA-Z])(?!sqrt|million|{FUNCTION})[a-zA-Z]{{3}}"  # it is no product of letters
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
     (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(  # ⟦(1,2),(3,4)⟧
@@ -780,7 +780,7 @@ def advantages_of(batch, args):  # (B, 1), or for ppo (B, T) and batch["returns"
 
 def solve(assistant, problems):  # the share of problems whose greedy response is verified
     answers = assistant.respond([problem["ids"] for problem in problems], 0)
-    print(f"{assistant.tokenizer.decode(problems[0]['ids'])!r} -> {answers[0][2]!r}", flush=True)
+    print(f"{assistant.tokenizer.decode(problems[0]['ids'])!r:.300} -> {answers[0][2]!r:.300}")
     return statistics.fmean(verify(p, text) >= 1 for p, (*_, text) in zip(problems, answers))
 
 def run_rl(args):

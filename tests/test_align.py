@@ -231,7 +231,7 @@ RIGHT = [(rf"\boxed{{{text}}}", truth) for text, truth in table(r"""\mathbf{9} |
     \sin 30^\circ | 1/2; \cos(\pi/3) | 0.5; \tan 45^\circ | 1; \sin^2 x | (\sin x)^2; 0.1 | 10\%;
     \frac{\sin x}{2} | \frac12\sin(x); \$1.5 \text{ million} | 1500000; 2 \le x < 3 | [2,3);
     12 \text{ miles per hour} | 12; (1,2)\cup(3,4) | (1, 2) \cup (3, 4)""")] + [
-    ("The answer is 42.", "42"), ("she has 18 left.\n#### 18", "18"), ("5 cups", "5"), ("5.0", "5"),
+    ("The answer is 42.", "42"), ("she has 18 left.\n#### 18", "18"), ("5 tans", "5"), ("5.0", "5"),
     ("**Answer: 12**", "12"), ("so #### 72", "it is\n#### 72"), ("<answer>7</answer>", "7"),
     (r"\boxed{5}. We may check our answer: it fits", "5"), ("$1,234.00", "1234"), ("x = 5", "5")]
 
