@@ -15,7 +15,7 @@ reward, judge: `prompt`, `chosen`, `rejected`. rl: `prompt` and `answer`; or `te
 or objects of `input` and `output`. Shapes: B responses, T tokens, V vocabulary; at position t of
 `labels`, log-probs and masks is what comes after that of `input_ids`.
 """
-import argparse, ast, cmath, contextlib, csv, functools, gzip, io, itertools, json, math
+import argparse, ast, cmath, contextlib, csv, functools, gzip, itertools, json, math
 import multiprocessing, os, random, re, signal, statistics, subprocess, sys, time
 from collections import Counter, defaultdict, namedtuple
 from fractions import Fraction
@@ -28,15 +28,13 @@ from train import clip_grad_norm, get_lr, make_optimizers
 # ---- Data: from the rows of a file to messages, and from ids to batches.
 def read_rows(path, make):
     """make(row) of each row of .jsonl, .json, .csv, .txt, also .gz; ValueError names a bad row."""
-    kinds = {"jsonl": lambda text: map(json.loads, filter(str.strip, text.split("\n"))),
-             "json": json.loads, "csv": lambda text: csv.reader(io.StringIO(text)),
-             "txt": lambda text: text.split("<|endoftext|>")}
-    made = []
+    kinds = {"jsonl": lambda file: map(json.loads, filter(str.strip, file)), "json": json.load,
+             "csv": csv.reader, "txt": lambda file: file.read().split("<|endoftext|>")}
+    made, opened = [], gzip.open if path.endswith(".gz") else open
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            text = file.read().decode()
-        for row in kinds[path.removesuffix(".gz").rpartition(".")[2]](text):
-            made.append(make(row))
+        with opened(path, "rt", encoding="utf-8", newline="\n") as file:
+            for row in kinds[path.removesuffix(".gz").rpartition(".")[2]](file):
+                made.append(make(row))
     except Exception as error:
         raise ValueError(f"{path}, row {len(made) + 1}: {error!r:.200}") from None
     kept = [item for item in made if item is not None]
@@ -68,8 +66,7 @@ def read_pair(row):  # -> the chosen and the rejected conversation, or None if e
 def read_problem(row):
     """A row for reinforcement learning -> row with "messages". Raises what no verifier can read."""
     if "tests" in row:
-        if not ast.parse(source_of(row["tests"])[0]).body:
-            raise ValueError("tests are empty")
+        ast.parse(source_of(row["tests"])[0]).body[0]  # raises what is no code, or empty
     elif "instruction_id_list" in row:
         if {name.split(":")[1] for name in row["instruction_id_list"]} - CONSTRAINTS.keys():
             return None
@@ -217,36 +214,40 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
 # ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
 SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
-UNIT = re.compile(  # after a number: a usual unit, or any plural that is not itself a number
-    r"(.*[\d)}])\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|%|°|¤|(?:square |cubic )?(?:unit|inch|"
-    r"feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:dozen|pair|hal[fv]e|quarter|third|time|"
-    r"plu|minu|les|ten|score|hundred|thousand|[mb]illion)s|\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?)")
+FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=cmath.log10)
+FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
+UNIT = re.compile(  # after a number: a usual unit, or any plural that is no number; then / or per
+    r"((?!.*" + FUNCTION + r").*(?:[\d)}]|million))\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|"
+    r"%|°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:"
+    r"plu|dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|[mb]illion)s|"
+    r"\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per)\s*(?:[smh]|[a-z]{2,})(?:\^[23])?)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
-SIGNS = dict(pair.split(":") for pair in (
-    "pi:π infty:∞ le:≤ leq:≤ ge:≥ geq:≥ lt:< gt:> in:= cup:∪ pm:± cdot:* times:* div:/").split())
+SIGNS = dict(zip("pi infty le leq ge geq lt gt in cup pm cdot times div".split(), "π∞≤≤≥≥<>=∪±**/"))
+WORD = rf"(?<![\\a-zA-Z])(?!sqrt|million|{FUNCTION})[a-zA-Z]{{3}}"  # it is no product of letters
 CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
-    (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(
+    (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(  # ⟦(1,2),(3,4)⟧
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
-    (r"\\\$|^\$(?=[^$]*$)", "¤"), (r"(?<=\d)(?:\{,\}|\\,|,\\!)\s*(?=\d{3})", ","),
-    (r"\$|\\[()\[\]!]|\\(?:left|right|displaystyle|angle)(?![a-z])", ""),
+    (r"\\\$|^\$(?=[^$]*$)", "¤"), (r"(?<=\d)(?:\{,\}|\\,|,\\!)\s*(?=\d{3})", ","),  # 1{,}000
+    (r"\$|\\[()\[\]!]|\\(?:left|right|displaystyle|angle)(?![a-z])", ""),  # $\left(
     (r"\\[,;: ]|(?<!^)~|\\q?quad(?![a-z])", " "), (r"\\(?:overline|vec)(?=\{[a-zA-Z]+\})", ""),
-    (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"), ("−", "-"),
-    (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),
+    (r"\\(?:text|math|mbox)[a-z]*\s*\{([^{}]*)\}", r" \1 "), (r"\\%", "%"),  # \text{cm}, \mathbf{9}
+    (rf"\\({'|'.join(SIGNS)})(?![a-z])", lambda found: SIGNS[found[1]]),  # \le -> ≤
     (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\\?degrees?", "°"), (r"(?<![\\a-zA-Z])pi(?![a-z])", "π"),
-    ("<=", "≤"), (">=", "≥"), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"\\[cdt](frac|binom)", r"\\\1"), (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
+    ("<=", "≤"), (">=", "≥"), ("−", "-"), (r"\\\{", "⦃"), (r"\\\}", "⦄"),  # \{1,2\} -> ⦃1,2⦄
+    (r"([_^])\{(\w)\}", r"\1\2"), (r"\\[cdt](frac|binom)", r"\\\1"),  # x^{2} -> x^2, \dfrac
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),  # \frac12 -> \frac{1}{2}
     (r"\\binom\{(\d\d?)\}\{(\d\d?)\}", lambda found: f"({math.comb(*map(int, found.groups()))})"),
-    (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),
-    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([\d,.]+)$", r"\1¤"),
+    (r"(?<![\w.,!])(\d\d?)!(?!\s*!)", lambda found: f"({math.factorial(int(found[1]))})"),  # 5!
+    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"), (r"^¤([^¤]+)$", r"\1¤"),
     (r"(?<![\d.^_])(\d+)\s+(\d+)/(\d+)", lambda found: "({}+{}/{})".format(*found.groups())
-     if int(found[2]) < int(found[3]) else found[0]), (r"^[\s*=]+|[\s*]+$", ""), (r"\s+", " "),
-    (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
+     if int(found[2]) < int(found[3]) else found[0]), (r"\s+", " "),  # 1\frac{1}{2} -> (1+1/2)
+    (r"^[\s*=]+|[\s*]+$", ""), (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
     (r"\+(?=∞)|((?<=[=(,])|^)\s*\+", ""), (r"^([a-z]) *>([^<≤>≥=]+)$", r"\2<\1<∞"),
     (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"), (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),
-    (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),
-    ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]  # x < 3, 2 < x ≤ 3: an interval
+    (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),  # 2<x≤3 -> x=<2,3≤
+    ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]  # and that as x=(2,3]
 
 def extract_answer(text):
     """What follows the last \\boxed, or else <answer>, ####, "answer is"; or else all of a text."""
@@ -272,7 +273,7 @@ def parse(text, point):
         while sign := take("[+-]"):
             x += product() if sign == "+" else -product()
         return x
-    def product(signs=r"\*(?!\*)|/|(?=[a-zA-Zπ(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"):
+    def product(signs=r"\*(?!\*)|/|(?=[a-zA-Zπ°(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"):
         x = power()
         while (sign := take(signs)) is not None:  # 2x is a product, too
             x = x / power() if sign == "/" else x * power()
@@ -289,16 +290,22 @@ def parse(text, point):
         return complex(x) ** complex(y)
     def atom(number=r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d\d?(?!\d))?"):
         if digits := take(number):
-            return Fraction(digits)
+            return Fraction(digits) * (10**6 if take("million(?![a-z])") else 1)
         if take(r"\\frac(?![a-z])"):
             return atom(r"\d") / atom(r"\d")
         if take(r"\\?sqrt(?![a-z])|√"):
             degree = atom() if take(r"(?=\[)") is not None else Fraction(2)
             return raised(atom(r"\d"), 1 / degree)
-        if name := take(LETTER + "|π"):
+        if name := take(FUNCTION):  # of what follows: sin(x), sin 2x, sin^2 x, log_2 x
+            base = atom(r"\d") if take("_") else 10
+            exponent = atom(r"\d") if take(r"\^") else Fraction(1)
+            alone = take(r"(?=[({])") is None
+            x = product(rf"(?!{FUNCTION})(?=[a-zπ°]|\\[a-z])") if alone else atom()
+            return raised(FUNCTIONS[name.strip("\\")](x) / cmath.log10(base), exponent)
+        if name := take(LETTER + "|π|°"):
             value = random.Random(f"{SEED} {name} {point}").randrange(2 * 10**6, 3 * 10**6)
             value = Fraction(-value if point == 2 else value, 10**6 + 3)
-            return {"π": math.pi, "e": math.e, "i": 1j}.get(name, value)
+            return {"π": math.pi, "°": math.pi / 180, "e": math.e, "i": 1j}.get(name, value)
         bracket = take(r"[({\[]")
         x = total() if bracket else None
         return x if take(re.escape(")}]"["({[".index(bracket)])) else None  # a TypeError later
@@ -309,14 +316,13 @@ def parse(text, point):
 
 @functools.lru_cache(10_000)
 def math_value(text):  # at two choices of positive letters, one of negative; or None
-    if len(text) > 1000 or re.search(r"(?<![\\a-zA-Z])(?!sqrt)[a-zA-Z]{3}", text):
-        return None  # a word is no product of letters
     with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
-        return [parse(text, point) for point in range(3)]
+        if len(text) <= 1000 and not re.search(WORD, text):
+            return [parse(text, point) for point in range(3)]
 
 def close(x, y):  # whether two numbers are equal: fractions exactly, others nearly
-    exact = isinstance(x, Fraction) and isinstance(y, Fraction)
-    return x == y if exact else cmath.isclose(x, y, rel_tol=1e-10, abs_tol=1e-14)
+    return x == y if type(x) is type(y) is Fraction else cmath.isclose(
+        x, y, rel_tol=1e-10, abs_tol=1e-14)
 
 def split(text, pattern):  # the pieces between matches of a pattern outside of all brackets
     depths = [0, *itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
@@ -325,7 +331,9 @@ def split(text, pattern):  # the pieces between matches of a pattern outside of 
     return [text[a:b] for (_, a), (b, _) in zip(ends, ends[1:])]
 
 @functools.lru_cache(10_000)  # the true answer is compared with each response of a group
-def read(text):  # an answer as (kind, its parts): value, list, union, =, text, or brackets
+def read(text):
+    """An answer as (kind, its parts). Kinds: value, list, union, =, text, or a pair of brackets."""
+    text = text if len(text) <= 1000 else ""  # which takes long, and is none
     for pattern, new in CLEANING:
         text = pattern.sub(new, text)
     word = "text", text.lower() if text.isalpha() else text.replace(" ", "")
@@ -341,11 +349,9 @@ def read(text):  # an answer as (kind, its parts): value, list, union, =, text, 
         if len(pieces) == 1 and text[0] in "({":
             return read(text[1:-1])
         return "list" if text[0] in "{⦃" else text[0] + text[-1], [*map(read, pieces)]
-    number, unit = text, ""
-    if found := UNIT.fullmatch(number):
-        number, unit = found[1], re.sub(r"(?<=\w)s$|[\^ ]", "", found[2])
+    number, unit = found.groups() if (found := UNIT.fullmatch(text)) else (text, "")
     values = math_value(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number))
-    return ("value", values, unit) if values else word
+    return ("value", values, re.sub(r"(?<=\w)s$|[\^ ]", "", unit)) if values else word
 
 def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 2x = 5 up to a factor; 5 = 6 as None
     sides = sides[::-1] if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]) else sides
@@ -367,20 +373,19 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
     if a[0] != b[0] or a[0] == "text":
         return a == b != ("text", "")
     if a[0] == "value":  # at negative letters roots may differ
-        points = 3 if all(isinstance(x[1][2], Fraction) or x[1][2].imag == 0 for x in (a, b)) else 2
-        share = 100 if a[2] == "%" and not b[2] and abs(a[1][0]) <= 100 and abs(b[1][0]) <= 1 else 1
-        return (not a[2] or not b[2] or a[2] == b[2]) and all(
-            close(x, y * share) for x, y in zip(a[1][:points], b[1]))
+        points = 3 if all(x[1][2].imag == 0 for x in (a, b)) else 2
+        scales = [1, Fraction(1, 100)] if b[2] == "%" and not a[2] else [  # 50 and 0.5 give 50%
+            100 if a[2] == "%" and not b[2] and abs(b[1][0]) <= 1 else 1]  # 50% gives 0.5
+        return (not a[2] or not b[2] or a[2] == b[2]) and any(all(
+            close(x, y * scale) for x, y in zip(a[1][:points], b[1])) for scale in scales)
     in_order = a[0] not in ("list", "union")  # of these, each as often as in the other
     return len(a[1]) == len(b[1]) and all(map(same, a[1], b[1]) if in_order else (
         sum(same(x, y) for y in a[1]) == sum(same(x, y) for y in b[1]) > 0 for x in a[1]))
 
 def grade_math(response, truth):
     """Whether a response, or an answer alone, gives the true answer, both strings."""
-    answer = extract_answer(response[-20_000:])
-    truth = extract_answer(truth) if re.search(r"####|\\boxed", truth) else truth
     with contextlib.suppress(ArithmeticError, RecursionError):
-        return len(answer) <= 1000 and same(read(answer), read(truth))
+        return same(read(extract_answer(response[-20_000:])), read(extract_answer(truth)))
     return False
 
 def find_choice(response, n=4):
@@ -410,12 +415,17 @@ CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given
     "number_sentences": lambda t, k: often(SENTENCE, t, k),
     "number_words": lambda t, k: often(r"\w+", t, k), "no_comma": lambda t, k: "," not in t,
     "number_bullet_lists": lambda t, k: k["num_bullets"] == len(re.findall(r"(?m)^ *[*-][^*]", t)),
+    "number_placeholders": lambda t, k: often(r"\[.*?\]", t, k),
+    "end_checker": lambda t, k: t.strip('" \n').lower().endswith(k["end_phrase"].strip().lower()),
     "quotation": lambda t, k: bool(re.fullmatch(r'\s*".*"\s*', t, re.S)),
     "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
 
-def follows(problem, response):
-    """Which instructions of a row of IFEval a response follows, strictly -> list of bool."""
-    return [bool(response.strip()) and CONSTRAINTS[name.split(":")[1]](response, k or {})
+def follows(problem, response, loose=False):
+    """Which instructions of an IFEval row a response follows; loose: any part of it, as below."""
+    lines = response.split("\n")  # without the first, the last, or both; and without stars
+    forms = [response, *("\n".join(x).strip() for x in (lines[1:], lines[:-1], lines[1:-1]))]
+    forms = forms + [form.replace("*", "") for form in forms] if loose else [response]
+    return [any(CONSTRAINTS[name.split(":")[1]](form, k or {}) for form in forms if form.strip())
             for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
 # ---- Code of a model: in one process; tests, in another, ask it for calls. They send literals.
@@ -430,11 +440,12 @@ sys.stdout, ends, null = open(os.devnull, "w"), socket.socketpair(), os.open(os.
 holds_code = os.fork() == 0  # from here on two processes; this one holds the code, or reads tests
 ends[not holds_code].close()
 link = ends[holds_code].detach()
-told, tell, tests = open(link, "rb"), open(link, "wb"), "" if holds_code else sys.stdin.read()
+told, tell, tests = open(link), open(link, "w"), "" if holds_code else sys.stdin.read()
 for number in range(3 * holds_code):
     os.dup2(null, number)
 for name, n in dict(CORE=0, FSIZE=0, NPROC=0, NOFILE=0, AS=memory, CPU=seconds).items():
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS lacks some
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
 # read write close mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap madvise
 # getpid exit futex clock_gettime clock_nanosleep exit_group getrandom: no other system calls
 kind, *calls = {"x86_64": (
@@ -446,18 +457,20 @@ rules = [(0x20, 0, 0, 4), (0x15, 1, 0, kind), (6, 0, 0, 0), (0x20, 0, 0, 0),
          (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]  # refuse: EPERM; allow
 rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
 sized = ctypes.create_string_buffer(struct.pack("HP", len(calls) + 6, ctypes.addressof(rules)))
-prctl = ctypes.CDLL(None).prctl  # no new rights; then a filter, by seccomp
-if not calls or prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0):
-    os._exit(os.write(2, b'"this system can not confine code"'))
-def send(*message):
-    tell.write(repr(message).encode() + b"\n")
-    tell.flush()
+prctl = calls and getattr(ctypes.CDLL(None), "prctl", None)  # no new rights; then a filter
+confined = bool(prctl) and not (prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0))
+def send(*message):  # inf is no literal, 1e999 is
+    print(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e999", repr(message)), file=tell, flush=True)
 def ask(name, *args, **kwargs):
     send(name, args, kwargs)
-    status, value = ast.literal_eval(told.readline(1 << 24).decode())
+    status, value, *changed = ast.literal_eval(told.readline(1 << 24))
     if status:
         kinds = ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, OverflowError
         raise {kind.__name__: kind for kind in kinds}.get(status, RuntimeError)(value)
+    for old, new in zip([*args, *kwargs.values()], changed):
+        if isinstance(old, (list, dict, set)):  # as the function left it
+            old.clear()
+            (old.extend if isinstance(old, list) else old.update)(new)
     return value
 def run(text):  # the code as a program, with this as its input
     sys.stdin, sys.stdout = said = [io.TextIOWrapper(io.BytesIO(start), write_through=True)
@@ -470,9 +483,9 @@ if holds_code:
     names["load"] = lambda: exec("" if program else code, names) or [
         name for name, x in names.items() if callable(x)]
     for line in told:
-        name, args, kwargs = ast.literal_eval(line.decode())
+        name, args, kwargs = ast.literal_eval(line)
         try:
-            send("", names[name](*args, **kwargs))
+            send("", names[name](*args, **kwargs), *args, *kwargs.values())
         except BaseException as error:
             send(type(error).__name__, str(error)[:300])
     os._exit(0)
@@ -480,19 +493,19 @@ try:
     names |= {name: functools.partial(ask, name) for name in ask("load")
               if name[:1] != "_" and not hasattr(builtins, name)}
     exec(tests, names)
-    verdict = ""
+    verdict = "" if ast.parse(tests).body else "no tests"
 except BaseException as error:
     verdict = (type(error).__name__ + ": " + str(error))[:300]
-os._exit(os.write(2, json.dumps(verdict).encode()))
+os._exit(os.write(2, json.dumps([confined, verdict]).encode()))
 '''
 
-class Verdict(namedtuple("Verdict", "passed error")):  # error: "", "timeout" or the exception
-    def __bool__(self):
-        return self.passed
+print_once = functools.cache(print)
+Verdict = namedtuple("Verdict", "passed error")  # error: "", "timeout" or the exception
+Verdict.__bool__ = lambda verdict: verdict.passed
 
 def source_of(tests):  # in the forms of `run_code` -> (their source, whether of a program)
     tests = [tests] if isinstance(tests, str) else tests
-    program = not isinstance(tests[0], str)
+    program = not all(isinstance(test, str) for test in tests)
     return "\n".join(f"assert run({test['input']!r}).split() == {test['output']!r}.split()"
                      if program else test for test in tests), program
 
@@ -505,7 +518,9 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
         [sys.executable, "-I", "-S", "-c", SANDBOX, job], cwd="/", env={}, stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        error = json.loads(child.communicate(tests.encode(), timeout)[1])
+        confined, error = json.loads(child.communicate(tests.encode(), timeout)[1])
+        if not confined:
+            print_once("without seccomp, code can read files and use the network", file=sys.stderr)
     except (subprocess.TimeoutExpired, ValueError) as problem:
         error = "the tests did not end" if isinstance(problem, ValueError) else "timeout"
     finally:
@@ -527,18 +542,17 @@ def verify(problem, response):
 # ---- Learned verifiers, and problems that a program makes and so can solve.
 class ScalarModel(torch.nn.Module):
     """A Transformer with one output per position, 0 at first: the last is a reward; all, values."""
-    def __init__(self, body, state=None):
+    def __init__(self, body, saved=None):
         super().__init__()
-        self.body, device = body, body.embedding.weight.device
-        self.head = torch.nn.Linear(body.config.n_embd, 1, bias=False, device=device)
-        torch.nn.init.zeros_(self.head.weight)
-        self.load_state_dict(state or self.state_dict())
+        self.body = body
+        self.head = torch.nn.Parameter(torch.zeros_like(body.embedding.weight[0]).float())
+        self.load_state_dict(saved["modules"][0] if saved else self.state_dict())
 
     def forward(self, input_ids):  # (B, T) -> (B, T)
-        return self.head(self.body(input_ids, hidden=True).float())[..., 0]
+        return self.body(input_ids, hidden=True).float() @ self.head
 
     def score(self, texts):  # rewards of whole texts, a list of B lists of ids -> (B,)
-        last = torch.tensor([[len(ids) - 1] for ids in texts], device=self.head.weight.device)
+        last = torch.tensor([[len(ids) - 1] for ids in texts], device=self.head.device)
         return self(padded(texts, 0, max(map(len, texts)), last.device)).gather(1, last)[:, 0]
 
 def make_problem(kind, level, rng):
@@ -560,7 +574,7 @@ def calculate(text):  # the value of an arithmetic expression as a short decimal
     return f"{float(x):.10g}" if isinstance(x, Fraction) and x == y else "?"
 
 def show(values, between=" | "):  # print names and values, in a line or in lines
-    print(between.join(f"{name}: {value:.4g}" if type(value) is float else f"{name}: {value}"
+    print(between.join(f"{name}: {value:.5g}" if type(value) is float else f"{name}: {value}"
                        for name, value in values.items()), flush=True)
 
 def write_rows(path, rows):  # write dicts as .jsonl
@@ -588,11 +602,11 @@ class Assistant:
         self.template = TEMPLATES.get(args.template) or self.saved.get("template") or RAW
         self.stops = chat_stops(self.tokenizer, self.template, **self.names)
         self.stops += self.saved.get("stop") or []
-        self.known = self.tokenizer.vocab.keys() - self.stops  # what has a text
         size = self.model.config.block_size
         self.room = size - min(args.max_new_tokens, size // 2)  # for a prompt
 
     def encode(self, messages, reply=True):  # reply: up to where the assistant speaks next
+        messages = [{"role": "user", "content": messages}] if type(messages) is str else messages
         if self.template == RAW and len(messages) == 2 - reply and messages[0]["role"] == "user":
             ids = self.tokenizer.encode_ordinary("".join(m["content"] for m in messages))
             return ids + [self.tokenizer.eot_id] * (not reply)  # the same, but fast
@@ -602,9 +616,8 @@ class Assistant:
         """(ids, mask) for each time the assistant speaks: 1 there, but for what a tool wrote."""
         found = []
         for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
-            prompt = self.encode(messages[:i])
             whole = self.encode(messages[: i + 1], False) + self.stops[:1]
-            start = len(os.path.commonprefix([prompt, whole]))
+            start = len(os.path.commonprefix([self.encode(messages[:i]), whole]))
             end = next(k + 1 for k in range(start, len(whole)) if whole[k] in self.stops)
             found.append((whole[:end], [0] * start + [1] * (end - start)))
         for ids, mask in found if self.args.tool else ():
@@ -615,14 +628,12 @@ class Assistant:
         return found
 
     def respond(self, prompts, temperature, seed=0):
-        """Prompts' ids -> list of (ids with the response, mask, text). A tool's result (24>>
-        after <<48/2=) is put in, and masked."""
+        """Prompts' ids -> list of (ids with the response, mask, text), results of tools masked."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
-        most, size, said = self.args.max_new_tokens, self.args.batch_size, {}
-        ends = [min(len(ids) + most, self.model.config.block_size) for ids in prompts]
+        said, size, room = {}, self.args.batch_size, self.model.config.block_size
+        ends = [min(len(ids) + self.args.max_new_tokens, room) for ids in prompts]
         calls = {i for i, x in self.tokenizer.vocab.items() if self.args.tool and x[-1:] == b"="}
-        generator = torch.Generator(self.device).manual_seed(seed)
-        todo = list(range(len(prompts)))
+        todo, generator = [*range(len(prompts))], torch.Generator(self.device).manual_seed(seed)
         while todo:
             rows, todo = todo[:size], todo[size:]
             new = self.model.generate(
@@ -630,7 +641,7 @@ class Assistant:
                 stop={*self.stops, *calls}, generator=generator)
             for i, ids in zip(rows, new):
                 masks[i] += [1] * (len(ids) - len(masks[i]))
-                own = [token for token in ids[len(prompts[i]) :] if token in self.known]
+                own = [token for token in ids[len(prompts[i]) :] if token not in self.stops]
                 texts[i], said[i] = ids, self.tokenizer.decode(own)
                 if ids[-1] in calls:
                     call = re.search(CALL.pattern + "$", said[i])
@@ -650,18 +661,16 @@ class Assistant:
     def fit(self, modules, do_step, evaluate):
         """All training. do_step(step) changes modules' parameters; it and evaluate() -> metrics."""
         args, rows, step, saved = self.args, [], 0, self.saved
-        path, log = (os.path.join(args.out_dir, name) for name in ("ckpt.pt", "log.csv"))
+        path = os.path.join(args.out_dir, "ckpt.pt")
         self.parameters = [p for module in modules for p in module.parameters()]
         self.optimizers = [optimizer for module in modules for optimizer in make_optimizers(
             module, args.optimizer, args.learning_rate, args.weight_decay, (0.9, 0.95), 0.95)]
         torch.manual_seed(args.seed)
         if args.resume:
-            step, states = saved["step"], saved["modules"] + saved["optimizer"]
+            step, rows, states = saved["step"], saved["rows"], saved["modules"] + saved["optimizer"]
             for part, state in zip(modules + self.optimizers, states):
                 part.load_state_dict(state)
             torch.set_rng_state(saved["rng"].cpu())
-            with open(log, encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         show({"step": step} | evaluate())
         os.makedirs(args.out_dir, exist_ok=True)
         saved, self.saved = {name: saved.get(name) for name in ("begin", "tokenizer")}, None
@@ -675,19 +684,19 @@ class Assistant:
             step, row["learning_rate"], row["seconds"] = step + 1, lr, time.perf_counter() - begin
             due = step % args.eval_interval == 0 or step == args.max_iters
             row |= evaluate() if due else {}
-            whole = all(p.isfinite().all() for p in self.parameters) if due else True
-            if not whole or not all(map(math.isfinite, row.values())):
+            if not all(map(math.isfinite, row.values())) or due and not all(
+                    p.isfinite().all() for p in self.parameters):
                 raise ValueError(f"step {step} is not finite: {row}; try a smaller --learning_rate")
             rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-            if due:  # the log first: a run killed between the two has rows too many, left out above
+            if due:
                 show(row)
                 names = dict.fromkeys(itertools.chain(*rows))
-                with replacing(log, "w", newline="") as file:
+                with replacing(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
                     csv.writer(file).writerows([names, *([r.get(k) for k in names] for r in rows)])
                 save_checkpoint(
-                    path, self.model, self.optimizers, step=step, args=args.words, stop=self.stops,
+                    path, self.model, self.optimizers, step=step, rows=rows, args=args.words,
                     modules=[module.state_dict() for module in modules], rng=torch.get_rng_state(),
-                    names=self.names, template=self.template, **saved)
+                    stop=self.stops, names=self.names, template=self.template, **saved)
         if not any("grad_norm" in row for row in rows):
             print("nothing was learned: in no step did rewards differ")
         show({"ckpt": path})
@@ -743,10 +752,9 @@ def run_preferences(args):
             loss = reward_model_loss(chosen, rejected)
         else:
             batch = collate(examples, device=run.device)
-            policy = sequence_log_probs(model, **batch).view(2, -1)
-            before = sequence_log_probs(reference, **batch).view(2, -1)
-            chosen, rejected = args.beta * (policy - before)
-            loss = dpo_loss(*policy, *before, args.beta)
+            policy, ref = (sequence_log_probs(m, **batch).view(2, -1) for m in (model, reference))
+            chosen, rejected = args.beta * (policy - ref)
+            loss = dpo_loss(*policy, *ref, args.beta)
         right = (chosen > rejected) + 0.5 * (chosen == rejected)  # a tie is half
         return {"loss": loss, "accuracy": right.mean(), "margin": (chosen - rejected).mean()}
     fit_rows(run, [reward or model], lambda row: [run.examples(chat)[-1]
@@ -772,6 +780,7 @@ def advantages_of(batch, args):  # (B, 1), or for ppo (B, T) and batch["returns"
 
 def solve(assistant, problems):  # the share of problems whose greedy response is verified
     answers = assistant.respond([problem["ids"] for problem in problems], 0)
+    print(f"{assistant.tokenizer.decode(problems[0]['ids'])!r:.300} -> {answers[0][2]!r:.300}")
     return statistics.fmean(verify(p, text) >= 1 for p, (*_, text) in zip(problems, answers))
 
 def run_rl(args):
@@ -786,8 +795,7 @@ def run_rl(args):
     data, held_out = (read_rows(path, make) if path else [] for path in (args.data, args.val_data))
     reference = load_checkpoint(args.ckpt, run.device)[0] if args.kl else None
     critic = ScalarModel(load_checkpoint(args.ckpt, run.device)[0]) if algorithm == "ppo" else None
-    judge = args.reward_model and load_checkpoint(args.reward_model, run.device)
-    judge = judge and ScalarModel(judge[0], judge[1]["modules"][0])
+    judge = args.reward_model and ScalarModel(*load_checkpoint(args.reward_model, run.device))
     clip = args.clip or 1e9, args.clip_high or (0.28 if algorithm == "dapo" else args.clip or 1e9)
     average = {"grpo": "response", "dr_grpo": "constant"}.get(algorithm, "token")
     plain = algorithm in ("reinforce", "expert")  # without ratios
@@ -832,8 +840,7 @@ def run_rl(args):
             if critic:
                 error = critic(part["input_ids"]) - part["returns"]
                 losses = losses + args.value_weight / 2 * error.square()
-            if reference:
-                losses = losses + args.kl * distance
+            losses = losses + (args.kl * distance if reference else 0)
             loss = (part["weights"] * losses).sum()
             loss.backward()
             means = [(part["shares"] * x).sum().item() for x in (entropies, distance)]
@@ -844,10 +851,9 @@ def run_rl(args):
         g = torch.Generator().manual_seed(args.seed * 7919 + step)
         for _ in range(args.epochs if len(batch["rewards"]) else 0):
             order = torch.randperm(len(batch["rewards"]), generator=g).to(run.device)
-            updates += [learn({name: x[rows] for name, x in batch.items()})
-                        for rows in order.chunk(args.minibatches)]
-        updates = [update for update in updates if update] or [{}]
-        return row | {name: statistics.fmean(u[name] for u in updates) for name in updates[0]}
+            updates += filter(None, (learn({name: x[rows] for name, x in batch.items()})
+                                     for rows in order.chunk(args.minibatches)))
+        return row | {k: statistics.fmean(u[k] for u in updates) for k in (updates or [{}])[0]}
     run.fit([model, critic] if critic else [model], do_step,
             lambda: {"val_accuracy": solve(run, held_out)} if held_out else {})
 
@@ -857,9 +863,8 @@ def run_synth(args):
     as --ckpt writes them anew, by --instruction: what curate.py mix takes."""
     if args.rewrite:
         writer = Assistant(args)
-        asked = read_rows(args.rewrite, lambda row: writer.encode(
-            [{"role": "user", "content": f"{args.instruction}\n\n{row['text']}"}]))
-        answers = writer.respond(asked, args.temperature, args.seed)
+        texts = read_rows(args.rewrite, lambda row: f"{args.instruction}\n\n{row['text']}")
+        answers = writer.respond([*map(writer.encode, texts)], args.temperature, args.seed)
         return write_rows(args.out, [{"text": text} for *_, text in answers if text.strip()])
     rng = random.Random(args.seed)
     made = (make_problem(args.kind, args.level, rng) for _ in range(50 * args.n))
@@ -871,9 +876,8 @@ def run_judge(args):
     judge, asked = Assistant(args), []
     for pair in read_rows(args.data, read_pair)[: args.limit or None]:
         for a, b in pair, pair[::-1]:
-            ids = judge.encode([{"role": "user", "content": (
-                f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
-                f"{b[-1]['content']}\n\nWhich answer is better, A or B?")}])
+            ids = judge.encode(f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
+                               f"{b[-1]['content']}\n\nWhich answer is better, A or B?")
             asked += [(ids + judge.tokenizer.encode_ordinary(letter)[:1], 1) for letter in "AB"]
     log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)
     ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: the first answer, in either order
@@ -884,10 +888,10 @@ def run_judge(args):
 # ---- Evaluation.
 def share(hits):
     """List of bool -> the proportion of True, with the 95% interval of Wilson (1927)."""
-    n, p = len(hits) or 1e-9, sum(hits) / max(1, len(hits))
-    middle, half = p + 1.9208 / n, 1.96 * math.sqrt(p * (1 - p) / n + 0.9604 / n**2)
-    low, high = max(0, middle - half), min(1 + 3.8416 / n, middle + half)  # of rounding
-    return f"{p:.4f} ({low / (1 + 3.8416 / n):.4f} to {high / (1 + 3.8416 / n):.4f})"
+    n, p = len(hits), sum(hits) / max(1, len(hits))
+    middle = (n * p + 1.9208) / (n + 3.8416)
+    half = 1.96 * math.sqrt(n * p * (1 - p) + 0.9604) / (n + 3.8416)
+    return f"{p:.4f} ({abs(middle - half):.4f} to {middle + half:.4f})"  # abs: no -0.0000
 
 def pass_at_k(n, c, k):
     """The chance that one of k out of n responses, c of them right, is right (Chen et al. 2021)."""
@@ -895,20 +899,19 @@ def pass_at_k(n, c, k):
 
 def encode_continuation(tokenizer, context, continuation):
     """-> (ids of both as one text, how many of the last are the continuation's, spaces too)"""
-    kept, whole = context.rstrip(), tokenizer.encode_ordinary(context + continuation)
-    if not kept:
-        return [tokenizer.eot_id, *whole], len(whole)
-    return whole, max(1, len(whole) - len(tokenizer.encode_ordinary(kept)))
+    kept, whole = (tokenizer.encode_ordinary(x) for x in (context.rstrip(), context + continuation))
+    return [tokenizer.eot_id] * (not kept) + whole, max(1, len(whole) - len(kept))
 
 @torch.no_grad()
 def score(model, requests, batch_size=16):
     """requests: list of (ids, n) -> list of log p of the last n ids given those before."""
-    out, texts = [], [(ids, [0] * (len(ids) - n) + [1] * n) for ids, n in requests]
-    texts = [[row[-(model.config.block_size + 1) :] for row in text] for text in texts]
-    for at in range(0, len(texts), batch_size):
-        batch = collate(texts[at : at + batch_size], device=model.embedding.weight.device)
-        out += sequence_log_probs(model, **batch).tolist()
-    return out
+    most = model.config.block_size + 1
+    texts = [(ids[-most:], ([0] * (len(ids) - n) + [1] * n)[-most:]) for ids, n in requests]
+    if cropped := sum(len(ids) > most for ids, _ in requests):
+        print(f"{cropped} of {len(requests)} texts lose what is before the last {most} tokens")
+    parts = (texts[at : at + batch_size] for at in range(0, len(texts), batch_size))
+    batches = (collate(part, device=model.embedding.weight.device) for part in parts)
+    return [x for batch in batches for x in sequence_log_probs(model, **batch).tolist()]
 
 def unmarked(text):  # HellaSwag's, without the marks of WikiHow
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -961,9 +964,8 @@ def run_eval(args):
     items = read_rows(args.data, make)[: args.limit or None]
     shots = read_rows(args.fewshot_data or args.data, make) if args.fewshot else []
     for item in items:  # solved examples, but never the item itself
-        others = [shot for shot in shots if shot["context"] != item["context"]][: args.fewshot]
-        item["prompt"] = "".join(shot["context"] + shot["target"] + "\n\n" for shot in others)
-        item["prompt"] += item["context"]
+        others = [x["context"] + x["target"] for x in shots if x["context"] != item["context"]]
+        item["prompt"] = "\n\n".join([*others[: args.fewshot], item["context"]])
     show({"task": args.task, "n": len(items)} | measure(assistant, items, args), "\n")
     if args.retrieve:
         best = bm25(sum(read_rows(args.retrieve, lambda row: row["text"].split("\n\n")), []))
@@ -973,7 +975,7 @@ def run_eval(args):
 
 def measure(assistant, items, args):
     """Accuracies, of n samples also pass@k and of the vote (self-consistency: Wang et al. 2022)."""
-    n, hits, encode = args.samples, defaultdict(list), assistant.tokenizer.encode_ordinary
+    n, hits = args.samples, defaultdict(list)
     if "problem" not in items[0]:
         found = iter(score(assistant.model, [
             encode_continuation(assistant.tokenizer, item["prompt"], " " + choice)
@@ -983,10 +985,9 @@ def measure(assistant, items, args):
             for name, way in ("acc", [x for x, _ in own]), ("acc_norm", [x / n for x, n in own]):
                 hits[name].append(way.index(max(way)) == item["label"])
         return {name: share(column) for name, column in hits.items()}
-    asked = [assistant.encode([{"role": "user", "content": item["prompt"]}]) if args.chat else
-             encode(item["prompt"]) for item in items for _ in range(n)]
-    answers = assistant.respond([ids[-assistant.room :] for ids in asked],
-                                args.temperature if n > 1 else 0, args.seed)
+    encode = assistant.encode if args.chat else assistant.tokenizer.encode_ordinary
+    asked = [encode(item["prompt"])[-assistant.room :] for item in items for _ in range(n)]
+    answers = assistant.respond(asked, args.temperature if n > 1 else 0, args.seed)
     said = [text if args.chat else text.split("Question:")[0] for *_, text in answers]
     for i, item in enumerate(items):
         item["responses"] = texts = said[i * n : i * n + n]
@@ -996,10 +997,11 @@ def measure(assistant, items, args):
             for k in [2**j for j in range(n.bit_length())]:
                 hits[f"pass@{k}"].append(pass_at_k(n, sum(right), k))
             given = [find_choice(text, problem["n"]) if "n" in problem else
-                     repr(read(extract_answer(text)[:1000])) for text in texts]
+                     repr(read(extract_answer(text))) for text in texts]
             hits[f"majority@{n}"].append(right[given.index(Counter(given).most_common(1)[0][0])])
         if args.task == "ifeval":  # acc is of rows, of which all are followed
             hits["instruction_acc"] += follows(problem, texts[0])
+            hits["loose_acc"].append(all(follows(problem, texts[0], True)))
     if args.out:
         write_rows(args.out, items)
     return {name: share(column) for name, column in hits.items()}
@@ -1009,11 +1011,10 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
     T, texts = assistant.model.config.block_size, texts[: args.limit or None]
     ids = [encode_continuation(assistant.tokenizer, "", text)[0] for text in texts]
     windows = [text[i : i + T + 1] for text in ids for i in range(0, len(text) - 1, T)]
-    tokens = sum(map(len, windows)) - len(windows)
+    tokens, size = sum(map(len, ids)) - len(ids), sum(len(text.encode()) for text in texts)
     loss = -sum(score(assistant.model, [(ids, len(ids) - 1) for ids in windows], args.batch_size))
-    bits = loss / math.log(2) / sum(len(text.encode()) for text in texts)
-    return {"tokens": tokens, "loss": f"{loss / tokens:.4f}",
-            "perplexity": f"{math.exp(loss / tokens):.4f}", "bits_per_byte": f"{bits:.4f}"}
+    return {"tokens": tokens, "loss": loss / tokens, "perplexity": math.exp(loss / tokens),
+            "bits_per_byte": loss / math.log(2) / size}
 
 # ---- The demonstration.
 def run_demo(args):
@@ -1033,24 +1034,24 @@ def demonstrate(args, seed):  # -> accuracies of sft, rl and control
         a + b if rng.random() < 0.3 else (a // 10 + b // 10) * 10 + (a + b) % 10)} for a, b in sums]
     tokenizer = Tokenizer({i: c.encode() for i, c in enumerate("0123456789+=")}, [],
                           ["<|endoftext|>"], r"[\s\S]", ignore_merges=True)
+    test = [row | {"ids": tokenizer.encode(row["prompt"])} for row in rows[:1000]]
     torch.manual_seed(seed)
     model = Transformer(TransformerConfig(vocab_size=13, block_size=12, n_layer=2, n_head=4,
                                           n_embd=48, position="learned"))
-    sft = " --no_packing --batch_size 128 --learning_rate 2e-2 --max_iters"
-    lines = {"sft": f"sft --ckpt {folder}base.pt {sft} 450", "rl": (
-        f"rl --ckpt {folder}sft/ckpt.pt --algorithm {args.algorithm} --prompts_per_step 128 "
-        "--batch_size 1024 --micro_batch 1024 --learning_rate 1e-2 --max_iters 50"),
-        "control": f"sft --ckpt {folder}sft/ckpt.pt {sft} 200"}
+    sft = "--no_packing --batch_size 128 --learning_rate 2e-2 --max_iters"
+    rl = (f"--algorithm {args.algorithm} --prompts_per_step 128 --batch_size 1024 --micro_batch "
+          "1024 --learning_rate 1e-2 --max_iters 50")
     with contextlib.redirect_stdout(sys.stdout if seed == args.seed else open(os.devnull, "w")):
         write_rows(folder + "sums.jsonl", rows[1000:])
         save_checkpoint(folder + "base.pt", model, tokenizer=tokenizer.to_json())
-        for name, line in lines.items():
-            line += (f" --data {folder}sums.jsonl --out_dir {folder}{name} --seed {seed} --device "
-                     "cpu --optimizer muon --weight_decay 0.1 --schedule cosine --max_new_tokens 4")
+        for line in (f"sft {sft} 450 --ckpt {folder}base.pt --out_dir {folder}sft",
+                     f"rl {rl} --ckpt {folder}sft/ckpt.pt --out_dir {folder}rl",
+                     f"sft {sft} 200 --ckpt {folder}sft/ckpt.pt --out_dir {folder}control"):
+            line += (f" --data {folder}sums.jsonl --seed {seed} --device cpu --optimizer muon "
+                     "--weight_decay 0.1 --schedule cosine --max_new_tokens 4")
             print(f"\n$ python align.py {line}", flush=True)
             done = run_command(line.split())
             done.resume = True  # what is judged is what was learned
-            test = [row | {"ids": tokenizer.encode(row["prompt"])} for row in rows[:1000]]
             results.append(solve(Assistant(done), test))
     return results
 
@@ -1075,8 +1076,7 @@ def run_command(words):  # do what was typed after `python align.py` -> its flag
     parser.add_argument("command", nargs="?", default="demo", choices=COMMANDS)
     for flag, values in (flag.split("=") for flag in FLAGS.split()):
         default, *others = values.split("|")
-        with contextlib.suppress(ValueError, SyntaxError):
-            default = ast.literal_eval(default)
+        default = ast.literal_eval(default) if re.match(r"\d|False", default) else default
         how = SWITCH if default is False else {
             "type": type(default), "choices": [default, *others] if others else None}
         parser.add_argument(f"--{flag}", default=default, **how, help=f"default {default!r}")

@@ -1,14 +1,11 @@
 """align.py: losses against the published formulae, masks, verifiers, evaluation, whole runs."""
 import csv, gzip, json, math, os, random, re, statistics, sys, time, types
 
-import pytest
-import torch
+import pytest, torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import align as A
-import bpe
-import model as M
+import align as A, bpe, model as M
 
 same = torch.testing.assert_close
 
@@ -41,10 +38,10 @@ def sums(n, **more):  # n problems of one digit; `more`: fields in place of thei
     return [{"prompt": f"{a}+{b}=", "response": str(a + b), "answer": str(a + b), **more}
             for a, b in pairs[:n]]
 
-def train(kind, ckpt, data, folder, flags=""):
-    A.run_command(f"{kind} --ckpt {ckpt} --data {data} --out_dir {folder} --device cpu "
-                  f"{flags}".split())
-    return list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+def train(kind, ckpt, data, out, more=""):
+    A.run_command(f"{kind} --ckpt {ckpt} --data {data} --out_dir {out} --device cpu {more}".split())
+    with open(out / "log.csv", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 def assistant(ckpt, **flags):
     flags = dict(ckpt=ckpt, resume=False, device="cpu", template="", tool="", max_new_tokens=8,
@@ -58,7 +55,7 @@ def trained(base, tmp_path_factory):
     data = write(folder / "sums.jsonl", sums(60))
     rows = train("sft", base, data, folder / "sft", "--max_iters 40 --batch_size 8 --learning_rate "
                  "2e-2 --optimizer muon")
-    assert float(rows[-1]["loss"]) < 0.6 * float(rows[0]["loss"]) and len(rows) == 40
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and len(rows) == 40
     return folder / "sft" / "ckpt.pt", data
 
 def batch(B=6, T=9):  # random log-probs and a mask of unequal lengths, one of them 0
@@ -67,13 +64,8 @@ def batch(B=6, T=9):  # random log-probs and a mask of unequal lengths, one of t
     t = torch.arange(T)
     return new.requires_grad_(), old, ref, (t >= begin) & (t < begin + length)
 
-def in_parts(loss_of, x, sizes):  # loss and gradient, summed over parts of the rows
-    total, at, gradient = 0.0, 0, torch.zeros_like(x)
-    for n in sizes:
-        loss = loss_of(slice(at, at + n))
-        total, at = total + loss.item(), at + n
-        gradient += torch.autograd.grad(loss, x)[0]
-    return total, gradient
+def in_parts(loss_of, *cuts):  # the loss of the rows, summed over parts of them
+    return sum(loss_of(slice(a, b)) for a, b in zip(cuts, cuts[1:]))
 
 def test_masked_reductions_and_entropy():
     x, mask = torch.arange(6.0).view(2, 3), torch.tensor([[1, 0, 1], [0, 0, 0]])
@@ -89,15 +81,13 @@ def test_masked_reductions_and_entropy():
 def test_log_probs_and_masks_of_responses():
     tokenizer = char_tokenizer("abcdefg")
     out = A.tokenize_prompts_and_responses(["ab", "c", "a"], ["cd", "defg", ""], tokenizer)
-    eot = tokenizer.eot_id
-    assert out["input_ids"].tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [0, eot, eot, eot]]
-    assert out["labels"].tolist() == [[1, 2, 3, eot], [3, 4, 5, 6], [eot] * 4]
+    assert out["input_ids"].tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [0, 7, 7, 7]]
+    assert out["labels"].tolist() == [[1, 2, 3, 7], [3, 4, 5, 6], [7] * 4]
     assert out["response_mask"].int().tolist() == [[0, 1, 1, 0], [1] * 4, [0] * 4]
     model = tiny()
     ids, labels = out["input_ids"], out["labels"].index_fill(1, torch.tensor(3), -100)
     found = A.response_log_probs(model, ids, labels, True, 0.5)
-    expected = -F.cross_entropy(2 * model(ids).transpose(1, 2), labels, reduction="none")
-    same(found["log_probs"], expected)
+    same(found["log_probs"], -F.cross_entropy(2 * model(ids).mT, labels, reduction="none"))
     same(found["token_entropy"], A.entropy(2 * model(ids)))
     whole = A.response_log_probs(model, ids, out["labels"])["log_probs"] * out["response_mask"]
     same(A.sequence_log_probs(model, **out), whole.sum(1))
@@ -106,9 +96,9 @@ def test_mistake_1_sft_accumulation_weighs_tokens_not_batches():
     new, _, _, mask = batch()
     whole = A.sft_loss(new, mask)
     same(whole, -new[mask].mean())
-    total, gradient = in_parts(lambda s: A.sft_loss(new[s], mask[s], mask.sum()), new, (3, 2, 1))
-    assert abs(total - whole.item()) < 1e-9
-    same(gradient, torch.autograd.grad(whole, new)[0], atol=1e-9, rtol=0)
+    parts = in_parts(lambda s: A.sft_loss(new[s], mask[s], mask.sum()), 0, 3, 5, 6)
+    assert abs(parts.item() - whole.item()) < 1e-9
+    same(*(torch.autograd.grad(loss, new)[0] for loss in (parts, whole)), atol=1e-9, rtol=0)
 
 @pytest.mark.parametrize("average, kind", [
     ("response", "grpo"), ("constant", "dr_grpo"), ("token", "dapo")])
@@ -122,11 +112,11 @@ def test_mistake_2_grpo_normaliser_under_accumulation(average, kind, high, beta)
     expected = {"grpo": ((each * m).sum(-1) / m.sum(-1).clamp(min=1)).mean(),
                 "dr_grpo": (each * m).sum() / (6 * 20), "dapo": (each * m).sum() / m.sum()}[kind]
     weights = A.token_weights(mask, average, 20).double()  # of the whole batch, then in parts
-    total, gradient = in_parts(lambda s: (weights[s] * (
-        A.policy_loss(new[s], a[s], old[s], (0.2, high)) +
-        beta * A.kl_estimate(new[s], ref[s]))).sum(), new, (1, 3, 2))
-    assert abs(total - expected.item()) < 1e-6
-    same(gradient, torch.autograd.grad(expected, new)[0], atol=1e-7, rtol=0)
+    parts = in_parts(lambda s: (weights[s] * (A.policy_loss(new[s], a[s], old[s], (
+        0.2, high)) + beta * A.kl_estimate(new[s], ref[s]))).sum(), 0, 1, 4, 6)
+    assert abs(parts.item() - expected.item()) < 1e-6
+    same(*(torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in (parts, expected)),
+         atol=1e-7, rtol=0)
     same(A.policy_loss(new, a), -a[:, None] * new)  # REINFORCE
     same(A.policy_loss(new, a, old), -a[:, None] * c1)
 
@@ -138,9 +128,8 @@ def test_gae_is_the_sum_it_stands_for():
         same(advantages[:, t], sum((0.9 * 0.7) ** (k - t) * delta[:, k] for k in range(t, 6)))
     same(returns, advantages + values)
     mask, at = torch.tensor([[0, 1, 0, 1, 1, 0]]).expand(3, 6), [1, 3, 4]  # a tool's result between
-    inner, _ = A.gae(rewards[:, at], values[:, at], 0.9, 0.7)
     masked, returns = A.gae(rewards, values, 0.9, 0.7, mask)
-    same(masked[:, at], inner)
+    same(masked[:, at], A.gae(rewards[:, at], values[:, at], 0.9, 0.7)[0])
     assert not returns[mask == 0].any() and not masked[mask == 0].any()
 
 def test_preference_losses_and_group_advantages():
@@ -152,8 +141,7 @@ def test_preference_losses_and_group_advantages():
     ours = A.group_advantages(rewards, 3, 1e-4).view(3, 3)
     same(ours[0], (rewards[:3] - 1 / 3) / (rewards[:3].std() + 1e-4))
     assert ours[1].tolist() == [0, 0, 0]
-    plain = A.group_advantages(rewards, 3, normalize_std=False).view(3, 3)
-    same(plain[2], torch.tensor([-2.0, 3.0, -1.0]))
+    same(A.group_advantages(rewards, 3, normalize_std=False)[6:], torch.tensor([-2.0, 3.0, -1.0]))
     with pytest.raises(ValueError, match="not a finite"):
         A.group_advantages([1.0, math.nan], 2)
 
@@ -182,13 +170,12 @@ def test_masks_cover_what_the_assistant_says(base, template):
             {"role": "assistant", "content": "no<|endoftext|>"}]
     for messages, text in zip((chat[:3], chat, chat[1:3]), ("yes", "no<|endoftext|>", "yes")):
         ids, mask = talker.examples(messages)[-1]
-        prompt = talker.encode(messages[:-1])
-        said = ids[len(prompt) :]
+        said = ids[len(prompt := talker.encode(messages[:-1])) :]
         assert ids == prompt + said and mask == [0] * len(prompt) + [1] * len(said)
         assert said.count(talker.tokenizer.eot_id) == 1  # what people write is none
         assert talker.tokenizer.decode(said).strip() == text + "<|endoftext|>"
-        slow = M.encode_chat(talker.tokenizer, talker.template, messages, False, **talker.names)
-        assert talker.encode(messages, False) == slow
+        assert talker.encode(messages, False) == M.encode_chat(
+            talker.tokenizer, talker.template, messages, False, **talker.names)
     assert len(talker.examples(chat)) == 2
 
 def test_formats_of_data(tmp_path):
@@ -201,8 +188,7 @@ def test_formats_of_data(tmp_path):
     chats = A.read_rows(str(tmp_path / "a.json"), A.read_chat)
     assert [[m["content"] for m in chat] for chat in chats] == [
         ["p", "r"], ["i\n\nx", "o"], ["i", "o"], ["uv", "a"]]
-    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r"},
-             {"prompt": "p", "chosen": "c", "rejected": "c"},
+    pairs = [*({"prompt": "p", "chosen": "c", "rejected": x} for x in "rc"),
              {"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "r"}]}]
     text = "\n".join(map(json.dumps, pairs))
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
@@ -222,26 +208,30 @@ def test_rows_that_no_verifier_can_read_are_reported_when_loaded(tmp_path, row):
     with pytest.raises(ValueError, match="bad.jsonl, row [12]: "):
         A.read_rows(str(path), A.read_problem)
 
-WRONG = [(text, "5") for text in (
-    "not 5", "minus 5", "half of 5", "at least 5", "between 4 and 5", "6 or 5", "5 dozen", "500%",
-    "It is 5", r"\[6 - 5i\]", "(2, 5)", "$52_8$", r"\boxed{x > 5}", r"\boxed{\pm 5}", "5!", "5=6",
-    r"\boxed{5", "5 million", "2x=5", "#### 6\n5", r"\boxed{5 \text{ or } 6}", "x = 5 or 6")] + [
-    ("15 cm^2", "2"), ("8", "$52_8$"), ("53530/97", "x"), ("5 m", "5 cm"), ("{1,1,2}", "{1,2,2}"),
-    ("5=6", "6"), ("0.333", "1/3"), ("9^9^9^9", "1"), ("(1,2)", "(2,1)"), ("2x-y=0", "2x+y=0"),
-    ("", ""), ("{" * 900, "1"), (r"\boxed{" * 3000, "1"), ("1e999999999", "1"), ("x+2", "2"),
-    ("10^{20}", "10^{20}+1"), ("x<3", "(-\\infty,3]"), ("i", "-i"), (r"\sqrt{x^2}", "x"),
-    ("__import__('os').system('id')", "0"), ("a" * 30_000, "1"), ("(((2^60)^60)^60)^60", "1"),
-    ("3!!", "720"), ("12", r"\pm 12"), ("0=0", "x+y=0"), ("5,", "5, 6"), (r"1\frac32", "5/2")]
-RIGHT = [(rf"\boxed{{{text}}}", truth) for text, truth in (
-    (r"\mathbf{9}", "9"), ("pi/2", r"\frac{\pi}{2}"), ("3*sqrt(5)", r"3\sqrt{5}"), ("yx", "xy"),
-    ("(a,b) = (-2,1)", "(-2,1)"), (r"m\angle ABC = 30^\circ", "30"), ("x<3", r"(-\infty,3)"),
-    ("7a-2b+5=0", "-7a+2b-5=0"), ("12, -12", r"\pm 12"), ("5!", "120"), (r"\binom52", "10"),
-    ("17, 20, and 31", "17,20,31"), ("yes", "Yes"), (r"15\text{ cm}^2", "15"), ("1/2", "0.5"),
-    ("2x+3", "3+2x"), (r"\frac{\sqrt{2}}{2}", r"1/\sqrt{2}"), ("1,234", "1234"), ("50%", "0.5"),
-    (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}",
-     r"\begin{pmatrix}1&0.5\\3&4\end{pmatrix}"), (r"x \in [-2,7]", "[-2, 7]"), (r"3\frac12", "3.5"),
-    (r"2 \le x < 3", "[2,3)"), (r"(1,2)\cup(3,4)", r"(1, 2) \cup (3, 4)"), ("y = 2x", "2x"))] + [
-    ("The answer is 42.", "42"), ("she has 18 left.\n#### 18", "18"), ("5 cups", "5"), ("5.0", "5"),
+def table(text):  # "a | b; c | d" -> [["a", "b"], ["c", "d"]]
+    return [[*map(str.strip, pair.split("|"))] for pair in text.split(";")]
+
+WRONG = [(text, "5") for text, in table(r"""not 5; minus 5; half of 5; at least 5; 5 dozen; 500%;
+    5!; between 4 and 5; 6 or 5; It is 5; \[6 - 5i\]; (2, 5); $52_8$; \boxed{x > 5}; \boxed{\pm 5};
+    5=6; \boxed{5; 5 million; log 5; 5 dozen per hour; 12 miles per 5 hours; 2x=5; x = 5 or 6;
+    \boxed{5 \text{ or } 6}""")] + table(r"""15 cm^2 | 2; 8 | $52_8$; 53530/97 | x; 5 m | 5 cm;
+    {1,1,2} | {1,2,2}; 5=6 | 6; 0.333 | 1/3; 9^9^9^9 | 1; (1,2) | (2,1); 2x-y=0 | 2x+y=0; i | -i;
+    1e999999999 | 1; x+2 | 2; 10^{20} | 10^{20}+1; x<3 | (-\infty,3]; \sqrt{x^2} | x; 5, | 5, 6;
+    __import__('os').system('id') | 0; (((2^60)^60)^60)^60 | 1; \sin^{-1} x | \frac{1}{\sin x};
+    \sin 30 | 1/2; \sin 45^\circ | 45; \log 100 | \ln 100; \sin x^2 | \sin^2 x; 5 m/s | 5 km/h;
+    0.1% | 10%; 3!! | 720; 12 | \pm 12; 0=0 | x+y=0; 1\frac32 | 5/2; |""") + [
+    ("{" * 900, "1"), (r"\boxed{" * 3000, "1"), ("9" * 19_000,) * 2, ("#### 6\n5", "5")]
+RIGHT = [(rf"\boxed{{{text}}}", truth) for text, truth in table(r"""\mathbf{9} | 9; y = 2x | 2x;
+    pi/2 | \frac{\pi}{2}; 3*sqrt(5) | 3\sqrt{5}; yx | xy; (a,b) = (-2,1) | (-2,1); 5! | 120;
+    m\angle ABC = 30^\circ | 30; x<3 | (-\infty,3); 7a-2b+5=0 | -7a+2b-5=0; 12, -12 | \pm 12;
+    \binom52 | 10; 17, 20, and 31 | 17,20,31; yes | Yes; 15\text{ cm}^2 | 15; 1/2 | 0.5; 50% | 0.5;
+    2x+3 | 3+2x; \frac{\sqrt{2}}{2} | 1/\sqrt{2}; 1,234 | 1234; 3\frac12 | 3.5; \ln(2) | \ln 2;
+    \begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix}1&0.5\\3&4\end{pmatrix};
+    x \in [-2,7] | [-2, 7]; 2\ln 2 | \ln 4; \log_2 8 | 3; \sin 2x | 2\sin x\cos x; 5 m/s^2 | 5;
+    \sin 30^\circ | 1/2; \cos(\pi/3) | 0.5; \tan 45^\circ | 1; \sin^2 x | (\sin x)^2; 0.1 | 10\%;
+    \frac{\sin x}{2} | \frac12\sin(x); \$1.5 \text{ million} | 1500000; 2 \le x < 3 | [2,3);
+    12 \text{ miles per hour} | 12; (1,2)\cup(3,4) | (1, 2) \cup (3, 4)""")] + [
+    ("The answer is 42.", "42"), ("she has 18 left.\n#### 18", "18"), ("5 tans", "5"), ("5.0", "5"),
     ("**Answer: 12**", "12"), ("so #### 72", "it is\n#### 72"), ("<answer>7</answer>", "7"),
     (r"\boxed{5}. We may check our answer: it fits", "5"), ("$1,234.00", "1234"), ("x = 5", "5")]
 
@@ -252,9 +242,8 @@ def test_answers():
     assert len(RIGHT) > 30 < len(WRONG) and time.perf_counter() - begin < 5
 
 def test_choices():
-    for text, letter in (
-            ("The answer is (B).", "B"), ("B", "B"), ("(C) because", "C"), ("D. a leaf", "D"),
-            ("it must be C", "C"), (r"\boxed{D}", "D"), ("A seems right. The answer is B", "B")):
+    for text, letter in table(r"""The answer is (B). | B; B | B; (C) because | C; D. a leaf | D;
+            it must be C | C; \boxed{D} | D; A seems right. The answer is B | B"""):
         assert A.find_choice(text) == letter, text
     assert {*map(A.find_choice, ("A or B", "A cat sat on it", "cannot be A", "not A", "E", "A, B",
                                  "(A) (B) (C) (D)")), A.find_choice("I think", 10)} == {None}
@@ -268,22 +257,38 @@ def test_instructions_of_ifeval():
             ("number_sentences", {"num_sentences": 2}, "It is 5 p.m. He left!", text),
             ("number_words", {"num_words": 9.0}, text, "two words"),
             ("number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
+            ("number_placeholders", {"num_placeholders": 2}, "[a] [b c]", "[a]"),
+            ("end_checker", {"end_phrase": "The end."}, 'x. "the end."\n', "The end. x"),
             ("quotation", {}, '"x"', 'x"'), ("no_comma", {}, "a", "a, b"),
             ("english_capital", {}, "ABC 1", "ABc"), ("english_lowercase", {}, "abc", "Abc")):
         row = {"instruction_id_list": [f"of:{name}"], "kwargs": [{"relation": "at least"} | more]}
         assert [A.verify(row, said) for said in (good, bad, " ")] == [1, 0, 0], name
+    row = {"instruction_id_list": ["of:quotation"], "kwargs": [None]}
+    for text in 'Sure:\n"x"', '"x"\nBye', 'Sure:\n"x"\nBye', '*"x"*', 'Sure:\n*"x"*':
+        assert A.follows(row, text) == [False] and A.follows(row, text, True) == [True], text
 
 def test_code_that_is_right_passes():
     for code, tests in (
-            ("def f(x): return x + 1", ["assert f(1) == 2", "assert f(x=2) == 3"]),
+            ("def f(x): return x + 1", ["assert f(1) == 2", "assert f(x=1e999) == 1e999"]),
             ("import math\ndef h(x):\n    if x < 0: raise ValueError\n    return x / 2, {x}",
              "assert math.isclose(h(1)[0], 0.5) and h(1) == (0.5, {1})\ntry:\n    h(-1)\n"
              "except ValueError: pass\nelse: assert 0"),
             ("print(2 * int(input()))", [{"input": "3\n", "output": "6\n"},
-                                         {"input": "4", "output": "8"}])):
+                                         {"input": "4", "output": "8"}]),
+            ("def f(a, d, s): return a.sort(), d.clear(), s.add(2)", "a, d, s = [3, 1], {1: 2}, {1}"
+             "\nf(a, d, s=s)\nassert [a, d, s] == [[1, 3], {}, {1, 2}]")):  # changed in place
         assert A.run_code(code, tests) == (True, "")
+    assert {A.run_code("def f(): 0", tests) for tests in ([], "", "# f")} == {(False, "no tests")}
     fenced = "Here:\n```python\ndef f(x):\n    return 2 * x\n```\nas you asked"
     assert A.verify({"tests": ["assert f(2) == 4"]}, fenced) == 1
+
+def test_code_runs_with_limits_alone_where_no_filter_is(monkeypatch, capsys):
+    monkeypatch.setattr(A, "SANDBOX", A.SANDBOX.replace("platform.machine()", "'sparc'"))
+    A.print_once.cache_clear()
+    assert A.run_code("def f(): return 1", "assert f() == 1") == (True, "")
+    assert A.run_code(FORGERIES["wrong"], "assert f(1) == 2") == (False, "AssertionError: ")
+    assert A.run_code(FORGERIES["endless"], "f(1)", 1.0) == (False, "timeout")
+    assert capsys.readouterr().err.count("without seccomp") == 1
 
 ALL = "import os\nfor n in range(20):\n    try: os.write(n, {})\n    except OSError: pass\n"
 FORGERIES = {
@@ -292,7 +297,7 @@ FORGERIES = {
     "equal to all": "class E(int):\n    def __eq__(s, o): return True\n    __hash__ = None\n"
     "def f(x): return E(5)",
     "shadows": "def all(x): return True\ndef isinstance(*a): return True\ndef f(x): return 1",
-    "writes a verdict": ALL.format("b'\"\"'") + "def f(x): return 1",
+    "writes a verdict": ALL.format("b'[true, \"\"]'") + "def f(x): return 1",
     "writes answers": ALL.format("b\"('', ['all', 'f'])\\n\" * 9") + "def f(x): return 1",
     "frames": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        frame.f_locals.update(verdict='')\n        frame = frame.f_back\n    return 1",
@@ -301,9 +306,8 @@ FORGERIES = {
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_code_that_cheats_fails(name):
-    tests = "assert all([f(1) == 2]) and isinstance(f(1), int)"
-    if "program" in name:
-        tests = [{"input": "2", "output": "4"}, {"input": "3", "output": "6"}]
+    tests = [{"input": str(n), "output": str(2 * n)} for n in (2, 3)] if "program" in name else (
+        "assert all([f(1) == 2]) and isinstance(f(1), int)")
     verdict = A.run_code(FORGERIES[name], tests, timeout=1.5)
     assert not verdict and verdict.error and (verdict.error == "timeout" or name != "endless")
 
@@ -348,12 +352,11 @@ def test_tasks_are_read_as_published(tmp_path, base, capsys):
     path = tmp_path / "art.csv"
     path.write_text('"Q, one?",w,x,y,z,C\nQ2\u2028,w,x,y,z,A\n', "utf-8")
     A.run_command(f"eval --task mmlu --ckpt {base} --data {path} --fewshot 1".split())
-    assert "n: 2\n" in (out := capsys.readouterr().out) and "\nacc: " in out
+    assert "\n8 of 8 texts lose" in (out := capsys.readouterr().out) and "n: 2\nacc: " in out
 
 class Scripted:  # in place of a checkpoint: right if "paris" was looked up
     def __init__(self, args):
         self.room, self.tokenizer = 500, char_tokenizer()
-
     def respond(self, prompts, temperature, seed):
         said = iter(["4", "so 5.", "4", "7", "7", "so 6"] * len(prompts))
         texts = map(self.tokenizer.decode, prompts)
@@ -412,12 +415,12 @@ def test_packing_and_accumulation_do_not_change_training(tmp_path, base, trained
     for flags in ("--no_packing", "", "--gradient_accumulation_steps 3"):
         rows = train("sft", base, data, tmp_path / "o", "--max_iters 4 --batch_size 8 "
                      f"--learning_rate 1e-3 {flags}")
-        losses.append(sum([[float(row["loss"]), float(row["grad_norm"])] for row in rows], []))
+        losses.append(sum([[row["loss"], row["grad_norm"]] for row in rows], []))
     assert losses[1:] == [pytest.approx(losses[0], rel=1e-4)] * 2
-    one, two = (train("rl", *trained, tmp_path / "rl", f"--algorithm dapo --micro_batch {size} "
-                      "--minibatches 2 --max_iters 4 --prompts_per_step 4 --group_size 4 "
-                      "--max_new_tokens 3 --learning_rate 1e-3") for size in (1024, 1))
-    one, two = ([float(row.get("loss") or 0) for row in rows] for rows in (one, two))
+    one, two = ([row.get("loss", 0) for row in train(
+        "rl", *trained, tmp_path / "rl", f"--algorithm dapo --micro_batch {size} --minibatches 2 "
+        "--max_iters 4 --prompts_per_step 4 --group_size 4 --max_new_tokens 3 --learning_rate 1e-3"
+    )] for size in (1024, 1))
     assert one == pytest.approx(two, abs=1e-4) and any(one)
 
 @pytest.mark.parametrize("kind, flags", [
@@ -436,37 +439,34 @@ def test_dpo_reward_model_and_what_it_is_for(tmp_path, trained):
     data, test = write(tmp_path / "a.jsonl", pairs[:80]), write(tmp_path / "b.jsonl", pairs[80:])
     rows = train("dpo", trained[0], data, tmp_path / "dpo", f"--val_data {test} --max_iters 20 "
                  "--learning_rate 2e-3 --eval_interval 10 --gradient_accumulation_steps 2")
-    assert abs(float(rows[0]["loss"]) - math.log(2)) < 1e-6
-    assert float(rows[-1]["margin"]) > 0.1 and float(rows[-1]["val_accuracy"]) == 1
+    assert abs(rows[0]["loss"] - math.log(2)) < 1e-6
+    assert rows[-1]["margin"] > 0.1 and rows[-1]["val_accuracy"] == 1
     rows = train("reward", trained[0], data, tmp_path / "rm", f"--val_data {test} --max_iters 15 "
                  "--learning_rate 1e-2")
-    assert float(rows[-1]["val_accuracy"]) == 1
+    assert rows[-1]["val_accuracy"] == 1
     rows = train("rl", *trained, tmp_path / "rl", f"--reward_model {tmp_path}/rm/ckpt.pt "
                  "--max_iters 2 --prompts_per_step 2 --group_size 2 --max_new_tokens 3")
-    assert len(rows) == 2 and rows[0]["reward"] not in ("0", "1")
+    assert len(rows) == 2 and rows[0]["reward"] not in (0, 1)
 
 @pytest.mark.parametrize("algorithm", "grpo reinforce ppo dr_grpo dapo expert".split())
-def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm):
+def test_rl_makes_rewarded_answers_likelier(tmp_path, trained, algorithm, capsys):
     data = write(tmp_path / "p.jsonl", sums(30, answer="1"))  # of all
     more = "--minibatches 2 --kl 0.01" if algorithm in ("ppo", "grpo") else ""
     rows = train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --val_data "
                  f"{data} --max_iters 12 --prompts_per_step 16 --group_size 8 --max_new_tokens 3 "
                  f"--learning_rate 5e-3 --eval_interval 12 --micro_batch 48 {more}")
-    assert statistics.mean(float(r["reward"]) for r in rows[-3:]) > float(rows[0]["reward"]) + 0.2
+    assert statistics.mean(r["reward"] for r in rows[-3:]) > rows[0]["reward"] + 0.2
     assert {"reward", "solved", "length", "entropy", "kl"} <= set(rows[0])
-
-@pytest.mark.parametrize("algorithm", ["dr_grpo", "expert"])
-def test_equal_rewards_change_nothing(tmp_path, trained, algorithm, capsys):
     data = write(tmp_path / "p.jsonl", sums(10, answer="impossible"))
-    rows = train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --max_iters 2 "
-                 "--prompts_per_step 4 --max_new_tokens 3")
-    assert "nothing was learned" in capsys.readouterr().out and "grad_norm" not in rows[0]
+    train("rl", trained[0], data, tmp_path / "rl", f"--algorithm {algorithm} --max_iters 2 "
+          "--prompts_per_step 4 --max_new_tokens 3")  # equal rewards change nothing
+    assert "=' -> '" in (out := capsys.readouterr().out)  # a sample answer
+    assert ("nothing was learned" in out) == (algorithm != "ppo")
 
 def test_synthetic_data(tmp_path, base):
     docs, out = write(tmp_path / "d.jsonl", [{"text": "one"}] * 2), tmp_path / "r.jsonl"
-    for flags in (f"--ckpt {base} --rewrite {docs} --max_new_tokens 9", "--kind word --n 20",
-                  "--kind addition --n 20"):
-        A.run_command(f"synth --out {out} --device cpu {flags}".split())
+    for flags in f"--ckpt {base} --rewrite {docs}", "--kind word", "--kind addition":
+        A.run_command(f"synth --out {out} --device cpu --n 20 --max_new_tokens 9 {flags}".split())
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert 0 < len(rows) <= 20
         for p in [] if "rewrite" in flags else rows:
