@@ -197,7 +197,7 @@ def test_classifier_learns_saves_and_loads(tmp_path, how):
         np.testing.assert_allclose(loaded.probabilities(t), model.probabilities(t), atol=0.05)
         assert loaded.score(t, "aa") == loaded.probabilities(t)[0]
     good = dict(np.load(path))
-    for change in ({"table": good["table"][:7]}, {"labels": np.array(["a"])},
+    for change in ({"table": good["table"][:, :2]}, {"labels": np.array(["a"])},
                    {"chars": np.array([1, 99])}, {"labels": np.array([{}, 1, 2], dtype=object)}):
         np.savez(path, **{**good, **change})
         pytest.raises(ValueError, C.LinearClassifier.load, path)
@@ -378,7 +378,7 @@ def test_pipeline_is_the_same_for_any_number_of_workers(crawl, tmp_path):
     masked = next(d for d in found if d["emails"])
     assert "|||EMAIL_ADDRESS|||, |||PHONE_NUMBER|||" in masked["text"] and masked["phones"] == 1
     counts, examples = json.loads((tmp_path / "1" / "report.json").read_text()).values()
-    assert counts["skipped: bad line"] == 3 and counts["skipped: compressed file cut short"] == 1
+    assert counts["skipped: bad document"] == 3 and counts["skipped: compressed file cut short"] == 1
     assert counts["language: de"] == 4 and counts["exact duplicates: copy"] == 5
     assert counts["near duplicates: kept"] == len(found) and "1  gopher: under 50" in one.stdout
     assert "a short one" in examples["gopher: under 50 words"]
@@ -457,4 +457,4 @@ def test_pdf_and_zst(tmp_path):
         pdf.write_bytes(PDF[: cut and 50])
         zst.write_bytes((compress(b'{"text": "a"}\n') + compress(b'{"text": "b"}\n'))[:cut])
         assert [d["text"] for f in (zst, pdf) for d in C.read_documents(f, counts)] == texts
-    assert counts["compressed file cut short"] == counts["damaged PDF"] == 1
+    assert counts["compressed file cut short"] == 1 and counts["bad document"] == 2
