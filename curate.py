@@ -7,29 +7,27 @@ From web pages to documents worth training on.
     python curate.py train-classifier --input good=wiki.jsonl web=web.jsonl --words 2 --out q.npz
 
 `pipeline` takes the main text out of HTML, keeps --languages (en; none: all; --language_model of
-train-classifier), drops bad text by --filters (of gopher repetition c4 fineweb), --classifiers
-(FILE:LABEL:LEAST) and --perplexity (CHECKPOINT:MOST), masks personal data, drops what is in --evals
-(test sets, also .csv) and removes duplicates (--threshold of Jaccard similarity by --ngram words;
---num_hashes in --num_bands; --bloom ERROR_RATE for paragraphs). --out gets .jsonl.gz and
-report.json: what each step kept and why. --steps chooses; each is a command, too. Without --weights
-`mix` takes sizes^(1 / temperature); with --tokens (4 bytes each) it repeats. Inputs: .warc .wet
-.html .pdf .txt (with <|endoftext|> between documents) .jsonl .ndjson .json (JSON lines), code and
-notes, also as .gz and .zst; folders. A stopped command given again goes on. --workers and --ray
-ADDRESS (with shared folders) change no output.
+train-classifier), drops text by --filters (of gopher repetition c4 fineweb), --classifiers
+(FILE:LABEL:LEAST) and --perplexity (CHECKPOINT:MOST), masks personal data, drops what is in test
+sets (--evals) and removes duplicates (--threshold of Jaccard similarity of --ngram words;
+--num_hashes in --num_bands; --bloom ERROR_RATE for paragraphs). --out gets .jsonl.gz, report.json:
+what each step kept and why. --steps chooses; each is a command. Without --weights `mix` takes
+sizes^(1 / temperature); with --tokens (4 bytes each) it repeats. Inputs: .warc .wet .html .pdf .txt
+(with <|endoftext|> between documents) .jsonl .ndjson .json, code and notes, also .gz and .zst;
+folders. A stopped command given again goes on. --workers and --ray ADDRESS change no output.
 """
 import argparse, array, codecs, collections, concurrent.futures, contextlib, csv, functools, glob
 import gzip, hashlib, html as html_library, importlib, io, itertools, json, math
-import multiprocessing, os, pathlib, re, signal, sys, threading, unicodedata, zlib
+import multiprocessing, os, pathlib, re, signal, string, sys, threading, unicodedata, zlib
 import numpy as np
 
 # ---- Read WARC (ISO 28500): records of headers and a page; what is damaged is counted and skipped.
 MAX_PAGE, CHUNK, GZIP, ZSTD = 16 << 20, 1 << 20, b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")  # of a chunked body
 Record = collections.namedtuple("Record", "url kind charset body")  # kind: "html" or "text" (WET)
-# What browsers read otherwise than Python, and labels that Python does not know.
 BROWSERS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
 gb2312=gb18030 gbk=gb18030 gb_2312-80=gb18030 shift_jis=cp932 euc_kr=cp949 windows-874=cp874
-iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())
+iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())  # where they differ from Python, or know more
 CODECS = re.compile("utf-8|cp|iso8859|iso2022|koi8|gb|big5|euc|shift|tis|mac")  # no zlib_codec
 META = re.compile(r"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=["'\s]*([\w.:-]+)""")
 
@@ -53,7 +51,8 @@ def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged me
             counts["damaged gzip or zstd"] += 1
             data = data[1:]
             yield b"\r\n\r\n"  # so that what comes next begins a line, or a record
-        counts["compressed file cut short"] += bool(member and not member.eof and not data)
+        if member and not member.eof and not data:
+            counts["compressed file cut short"] += 1
 
 def read_parts(source, mark, counts, limit=math.inf):
     """What lies between marks in a path or binary file; nothing of more than limit bytes."""
@@ -642,9 +641,9 @@ def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in j
         return list(pool.map(run_job, jobs))
 
 # ---- Duplicates: documents, lines, paragraphs and near duplicates, by one shuffle.
-RANGE, UNITS = 1 << 22, ("exact duplicates", "repeated lines", "near duplicates")
+UNITS = EXACT, LINES, NEAR = "exact duplicates", "repeated lines", "near duplicates"
+RANGE = 1 << 22  # so many keys are sorted at a time
 ORDERS = np.random.RandomState(0).randint(1 << 32, size=4096, dtype=np.uint32) | np.uint32(1)
-PUNCTUATION = bytes(i for i in range(33, 128) if not chr(i).isalnum())
 
 def stable_hash(data):  # bytes or str -> 64 bits, unlike Python's the same in every process
     data = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
@@ -675,7 +674,7 @@ def fold(letters):  # `normalize` for letters beyond ASCII. In scripts without s
 
 def normalize(text):  # lower case, without accents and punctuation, with vowel signs: UTF-8
     text = text if text.isascii() else re.sub(r"[^\0-\x7f]+", lambda match: fold(match[0]), text)
-    return text.encode("utf-8", "replace").lower().translate(None, PUNCTUATION)
+    return text.encode("utf-8", "replace").lower().translate(None, string.punctuation.encode())
 
 def shingles(text, n):  # sorted distinct hashes of n-grams of words (of all words, if fewer)
     words, _ = hash_words(normalize(text))
@@ -686,9 +685,8 @@ def jaccard(a, b):  # |A and B| / |A or B| of sorted arrays of distinct numbers
     return common / max(1, len(a) + len(b) - common)
 
 def band_keys(hashes, num_hashes, num_bands):
-    """MinHash (Broder 1997) of a set -> a 64-bit key per band, with its number mixed in. The first
-    hash in a random order, by a h mod 2^32, is the same in two sets with probability J; one band at
-    least of b with r orders agrees with probability 1 - (1 - J^r)^b: then the pair is compared."""
+    """MinHash (Broder 1997) of a set -> a 64-bit key per band. The first in an order, a h mod 2^32,
+    is that of another set with probability J; one of b bands of r orders with 1 - (1 - J^r)^b."""
     a, low = ORDERS[:num_hashes, None], (hashes >> np.uint64(32)).astype(np.uint32)
     signature = np.full(num_hashes, 0xFFFFFFFF, np.uint32)
     for i in range(0, len(low), 512):  # so that the product stays in the cache
@@ -705,22 +703,22 @@ def hash_units(paths, unit, o):
         keys, ends = array.array("Q"), array.array("Q", [0])
         with open(path + ".sets", "wb") as sets:
             for text in (document["text"] for document in read_documents(path)):
-                if unit == UNITS[2]:
+                if unit == NEAR:
                     grams = shingles(text, o["ngram"])
                     keys.extend(band_keys(grams, o["num_hashes"], o["num_bands"]).tolist())
                     ends.append(ends[-1] + sets.write(grams))
-                for line in {UNITS[0]: [text], UNITS[1]: text.split("\n")}.get(unit, ()):
-                    once = unit == UNITS[0] or len(line) >= 100  # a document, or a paragraph
+                for line in {EXACT: [text], LINES: text.split("\n")}.get(unit, ()):
+                    once = unit == EXACT or len(line) >= 100  # a document, or a paragraph
                     key = stable_hash(line) // 4 * 4 + 2 + once
-                    key = bloom.add(line) if bloom and once and unit == UNITS[1] else key
-                    keys.append(key if line.strip() or unit == UNITS[0] else 0)
+                    key = bloom.add(line) if bloom and once and unit == LINES else key
+                    keys.append(key if line.strip() or unit == EXACT else 0)
         np.array(keys).tofile(path + ".keys")
         np.array(ends).tofile(path + ".ends")
 
 def find_repeats(paths, unit, o):
     """Write to path.drop a byte per unit: whether to drop it. Sorts one range of keys at a time."""
     sizes = [os.path.getsize(path + ".keys") // 8 for path in paths]
-    starts, size = np.cumsum([0, *sizes]), o["num_bands"] if unit == UNITS[2] else 1
+    starts, size = np.cumsum([0, *sizes]), o["num_bands"] if unit == NEAR else 1
     drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
     @functools.lru_cache(256)
     def grams(document):
@@ -739,7 +737,7 @@ def find_repeats(paths, unit, o):
         keys, ids = keys[order], np.concatenate(ids)[order]
         first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
         count = np.diff(edges := np.append(np.flatnonzero(first), len(keys)))
-        if unit != UNITS[2]:
+        if unit != NEAR:
             drop[ids] = np.where(keys & np.uint64(1), ~first, np.repeat(count > 5, count))
             continue
         for begin, end in zip(edges[:-1][count > 1], edges[1:][count > 1]):
@@ -780,10 +778,10 @@ def test_ngrams(paths, n=13):
     for path in paths:
         strings = [line.decode("utf-8", "replace") for line in read_parts(path, b"\n", {})]
         if (kind := kind_of(path, (*JSON_LINES, ".csv", ".txt"))) == ".csv":
-            strings = itertools.chain.from_iterable(csv.reader(strings))
+            strings = itertools.chain.from_iterable(csv.reader(line + "\n" for line in strings))
         elif kind != ".txt":
             strings = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', "\n".join(strings)))
-        for words in (hash_words(normalize(string))[0] for string in strings):
+        for words in (hash_words(normalize(text))[0] for text in strings):
             if len(words) >= 8:
                 found[min(n, len(words))].append(ngram_hashes(words, min(n, len(words))))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
@@ -821,11 +819,10 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
                 given[name]["bytes"] += len(document["text"].encode("utf-8", "replace"))
             else:  # used up
                 streams = {k: s for k, s in streams.items() if budget and k != name}
-    print(path)
     for name, g in given.items():
         g["reached"] = g["bytes"] / max(1, sum(g["bytes"] for g in given.values()))
         warning = "" if abs(g["reached"] / g["weight"] - 1) < 0.1 else ": off by more than a tenth"
-        print(f"{name:<20} asked {g['weight']:.4f}, reached {g['reached']:.4f}{warning}")
+        print(f"{path}: {name:<12} asked {g['weight']:.4f}, reached {g['reached']:.4f}{warning}")
     return given
 
 # ---- Pipeline: the steps on a document, on a file, and on all; and the command line.
@@ -859,14 +856,14 @@ def apply_steps(document, steps, o, flags):
     if "decontaminate" in steps and o["evals"]:
         found = contaminated(text, test_ngrams(tuple(o["evals"])))
         yield "decontaminate", "in a test set" if found else None
-    for unit in {UNITS[0], UNITS[2]} & {*steps}:
+    for unit in {EXACT, NEAR} & {*steps}:
         yield unit, "copy" if next(flags) else None
-    if UNITS[1] in steps:
+    if LINES in steps:
         lines = text.split("\n")
         kept = [line for line in lines if not next(flags)]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept).strip())
         few = len(kept) < len(lines) and gopher_quality_reason(text) == "under 50 words"
-        yield UNITS[1], "too little left" if few else None
+        yield LINES, "too little left" if few else None
     document["text"] = text
 
 def process_file(path, out, steps, o):
@@ -895,7 +892,7 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
     for steps in stages:
         base = f"{work}/{steps[0]}"
         if steps[0] in UNITS:  # a Bloom filter sees all files
-            groups = [files] if steps[0] == UNITS[1] and o["bloom"] else [[path] for path in files]
+            groups = [files] if steps[0] == LINES and o["bloom"] else [[path] for path in files]
             run_all("hash_units", [(group, steps[0], o) for group in groups], base, *how)
             find_repeats(files, steps[0], o)
         folder = f"{out}/" if steps is stages[-1] else f"{base}-"
@@ -905,7 +902,7 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
         files = [new for _, new, *_ in jobs]
     with replacing(f"{out}/report.json") as file:
         file.write(to_json({"counts": counts, "examples": examples}, indent=1))
-    print(*(f"{n:>12,}  {what}" for what, n in counts.items()), f"{out}: report.json, {len(files)} files", sep="\n")
+    print(*(f"{n:>12,}  {what}" for what, n in counts.items()), out, sep="\n")
     rest = glob.glob(f"{work}/*") + glob.glob(f"{out}/*.tmp")  # which a killed run left
     for path in sorted(rest, key=lambda path: not path.endswith(".json")):  # what jobs said first
         os.remove(path)
