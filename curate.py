@@ -241,7 +241,7 @@ def scan(html):
 
 def describe(blocks, elements, texts):
     """How blocks look, {feature: column}, from which come their log odds; bytes, 0 if hidden."""
-    tags, at, linked, bits = map(np.array, list(zip(*blocks))[1:])
+    tags, at, linked, bits = map(np.array, list(zip(*blocks))[1:])  # (texts would be gigabytes)
     first, end = np.array([element[1:3] for element in elements]).T
     link = np.minimum(linked / [len(text) for text in texts], 1)
     length = np.array([len(t.encode("utf-8", "replace")) for t in texts])
@@ -317,17 +317,17 @@ def extract_text(html):
     blocks, elements = scan(decode_page(html) if isinstance(html, bytes) else html)
     raw = [INVISIBLE.sub("", html_library.unescape(block[0])) for block in blocks]
     texts = [" ".join(text.split()) or "-" for text in raw]
-    out = last = ""
+    out, last = [], ""
     for i in np.flatnonzero(main_blocks(blocks, elements, texts)).tolist() if blocks else ():
         text, tag = raw[i].strip("\n"), blocks[i][1]
         if tag != "pre":
             text = "\n".join(filter(None, (" ".join(s.split()) for s in text.split("\v"))))
-        if tag in ("tr", "td", "th"):
-            text, tag = text.strip(" |"), "tr"
+        text, tag = (text.strip(" |"), "tr") if tag in ("tr", "td", "th") else (text, tag)
         if text.strip(" -"):
             gap = "\n" if last == tag and tag in ("li", "tr") else "\n\n" * bool(out)
-            out, last = out + gap + "- " * (tag == "li") + text, tag
-    return unicodedata.normalize("NFC", out)
+            out.append(gap + "- " * (tag == "li") + text)
+            last = tag
+    return unicodedata.normalize("NFC", "".join(out))
 
 # ---- Classifiers: softmax regression on hashed n-grams (Joulin et al. 2016, without hidden layer).
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # arithmetic is modulo 2^64
@@ -806,7 +806,7 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
     limit = int(min(1 << 16, max(1000, (budget or math.inf) / 50)))  # longer texts are cut
     piece = re.compile(rf"(?s)\S.{{,{limit}}}(?=\n\n|\Z)|\S.{{,{limit}}}")
     def stream(name):
-        for given[name]["epochs"] in range(1, 1 + (max_epochs if budget else 1)):
+        for given[name]["epochs"] in range(1, 1 + (max_epochs if budget else 1)):  # counted there
             for document in itertools.chain.from_iterable(map(read_documents, sources[name])):
                 for text in piece.findall(document["text"]):
                     yield {**document, "text": text, "source": name}
