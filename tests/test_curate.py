@@ -296,11 +296,11 @@ def test_minhash_dedup_of_files(tmp_path):
     assert (o2 / "copy of 2.txt").exists() and (o3 / "near 4.txt").exists()
 
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
-    """Nor on workers or cuts of the shuffle; six hashes in one band find some copies only."""
+    """Nor on workers or cuts of the shuffle; six bands of one hash pair texts that are not near."""
     paths = [write_jsonl(tmp_path / f"{k}.jsonl", [near_copy(prose(i % 7, 40), 12 + i)
                                                    for i in range(k, k + 12)]) for k in range(3)]
-    args = ["dedup", "--input", *paths, "--ngram", "2", "--num_hashes", "6", "--num_bands", "1",
-            "--threshold", "0.3", "--out"]
+    args = ["dedup", "--input", *paths, "--ngram", "2", "--num_hashes", "6", "--num_bands", "6",
+            "--threshold", "0.7", "--out"]
     for seed, n in (("0", 1), ("random", 3)):
         run(*args, tmp_path / seed, "--workers", n, env={**os.environ, "PYTHONHASHSEED": seed})
     monkeypatch.setattr(C, "RANGE", 7)
@@ -308,7 +308,7 @@ def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", print)
     C.main()
     assert contents(tmp_path / "0") == contents(tmp_path / "random") == contents(tmp_path / "7")
-    assert 7 < len(documents(tmp_path / "0")) < 36 and C.stable_hash("x") % 10**6 == 258058
+    assert len(documents(tmp_path / "0")) == 7 and C.stable_hash("x") % 10**6 == 258058
 
 def test_decontaminate(tmp_path):
     question = "which of these rivers runs through more countries than any other in the world"
