@@ -558,8 +558,7 @@ mask_emails = functools.partial(mask_where, EMAIL, "|||EMAIL_ADDRESS|||", lambda
 mask_phone_numbers = functools.partial(mask_where, PHONE, "|||PHONE_NUMBER|||", lambda m, before:
     7 <= sum(map(str.isdigit, m[0])) <= (15 if m["world"] else 12)
     and (m["world"] or m["american"] or PHONE_CUE.search(before)))
-mask_ips = functools.partial(mask_where, IP, "|||IP_ADDRESS|||",
-                             lambda match, before: not VERSION.search(before))
+mask_ips = functools.partial(mask_where, IP, "|||IP_ADDRESS|||", lambda _, t: not VERSION.search(t))
 
 # ---- Files and workers: documents by kind of file, writing, and maps over files by processes.
 WARC, JSON_LINES = (".warc", ".wet"), (".jsonl", ".ndjson", ".json")
@@ -678,7 +677,8 @@ def normalize(text):  # lower case, without accents and punctuation, with vowel 
 
 def shingles(text, n):  # sorted distinct hashes of n-grams of words (of all words, if fewer)
     words, _ = hash_words(normalize(text))
-    return np.unique(ngram_hashes(words, min(n, max(1, len(words)))))
+    hashes = np.sort(ngram_hashes(words, min(n, max(1, len(words)))))  # (np.unique is slower)
+    return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
 
 def jaccard(a, b):  # |A and B| / |A or B| of sorted arrays of distinct numbers
     common = len(np.intersect1d(a, b, assume_unique=True))
