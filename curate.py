@@ -7,24 +7,29 @@ From web pages to documents worth training on.
     python curate.py train-classifier --input good=wiki.jsonl web=web.jsonl --words 2 --out q.npz
 
 `pipeline` takes the main text out of HTML, keeps --languages (en; none: all; --language_model of
-train-classifier), drops bad text by --filters (of gopher repetition c4 fineweb) and --classifiers
-(FILE:LABEL:LEAST), masks personal data, drops what is in test sets (--evals) and removes duplicates
-(--threshold of Jaccard similarity by --ngram words; --num_hashes in --num_bands; --bloom ERROR_RATE
-for paragraphs). --out gets .jsonl.gz and report.json: what each step kept and why. --steps chooses;
-each is a command, too. Without --weights `mix` takes sizes^(1 / temperature); with --tokens (4
-bytes each) it repeats. Inputs: .warc, .wet, .html, .txt (with <|endoftext|> between documents),
-.pdf, JSON lines (.jsonl .ndjson .json), code and notes, also as .gz and .zst; folders. A stopped
-command given again goes on. --workers and --ray ADDRESS (with shared folders) change no output.
+train-classifier), drops text by --filters (of gopher repetition c4 fineweb), --classifiers
+(FILE:LABEL:LEAST) and --perplexity (CHECKPOINT:MOST), masks personal data, drops what is in test
+sets (--evals) and removes duplicates (--threshold of Jaccard similarity of --ngram words;
+--num_hashes in --num_bands; --bloom ERROR_RATE for paragraphs). --out gets .jsonl.gz, report.json:
+what each step kept and why. --steps chooses; each is a command. Without --weights `mix` takes
+sizes^(1 / temperature); with --tokens (4 bytes each) it repeats. Inputs: .warc .wet .html .pdf .txt
+(with <|endoftext|> between documents) .jsonl .ndjson .json, code and notes, also .gz and .zst;
+folders. A stopped command given again goes on. --workers and --ray ADDRESS change no output.
 """
-import argparse, array, codecs, collections, concurrent.futures, contextlib, functools, glob
-import gzip, hashlib, html as html_library, importlib, itertools, json, math, multiprocessing
-import os, pathlib, re, signal, sys, tempfile, threading, unicodedata, zlib
+import argparse, array, codecs, collections, concurrent.futures, contextlib, csv, functools, glob
+import gzip, hashlib, html as html_library, importlib, io, itertools, json, math
+import multiprocessing, os, pathlib, re, signal, string, sys, threading, unicodedata, zlib
 import numpy as np
 
 # ---- Read WARC (ISO 28500): records of headers and a page; what is damaged is counted and skipped.
 MAX_PAGE, CHUNK, GZIP, ZSTD = 16 << 20, 1 << 20, b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")  # of a chunked body
 Record = collections.namedtuple("Record", "url kind charset body")  # kind: "html" or "text" (WET)
+BROWSERS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
+gb2312=gb18030 gbk=gb18030 gb_2312-80=gb18030 shift_jis=cp932 euc_kr=cp949 windows-874=cp874
+iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())  # where they differ from Python, or know more
+CODECS = re.compile("utf-8|cp|iso8859|iso2022|koi8|gb|big5|euc|shift|tis|mac")  # no zlib_codec
+META = re.compile(r"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=["'\s]*([\w.:-]+)""")
 
 def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged members
     data, magic, size, limit = file.read(4), GZIP, CHUNK, (CHUNK,)
@@ -72,13 +77,14 @@ def decode_body(body, coding):  # undoes gzip and deflate; ValueError: what it i
     if not coding or re.match(rb"\s*<[^\0-\x08\x0e-\x1f]*\Z", body[:2000]):
         return body  # some crawlers decompress the body, and leave the header
     for wbits in {"gzip": [31], "x-gzip": [31], "deflate": [15, -15]}.get(coding, []):
-        out, rest, member = b"", body, None
+        out, rest = b"", body
         with contextlib.suppress(zlib.error):
-            while len(out) <= MAX_PAGE and (not member or member.eof and rest.startswith(GZIP)):
+            for _ in range(64):  # members of gzip; each costs a copy of the rest
                 member = zlib.decompressobj(wbits)
-                out, rest = out + member.decompress(rest, MAX_PAGE + 1), member.unused_data
-            if member.eof and len(out) <= MAX_PAGE:
-                return out
+                out += member.decompress(rest, max(1, MAX_PAGE - len(out)))
+                rest = member.unused_data
+                if member.eof and not rest.startswith(GZIP):
+                    return out
     raise ValueError(f"content encoding {coding[:20]}")
 
 def read_warc(source, counts=None):
@@ -102,8 +108,8 @@ def read_warc(source, counts=None):
                         at = size.end() + int(size[1], 16) + 2
                         chunks.append(content[size.end() : at - 2])
                     content = b"".join(chunks) or content  # if it is not chunked after all
-                for coding in headers["content-encoding"].lower().split(",")[::-1]:
-                    coding = re.sub("identity|none|utf-8", "", coding).strip()
+                codings = re.sub(r"identity|none|utf-8|\s", "", headers["content-encoding"].lower())
+                for coding in reversed(codings.split(",")):
                     content = decode_body(content, coding)
             mime = headers["content-type"].lower() or "text/html" * (kind == "response")
             charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", mime)
@@ -113,13 +119,6 @@ def read_warc(source, counts=None):
             yield Record(url, page, charset and charset[1], content)
         except ValueError as reason:
             counts[str(reason)] += 1
-
-# What browsers read otherwise than Python, and labels that Python does not know.
-BROWSERS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
-gb2312=gb18030 gbk=gb18030 gb_2312-80=gb18030 shift_jis=cp932 euc_kr=cp949 windows-874=cp874
-iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())
-CODECS = re.compile("utf-8|cp|iso8859|iso2022|koi8|gb|big5|euc|shift|tis|mac")  # no zlib_codec
-META = re.compile(r"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=["'\s]*([\w.:-]+)""")
 
 def decode_page(data, charset=None):
     """Bytes as text: by byte order mark, UTF-8 if it nearly is, HTTP header, <meta>, or cp1252."""
@@ -135,10 +134,7 @@ def decode_page(data, charset=None):
             if CODECS.match(name):
                 return data.decode(BROWSERS.get(name, name), "replace")
 
-# ---- Main text: what people came to read, without menus, captions and other stories.
-# `scan` cuts the page at its block tags. `describe` tells how these blocks look; regression makes
-# log odds of that. `context` describes them once more, by the odds of the others: a short line
-# within a story belongs to it, one below it does not. Weights are by `tests/bench_curate.py fit`.
+# ---- Main text: the blocks of a page that people came to read, by two logistic regressions.
 RAW = re.compile(
     r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?(.*?)(?:</\1\b[^>]*>?|\Z)|<math\b"
     r"([^>]*)>?((?:[^<]+|<(?!/?(?:math|p|div|h\d|ul|ol|table|script)\b))*)|<img\b([^>]*)>?")
@@ -158,7 +154,7 @@ NODES = set("""div ul ol li table tbody thead tfoot tr td th section article asi
 main form blockquote pre figure dl details center body fieldset dialog menu""".split())
 UNSHOWN = set("noscript svg template iframe select textarea object title audio video".split())
 LEAVES = set("p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption hr".split())
-# Weights of tags and words in class, id or role of elements around a block; of looks; of context.
+# Weights (by bench_curate.py fit) of tags and words in class, id or role; of looks; of context.
 PLACES = """<footer> -2.36; <aside> -1.35; <main> 0.01; <article> 0.47; <form> <label> <button>
 -1.54; <table> 1.72; <ul> <ol> 0.57; <blockquote> 1.37; nav navbar navigation menu submenu dropdown
 -0.83; footer contentinfo -3.38; header masthead topbar banner -0.81; sidebar aside rail
@@ -243,8 +239,9 @@ def scan(html):
         elements[i][2] = len(blocks)
     return blocks, elements
 
-def describe(blocks, elements, texts):  # looks: {feature: column}, and bytes, 0 if hidden
-    _, tags, at, linked, bits = map(np.array, zip(*blocks))
+def describe(blocks, elements, texts):
+    """How blocks look, {feature: column}, from which come their log odds; bytes, 0 if hidden."""
+    tags, at, linked, bits = map(np.array, list(zip(*blocks))[1:])  # (texts would be gigabytes)
     first, end = np.array([element[1:3] for element in elements]).T
     link = np.minimum(linked / [len(text) for text in texts], 1)
     length = np.array([len(t.encode("utf-8", "replace")) for t in texts])
@@ -274,7 +271,8 @@ def describe(blocks, elements, texts):  # looks: {feature: column}, and bytes, 0
             f["outside " + name] = (share > 0.05) & (inside == 0)
     return f, length
 
-def context(odds, blocks, elements, length):  # blocks among the others: {feature: column}
+def context(odds, blocks, elements, length):
+    """Blocks among likely ones, {feature: column}: a line within a story is part, one below not."""
     at = np.array([block[2] for block in blocks])
     first, end = np.array([element[1:3] for element in elements]).T
     odds = np.clip(odds, -6, 6)
@@ -284,9 +282,8 @@ def context(odds, blocks, elements, length):  # blocks among the others: {featur
     likely, text = sums[:, end] - sums[:, first]  # in each element
     f = {"odds": odds, "element": (likely / (text + 1))[at],
          "page": np.full(len(blocks), total / (length.sum() + 1))}
-    chosen = {"best": np.argmax(likely / (text + total))}  # of which element F1 would be highest
-    for k in (50, 70, 90):  # the smallest element with that part of the likely text
-        chosen[f"{k}%"] = np.flatnonzero(likely >= k / 100 * likely[0])[-1]
+    chosen = {"best": np.argmax(likely / (text + total))}  # whose F1 is highest; smallest with k %
+    chosen |= {f"{k}%": np.flatnonzero(likely >= k / 100 * likely[0])[-1] for k in (50, 70, 90)}
     for name, i in chosen.items():
         f["in " + name] = (index >= first[i]) & (index < end[i])
     hits = np.flatnonzero((p > 0.5) & (length > 60))  # a stretch ends where 500 unlikely bytes are
@@ -320,17 +317,17 @@ def extract_text(html):
     blocks, elements = scan(decode_page(html) if isinstance(html, bytes) else html)
     raw = [INVISIBLE.sub("", html_library.unescape(block[0])) for block in blocks]
     texts = [" ".join(text.split()) or "-" for text in raw]
-    out = last = ""
+    out, last = [], ""
     for i in np.flatnonzero(main_blocks(blocks, elements, texts)).tolist() if blocks else ():
         text, tag = raw[i].strip("\n"), blocks[i][1]
         if tag != "pre":
             text = "\n".join(filter(None, (" ".join(s.split()) for s in text.split("\v"))))
-        if tag in ("tr", "td", "th"):
-            text, tag = text.strip(" |"), "tr"
+        text, tag = (text.strip(" |"), "tr") if tag in ("tr", "td", "th") else (text, tag)
         if text.strip(" -"):
             gap = "\n" if last == tag and tag in ("li", "tr") else "\n\n" * bool(out)
-            out, last = out + gap + "- " * (tag == "li") + text, tag
-    return unicodedata.normalize("NFC", out)
+            out.append(gap + "- " * (tag == "li") + text)
+            last = tag
+    return unicodedata.normalize("NFC", "".join(out))
 
 # ---- Classifiers: softmax regression on hashed n-grams (Joulin et al. 2016, without hidden layer).
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # arithmetic is modulo 2^64
@@ -357,10 +354,9 @@ def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
 class LinearClassifier:
     """On n-grams of characters, chars: (shortest, longest), best for languages and odd spelling, or
     of up to `words` words, chars (0, 0), which are better where classes have their own sources."""
-    def __init__(self, labels, table, chars=(1, 4), words=0, scale=1.0):
-        self.labels, self.table, self.scale = list(labels), table, float(scale)
-        self.chars, self.words = tuple(chars), words
-
+    def __init__(self, labels, table, chars=(1, 4), words=0):
+        self.labels, self.table = list(map(str, labels)), np.asarray(table, np.float32)
+        self.chars, self.words = tuple(chars), int(words)
     def rows(self, text):  # of the table, for the n-grams of the start of a text
         text = " ".join(text[:20_000].lower().split())
         codes = np.frombuffer(f" {text} ".encode("utf-32-le", "replace"), "<u4").astype(np.uint64)
@@ -368,14 +364,12 @@ class LinearClassifier:
         out = [ngram_hashes(codes, n) for n in range(self.chars[0], self.chars[1] + 1) if n]
         out += [ngram_hashes(hash_words(words)[0], n) for n in range(1, self.words + 1)]
         return (np.concatenate(out) >> np.uint64(65 - len(self.table).bit_length())).astype(int)
-
     @classmethod
-    def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, scale=3.0,
-              prior=1.0, seed=0):
+    def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, prior=1.0):
         """From `prior` times naive Bayes by stochastic gradient descent, the rate falling to 0."""
-        names, rng = sorted(set(labels)), np.random.RandomState(seed)
+        names, rng = sorted(set(labels)), np.random.RandomState(0)
         table = np.full((1 << bits, len(names)), 0.1, np.float32)
-        model = cls(names, table, chars, words, scale)
+        model = cls(names, table, chars, words)
         pairs = [(model.rows(text), names.index(label)) for text, label in zip(texts, labels)]
         for rows, y in pairs:
             np.add.at(table[:, y], rows, 1)
@@ -385,34 +379,45 @@ class LinearClassifier:
         for done, (rows, y) in enumerate(pairs[k] for k in order):
             error = model.probabilities(rows)
             error[y] -= 1
-            table[rows] -= rate * (1 - done / len(order)) * scale / max(1, len(rows)) ** 0.5 * error
+            table[rows] -= rate * (1 - done / len(order)) * 3 / max(1, len(rows)) ** 0.5 * error
         return model
-
     def probabilities(self, text):  # of a text, or its rows of the table: (labels,) float32
         rows = self.rows(text) if isinstance(text, str) else text
-        scores = self.table[rows].sum(0) * np.float32(self.scale / max(1, len(rows)) ** 0.5)
+        scores = self.table[rows].sum(0) * np.float32(3 / max(1, len(rows)) ** 0.5)
         return (p := np.exp(scores - scores.max())) / p.sum()
-
     def predict(self, text):  # (label, probability) of the likeliest
         return max(zip(self.labels, self.probabilities(text).tolist()), key=lambda pair: pair[1])
-
     def score(self, text, label):  # probability of a label
         return float(self.probabilities(text)[self.labels.index(label)])
-
-    def save(self, path):  # one .npz file, with the table in 8 bits
-        step = max(float(np.abs(self.table).max()), 1e-9) / 127
+    def save(self, path):  # one .npz file, with 16 bits per weight
         with replacing(path) as file:
-            np.savez(file, labels=self.labels, table=np.round(self.table / step).astype(np.int8),
-                     chars=self.chars, words=self.words, scale=self.scale * step)
-
+            np.savez(file, **{**vars(self), "table": self.table.astype(np.float16)})
     @classmethod
-    def load(cls, path):  # what `save` wrote; ValueError if it is something else
-        with np.load(path, allow_pickle=False) as f:
-            model = cls(f["labels"].tolist(), f["table"], f["chars"], int(f["words"]), f["scale"])
-        size = len(model.table) & len(model.table) - 1, *model.table.shape[1:]
-        if size != (0, len(model.labels)) or max(*model.chars, model.words) > 16:
+    def load(cls, path):  # what `save` wrote; ValueError and others if it is something else
+        with np.load(path, allow_pickle=False) as file:
+            model = cls(**file)
+        if model.table.shape[1:] != (len(model.labels),) or max(*model.chars, model.words) > 16:
             raise ValueError(f"{path} is no classifier of curate.py")
         return model
+
+@functools.lru_cache(1)
+def load_model(path):  # a checkpoint of train.py -> (Transformer, Tokenizer)
+    import bpe, model, torch  # which takes seconds
+    torch.set_num_threads(1)  # the other cores have workers of their own
+    network, saved = model.load_checkpoint(path)
+    return network.requires_grad_(False), bpe.Tokenizer.from_json(saved["tokenizer"])
+
+def perplexity(text, path):
+    """exp of the mean loss per token of the start of a text under a checkpoint, in windows of
+    block_size: low if it is like the texts of training (CCNet, Wenzek et al. 2020)."""
+    import torch
+    network, tokenizer = load_model(path)
+    eot, loss = [tokenizer.eot_id], 0.0
+    ids = torch.tensor(eot + tokenizer.encode_ordinary(text[:20_000]) + eot)
+    for x, y in zip(*(part.split(network.config.block_size) for part in (ids[:-1], ids[1:]))):
+        logits = network(x[None])[0].float()
+        loss += torch.nn.functional.cross_entropy(logits, y, reduction="sum").item()
+    return math.exp(min(99, loss / (len(ids) - 1)))
 
 # ---- Language: by script (first word of the Unicode name of letters), own letters, stop words.
 SCRIPTS = dict(pair.split("=") for pair in """CJK=zh HIRAGANA=ja KATAKANA=ja HANGUL=ko CYRILLIC=ru
@@ -450,15 +455,12 @@ def identify_language(text, classifier=None):
     return best if most or text.isascii() else "und", share * (0.3 + 0.7 * certain)
 
 # ---- Filters: each function names the rule that a text breaks, or returns None.
-# Scripts without spaces between words: kana, Chinese, Thai, Lao, Burmese, Khmer.
 DENSE = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
-NO_SPACES = re.compile(f"[{DENSE}]")
+NO_SPACES = re.compile(f"[{DENSE}]")  # kana, Chinese, Thai, Lao, Burmese, Khmer: between words
 ENDS = "…。！？｡؟۔।॥։።"  # of sentences, besides . ! and ?
 ENDED = re.compile(f"[.!?{ENDS}][\"'”’»)\\]）」』]*$|[\"'”’」』]$")
 SENTENCE = re.compile(f"[.!?](?=[\\s\"'”’»)\\]]|$)|[{ENDS[1:]}]")
 ELLIPSES, BULLETS = ("...", "…"), ("- ", "* ", "• ", "‣", "·", "– ", "●", "○", "■", "▪", "►")
-# Most that may be in the most frequent n-gram (n of 2 to 4), and in repeated ones (n of 5 to 10).
-NGRAM_LIMITS = (0.2, 0.18, 0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.1)
 POLICY = re.compile("javascript|terms of use|(privacy|cookie) policy|uses? cookies|use of cookies")
 
 def parts_of(text, end="\n"):  # what lies between ends, stripped, if not empty
@@ -495,7 +497,7 @@ def gopher_repetition_reason(text):
             return f"repeated {name}"
     words, lengths = hash_words(NO_SPACES.sub(r" \g<0> ", text).encode("utf-8", "replace"))
     ends = np.append(0, np.cumsum(lengths))
-    for n, limit in enumerate(NGRAM_LIMITS, 2):
+    for n, limit in enumerate((0.2, 0.18, 0.16, 0.15, 0.14, 0.13, 0.12, 0.11, 0.1), 2):
         _, first, counts = np.unique(ngram_hashes(words, n), return_index=True, return_counts=True)
         share = 0
         if n < 5 and (counts > 1).any():  # of the most frequent the one with the most characters
@@ -526,7 +528,7 @@ FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reas
 gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (
     lambda text, reason=reason: reason(text) is None for reason in FILTERS.values())
 
-# ---- Mask personal data: numbers whose form, or a word before them, says what they are.
+# ---- Mask personal data: text -> (masked text, how many); numbers by form, or a word before.
 LETTER = rf"[^\W{DENSE}\uac00-\ud7af]"  # others (without spaces, Korean) may touch an address
 EMAIL = re.compile(
     rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_){LETTER}(?:{LETTER}|-)"
@@ -552,18 +554,16 @@ def mask_where(pattern, name, is_meant, text):
         0, match.start() - 60) : match.start()]) else match[0], text)
     return masked, masked.count(name) - text.count(name)
 
-# Functions: text -> (masked text, how many). A phone number has a form of its own, or a cue.
 mask_emails = functools.partial(mask_where, EMAIL, "|||EMAIL_ADDRESS|||", lambda *_: True)
 mask_phone_numbers = functools.partial(mask_where, PHONE, "|||PHONE_NUMBER|||", lambda m, before:
     7 <= sum(map(str.isdigit, m[0])) <= (15 if m["world"] else 12)
     and (m["world"] or m["american"] or PHONE_CUE.search(before)))
-mask_ips = functools.partial(mask_where, IP, "|||IP_ADDRESS|||",
-                             lambda match, before: not VERSION.search(before))
+mask_ips = functools.partial(mask_where, IP, "|||IP_ADDRESS|||", lambda _, t: not VERSION.search(t))
 
 # ---- Files and workers: documents by kind of file, writing, and maps over files by processes.
-JSON_LINES, PAGES = (".jsonl", ".ndjson", ".json"), (".html", ".htm", ".xhtml")
-KINDS = (".warc", ".wet", ".txt", ".pdf", *JSON_LINES, *PAGES, *""".py .md .rst .tex .org .c .h .cc
-.cpp .hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .sh .sql .jl .lua .hs .kt .cs""".split())
+WARC, JSON_LINES = (".warc", ".wet"), (".jsonl", ".ndjson", ".json")
+KINDS = (*WARC, *JSON_LINES, *""".html .htm .xhtml .txt .pdf .py .md .rst .tex .org .c .h .cc .cpp
+.hpp .cu .java .js .jsx .ts .tsx .go .rs .rb .php .sh .sql .jl .lua .hs .kt .cs""".split())
 
 def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody knows it
     kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", os.fspath(path).lower()))[1]
@@ -575,36 +575,34 @@ def find_inputs(patterns):
     """Paths of files and patterns, and of what is of known kinds in folders. Raises ValueError."""
     paths, known = [], tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst"))
     for path in (path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]):
-        inside = filter(os.path.isfile, sorted(glob.glob(f"{path}/**/*.*", recursive=True)))
-        paths += [p for p in inside if p.lower().endswith(known)] if os.path.isdir(path) else [path]
+        found = sorted(glob.glob(glob.escape(path) + "/**/*.*", recursive=True))
+        paths += [p for p in found if p.lower().endswith(known) and os.path.isfile(p)] or [path]
     return [path for path in paths if kind_of(path) and not path.endswith("report.json")]
 
 def read_documents(path, counts=None):
-    """The documents of a file: dicts with "text" or "html", and "url" or "path"."""
+    """The documents of a file: dicts with "text" (the main text of "html"), "url" or "path"."""
     kind, counts = kind_of(path), collections.Counter() if counts is None else counts
-    if kind in (".warc", ".wet"):
-        for record in read_warc(path, counts):
-            yield {record.kind: decode_page(record.body, record.charset), "url": record.url}
-    elif kind in JSON_LINES:
-        for line in filter(bytes.strip, read_parts(path, b"\n", counts, 4 * MAX_PAGE)):
-            try:
-                document = json.loads(line)
-                [document[key].isascii() for key in document.keys() & {"text", "html"}][0]
-                yield document
-            except (ValueError, AttributeError, IndexError, RecursionError):  # or it has no text
-                counts["bad line"] += 1
-    elif kind == ".pdf":
-        pypdf = importlib.import_module("pypdf")
+    pypdf = importlib.import_module("pypdf") if kind == ".pdf" else None
+    mark = b"\n" if kind in JSON_LINES else b"<|endoftext|>"
+    parts = read_parts(path, mark, counts, math.inf if kind == ".txt" else 4 * MAX_PAGE)
+    for part in read_warc(path, counts) if kind in WARC else filter(bytes.strip, parts):
         try:
-            pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
-            yield {"text": "\n\n".join(pages), "path": str(path)}
-        except Exception:  # pypdf raises all kinds of them for damaged files
-            counts["damaged PDF"] += 1
-    else:
-        limit = math.inf if kind == ".txt" else MAX_PAGE
-        for part in filter(bytes.strip, read_parts(path, b"<|endoftext|>", counts, limit)):
-            text = decode_page(part).strip().replace("\r\n", "\n")
-            yield {"html" if kind in PAGES else "text": text, "path": str(path)}
+            if kind in WARC:
+                document = {part.kind: decode_page(part.body, part.charset), "url": part.url}
+            elif kind in JSON_LINES:
+                document = json.loads(part)
+            elif pypdf:
+                pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(part)).pages]
+                document = {"text": "\n\n".join(pages), "path": str(path)}
+            else:
+                text = decode_page(part).strip().replace("\r\n", "\n")
+                document = {"html" if "htm" in kind else "text": text, "path": str(path)}
+            if "html" in document:
+                document["text"] = extract_text(document.pop("html"))
+            document["text"].isascii()  # raises if there is no string
+            yield document
+        except Exception:  # json and pypdf have all kinds of them for what strangers write
+            counts["bad document"] += 1
 
 @contextlib.contextmanager
 def replacing(path):  # a binary file, gzipped if path says so, that is renamed when complete
@@ -642,9 +640,9 @@ def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in j
         return list(pool.map(run_job, jobs))
 
 # ---- Duplicates: documents, lines, paragraphs and near duplicates, by one shuffle.
-# Units become 64-bit keys: odd ones are kept once, even ones if not frequent; 0 always, 1 never.
-# A range of keys at a time is collected from all files and sorted; then files are written anew.
-RANGE, UNITS = 1 << 22, ("exact duplicates", "repeated lines", "near duplicates")
+UNITS = EXACT, LINES, NEAR = "exact duplicates", "repeated lines", "near duplicates"
+RANGE = 1 << 22  # so many keys are sorted at a time
+ORDERS = np.random.RandomState(0).randint(1 << 32, size=4096, dtype=np.uint32) | np.uint32(1)
 
 def stable_hash(data):  # bytes or str -> 64 bits, unlike Python's the same in every process
     data = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
@@ -656,21 +654,16 @@ class BloomFilter:
         self.size = math.ceil(-capacity * math.log(error_rate) / math.log(2) ** 2)
         self.num_hashes = max(1, round(self.size / capacity * math.log(2)))
         self.bits = bytearray(self.size // 8 + 1)
-
     def places(self, item):  # (byte, bit) of each: h1 + i h2 (Kirsch, Mitzenmacher 2006)
         h = stable_hash(item)
         return [divmod((h + i * (h >> 32 | 1)) % self.size, 8) for i in range(self.num_hashes)]
-
     def __contains__(self, item):
         return all(self.bits[byte] >> bit & 1 for byte, bit in self.places(item))
-
     def add(self, item):  # a str or bytes -> whether it was there before
         seen = item in self
         for byte, bit in self.places(item):
             self.bits[byte] |= 1 << bit
         return seen
-
-PUNCTUATION = bytes(i for i in range(33, 128) if not chr(i).isalnum())
 
 @functools.lru_cache(1 << 14)
 def fold(letters):  # `normalize` for letters beyond ASCII. In scripts without spaces each is a word
@@ -680,22 +673,20 @@ def fold(letters):  # `normalize` for letters beyond ASCII. In scripts without s
 
 def normalize(text):  # lower case, without accents and punctuation, with vowel signs: UTF-8
     text = text if text.isascii() else re.sub(r"[^\0-\x7f]+", lambda match: fold(match[0]), text)
-    return text.encode("utf-8", "replace").lower().translate(None, PUNCTUATION)
+    return text.encode("utf-8", "replace").lower().translate(None, string.punctuation.encode())
 
 def shingles(text, n):  # sorted distinct hashes of n-grams of words (of all words, if fewer)
     words, _ = hash_words(normalize(text))
-    hashes = np.sort(ngram_hashes(words, min(n, max(1, len(words)))))
+    hashes = np.sort(ngram_hashes(words, min(n, max(1, len(words)))))  # (np.unique is slower)
     return hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
 
 def jaccard(a, b):  # |A and B| / |A or B| of sorted arrays of distinct numbers
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / max(1, len(a) + len(b) - common)
 
-# MinHash (Broder 1997): the first n-gram in a random order, a h mod 2^32, is the same in two texts
-# with probability J; some of b bands of r orders agree with 1 - (1 - J^r)^b: pairs to compare.
-ORDERS = np.random.RandomState(0).randint(1 << 32, size=4096, dtype=np.uint32) | np.uint32(1)
-
-def band_keys(hashes, num_hashes, num_bands):  # a 64-bit key per band, with its number mixed in
+def band_keys(hashes, num_hashes, num_bands):
+    """MinHash (Broder 1997) of a set -> a 64-bit key per band. The first in an order, a h mod 2^32,
+    is that of another set with probability J; one of b bands of r orders with 1 - (1 - J^r)^b."""
     a, low = ORDERS[:num_hashes, None], (hashes >> np.uint64(32)).astype(np.uint32)
     signature = np.full(num_hashes, 0xFFFFFFFF, np.uint32)
     for i in range(0, len(low), 512):  # so that the product stays in the cache
@@ -704,39 +695,41 @@ def band_keys(hashes, num_hashes, num_bands):  # a 64-bit key per band, with its
     key = (rows.sum(1) + np.arange(1, num_bands + 1, dtype=np.uint64)) * MULTIPLIER
     return (key ^ (key >> np.uint64(31))) * MULTIPLIER
 
-def hash_units(sources, spills, unit, o):  # paths, or texts, to files of keys
-    bloom = o.get("bloom") and BloomFilter(sum(map(os.path.getsize, sources)) // 30 + 1, o["bloom"])
-    for texts, out in zip(sources, spills):
+def hash_units(paths, unit, o):
+    """Write 64-bit keys of the units of files to path.keys: units of equal odd keys are kept once,
+    of even keys if they are not frequent; of key 0 always and of 1 never."""
+    bloom = o["bloom"] and BloomFilter(sum(map(os.path.getsize, paths)) // 30 + 1, o["bloom"])
+    for path in paths:
         keys, ends = array.array("Q"), array.array("Q", [0])
-        texts = (d["text"] for d in read_documents(texts)) if isinstance(texts, str) else texts
-        with open(out + ".sets", "wb") as sets:
-            for text in texts:
-                if unit == UNITS[2]:
+        with open(path + ".sets", "wb") as sets:
+            for text in (document["text"] for document in read_documents(path)):
+                if unit == NEAR:
                     grams = shingles(text, o["ngram"])
-                    bands = band_keys(grams, o["num_hashes"], o["num_bands"])
-                    keys.extend((bands * np.uint64(len(grams) > 0)).tolist())
+                    keys.extend(band_keys(grams, o["num_hashes"], o["num_bands"]).tolist())
                     ends.append(ends[-1] + sets.write(grams))
-                for line in {UNITS[0]: [text], UNITS[1]: text.split("\n")}.get(unit, ()):
-                    once = unit == UNITS[0] or len(line) >= 100  # a document, or a paragraph
+                for line in {EXACT: [text], LINES: text.split("\n")}.get(unit, ()):
+                    once = unit == EXACT or len(line) >= 100  # a document, or a paragraph
                     key = stable_hash(line) // 4 * 4 + 2 + once
-                    key = bloom.add(line) if bloom and once and unit == UNITS[1] else key
-                    keys.append(key if line.strip() or unit == UNITS[0] else 0)
-        np.array(keys).tofile(out)
-        np.array(ends).tofile(out + ".ends")
+                    key = bloom.add(line) if bloom and once and unit == LINES else key
+                    keys.append(key if line.strip() or unit == EXACT else 0)
+        np.array(keys).tofile(path + ".keys")
+        np.array(ends).tofile(path + ".ends")
 
-def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: whether to drop it
-    starts, size = np.cumsum([0, *(os.path.getsize(path) // 8 for path in spills)]), o["num_bands"]
+def find_repeats(paths, unit, o):
+    """Write to path.drop a byte per unit: whether to drop it. Sorts one range of keys at a time."""
+    sizes = [os.path.getsize(path + ".keys") // 8 for path in paths]
+    starts, size = np.cumsum([0, *sizes]), o["num_bands"] if unit == NEAR else 1
     drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
     @functools.lru_cache(256)
     def grams(document):
         file = np.searchsorted(starts, document * size, "right") - 1
         at = 8 * (document - int(starts[file]) // size)
-        begin, end = np.fromfile(spills[file] + ".ends", np.uint64, 2, offset=at).tolist()
-        return np.fromfile(spills[file] + ".sets", np.uint64, (end - begin) // 8, offset=begin)
+        begin, end = np.fromfile(paths[file] + ".ends", np.uint64, 2, offset=at).tolist()
+        return np.fromfile(paths[file] + ".sets", np.uint64, (end - begin) // 8, offset=begin)
     for r in range(int(ranges)):
         keys, ids = [], []
-        for path, start in zip(spills, starts):
-            own = np.fromfile(path, np.uint64)
+        for path, start in zip(paths, starts):
+            own = np.fromfile(path + ".keys", np.uint64)
             found = np.flatnonzero((own % ranges == r) & (own > 1))
             keys, ids = [*keys, own[found]], [*ids, found + start]
             drop[start : start + len(own)] |= own == 1
@@ -744,7 +737,7 @@ def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: 
         keys, ids = keys[order], np.concatenate(ids)[order]
         first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
         count = np.diff(edges := np.append(np.flatnonzero(first), len(keys)))
-        if unit != UNITS[2]:
+        if unit != NEAR:
             drop[ids] = np.where(keys & np.uint64(1), ~first, np.repeat(count > 5, count))
             continue
         for begin, end in zip(edges[:-1][count > 1], edges[1:][count > 1]):
@@ -752,8 +745,8 @@ def find_repeats(spills, unit, o):  # a byte for each unit, in files path.drop: 
             for i, b in enumerate(bucket):  # dropped if one of 50 before it is near
                 near = (jaccard(grams(a), grams(b)) for a in bucket[max(0, i - 50) : i])
                 drop[b * size] = drop[b * size] or any(j >= o["threshold"] for j in near)
-    for path, part in zip(spills, np.split(drop, starts[1:-1])):
-        part[:: size if unit == UNITS[2] else 1].tofile(path + ".drop")
+    for path, part in zip(paths, np.split(drop, starts[1:-1])):
+        part[::size].tofile(path + ".drop")
 
 def exact_line_dedup(files, out):
     """Write files to the folder out without the lines that occur more than once in all together."""
@@ -766,16 +759,16 @@ def exact_line_dedup(files, out):
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8):
     """Copy to the folder out the files but for those that are near an earlier one."""
-    o = {"num_hashes": num_hashes, "num_bands": num_bands, "ngram": ngram, "threshold": threshold}
+    buckets = collections.defaultdict(list)  # key of a band: the sets that have it
     os.makedirs(out, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        texts = (decode_page(pathlib.Path(path).read_bytes()) for path in files)
-        hash_units([texts], [spill := os.path.join(work, "keys")], UNITS[2], o)
-        find_repeats([spill], UNITS[2], o)
-        drop = np.fromfile(spill + ".drop", bool)
-    for path in itertools.compress(files, ~drop):
-        with open(os.path.join(out, os.path.basename(path)), "xb") as file:
-            file.write(pathlib.Path(path).read_bytes())
+    for path in files:
+        grams = shingles(decode_page(data := pathlib.Path(path).read_bytes()), ngram)
+        own = [buckets[key] for key in band_keys(grams, num_hashes, num_bands).tolist()]
+        if not any(jaccard(grams, other) >= threshold for bucket in own for other in bucket):
+            with open(os.path.join(out, os.path.basename(path)), "xb") as file:
+                file.write(data)
+        for bucket in own:
+            bucket.append(grams)
 
 # ---- Decontaminate: drop documents that share 13 words in a row with a test (Brown et al. 2020).
 @functools.lru_cache(1)
@@ -784,9 +777,11 @@ def test_ngrams(paths, n=13):
     found = collections.defaultdict(list)
     for path in paths:
         strings = [line.decode("utf-8", "replace") for line in read_parts(path, b"\n", {})]
-        if kind_of(path, (*JSON_LINES, ".txt")) != ".txt":
+        if (kind := kind_of(path, (*JSON_LINES, ".csv", ".txt"))) == ".csv":
+            strings = itertools.chain.from_iterable(csv.reader(line + "\n" for line in strings))
+        elif kind != ".txt":
             strings = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', "\n".join(strings)))
-        for words in (hash_words(normalize(string))[0] for string in strings):
+        for words in (hash_words(normalize(text))[0] for text in strings):
             if len(words) >= 8:
                 found[min(n, len(words))].append(ngram_hashes(words, min(n, len(words))))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
@@ -799,9 +794,9 @@ def contaminated(text, ngrams):
 
 # ---- Mix sources: documents in turn, so that bytes of text are at any time as weights say.
 def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperature=1.0):
-    """Write mixed.jsonl.gz, and say what was reached. sources: {name: [paths]}; weights: by default
-    size of files^(1 / temperature); budget: bytes of text, for which sources are repeated up to
-    max_epochs times (Muennighoff et al. 2023). Without it, one source is used up."""
+    """Write mixed.jsonl.gz. sources: {name: [paths]}; weights: by default size^(1 / temperature);
+    budget: bytes of text, for which sources are repeated up to max_epochs times (Muennighoff et al.
+    2023): without it, one source is used up."""
     sizes = {name: sum(map(os.path.getsize, paths)) for name, paths in sources.items()}
     weights = weights or {name: sizes[name] ** (1 / temperature) for name in sources}
     total = sum(weights.values())
@@ -811,12 +806,12 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
     limit = int(min(1 << 16, max(1000, (budget or math.inf) / 50)))  # longer texts are cut
     piece = re.compile(rf"(?s)\S.{{,{limit}}}(?=\n\n|\Z)|\S.{{,{limit}}}")
     def stream(name):
-        for given[name]["epochs"] in range(1, 1 + (max_epochs if budget else 1)):
+        for given[name]["epochs"] in range(1, 1 + (max_epochs if budget else 1)):  # counted there
             for document in itertools.chain.from_iterable(map(read_documents, sources[name])):
                 for text in piece.findall(document["text"]):
                     yield {**document, "text": text, "source": name}
     streams = {name: stream(name) for name in given}
-    with replacing(os.path.join(output_dir, "mixed.jsonl.gz")) as file:
+    with replacing(path := os.path.join(output_dir, "mixed.jsonl.gz")) as file:
         while streams and sum(g["bytes"] for g in given.values()) < (budget or math.inf):
             name = min(streams, key=lambda name: given[name]["bytes"] / given[name]["weight"])
             if document := next(streams[name], None):
@@ -827,21 +822,21 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
     for name, g in given.items():
         g["reached"] = g["bytes"] / max(1, sum(g["bytes"] for g in given.values()))
         warning = "" if abs(g["reached"] / g["weight"] - 1) < 0.1 else ": off by more than a tenth"
-        print(f"{name:<20} asked {g['weight']:.4f}, reached {g['reached']:.4f}{warning}")
+        print(f"{path}: {name:<12} asked {g['weight']:.4f}, reached {g['reached']:.4f}{warning}")
     return given
 
 # ---- Pipeline: the steps on a document, on a file, and on all; and the command line.
 STEPS = ["extract", "language", "filter", "mask", "decontaminate", "dedup"]
 load_classifier = functools.lru_cache(LinearClassifier.load)
 
-def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to drop or None)
-    if "html" in document and ("extract" in steps or "text" not in document):
-        document["text"] = extract_text(document.pop("html"))
+def apply_steps(document, steps, o, flags):
+    """Change a document; yield of each step (its name, a reason to drop the document or None)."""
+    if "extract" in steps:  # which `read_documents` did
         yield "extract", None if document["text"] else "no text"
     document["text"] = text = unicodedata.normalize("NFC", document["text"])
     if "language" in steps:
-        classifier = load_classifier(o["language_model"]) if o["language_model"] else None
-        document["language"], score = identify_language(text, classifier)
+        model = o["language_model"] and load_classifier(o["language_model"])
+        document["language"], score = identify_language(text, model)
         wanted = not o["languages"] or document["language"] in o["languages"] and score >= 0.5
         yield "language", None if wanted else document["language"]
     for name in o["filters"] if "filter" in steps else ():
@@ -850,27 +845,31 @@ def apply_steps(document, steps, o, flags=None):  # yields each (name, reason to
     for path, label, p in (c.rsplit(":", 2) for c in o["classifiers"] if "filter" in steps):
         document[label] = round(load_classifier(path).score(text, label), 4)
         yield "classifier", None if document[label] >= float(p) else f"not {label}"
+    for path, most in (c.rsplit(":", 1) for c in o["perplexity"] if "filter" in steps):
+        document["perplexity"] = round(perplexity(text, path), 2)
+        yield "perplexity", None if document["perplexity"] <= float(most) else "too high"
     if "mask" in steps:
-        masks = {"emails": mask_emails, "phones": mask_phone_numbers, "ips": mask_ips}
-        for name, mask in masks.items():
-            text, document[name] = mask(text)
+        text, document["emails"] = mask_emails(text)
+        text, document["phones"] = mask_phone_numbers(text)
+        text, document["ips"] = mask_ips(text)
         yield "mask", None
     if "decontaminate" in steps and o["evals"]:
         found = contaminated(text, test_ngrams(tuple(o["evals"])))
         yield "decontaminate", "in a test set" if found else None
-    for unit in {UNITS[0], UNITS[2]} & {*steps}:
+    for unit in {EXACT, NEAR} & {*steps}:
         yield unit, "copy" if next(flags) else None
-    if UNITS[1] in steps:
+    if LINES in steps:
         lines = text.split("\n")
         kept = [line for line in lines if not next(flags)]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept).strip())
         few = len(kept) < len(lines) and gopher_quality_reason(text) == "under 50 words"
-        yield UNITS[1], "too little left" if few else None
+        yield LINES, "too little left" if few else None
     document["text"] = text
 
-def process_file(path, out, steps, o, spill=None):  # -> counts, and an example for each reason
+def process_file(path, out, steps, o):
+    """Write a file of the documents that pass -> counts, and an example for each reason."""
     counts, examples, skipped = collections.Counter(), {}, collections.Counter()
-    flags = iter(np.fromfile(spill + ".drop", bool).tolist()) if spill else None
+    flags = iter(np.fromfile(path + ".drop", bool).tolist() if steps[0] in UNITS else [])
     with replacing(out) as file:
         for document in read_documents(path, skipped):
             for step, reason in apply_steps(document, steps, o, flags):
@@ -891,22 +890,19 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
         raise ValueError(f"{out} is of other inputs or settings: give another --out")
     os.makedirs(work, exist_ok=True)
     for steps in stages:
-        base, spills = f"{work}/{steps[0]}", itertools.repeat(None)
-        if steps[0] in UNITS:
-            spills = [f"{base}-{i}" for i in range(len(files))]
-            each = [([path], [spill]) for path, spill in zip(files, spills)]
-            jobs = [(files, spills)] if steps[0] == UNITS[1] and o["bloom"] else each
-            run_all("hash_units", [(*job, steps[0], o) for job in jobs], base, *how)
-            find_repeats(spills, steps[0], o)
+        base = f"{work}/{steps[0]}"
+        if steps[0] in UNITS:  # a Bloom filter sees all files
+            groups = [files] if steps[0] == LINES and o["bloom"] else [[path] for path in files]
+            run_all("hash_units", [(group, steps[0], o) for group in groups], base, *how)
+            find_repeats(files, steps[0], o)
         folder = f"{out}/" if steps is stages[-1] else f"{base}-"
-        outputs = [f"{folder}{i:05d}.jsonl.gz" for i in range(len(files))]
-        jobs = [(path, new, steps, o, spill) for path, new, spill in zip(files, outputs, spills)]
+        jobs = [(path, f"{folder}{i:05d}.jsonl.gz", steps, o) for i, path in enumerate(files)]
         for own, texts in run_all("process_file", jobs, base, *how):
             counts, examples = counts + collections.Counter(own), {**texts, **examples}
-        files = outputs
+        files = [new for _, new, *_ in jobs]
     with replacing(f"{out}/report.json") as file:
         file.write(to_json({"counts": counts, "examples": examples}, indent=1))
-    print(*(f"{n:>12,}  {what}" for what, n in counts.items()), sep="\n")
+    print(*(f"{n:>12,}  {what}" for what, n in counts.items()), out, sep="\n")
     rest = glob.glob(f"{work}/*") + glob.glob(f"{out}/*.tmp")  # which a killed run left
     for path in sorted(rest, key=lambda path: not path.endswith(".json")):  # what jobs said first
         os.remove(path)
@@ -919,11 +915,12 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["pipeline", *STEPS, "mix", "train-classifier"])
-    options = {"input": [f"{pathlib.Path(__file__).resolve().parent}/*.[mp][dy]"], "evals": [],
-               "out": "data/corpus", "workers": os.cpu_count(), "ray": "", "steps": STEPS,
-               "languages": ["en"], "language_model": "", "classifiers": [], "threshold": 0.8,
-               "filters": ["gopher", "repetition", "fineweb"], "bloom": 0.0, "ngram": 5, "words": 0,
-               "num_hashes": 112, "num_bands": 14, "weights": [], "temperature": 1.0, "tokens": 0.0}
+    options = {"input": [f"{pathlib.Path(__file__).resolve().parent}/*.[mp][dy]"], "steps": STEPS,
+               "out": "data/corpus", "workers": os.cpu_count(), "ray": "", "languages": ["en"],
+               "language_model": "", "filters": ["gopher", "repetition", "fineweb"],
+               "classifiers": [], "perplexity": [], "evals": [], "threshold": 0.8, "ngram": 5,
+               "num_hashes": 112, "num_bands": 14, "bloom": 0.0, "words": 0, "weights": [],
+               "temperature": 1.0, "tokens": 0.0}
     for name, default in options.items():
         kind, nargs = (str, "*") if isinstance(default, list) else (type(default), None)
         choices = {"steps": STEPS, "filters": list(FILTERS)}.get(name)
@@ -938,10 +935,13 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
         if o["command"] == "mix":
             weights = {name: float(share) for name, share in (w.split("=") for w in o["weights"])}
             return mix(sources, o["out"], weights, 4 * o["tokens"], temperature=o["temperature"])
-        texts, labels = zip(*((document["text"], label) for label, paths in sources.items()
-                              for path in paths for document in read_documents(path)))
-        chars = (0, 0) if o["words"] else (1, 4)
-        LinearClassifier.train(texts, labels, chars, o["words"]).save(o["out"])
+        pairs = [(document["text"], label) for label, paths in sources.items()
+                 for path in paths for document in read_documents(path)]
+        held_out, pairs = pairs[9::10], [pair for i, pair in enumerate(pairs) if i % 10 != 9]
+        model = LinearClassifier.train(*zip(*pairs), (0, 0) if o["words"] else (1, 4), o["words"])
+        right = sum(model.predict(text)[0] == label for text, label in held_out)
+        model.save(o["out"])
+        print(f"{o['out']}: {len(pairs)} texts learned, {right} of {len(held_out)} others right")
     except Exception as error:  # zipfile and zstandard have their own kinds for damaged files
         print(f"curate.py: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,5 @@
 """curate.py: each step against cases with known answers, and whole runs by command line."""
-
 import gzip, io, json, os, random, signal, subprocess, sys, time, zlib
-
 import numpy as np
 import pytest
 
@@ -40,8 +38,7 @@ def read(data):
 def run(*args, code=0, **kw):
     result = subprocess.run([sys.executable, os.path.join(ROOT, "curate.py"), *map(str, args)],
                             capture_output=True, text=True, **kw)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
     return result
 
 def documents(folder):
@@ -61,18 +58,17 @@ def test_warc_members_plain_and_one_member_give_the_same_pages():
                record("Grüße".encode(), "conversion", "text/plain"), record(http(b"<p>two</p>"))]
     for data in (b"".join(records), gzip.compress(b"".join(records)),
                  b"".join(map(gzip.compress, records)) + b"\n"):
-        bodies, counts = read(data)
-        assert bodies == [b"<p>one</p>", "Grüße".encode(), b"<p>two</p>"]
-        assert +counts == {"no page": 3, "HTTP status not 200": 1}
+        assert read(data) == ([b"<p>one</p>", "Grüße".encode(), b"<p>two</p>"],
+                              {"no page": 3, "HTTP status not 200": 1})
 
-RAW_DEFLATE = zlib.compress(b"<p>z</p>")[2:-4]
+RAW_DEFLATE, MANY = zlib.compress(b"<p>z</p>")[2:-4], gzip.compress(b"") * 50_000
 
 @pytest.mark.parametrize("coding, body, expected", [
     ("gzip", gzip.compress(b"<p>z</p>"), b"<p>z</p>"), ("gzip", b"<p>z</p>", b"<p>z</p>"),
     ("gzip", gzip.compress(b"<p>a") + gzip.compress(b"b</p>"), b"<p>ab</p>"),
     ("deflate", zlib.compress(b"<p>z</p>"), b"<p>z</p>"), ("deflate", RAW_DEFLATE, b"<p>z</p>"),
     ("deflate, gzip", gzip.compress(RAW_DEFLATE), b"<p>z</p>"), ("gzip", b"<p>\x00\x01z</p>", None),
-    ("gzip", gzip.compress(b"<p>z</p>" * 99)[:-9] + b"12345", None),
+    ("gzip", gzip.compress(b"<p>z</p>" * 99)[:-9] + b"12345", None), ("gzip", MANY, None),
     ("br", b"\x8b\x03\x80<p>z</p>\x03", None), ("gzip", gzip.compress(bytes(40 << 20)), None)])
 def test_bodies_that_cannot_be_decoded_are_counted(coding, body, expected):
     head = f"Content-Type: text/html\r\nContent-Encoding: {coding}"
@@ -92,9 +88,8 @@ def test_a_length_that_lies_costs_one_record_at_most(lie):
     good, content = record(http(b"<p>good</p>")), http(b"<p>bad</p>" + b"x" * 100)
     data = good + record(content, length=max(0, len(content) + lie)) + good + good
     for packed in (data, gzip.compress(data)):
-        bodies, counts = read(packed)
-        assert bodies.count(b"<p>good</p>") == 3
-        assert counts["wrong length, or cut short"] == (lie > 0)
+        found, n = read(packed)
+        assert found.count(b"<p>good</p>") == 3 and n["wrong length, or cut short"] == (lie > 0)
     body = b"<p>Records begin with\nWARC/1.0 and headers.</p><p>More</p>"
     assert read(record(http(body)) + record(http(b"b")))[0] == [body, b"b"]
 
@@ -108,8 +103,7 @@ def test_damage_is_counted_and_the_rest_is_read():
     good, bomb = record(http(b"<p>x</p>")), gzip.compress(record(http(bytes(40 << 20))))
     for junk in (b"\0" * 5000, b"WARC/1.0\r\n\r\n", b"WARC/1.0\r\nContent-Length: x\r\n\r\n"):
         assert read(junk + b"\r\n\r\n" + good)[0] == [b"<p>x</p>"]
-    bodies, counts = read(bomb + gzip.compress(good))
-    assert bodies == [b"<p>x</p>"] and counts["too large"] == 1
+    assert read(bomb + gzip.compress(good)) == ([b"<p>x</p>"], {"too large": 1})
     data = io.BytesIO(b"one|" + bytes(5 << 20) + b"|two")
     assert list(C.read_parts(data, b"|", {"too large": 0}, 1 << 20)) == [b"one", b"two"]
 
@@ -127,12 +121,12 @@ def test_encodings_have_the_labels_of_the_web(data, header, text):
     assert text in C.decode_page(data, header)
 
 RICH = """<h1>Growing beans</h1><p>Beans are easy to grow, and they improve the soil &amp; the
-kitchen at the same time, which few other plants do.</p><h2>What you need</h2><ul><li>A pot with
-holes</li><li>Soil, about <b>ten</b> litres</li></ul><table><tr><th>Month</th><th>Work</th></tr><tr>
-<td>May</td><td>Sow the seeds</td></tr></table><pre>def grow(bean):
-    return bean &lt;&lt; 1</pre><p>A line<br>and another, without a paragraph between the two.</p>
-<p style="display: none">Hidden</p><div hidden>Hidden</div><script>alert(1)</script><!-- <p>comment
---><style>p {color: red}</style>"""
+kitchen, which few other plants do.</p><h2>What you need</h2><ul><li>A pot with holes</li><li>Soil,
+about <b>ten</b> litres</li></ul><table><tr><th>Month</th><th>Work</th></tr><tr><td>May</td><td>Sow
+the seeds</td></tr></table><pre>def grow(bean):
+    return bean &lt;&lt; 1</pre><p>A line<br>and another, all in one paragraph.</p>
+<div hidden>Hidden</div><p style="display: none">Hidden</p><script>alert(1)</script><!-- <p>
+comment--><style>p {color: red}</style>"""
 
 def test_extract_keeps_structure_and_drops_the_rest():
     text = C.extract_text(page(1, RICH))
@@ -167,7 +161,7 @@ def test_names_of_what_holds_the_article_do_not_count_against_it():
                                   "<math>", "<pre>", "<pre", "<img", "<br>", "<p>\ud800</p>"])
 def test_hostile_html_takes_linear_time(unit):
     start = time.process_time()
-    C.extract_text(unit * 80_000 + f"<div>{prose(3)}</div>")
+    C.extract_text(unit * 80_000 + f"<div>{prose(3) * 8}</div>")
     assert time.process_time() - start < 5  # minutes, were it quadratic
 
 @pytest.mark.parametrize("text, code", [
@@ -194,10 +188,10 @@ def test_classifier_learns_saves_and_loads(tmp_path, how):
     model.save(path)
     loaded = C.LinearClassifier.load(path)
     for t in ("kalo schung", pairs[0][0], ""):  # the last one without n-grams
-        np.testing.assert_allclose(loaded.probabilities(t), model.probabilities(t), atol=0.05)
+        np.testing.assert_allclose(loaded.probabilities(t), model.probabilities(t), atol=0.01)
         assert loaded.score(t, "aa") == loaded.probabilities(t)[0]
     good = dict(np.load(path))
-    for change in ({"table": good["table"][:7]}, {"labels": np.array(["a"])},
+    for change in ({"table": good["table"][:, :2]}, {"labels": np.array(["a"])},
                    {"chars": np.array([1, 99])}, {"labels": np.array([{}, 1, 2], dtype=object)}):
         np.savez(path, **{**good, **change})
         pytest.raises(ValueError, C.LinearClassifier.load, path)
@@ -274,9 +268,8 @@ def test_exact_line_dedup(tmp_path):
 def test_bloom_filter():
     bloom = C.BloomFilter(5000, 0.01)
     assert sum(bloom.add(f"in {i}") for i in range(5000)) < 50 and bloom.add(b"in 5")
-    assert all(f"in {i}" in bloom for i in range(5000))  # what it holds it never denies
-    assert 40 < sum(f"out {i}" in bloom for i in range(10_000)) < 160
-    assert abs(bloom.size / 5000 - 9.585) < 0.01 and bloom.num_hashes == 7
+    assert all(f"in {i}" in bloom for i in range(5000)) and abs(bloom.size / 5000 - 9.585) < 0.01
+    assert 40 < sum(f"out {i}" in bloom for i in range(10_000)) < 160 and bloom.num_hashes == 7
 
 def test_normalizing_keeps_vowel_signs():
     assert C.normalize("Señor  O’Neil, 3.5%! e\u0301\u00a0x 中文。").decode().split() == [
@@ -287,9 +280,7 @@ def test_normalizing_keeps_vowel_signs():
     assert C.jaccard(a, b) == 2 / 4 and C.jaccard(a, d) == 0
 
 def near_copy(text, every=40):
-    words = text.split()
-    words[::every] = ["changed"] * len(words[::every])
-    return " ".join(words)
+    return " ".join(w if i % every else "changed" for i, w in enumerate(text.split()))
 
 def test_minhash_dedup_of_files(tmp_path):
     texts = {f"{i}.txt": prose(i, 60) for i in range(6)}
@@ -305,32 +296,31 @@ def test_minhash_dedup_of_files(tmp_path):
     assert (o2 / "copy of 2.txt").exists() and (o3 / "near 4.txt").exists()
 
 def test_mistake_9_deduplication_depends_on_no_process(tmp_path, monkeypatch):
-    """Nor on workers or cuts of the shuffle; six hashes in one band find some copies only."""
+    """Nor on workers or cuts of the shuffle; six bands of one hash pair texts that are not near."""
     paths = [write_jsonl(tmp_path / f"{k}.jsonl", [near_copy(prose(i % 7, 40), 12 + i)
                                                    for i in range(k, k + 12)]) for k in range(3)]
-    args = ["dedup", "--input", *paths, "--ngram", "2", "--num_hashes", "6", "--num_bands", "1",
-            "--threshold", "0.3", "--out"]
-    for seed, workers in (("0", 1), ("random", 3)):
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        run(*args, tmp_path / seed, "--workers", workers, env=env)
+    args = ["dedup", "--input", *paths, "--ngram", "2", "--num_hashes", "6", "--num_bands", "6",
+            "--threshold", "0.7", "--out"]
+    for seed, n in (("0", 1), ("random", 3)):
+        run(*args, tmp_path / seed, "--workers", n, env={**os.environ, "PYTHONHASHSEED": seed})
     monkeypatch.setattr(C, "RANGE", 7)
     monkeypatch.setattr(sys, "argv", ["", *args, str(tmp_path / "7"), "--workers", "1"])
     monkeypatch.setattr(signal, "signal", print)
     C.main()
     assert contents(tmp_path / "0") == contents(tmp_path / "random") == contents(tmp_path / "7")
-    assert 7 < len(documents(tmp_path / "0")) < 36 and C.stable_hash("x") % 10**6 == 258058
+    assert len(documents(tmp_path / "0")) == 7 and C.stable_hash("x") % 10**6 == 258058
 
 def test_decontaminate(tmp_path):
     question = "which of these rivers runs through more countries than any other in the world"
-    tests = json.dumps({"q": {"stem": question}, "choices": ["yes"]}).encode()
-    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(tests))
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(json.dumps([{"q": question}]).encode()))
     (tmp_path / "e.txt").write_text("What colour is the sky on a clear day\nblue\n")
-    tests = [str(tmp_path / name) for name in ("e.jsonl.gz", "e.txt")]
+    (tmp_path / "e.csv").write_text('"What is 2\nand 2, if I may ask you",3,4,5,6,B')
+    tests = [str(tmp_path / name) for name in ("e.jsonl.gz", "e.txt", "e.csv")]
     texts = [prose(1), f"{prose(1)} {question.upper()}! {prose(2)}", prose(2) + " yes blue rivers",
-             "Q: what colour is the sky, on a clear day?"]
+             "Q: what colour is the sky, on a clear day?", "What is 2 and 2 if I may ask you?"]
     path = write_jsonl(tmp_path / "d.jsonl", texts)
     run("decontaminate", "--input", path, "--evals", *tests, "--out", tmp_path / "o")
-    assert [d["text"] for d in documents(tmp_path / "o")] == texts[::2]
+    assert [d["text"] for d in documents(tmp_path / "o")] == texts[:4:2]
     start, large = time.process_time(), {13: np.arange(10**6, dtype=np.uint64)}
     assert not any(C.contaminated(prose(i), large) for i in range(100))
     assert time.process_time() - start < 1  # 100 s, were the test set sorted for each
@@ -375,14 +365,15 @@ def test_pipeline_is_the_same_for_any_number_of_workers(crawl, tmp_path):
     found = documents(tmp_path / "1")
     assert len(found) == len({d["text"] for d in found}) == 24 + 1 + 2 + 1 + 1
     assert all(d["language"] == "en" and "Privacy" not in d["text"] for d in found)
-    masked = next(d for d in found if d["emails"])
-    assert "|||EMAIL_ADDRESS|||, |||PHONE_NUMBER|||" in masked["text"] and masked["phones"] == 1
+    assert any("|||EMAIL_ADDRESS|||, |||PHONE_N" in d["text"] and d["phones"] == 1 for d in found)
     counts, examples = json.loads((tmp_path / "1" / "report.json").read_text()).values()
-    assert counts["skipped: bad line"] == 3 and counts["skipped: compressed file cut short"] == 1
+    assert counts["skipped: compressed file cut short"] == 1 == counts["skipped: bad document"] - 2
     assert counts["language: de"] == 4 and counts["exact duplicates: copy"] == 5
     assert counts["near duplicates: kept"] == len(found) and "1  gopher: under 50" in one.stdout
     assert "a short one" in examples["gopher: under 50 words"]
     run("pipeline", "--input", crawl, "--out", tmp_path / "1", "--ngram", "3", code=1)
+    run("mix", "--input", f"s={crawl / 'sub'}", "--out", tmp_path / "m")
+    assert [d["text"][:8] for d in documents(tmp_path / "m")] == [prose(800)[:8], "Page 700"]
 
 def test_lines_and_paragraphs(tmp_path):
     menu, quote = "Home About Contact Subscribe", "Somebody has quoted this from elsewhere. " * 3
@@ -390,12 +381,11 @@ def test_lines_and_paragraphs(tmp_path):
     texts += [texts[0], *(f"{prose(i)}\n{quote}\nA short line." for i in (20, 21))]
     path = write_jsonl(tmp_path / "x.jsonl", texts)
     expected = [*map(prose, range(7)), CHINESE, texts[9].strip(), f"{prose(21)}\nA short line."]
-    for bloom in ("0", "0.001"):
-        out = tmp_path / bloom
-        run("dedup", "--input", path, "--out", out, "--threshold", "2", "--bloom", bloom)
-        assert [d["text"] for d in documents(out)] == expected
+    for rate in ("0", "0.001"):
+        run("dedup", "--input", path, "--out", tmp_path / rate, "--threshold", "2", "--bloom", rate)
+        assert [d["text"] for d in documents(tmp_path / rate)] == expected
 
-def test_killed_run_goes_on(crawl, tmp_path):
+def test_killed_run_goes_on(crawl, tmp_path, monkeypatch):
     out, inputs = tmp_path / "out", [tmp_path / f"{i}.warc.gz" for i in range(12)]
     for i, path in enumerate(inputs):  # enough work that a kill comes in the middle
         path.write_bytes((crawl / f"{i % 4}.warc.gz").read_bytes() * 8)
@@ -411,26 +401,37 @@ def test_killed_run_goes_on(crawl, tmp_path):
         path.write_text(path.read_text().replace("extract: kept", "extract: kept before"))
     (out / "00000.jsonl.gz.1.tmp").touch()
     subprocess.run(command, check=True, capture_output=True)
-    counts = json.loads((out / "report.json").read_text())["counts"]
-    assert counts["extract: kept before"] == len(done) * 64
+    assert f'"extract: kept before": {len(done) * 64},' in (out / "report.json").read_text()
     assert not [*out.glob(".work-*/*"), *out.glob("*.tmp")]  # nor anything half written is left
     run(*command[2:-4], "--out", tmp_path / "whole", "--workers", "1")
     assert contents(out) == contents(tmp_path / "whole")
-
-def test_a_worker_that_is_killed_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(C, "start_worker", os.abort)
+    monkeypatch.setattr(C, "start_worker", os.abort)  # a worker that is killed ends the run
     pytest.raises(RuntimeError, C.run_all, "hash_units", [(), ()], tmp_path / "x", 2, "")
 
 def test_classifier_on_the_command_line(tmp_path):
     a = write_jsonl(tmp_path / "a.jsonl", [prose(i, 3) for i in range(60)])
     b = write_jsonl(tmp_path / "b.jsonl", [f"buy cheap pills now {i} casino" for i in range(60)])
     model, texts = tmp_path / "q.npz", [prose(99), "buy cheap pills online casino now"]
-    run("train-classifier", "--input", f"good={a}", f"bad={b}", "--out", model, "--words", "2")
+    said = run("train-classifier", "--input", f"good={a}", f"bad={b}", "--out", model, "--words", 2)
+    assert said.stdout == f"{model}: 108 texts learned, 12 of 12 others right\n"
     filtering = ("filter", "--input", write_jsonl(tmp_path / "x.jsonl", texts), "--filters")
     run(*filtering, "--out", tmp_path / "o", "--classifiers", f"{model}:good:0.5")
     assert [d["text"] for d in documents(tmp_path / "o")] == texts[:1]
     result = run(*filtering, "--out", tmp_path / "o3", "--classifiers", f"{model}:bad:1.1", code=1)
     assert "no document was kept" in result.stderr
+
+def test_perplexity_filter(tmp_path):
+    torch, M, bpe = map(pytest.importorskip, ("torch", "model", "bpe"))
+    tokenizer = bpe.Tokenizer({i: bytes([i]) for i in range(256)}, [], [bpe.EOT])
+    network = M.Transformer(M.TransformerConfig(257, 16, n_layer=1, n_head=1, n_embd=8))
+    for name, x in network.state_dict().items():
+        x.fill_(name in ("embedding.weight", "final_norm.weight"))
+    network.head.weight.data[list(b"ab ")] = 1  # logits of 120 of 121 tokens are 8, of others 0
+    M.save_checkpoint(ckpt := str(tmp_path / "ckpt.pt"), network, tokenizer=tokenizer.to_json())
+    path, out = write_jsonl(tmp_path / "x.jsonl", ["qx " * 40, "ab ba " * 20, ""]), tmp_path / "o"
+    run("filter", "--input", path, "--filters", "--perplexity", f"{ckpt}:9", "--out", out)
+    [found], expected = documents(out), (3 * np.exp(8) + 254) * np.exp(-8 * 120 / 121)
+    assert found["text"][:2] == "ab" and abs(found["perplexity"] - expected) < 0.01
 
 @pytest.mark.parametrize("args, code, message", [
     (("pipeline", "--input", "nothing.warc"), 1, "nothing.warc"),
@@ -445,10 +446,9 @@ def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
     error = run(*args, "--out", "o", code=code, cwd=tmp_path).stderr
     assert message in error.strip().splitlines()[-1]
 
-PDF = (b"%PDF-1.4\n1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj 2 0 obj <</Type/Pages/Kids[3 0 R]"
-       b"/Count 1>> endobj 3 0 obj <</Type/Page/Parent 2 0 R/Contents 4 0 R/Resources<</Font<</F<<"
-       b"/Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>> endobj 4 0 obj <</Length 24>> stream\n"
-       b"BT /F 12 Tf (Text) Tj ET\nendstream endobj trailer <</Root 1 0 R>>\nstartxref\n0\n%%EOF")
+PDF = (b"%PDF-1.4\n1 0 obj<</Pages 2 0 R>>endobj 2 0 obj<</Kids[3 0 R]>>endobj 3 0 obj<</Type/Page"
+       b"/Contents 4 0 R/Resources<</Font<</F<</Subtype/Type1>>>>>>>>endobj 4 0 obj<</Length 15>>st"
+       b"ream\n/F 9 Tf(Text)Tj\nendstream endobj trailer<</Root 1 0 R>>\nstartxref\n0\n%%EOF")
 
 def test_pdf_and_zst(tmp_path):
     zst, pdf, counts = tmp_path / "x.jsonl.zst", tmp_path / "x.pdf", C.collections.Counter()
@@ -457,4 +457,4 @@ def test_pdf_and_zst(tmp_path):
         pdf.write_bytes(PDF[: cut and 50])
         zst.write_bytes((compress(b'{"text": "a"}\n') + compress(b'{"text": "b"}\n'))[:cut])
         assert [d["text"] for f in (zst, pdf) for d in C.read_documents(f, counts)] == texts
-    assert counts["compressed file cut short"] == counts["damaged PDF"] == 1
+    assert counts["compressed file cut short"] == 1 and counts["bad document"] == 2
