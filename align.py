@@ -547,10 +547,8 @@ class ScalarModel(torch.nn.Module):
         self.body = body
         self.head = torch.nn.Parameter(torch.zeros_like(body.embedding.weight[0]).float())
         self.load_state_dict(saved["modules"][0] if saved else self.state_dict())
-
     def forward(self, input_ids):  # (B, T) -> (B, T)
         return self.body(input_ids, hidden=True).float() @ self.head
-
     def score(self, texts):  # rewards of whole texts, a list of B lists of ids -> (B,)
         last = torch.tensor([[len(ids) - 1] for ids in texts], device=self.head.device)
         return self(padded(texts, 0, max(map(len, texts)), last.device)).gather(1, last)[:, 0]
@@ -604,14 +602,12 @@ class Assistant:
         self.stops += self.saved.get("stop") or []
         size = self.model.config.block_size
         self.room = size - min(args.max_new_tokens, size // 2)  # for a prompt
-
     def encode(self, messages, reply=True):  # reply: up to where the assistant speaks next
         messages = [{"role": "user", "content": messages}] if type(messages) is str else messages
         if self.template == RAW and len(messages) == 2 - reply and messages[0]["role"] == "user":
             ids = self.tokenizer.encode_ordinary("".join(m["content"] for m in messages))
             return ids + [self.tokenizer.eot_id] * (not reply)  # the same, but fast
         return encode_chat(self.tokenizer, self.template, messages, reply, **self.names)
-
     def examples(self, messages):
         """(ids, mask) for each time the assistant speaks: 1 there, but for what a tool wrote."""
         found = []
@@ -626,7 +622,6 @@ class Assistant:
             for call in CALL.finditer("".join(texts)):
                 mask[:] = [m * (not call.start(2) < at <= call.end(2)) for m, at in zip(mask, ends)]
         return found
-
     def respond(self, prompts, temperature, seed=0):
         """Prompts' ids -> list of (ids with the response, mask, text), results of tools masked."""
         texts, masks = [list(ids) for ids in prompts], [[0] * len(ids) for ids in prompts]
@@ -650,7 +645,6 @@ class Assistant:
                     masks[i] += [0] * (len(ids) - len(masks[i]))
                     todo += [i] * (len(ids) < ends[i])
         return [(texts[i], masks[i], said[i]) for i in range(len(prompts))]
-
     def update(self):  # one step of the optimizers -> the norm that the gradient had
         norm = clip_grad_norm(self.parameters, self.args.grad_clip).item()
         for optimizer in self.optimizers:
@@ -897,6 +891,10 @@ def pass_at_k(n, c, k):
     """The chance that one of k out of n responses, c of them right, is right (Chen et al. 2021)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
+def last_number(text):
+    """The last number of a text, or "": for evaluation alone, as prose has many by chance."""
+    return "".join(re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?", text)[-1:])
+
 def encode_continuation(tokenizer, context, continuation):
     """-> (ids of both as one text, how many of the last are the continuation's, spaces too)"""
     kept, whole = (tokenizer.encode_ordinary(x) for x in (context.rstrip(), context + continuation))
@@ -999,6 +997,8 @@ def measure(assistant, items, args):
             given = [find_choice(text, problem["n"]) if "n" in problem else
                      repr(read(extract_answer(text))) for text in texts]
             hits[f"majority@{n}"].append(right[given.index(Counter(given).most_common(1)[0][0])])
+        if args.task == "gsm8k":
+            hits["last_number_acc"].append(grade_math(last_number(texts[0]), problem["answer"]))
         if args.task == "ifeval":  # acc is of rows, of which all are followed
             hits["instruction_acc"] += follows(problem, texts[0])
             hits["loose_acc"].append(all(follows(problem, texts[0], True)))

@@ -358,7 +358,7 @@ class Scripted:  # in place of a checkpoint: right if "paris" was looked up
     def __init__(self, args):
         self.room, self.tokenizer = 500, char_tokenizer()
     def respond(self, prompts, temperature, seed):
-        said = iter(["4", "so 5.", "4", "7", "7", "so 6"] * len(prompts))
+        said = iter(["4", "so 4.", "4", "7", "7", "so 6"] * len(prompts))
         texts = map(self.tokenizer.decode, prompts)
         return [([], [], f"#### {4 if 'paris is' in text else next(said)}") for text in texts]
 
@@ -376,7 +376,7 @@ def test_answers_are_judged_voted_and_looked_up(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "q.jsonl", [{"question": "what is in paris", "answer": "4"}] * 2)
     A.run_command(f"eval --task gsm8k --ckpt x --data {path} --retrieve {docs}".split())
     out = capsys.readouterr().out
-    assert "\nacc: 0.5000" in out and "\nopen_acc: 1.0000" in out
+    assert "\nacc: 0.5000" in out and "\nopen_acc: 1" in out and "\nlast_number_acc: 1" in out
 
 def test_a_judge_that_likes_a_place_decides_nothing(tmp_path, base, capsys, monkeypatch):
     data = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 3)
