@@ -1,6 +1,11 @@
 """What holds for all tests."""
 
+import os
 import signal
+
+# Before torch is imported, and for all processes that tests start: for such small tensors a second
+# thread costs more than it gives.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Whoever starts pytest in the background has it, and all processes it starts, ignore Ctrl-C, which
 # several tests send. A handler here is enough: processes that are started get the default instead.
