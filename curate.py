@@ -135,14 +135,14 @@ def decode_page(data, charset=None):
                 return data.decode(BROWSERS.get(name, name), "replace")
 
 # ---- Main text: the blocks of a page that people came to read, by two logistic regressions.
-RAW = re.compile(
-    r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?(.*?)(?:</\1\b[^>]*>?|\Z)|<math\b"
-    r"([^>]*)>?((?:[^<]+|<(?!/?(?:math|p|div|h\d|ul|ol|table|script)\b))*)|<img\b([^>]*)>?")
+RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?((?:[^<]+|<(?!/\1\b))*)"
+                 r"(?:</\1\b[^>]*>?|\Z)|<math\b([^>]*)>?((?:[^<]+|<(?!/?(?:math|p|div|h\d|ul|ol|"
+                 r"table|script)\b))*)|<img\b([^>]*)>?")
 ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 TEX = re.compile(r"(?i)\\[a-z]{2}|[_^]\{|\w\^\w")
 PRE = re.compile(r"(?is)<pre\b[^>]*>?.*?(?:</pre|\Z)")
-LINE = re.compile(r"(?i)<br\b[^>]*>|(?:</?(?:div|p|li)\b[^>]*>)+")  # within it
-QUOTED_MARKUP = re.compile(r"""=\s*(?:"[^"<>]*[<>][^"]*"|'[^'<>]*[<>][^']*')""")
+LINE = re.compile(r"(?i)<br\b[^>]*>|(?:</?(?:div|p|li)\b[^>]*>)+")  # below: (?=(x))\1 is x, once
+QUOTED_MARKUP = re.compile(r"""=\s*(?:"(?=([^"<>]*))\1[<>][^"]*"|'(?=([^'<>]*))\2[<>][^']*')""")
 TOKEN = re.compile(r"<(/?)([a-zA-Z][^\s/>]*|[!?])([^>]*)>?([^<]*(?:<(?![a-zA-Z/!?])[^<]*)*)")
 NAMES = re.compile(r"""(?i)\b(?:class|id|role)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
 HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden|aria-hidden\s*=\s*.?true|"
@@ -177,8 +177,8 @@ PLACES, LOOKS, CONTEXT = ({" ".join(words): float(weight) for *words, weight in 
 LOOKS |= {"in " + names: weight for names, weight in PLACES.items()}
 BITS = {word: 1 << i for i, names in enumerate(PLACES) for word in names.split()}
 HIDDEN, DECLARED = 1 << len(PLACES), 2 << len(PLACES)  # the page says that it is an article
-ARTICLE = re.compile(r'"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"|'
-                     r"""og:type["'][^>]{0,99}content\s*=\s*["']article""")
+ARTICLE = (re.compile(r'"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"'),
+           re.compile(r"""og:type["'][^>]{0,99}content\s*=\s*["']article"""))
 
 @functools.lru_cache(1 << 12)
 def place_bits(tag, attributes):  # the bits of the places that a tag opens, and HIDDEN
@@ -198,7 +198,7 @@ def formula(match):  # in place of a match of RAW: the TeX of a formula, or noth
 def scan(html):
     """HTML, cut at block tags -> (blocks: (text, tag, element, characters in links, bits);
     elements: [parent, first block, end, tag, bits])."""
-    declared = DECLARED * bool(ARTICLE.search(html))
+    declared = DECLARED * any(sign.search(html) for sign in ARTICLE)
     html = QUOTED_MARKUP.sub("", RAW.sub(formula, html.replace("\0", "")))
     html = PRE.sub(lambda match: LINE.sub("\n", match.group()), html)
     blocks, elements, stack, tags = [], [[0, 0, 0, "body", declared]], [0], ["body"]
@@ -531,20 +531,21 @@ gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (
 # ---- Mask personal data: text -> (masked text, how many); numbers by form, or a word before.
 LETTER = rf"[^\W{DENSE}\uac00-\ud7af]"  # others (without spaces, Korean) may touch an address
 EMAIL = re.compile(
-    rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_){LETTER}(?:{LETTER}|-)"
-    rf"{{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
+    rf"(?=[^\s@]{{1,64}}@)(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_)"
+    rf"{LETTER}(?:{LETTER}|-){{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
 PHONE_CUE = re.compile(r"""(?ix) (?:\b(?: (?:tele)?(?:ph|f)one?|tel|fax|call|contact|mobile|cell|
     sms|text|ring|whatsapp|hotline|dial | reach[ ](?:me|us) | (?:my|our|your|his|her|their)[ ]
     (?:\w+[ ])?number )\b | ☎|📞|电话|電話|手机|手機|전화 ) [^\d\n]{0,24}$""")
-PHONE = re.compile(rf"""(?mx) (?<![.,/$€£\#+-]) (?<!{LETTER}) (?<!\d[ :=]) (?:
+PHONE = re.compile(rf"""(?mx) (?=[+(\d]) (?<![.,/$€£\#+-]) (?<!{LETTER}) (?<!\d[ :=]) (?:
         (?P<world> \+ \d{{1,3}} (?:[ .-]?\(\d{{1,4}}\))? (?:[ .-]?\d{{1,5}}){{1,6}} )
       | (?P<american> (?:1[ .-]?)? (?: \(\d{{3}}\)[ -]{{0,2}} | \d{{3}}(?P<sep>[ .-]) )
                       \d{{3}} (?(sep)(?P=sep)|[ .-]?) \d{{4}} | ^\d{{10}}$ )
       | (?!(?:19|20)\d\d[ /.-]) \(?\d{{2,5}}\)? (?:[ ]?[ /-]?[ ]?\d{{2,8}}){{1,4}} | \d{{7,12}}
     ) (?! {LETTER} | % | [.,:/-]\d | [ ]\d{{3,}} | @ )""")
 BYTE, HEX = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)", r"[\da-fA-F]{1,4}"
-IP = re.compile(rf"(?<![.:-])(?<!{LETTER})(?:(?:{BYTE}\.){{3}}{BYTE}(?!-)|(?:{HEX}:){{7}}{HEX}|"
-                rf"(?=[\da-fA-F:]{{6}})(?:{HEX}:){{1,6}}(?::{HEX}){{1,6}}(?!:))(?!{LETTER}|\.\d)")
+IP = re.compile(rf"(?=[\da-fA-F]{{1,4}}[.:])(?<![.:-])(?<!{LETTER})(?:(?:{BYTE}\.){{3}}{BYTE}(?!-)|"
+                rf"(?=[\da-fA-F:]{{6}})(?:(?:{HEX}:){{7}}{HEX}|(?:{HEX}:){{1,6}}(?::{HEX}){{1,6}}"
+                rf"(?!:)))(?!{LETTER}|\.\d)")
 VERSION = re.compile(r"(?i)(?:\b(?:v|vers?|versions?|release|build|firmware|revision|rev|update|"
                      r"patch|section|chapter|clause|figure|table)|§|版本)[.:：]?\s*$")
 
@@ -849,9 +850,8 @@ def apply_steps(document, steps, o, flags):
         document["perplexity"] = round(perplexity(text, path), 2)
         yield "perplexity", None if document["perplexity"] <= float(most) else "too high"
     if "mask" in steps:
-        text, document["emails"] = mask_emails(text)
-        text, document["phones"] = mask_phone_numbers(text)
-        text, document["ips"] = mask_ips(text)
+        for name, f in ("emails", mask_emails), ("phones", mask_phone_numbers), ("ips", mask_ips):
+            text, document[name] = f(text)
         yield "mask", None
     if "decontaminate" in steps and o["evals"]:
         found = contaminated(text, test_ngrams(tuple(o["evals"])))

@@ -305,10 +305,10 @@ def write_crawl(args, folder, copies=1, files=4):
 def curate(*args):
     """Run curate.py -> (CPU seconds, peak memory in MB) of it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = ("import resource, runpy, sys\nsys.argv = sys.argv[1:]\n"
+    code = ("import runpy, sys\nsys.argv = sys.argv[1:]\n"  # (ru_maxrss would count ours, too)
             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "
-            "file=sys.stderr)")
+            "finally: print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) "
+            "/ 1024, file=sys.stderr)")
     result = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, "curate.py"), *args],
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
