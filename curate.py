@@ -531,8 +531,8 @@ gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (
 # ---- Mask personal data: text -> (masked text, how many); numbers by form, or a word before.
 LETTER = rf"[^\W{DENSE}\uac00-\ud7af]"  # others (without spaces, Korean) may touch an address
 EMAIL = re.compile(
-    rf"(?=[^\s@]{{1,64}}@)(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_)"
-    rf"{LETTER}(?:{LETTER}|-){{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
+    rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_){LETTER}(?:{LETTER}|-)"
+    rf"{{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
 PHONE_CUE = re.compile(r"""(?ix) (?:\b(?: (?:tele)?(?:ph|f)one?|tel|fax|call|contact|mobile|cell|
     sms|text|ring|whatsapp|hotline|dial | reach[ ](?:me|us) | (?:my|our|your|his|her|their)[ ]
     (?:\w+[ ])?number )\b | ☎|📞|电话|電話|手机|手機|전화 ) [^\d\n]{0,24}$""")
@@ -549,13 +549,13 @@ IP = re.compile(rf"(?=[\da-fA-F]{{1,4}}[.:])(?<![.:-])(?<!{LETTER})(?:(?:{BYTE}\
 VERSION = re.compile(r"(?i)(?:\b(?:v|vers?|versions?|release|build|firmware|revision|rev|update|"
                      r"patch|section|chapter|clause|figure|table)|§|版本)[.:：]?\s*$")
 
-def mask_where(pattern, name, is_meant, text):
-    """Replace matches of which is_meant(match, text before) is true -> (text, how many)."""
-    masked = pattern.sub(lambda match: name if is_meant(match, text[max(
-        0, match.start() - 60) : match.start()]) else match[0], text)
+def mask_where(pattern, name, is_meant, text, sign=""):
+    """Replace matches, which have `sign`, if is_meant(match, text before) -> (text, how many)."""
+    masked = text if sign not in text else pattern.sub(lambda match: name if is_meant(match, text[
+        max(0, match.start() - 60) : match.start()]) else match[0], text)
     return masked, masked.count(name) - text.count(name)
 
-mask_emails = functools.partial(mask_where, EMAIL, "|||EMAIL_ADDRESS|||", lambda *_: True)
+mask_emails = functools.partial(mask_where, EMAIL, "|||EMAIL_ADDRESS|||", lambda *_: True, sign="@")
 mask_phone_numbers = functools.partial(mask_where, PHONE, "|||PHONE_NUMBER|||", lambda m, before:
     7 <= sum(map(str.isdigit, m[0])) <= (15 if m["world"] else 12)
     and (m["world"] or m["american"] or PHONE_CUE.search(before)))
@@ -895,8 +895,8 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
             groups = [files] if steps[0] == LINES and o["bloom"] else [[path] for path in files]
             run_all("hash_units", [(group, steps[0], o) for group in groups], base, *how)
             find_repeats(files, steps[0], o)
-        folder = f"{out}/" if steps is stages[-1] else f"{base}-"
-        jobs = [(path, f"{folder}{i:05d}.jsonl.gz", steps, o) for i, path in enumerate(files)]
+        begin, end = (f"{out}/", ".gz") if steps is stages[-1] else (f"{base}-", "")
+        jobs = [(path, f"{begin}{i:05d}.jsonl{end}", steps, o) for i, path in enumerate(files)]
         for own, texts in run_all("process_file", jobs, base, *how):
             counts, examples = counts + collections.Counter(own), {**texts, **examples}
         files = [new for _, new, *_ in jobs]
