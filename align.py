@@ -104,12 +104,13 @@ def pack_sequences(examples, block_size, pad_id=0):
     in each text, by which the model keeps them apart; and "dropped", how many do not fit."""
     rows, fitting = [], [pair for pair in examples if 1 < len(pair[0]) <= block_size + 1]
     for ids, mask in sorted(fitting, key=lambda example: -len(example[0])):  # the longest first
-        row = next((row for row in rows if len(row) + len(ids) - 1 <= block_size), None)
-        if row is None:
-            rows.append(row := [])
-        row += zip(ids[:-1], ids[1:], mask[1:], range(len(ids) - 1))  # all four of each token
-    rows = [row + [(pad_id, pad_id, 0, 0)] * (block_size - len(row)) for row in rows]
-    ids, labels, mask, positions = torch.tensor(rows).movedim(-1, 0).contiguous()  # 4, B, T
+        row = next((row for row in rows if len(row[0]) + len(ids) - 1 <= block_size), None)
+        if row is None:  # it fits into none so far
+            rows.append(row := ([], [], [], []))
+        for part, new in zip(row, (ids[:-1], ids[1:], mask[1:], range(len(ids) - 1))):
+            part += new
+    columns = zip(zip(*rows), (pad_id, pad_id, 0, 0))  # the lists of all rows, and what fills them
+    ids, labels, mask, positions = (padded(lists, fill, block_size) for lists, fill in columns)
     return {"input_ids": ids, "labels": labels, "response_mask": mask.bool(),
             "positions": positions, "dropped": len(examples) - len(fitting)}
 
@@ -834,8 +835,7 @@ def run_rl(args):
             if critic:
                 error = critic(part["input_ids"]) - part["returns"]
                 losses = losses + args.value_weight / 2 * error.square()
-            losses = losses + (args.kl * distance if reference else 0)
-            loss = (part["weights"] * losses).sum()
+            loss = (part["weights"] * (losses + args.kl * distance)).sum()
             loss.backward()
             sums.update(loss=loss.item(), entropy=(part["shares"] * entropies).sum().item(),
                         kl=(part["shares"] * distance).sum().item())
