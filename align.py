@@ -9,11 +9,11 @@ learning with verifiers, and evaluation. Each command's flags: python align.py C
     python align.py synth --kind word --level 2 --n 1000 --out problems.jsonl
     python align.py eval --task gsm8k --ckpt smol.pt --chat --data test.jsonl --limit 100
 
-Training goes on with --resume --out_dir DIR. Data: .jsonl or .json, also .gz. sft: `prompt` and
+Continue a run with --resume --out_dir DIR. Data: .jsonl or .json, also .gz. sft: `prompt` and
 `response`; Alpaca's `instruction`, `input`, `output`; or `messages` of `role` and `content`. dpo,
 reward, judge: `prompt`, `chosen`, `rejected`. rl: `prompt` and `answer`; or `tests`: lines of code,
-or objects of `input` and `output`. Shapes: B responses, T tokens, V vocabulary; at position t of
-`labels`, log-probs and masks is what comes after that of `input_ids`.
+or objects of `input` and `output`. Shapes: B responses, T tokens, V vocabulary. `labels`, log-probs
+and masks are shifted: their position t is about the token that follows input_ids[:, t].
 """
 import argparse, ast, cmath, contextlib, csv, functools, gzip, itertools, json, math
 import multiprocessing, os, random, re, signal, statistics, subprocess, sys, time
@@ -27,12 +27,12 @@ from train import clip_grad_norm, get_lr, make_optimizers
 
 # ---- Data: from the rows of a file to messages, and from ids to batches.
 def read_rows(path, make):
-    """make(row) of each row of .jsonl, .json, .csv, .txt, also .gz; ValueError names a bad row."""
+    """List of make(row), if not None, of .jsonl, .json, .csv, .txt or .gz. ValueError: bad row."""
     kinds = {"jsonl": lambda file: map(json.loads, filter(str.strip, file)), "json": json.load,
              "csv": csv.reader, "txt": lambda file: file.read().split("<|endoftext|>")}
     made, opened = [], gzip.open if path.endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8", newline="\n") as file:
+        with opened(path, "rt", encoding="utf-8", newline="\n") as file:  # \r may be in a field
             for row in kinds[path.removesuffix(".gz").rpartition(".")[2]](file):
                 made.append(make(row))
     except Exception as error:
@@ -42,20 +42,21 @@ def read_rows(path, make):
     return kept
 
 def to_messages(row, role, *names):  # the first of these fields: a text, its parts, or messages
-    value = row[next((name for name in names if name in row), " or ".join(names))]
+    value = row[next((name for name in names if name in row), " or ".join(names))]  # or KeyError
     chat = value if type(value) is list and "role" in value[0] else [{"content": value}]
     return [{"role": turn.get("role", role), "content": turn["content"] if type(turn["content"])
              is str else "".join(part["text"] for part in turn["content"])} for turn in chat]
 
-def read_prompt(row):  # -> messages, those before the response if this has a field of its own
+def read_prompt(row):  # -> messages, without the response where this has a field of its own
     chat = to_messages(row, "user", "messages", "instruction", "prompt", "question", "problem")
     if "instruction" in row and row.get("input"):  # Alpaca's
         chat[-1]["content"] += "\n\n" + row["input"]
     return chat
 
-def read_chat(row, names=("response", "output", "completion", "answer")):  # -> messages or None
+def read_chat(row, names=("response", "output", "completion", "answer")):
+    """A row -> the messages of its conversation, or None where an assistant says nothing."""
     reply = [] if "messages" in row else to_messages(row, "assistant", *names)
-    chat = reply if len(reply) > 1 else read_prompt(row) + reply
+    chat = reply if len(reply) > 1 else read_prompt(row) + reply  # `chosen` may hold a whole chat
     said = [message["content"].strip() for message in chat if message["role"] == "assistant"]
     return chat if said and all(said) else None
 
@@ -64,13 +65,13 @@ def read_pair(row):  # -> the chosen and the rejected conversation, or None if e
     return pair if all(pair) and pair[0] != pair[1] else None
 
 def read_problem(row):
-    """A row for reinforcement learning -> row with "messages". Raises what no verifier can read."""
+    """A row for rl -> row with "messages"; None or an error if no verifier can read its answer."""
     if "tests" in row:
-        ast.parse(source_of(row["tests"])[0]).body[0]  # raises what is no code, or empty
+        ast.parse(source_of(row["tests"])[0]).body[0]  # raises if it is no code, or empty
     elif "instruction_id_list" in row:
         if {name.split(":")[1] for name in row["instruction_id_list"]} - CONSTRAINTS.keys():
             return None
-        verify(row, "a")  # raises what arguments lack
+        verify(row, "a")  # raises if an argument is missing
     else:
         row = row | {"answer": str(row["answer"]).split("####")[-1].strip()}
         kind, text, *_ = read(row["answer"])
@@ -83,33 +84,33 @@ def padded(rows, fill, width, device="cpu"):  # lists of numbers -> (B, width) i
     return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, width)
 
 def collate(examples, pad_id=0, device="cpu"):
-    """(ids, mask) of B texts -> dict of (B, T) tensors: input_ids and labels, the ids without the
+    """List of B (ids, mask) -> dict of (B, T) tensors: input_ids and labels, the ids without the
     last and without the first, and response_mask, True where the label counts."""
-    ids, mask = ([example[i] for example in examples] for i in (0, 1))
-    width = max(map(len, ids), default=1)
-    ids, mask = padded(ids, pad_id, width, device), padded(mask, 0, width, device).bool()
+    width = max((len(ids) for ids, _ in examples), default=1)
+    ids = padded([ids for ids, _ in examples], pad_id, width, device)
+    mask = padded([mask for _, mask in examples], 0, width, device).bool()
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
 
 def tokenize_prompts_and_responses(prompts, responses, tokenizer):
     """Lists of B strings -> dict of `collate`. The tokenizer is ours, or Hugging Face's."""
     encode = getattr(tokenizer, "encode_ordinary", tokenizer.encode)
-    how = {} if hasattr(tokenizer, "encode_ordinary") else {"add_special_tokens": False}
+    how = {} if hasattr(tokenizer, "encode_ordinary") else {"add_special_tokens": False}  # no <s>
     pairs = [(encode(a), encode(b, **how)) for a, b in zip(prompts, responses, strict=True)]
     pad = getattr(tokenizer, "pad_token_id", getattr(tokenizer, "eot_id", None))
     return collate([(a + b, [0] * len(a) + [1] * len(b)) for a, b in pairs], pad or 0)
 
 def pack_sequences(examples, block_size, pad_id=0):
-    """Several (ids, mask) in each row of block_size -> dict as of `collate`, of positions, by which
-    the model keeps texts apart, as each starts from 0, and "dropped": how many were too long."""
+    """Several (ids, mask) share a row -> dict as of `collate`, T = block_size; "positions", from 0
+    in each text, by which the model keeps them apart; and "dropped", how many do not fit."""
     rows, fitting = [], [pair for pair in examples if 1 < len(pair[0]) <= block_size + 1]
     for ids, mask in sorted(fitting, key=lambda example: -len(example[0])):  # the longest first
-        fits = (row for row in rows if len(row[0]) + len(ids) - 1 <= block_size)
-        row = next(fits, ([], [], [], []))
-        rows += [row] * (not row[0])
+        row = next((row for row in rows if len(row[0]) + len(ids) - 1 <= block_size), None)
+        if row is None:  # it fits into none so far
+            rows.append(row := ([], [], [], []))
         for part, new in zip(row, (ids[:-1], ids[1:], mask[1:], range(len(ids) - 1))):
             part += new
-    ids, labels, mask, positions = (padded(row, fill, block_size) for row, fill in zip(
-        zip(*rows), (pad_id, pad_id, 0, 0)))
+    columns = zip(zip(*rows), (pad_id, pad_id, 0, 0))  # the lists of all rows, and what fills them
+    ids, labels, mask, positions = (padded(lists, fill, block_size) for lists, fill in columns)
     return {"input_ids": ids, "labels": labels, "response_mask": mask.bool(),
             "positions": positions, "dropped": len(examples) - len(fitting)}
 
@@ -143,9 +144,9 @@ def sequence_log_probs(model, input_ids, labels, response_mask):
     """log p of each whole response given its prompt. (B, T) each, see `collate` -> (B,)"""
     return masked_sum(response_log_probs(model, input_ids, labels)["log_probs"], response_mask, 1)
 
-# ---- Losses: sums of weight x loss; as weights are the whole batch's, what its parts give adds up.
+# ---- Losses: sums of weight x loss. Weights are a whole batch's, so losses of its parts add up.
 def sft_loss(log_probs, response_mask, normalizer=None):
-    """Mean negative log-likelihood of responses, (B, T) each. normalizer: the batch's tokens."""
+    """Mean -log p of the responses' tokens, (B, T) each. normalizer: their number in all parts."""
     count = response_mask.sum().clamp(min=1) if normalizer is None else normalizer
     return -masked_sum(log_probs, response_mask, normalize_constant=count)
 
@@ -154,7 +155,7 @@ def reward_model_loss(chosen, rejected):
     return -torch.nn.functional.logsigmoid(chosen - rejected).sum() / max(1, chosen.numel())
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1):
-    """The loss above, of the reward beta log(pi / ref) (Rafailov et al. 2023). Arguments: (B,)"""
+    """The loss above with the reward beta log(pi / ref) (Rafailov et al. 2023). Log-probs: (B,)"""
     return reward_model_loss(beta * (policy_chosen - reference_chosen),
                              beta * (policy_rejected - reference_rejected))
 
@@ -165,11 +166,11 @@ def kl_estimate(log_probs, reference_log_probs):
 
 def group_advantages(rewards, group_size, eps=1e-6, normalize_std=True):
     """(r - mean) / (std + eps) within each group of responses to one prompt (GRPO: Shao et al.
-    2024), or r - mean (Dr. GRPO: Liu et al. 2025). (B,) -> (B,). Raises ValueError for NaN."""
+    2024), or r - mean (Dr. GRPO: Liu et al. 2025). (B,) -> (B,). ValueError if not finite."""
     groups = torch.as_tensor(rewards).reshape(-1, group_size) * 1.0  # integers, too
     if not groups.isfinite().all():
         raise ValueError("a reward is not a finite number")
-    advantages = groups - groups.mean(1, keepdim=True)
+    advantages = groups - groups.mean(1, keepdim=True)  # of equal ones: rounding, see below
     if normalize_std and group_size > 1:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
     return (advantages * (groups != groups[:, :1]).any(1, keepdim=True)).reshape(-1)  # equal: 0
@@ -177,7 +178,7 @@ def group_advantages(rewards, group_size, eps=1e-6, normalize_std=True):
 def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
     """Generalised advantage estimation (Schulman et al. 2015), from the last token to the first:
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1}
-    All (B, T) -> advantages, returns A + V, 0 outside of the mask, which is passed over."""
+    All (B, T) -> advantages, and returns A + V. Tokens outside of the mask are skipped: both 0."""
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
     advantages, values = torch.zeros_like(values), values.masked_fill(~mask, 0.0)
     next_value = next_advantage = values.new_zeros(len(values))
@@ -208,25 +209,26 @@ def policy_loss(log_probs, advantages, old_log_probs=None, clip=None):
         return -advantages * log_probs
     ratio = (log_probs - old_log_probs).exp()
     low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
-    near = ratio if clip is None else ratio.clamp(1 - low, 1 + high)
-    return -torch.minimum(ratio * advantages, near * advantages)
+    clipped = ratio if clip is None else ratio.clamp(1 - low, 1 + high)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
 
-# ---- Verifiers: what they let through is rewarded, so what can not be read is wrong.
+# ---- Verifiers: what they let through is rewarded, so what they cannot read counts as wrong.
 LETTERS = "ABCDEFGHIJ"  # of choices
-SEED = random.SystemRandom().random()  # of the values of letters: no response can know them
+SEED = random.SystemRandom().random()  # letters get values that no response can know
 FUNCTIONS = dict(sin=cmath.sin, cos=cmath.cos, tan=cmath.tan, ln=cmath.log, log=cmath.log10)
 FUNCTION = rf"\\?(?:{'|'.join(FUNCTIONS)})(?![a-z]|\^\{{-)"  # but not the inverse, sin^{-1}
-UNIT = re.compile(  # after a number: a usual unit, or any plural that is no number; then / or per
+DOZENS = (r"(?:plu|dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|"
+          r"[mb]illion)s|\w*ths")  # are no units: 5 dozens, 5 tenths are other numbers than 5
+UNIT = re.compile(  # (a number) and (a usual unit or any plural, maybe ^2, maybe / or per another)
     r"((?!.*" + FUNCTION + r").*(?:[\d)}]|million))\s*((?:(?<=\s)[msghL]|[ckm]m|[km]g|in|ft|lb|mph|"
-    r"%|°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!(?:"
-    r"plu|dozen|pair|score|hal[fv]e|quarter|third|time|minu|les|ten|hundred|thousand|[mb]illion)s|"
-    r"\w*ths)[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per)\s*(?:[smh]|[a-z]{2,})(?:\^[23])?)?)")
+    r"%|°|¤|(?:square |cubic )?(?:unit|inch|feet|mile|meter|hour|day|cent|dollar|degree)s?|(?!" +
+    DOZENS + r")[a-z]{2,}(?<!s)s)(?:\s*\^[23])?(?:\s*(?:/|per)\s*(?:[smh]|[a-z]{2,})(?:\^[23])?)?)")
 LETTER = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|sigma|phi)(?![a-z]))(?:_\w)?'*"
 NAME = re.compile(  # x, f(x); or several letters: AB, (x, y)
     rf"\s*(?!(?i:not?)\b)(?:({LETTER}(?:\([^()=]*\))?)|[|(]?{LETTER}(?:[,\s]*{LETTER})*[|)]?)\s*")
 SIGNS = dict(zip("pi infty le leq ge geq lt gt in cup pm cdot times div".split(), "π∞≤≤≥≥<>=∪±**/"))
-WORD = rf"(?<![\\a-zA-Z])(?!sqrt|million|{FUNCTION})[a-zA-Z]{{3}}"  # it is no product of letters
-CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what changes no answer
+WORD = rf"(?<![\\a-zA-Z])(?!sqrt|million|{FUNCTION})[a-zA-Z]{{3}}"  # not a product of letters
+CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # in turn; ¤: a dollar
     (r"\\begin\{([bp]?matrix)\}(.*?)\\end\{\1\}", lambda found: "⟦(" + re.sub(  # ⟦(1,2),(3,4)⟧
         r"\\\\", "),(", found[2].replace("&", ",").strip("\\ \n")) + ")⟧"),
     (r"\\\$|^\$(?=[^$]*$)", "¤"), (r"(?<=\d)(?:\{,\}|\\,|,\\!)\s*(?=\d{3})", ","),  # 1{,}000
@@ -245,7 +247,7 @@ CLEANING = [(re.compile(pattern, re.S), new) for pattern, new in (  # what chang
      if int(found[2]) < int(found[3]) else found[0]), (r"\s+", " "),  # 1\frac{1}{2} -> (1+1/2)
     (r"^[\s*=]+|[\s*]+$", ""), (r"(?<!\.)\.$", ""), (r"^([^±,]*)±([^±,]*)$", r"\1+\2,\1-\2"),
     (r"\+(?=∞)|((?<=[=(,])|^)\s*\+", ""), (r"^([a-z]) *>([^<≤>≥=]+)$", r"\2<\1<∞"),
-    (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"), (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),
+    (r"^([a-z]) *≥([^<≤>≥=]+)$", r"\2≤\1<∞"), (r"^([a-z]\s*[<≤][^<≤>≥=]+)$", r"-∞<\1"),  # -∞<x<3
     (r"^([^<≤>≥=]+)([<≤])\s*([a-z])\s*([<≤])([^<≤>≥=]+)$", r"\3=\2\1,\5\4"),  # 2<x≤3 -> x=<2,3≤
     ("=<", "=("), ("=≤", "=["), ("<$", ")"), ("≤$", "]"))]  # and that as x=(2,3]
 
@@ -261,9 +263,9 @@ def extract_answer(text):
     return text
 
 def parse(text, point):
-    """The value of an expression, exact if it can be; each level of precedence is a function."""
-    at = 0
-    def take(pattern):  # what comes next, if it is such
+    """The value of an expression at a `point` of math_value, a Fraction if exact; or an error."""
+    at = 0  # how far the text is read; each level of precedence is a function
+    def take(pattern):  # what comes next, if it matches: then it is behind us; else None
         nonlocal at
         if found := re.compile(rf"\s*({pattern})").match(text, at):
             at = found.end()
@@ -275,12 +277,12 @@ def parse(text, point):
         return x
     def product(signs=r"\*(?!\*)|/|(?=[a-zA-Zπ°(√]|\\[a-z]|\{(?!\s*\d)|(?<=π )\d)"):
         x = power()
-        while (sign := take(signs)) is not None:  # 2x is a product, too
+        while (sign := take(signs)) is not None:  # "" where a factor follows: 2x, 3(x+1), 2√3
             x = x / power() if sign == "/" else x * power()
         return x
     def power():
         x = atom()
-        while take(r"\^|\*\*"):
+        if take(r"\^|\*\*"):  # from the right: 2^3^2 is 2^9
             x = raised(x, -power() if take("-") else power())
         return x
     def raised(x, y):  # exact where that is short
@@ -292,31 +294,32 @@ def parse(text, point):
         if digits := take(number):
             return Fraction(digits) * (10**6 if take("million(?![a-z])") else 1)
         if take(r"\\frac(?![a-z])"):
-            return atom(r"\d") / atom(r"\d")
+            return atom(r"\d") / atom(r"\d")  # one digit each if there are no braces: \frac12
         if take(r"\\?sqrt(?![a-z])|√"):
             degree = atom() if take(r"(?=\[)") is not None else Fraction(2)
             return raised(atom(r"\d"), 1 / degree)
         if name := take(FUNCTION):  # of what follows: sin(x), sin 2x, sin^2 x, log_2 x
-            base = atom(r"\d") if take("_") else 10
+            base = atom(r"\d") if take("_") else 10  # of which log10 is 1
             exponent = atom(r"\d") if take(r"\^") else Fraction(1)
             alone = take(r"(?=[({])") is None
             x = product(rf"(?!{FUNCTION})(?=[a-zπ°]|\\[a-z])") if alone else atom()
             return raised(FUNCTIONS[name.strip("\\")](x) / cmath.log10(base), exponent)
         if name := take(LETTER + "|π|°"):
             value = random.Random(f"{SEED} {name} {point}").randrange(2 * 10**6, 3 * 10**6)
-            value = Fraction(-value if point == 2 else value, 10**6 + 3)
+            value = Fraction(-value if point == 2 else value, 10**6 + 3)  # 2 to 3, or -3 to -2
             return {"π": math.pi, "°": math.pi / 180, "e": math.e, "i": 1j}.get(name, value)
-        bracket = take(r"[({\[]")
-        x = total() if bracket else None
-        return x if take(re.escape(")}]"["({[".index(bracket)])) else None  # a TypeError later
+        end = {"(": r"\)", "{": r"\}", "[": r"\]"}[take(r"[({\[]")]  # KeyError: nothing we know
+        x = total()
+        return x if take(end) else None  # not closed: None will be a TypeError
     x = total()
     if at < len(text.rstrip()) or not (isinstance(x, Fraction) or cmath.isfinite(x)):
         raise ValueError("no expression")
     return x
 
 @functools.lru_cache(10_000)
-def math_value(text):  # at two choices of positive letters, one of negative; or None
-    with contextlib.suppress(ValueError, TypeError, ArithmeticError, RecursionError):
+def math_value(text):
+    """Values at two points of positive letters and one of negative; None if it is no expression."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         if len(text) <= 1000 and not re.search(WORD, text):
             return [parse(text, point) for point in range(3)]
 
@@ -326,25 +329,23 @@ def close(x, y):  # whether two numbers are equal: fractions exactly, others nea
 
 def split(text, pattern):  # the pieces between matches of a pattern outside of all brackets
     depths = [0, *itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
-    found = [match for match in re.finditer(pattern, text) if depths[match.start()] == 0]
-    ends = [(0, 0), *(match.span() for match in found), (len(text), 0)]
-    return [text[a:b] for (_, a), (b, _) in zip(ends, ends[1:])]
+    return re.sub(pattern, lambda one: one[0] if depths[one.start()] else "\0", text).split("\0")
 
 @functools.lru_cache(10_000)  # the true answer is compared with each response of a group
 def read(text):
     """An answer as (kind, its parts). Kinds: value, list, union, =, text, or a pair of brackets."""
-    text = text if len(text) <= 1000 else ""  # which takes long, and is none
+    text = text if len(text) <= 1000 and "\0" not in text else ""  # long ones are slow, and wrong
     for pattern, new in CLEANING:
         text = pattern.sub(new, text)
     word = "text", text.lower() if text.isalpha() else text.replace(" ", "")
     comma = r"(?!(?<=\d)(?<!\d{4}),\d{3}(?!\d)),"  # 1,000 is one number
-    both = rf"\s*{comma}?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|{comma}"
-    for kind, pieces in ("union", split(text, "∪")), ("list", split(text, both)):
+    between = rf"\s*{comma}?\s*(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|{comma}"
+    for kind, pieces in ("union", split(text, "∪")), ("list", split(text, between)):
         if len(pieces) > 1:
             return kind, [*map(read, pieces)]
     if len(sides := split(text, "=")) > 1:
         return equation(sides) or word
-    if text[-1:] in tuple(")]}⦄⟧") and split(text, "(?!^)") == [text, ""]:  # brackets around it
+    if text.endswith(tuple(")]}⦄⟧")) and split(text, "(?!^)") == [text, ""]:  # brackets around all
         pieces = split(text[1:-1], ",")
         if len(pieces) == 1 and text[0] in "({":
             return read(text[1:-1])
@@ -357,13 +358,13 @@ def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 2x = 5 up to a f
     sides = sides[::-1] if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]) else sides
     name = NAME.fullmatch(sides[0])
     values = [read(side) for side in sides[bool(name) :]]
-    free = values[-1][0] == "value" and not close(*values[-1][1][:2])  # of letters
+    varies = values[-1][0] == "value" and not close(*values[-1][1][:2])  # with its letters
     if not name and len(sides) == 2 and all(known := [*map(math_value, sides)]):
         gap = [x - y for x, y in zip(*known)]
         if all(gap) and not close(*gap[:2]):
-            return "value", [x / gap[0] for x in gap], "= 0"
-    if not all(same(x, values[-1]) for x in values) or name and not name[1] and free:
-        return None
+            return "value", [x / gap[0] for x in gap], "= 0"  # as a unit that no number has
+    if not all(same(x, values[-1]) for x in values) or name and not name[1] and varies:
+        return None  # 5 = 6, or ab = 2x, where ab is no name
     return ("=", "".join(name[0].split()), values[-1]) if name else values[-1]
 
 def same(a, b):  # whether an answer gives the true one, both as read() returns them
@@ -372,7 +373,7 @@ def same(a, b):  # whether an answer gives the true one, both as read() returns 
         return len(names) == 1 and same(*(x[2] if x[0] == "=" else x for x in (a, b)))
     if a[0] != b[0] or a[0] == "text":
         return a == b != ("text", "")
-    if a[0] == "value":  # at negative letters roots may differ
+    if a[0] == "value":  # where letters are negative, roots are complex, and may differ
         points = 3 if all(x[1][2].imag == 0 for x in (a, b)) else 2
         scales = [1, Fraction(1, 100)] if b[2] == "%" and not a[2] else [  # 50 and 0.5 give 50%
             100 if a[2] == "%" and not b[2] and abs(b[1][0]) <= 1 else 1]  # 50% gives 0.5
@@ -391,16 +392,16 @@ def grade_math(response, truth):
 def find_choice(response, n=4):
     """The letter, of the first n, that a response chooses: after a mark (\\boxed, "the answer is"),
     at its beginning ("B. because"), or as its last word ("it must be C"); else None."""
-    end = (r"(?=[).:,;*\"'$}\]<\n]|\s*$|\s+because\b)"  # but not one of several, side by side
+    end = (r"(?=[).:,;*\"'$}\]<\n]|\s*$%s)"  # %s: what else may follow; but no other letter
            rf"(?!\W{{0,9}}(?:or|and)\b|[\s,/()&]*[{LETTERS[:n]}]\b)")
     letter = rf"\W{{0,9}}([{LETTERS[:n]}])"
     marks = r"(?:\\boxed(?:\{\\text\w*)?|####|<answer>|(?i:answer|choice|option)(?i:\s+is|:))"
     last = r"(?<!not )(?<!n't )(?<!never )\b(?i:is|be|choose|pick)" + letter + r"\W*$"
-    for pattern in marks + letter + end, "^" + letter + end.replace(r"\s+because\b", "$"), last:
+    for pattern in marks + letter + end % r"|\s+because\b", "^" + letter + end % "", last:
         if found := re.findall(pattern, response[-20_000:]):
             return found[-1]
 
-def often(pattern, text, k):  # whether it occurs as often as k asks, with its only number
+def often(pattern, text, k):  # whether it occurs as often as k, arguments with one number, asks
     asked = next(value for value in k.values() if type(value) in (int, float))
     return (len(re.findall(pattern, text)) >= asked) != ("less than" in k.values())
 
@@ -421,27 +422,27 @@ CONSTRAINTS = {  # of IFEval (Zhou et al. 2023): whether the text t obeys, given
     "english_capital": lambda t, k: t.isupper(), "english_lowercase": lambda t, k: t.islower()}
 
 def follows(problem, response, loose=False):
-    """Which instructions of an IFEval row a response follows; loose: any part of it, as below."""
+    """Which instructions of an IFEval row a response follows; loose: any of its forms below."""
     lines = response.split("\n")  # without the first, the last, or both; and without stars
     forms = [response, *("\n".join(x).strip() for x in (lines[1:], lines[:-1], lines[1:-1]))]
     forms = forms + [form.replace("*", "") for form in forms] if loose else [response]
     return [any(CONSTRAINTS[name.split(":")[1]](form, k or {}) for form in forms if form.strip())
             for name, k in zip(problem["instruction_id_list"], problem["kwargs"], strict=True)]
 
-# ---- Code of a model: in one process; tests, in another, ask it for calls. They send literals.
+# ---- Code of a model runs in one process; tests, in another, send it calls. Only literals travel.
 SANDBOX = r'''
 import ast, contextlib, ctypes, io, json, os, platform, resource, socket, struct, sys
 import bisect, builtins, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions
 import functools, hashlib, heapq, itertools, math, operator, random, re, statistics, string
-import textwrap, time, typing, _strptime
+import textwrap, time, typing, _strptime  # now, as later no file can be opened
 code, program, seconds, memory = json.loads(sys.argv[1])
-names = {name: module for name, module in sys.modules.items() if "." not in name}
+names = {name: module for name, module in sys.modules.items() if "." not in name}  # for tests
 sys.stdout, ends, null = open(os.devnull, "w"), socket.socketpair(), os.open(os.devnull, os.O_RDWR)
 holds_code = os.fork() == 0  # from here on two processes; this one holds the code, or reads tests
 ends[not holds_code].close()
 link = ends[holds_code].detach()
 told, tell, tests = open(link), open(link, "w"), "" if holds_code else sys.stdin.read()
-for number in range(3 * holds_code):
+for number in range(3 * holds_code):  # stdin, stdout, stderr are not for the code
     os.dup2(null, number)
 for name, n in dict(CORE=0, FSIZE=0, NPROC=0, NOFILE=0, AS=memory, CPU=seconds).items():
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS lacks some
@@ -452,12 +453,12 @@ kind, *calls = {"x86_64": (
     0xC000003E, 0, 1, 3, 9, 10, 11, 12, 13, 14, 15, 25, 28, 39, 60, 202, 228, 230, 231, 318),
     "aarch64": (0xC00000B7, 63, 64, 57, 222, 226, 215, 214, 134, 135, 139, 216, 233, 172, 93, 98,
                 113, 115, 94, 278)}.get(platform.machine(), (0,))
-rules = [(0x20, 0, 0, 4), (0x15, 1, 0, kind), (6, 0, 0, 0), (0x20, 0, 0, 0),
-         *((0x15, len(calls) - i, 0, n) for i, n in enumerate(calls)),
+rules = [(0x20, 0, 0, 4), (0x15, 1, 0, kind), (6, 0, 0, 0), (0x20, 0, 0, 0),  # 0x20: load
+         *((0x15, len(calls) - i, 0, n) for i, n in enumerate(calls)),  # jump if equal; 6: return
          (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]  # refuse: EPERM; allow
 rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
 sized = ctypes.create_string_buffer(struct.pack("HP", len(calls) + 6, ctypes.addressof(rules)))
-prctl = calls and getattr(ctypes.CDLL(None), "prctl", None)  # no new rights; then a filter
+prctl = calls and getattr(ctypes.CDLL(None), "prctl", None)  # 38: no new rights; 22: the filter
 confined = bool(prctl) and not (prctl(38, 1, 0, 0, 0) or prctl(22, 2, sized, 0, 0))
 def send(*message):  # inf is no literal, 1e999 is
     print(re.sub(r"(?<![\w'\"])inf(?![\w'\"])", "1e999", repr(message)), file=tell, flush=True)
@@ -480,7 +481,7 @@ def run(text):  # the code as a program, with this as its input
     return said[1].buffer.getvalue().decode()
 if holds_code:
     names = {"__name__": "solution", "run": run}
-    names["load"] = lambda: exec("" if program else code, names) or [
+    names["load"] = lambda: exec("" if program else code, names) or [  # exec returns None
         name for name, x in names.items() if callable(x)]
     for line in told:
         name, args, kwargs = ast.literal_eval(line)
@@ -496,10 +497,10 @@ try:
     verdict = "" if ast.parse(tests).body else "no tests"
 except BaseException as error:
     verdict = (type(error).__name__ + ": " + str(error))[:300]
-os._exit(os.write(2, json.dumps([confined, verdict]).encode()))
+os._exit(os.write(2, json.dumps([confined, verdict]).encode()))  # (the exit code means nothing)
 '''
 
-print_once = functools.cache(print)
+print_once = functools.cache(print)  # as a call that is cached does nothing
 Verdict = namedtuple("Verdict", "passed error")  # error: "", "timeout" or the exception
 Verdict.__bool__ = lambda verdict: verdict.passed
 
@@ -524,7 +525,7 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     except (subprocess.TimeoutExpired, ValueError) as problem:
         error = "the tests did not end" if isinstance(problem, ValueError) else "timeout"
     finally:
-        with contextlib.suppress(OSError), child:
+        with contextlib.suppress(OSError), child:  # (whose exit waits for it, and closes pipes)
             os.killpg(child.pid, signal.SIGKILL)
     return Verdict(not error, error)
 
@@ -541,12 +542,12 @@ def verify(problem, response):
 
 # ---- Learned verifiers, and problems that a program makes and so can solve.
 class ScalarModel(torch.nn.Module):
-    """A Transformer with one output per position, 0 at first: the last is a reward; all, values."""
+    """A Transformer with one output per position, 0 at first: reward is the last, values all."""
     def __init__(self, body, saved=None):
         super().__init__()
         self.body = body
         self.head = torch.nn.Parameter(torch.zeros_like(body.embedding.weight[0]).float())
-        self.load_state_dict(saved["modules"][0] if saved else self.state_dict())
+        self.load_state_dict(saved["modules"][0] if saved else self.state_dict())  # or as it is
     def forward(self, input_ids):  # (B, T) -> (B, T)
         return self.body(input_ids, hidden=True).float() @ self.head
     def score(self, texts):  # rewards of whole texts, a list of B lists of ids -> (B,)
@@ -565,7 +566,7 @@ def make_problem(kind, level, rng):
 # ---- A checkpoint that can be talked to, that can use a tool, and that learns.
 RAW = ("{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n\n' if "
        "m.role == 'system' }}{% endfor %}")  # the template of models that have none
-CALL = re.compile(r"<<([^<>=\n]+)=([^<>\n]*>>|$)")  # of the calculator, and its result
+CALL = re.compile(r"<<([^<>=\n]+)=([^<>\n]*>>|$)")  # of the calculator, and its result: <<4/2=2>>
 
 def calculate(text):  # the value of an arithmetic expression as a short decimal number, or "?"
     x, y, _ = math_value(text) or ("", "", "")
@@ -582,14 +583,14 @@ def write_rows(path, rows):  # write dicts as .jsonl
     print(f"{path}: {len(rows)} rows", flush=True)
 
 def batch_of(items, batch_size, step, seed):
-    """Batch number `step` of the epochs, whose order tells by seed and number: runs can resume."""
+    """Batch `step` of endless epochs; seed and epoch alone decide the order, so runs can resume."""
     n, at = len(items), range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: torch.randperm(n, generator=torch.Generator().manual_seed(
         seed * 1_000_003 + epoch)).tolist() for epoch in {i // n for i in at}}
     return [items[orders[i // n][i % n]] for i in at]
 
 class Assistant:
-    """What args name: model, tokenizer, chat template, and `stops`, that end what it says."""
+    """The model, tokenizer and template that args name. stops: ids that end what it says."""
     def __init__(self, args):
         self.args, self.device = args, pick_device(args.device)
         path = os.path.join(args.out_dir, "ckpt.pt") if args.resume else args.ckpt
@@ -606,14 +607,14 @@ class Assistant:
         messages = [{"role": "user", "content": messages}] if type(messages) is str else messages
         if self.template == RAW and len(messages) == 2 - reply and messages[0]["role"] == "user":
             ids = self.tokenizer.encode_ordinary("".join(m["content"] for m in messages))
-            return ids + [self.tokenizer.eot_id] * (not reply)  # the same, but fast
+            return ids + [self.tokenizer.eot_id] * (not reply)  # (user) or (user, assistant)
         return encode_chat(self.tokenizer, self.template, messages, reply, **self.names)
     def examples(self, messages):
-        """(ids, mask) for each time the assistant speaks: 1 there, but for what a tool wrote."""
+        """(ids, mask) for each time the assistant speaks: mask is 1 there, 0 where a tool wrote."""
         found = []
         for i in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
             whole = self.encode(messages[: i + 1], False) + self.stops[:1]
-            start = len(os.path.commonprefix([self.encode(messages[:i]), whole]))
+            start = len(os.path.commonprefix([self.encode(messages[:i]), whole]))  # of lists
             end = next(k + 1 for k in range(start, len(whole)) if whole[k] in self.stops)
             found.append((whole[:end], [0] * start + [1] * (end - start)))
         for ids, mask in found if self.args.tool else ():
@@ -629,7 +630,7 @@ class Assistant:
         ends = [min(len(ids) + self.args.max_new_tokens, room) for ids in prompts]
         calls = {i for i, x in self.tokenizer.vocab.items() if self.args.tool and x[-1:] == b"="}
         todo, generator = [*range(len(prompts))], torch.Generator(self.device).manual_seed(seed)
-        while todo:
+        while todo:  # what ends in a call gets the result, and comes again
             rows, todo = todo[:size], todo[size:]
             new = self.model.generate(
                 [texts[i] for i in rows], [ends[i] - len(texts[i]) for i in rows], temperature,
@@ -653,7 +654,7 @@ class Assistant:
         return norm
 
     def fit(self, modules, do_step, evaluate):
-        """All training. do_step(step) changes modules' parameters; it and evaluate() -> metrics."""
+        """The loop of all training. do_step(step) updates modules; it and evaluate() -> metrics."""
         args, rows, step, saved = self.args, [], 0, self.saved
         path = os.path.join(args.out_dir, "ckpt.pt")
         self.parameters = [p for module in modules for p in module.parameters()]
@@ -667,7 +668,7 @@ class Assistant:
             torch.set_rng_state(saved["rng"].cpu())
         show({"step": step} | evaluate())
         os.makedirs(args.out_dir, exist_ok=True)
-        saved, self.saved = {name: saved.get(name) for name in ("begin", "tokenizer")}, None
+        saved, self.saved = {name: saved.get(name) for name in ("begin", "tokenizer")}, None  # free
         while step < args.max_iters:
             begin, lr = time.perf_counter(), get_lr(
                 step, args.learning_rate, 0.0, args.warmup_iters, args.max_iters, args.schedule)
@@ -697,7 +698,7 @@ class Assistant:
 
 # ---- Supervised fine-tuning, and preferences.
 def fit_rows(run, modules, read, measure, count=len):
-    """Training on read(row), lists of (ids, mask). measure(rows) -> means over count(rows)."""
+    """Training on read(row), a list of (ids, mask). measure(rows) -> means over count(rows)."""
     args, limit = run.args, run.model.config.block_size + 1
     def make(row):
         found = read(row)
@@ -705,14 +706,14 @@ def fit_rows(run, modules, read, measure, count=len):
     def average(rows, size, prefix=""):  # in parts, each weighing what it has of the whole
         sums = Counter()
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-            found, share = measure(part), count(part) / count(rows)
-            if torch.is_grad_enabled():  # the second is of mixtures of experts
-                ((found["loss"] + run.model.auxiliary_loss()) * share).backward()
-            sums.update({prefix + name: value.item() * share for name, value in found.items()})
+            found, weight = measure(part), count(part) / count(rows)
+            if torch.is_grad_enabled():  # auxiliary_loss: what balances a mixture of experts
+                ((found["loss"] + run.model.auxiliary_loss()) * weight).backward()
+            sums.update({prefix + name: value.item() * weight for name, value in found.items()})
         return dict(sums)
     def do_step(step):
         rows = batch_of(data, args.batch_size, step, args.seed)
-        means = average(rows, -(-len(rows) // args.gradient_accumulation_steps))
+        means = average(rows, -(-len(rows) // args.gradient_accumulation_steps))  # rounded up
         return means | {"grad_norm": run.update()}
     data, held_out = (read_rows(path, make) if path else [] for path in (args.data, args.val_data))
     run.fit(modules, do_step, torch.no_grad()(lambda: average(held_out, args.batch_size, "val_")))
@@ -721,9 +722,9 @@ def run_sft(args):
     """`sft`: learn to answer as the examples do. Several texts share a row, unless --no_packing."""
     run = Assistant(args)
     model, limit = run.model, run.model.config.block_size
-    packing = not args.no_packing and not {"linear", "hyena"} & set(model.kinds)  # they have states
+    packing = not args.no_packing and not {"linear", "hyena"} & set(model.kinds)  # have states
     def measure(rows):
-        model.train(torch.is_grad_enabled())
+        model.train(torch.is_grad_enabled())  # dropout, but not in evaluation
         examples = [*itertools.chain(*rows)]
         width = min(limit, sum(len(ids) for ids, _ in examples))
         batch = pack_sequences(examples, width) if packing else collate(examples)
@@ -734,7 +735,7 @@ def run_sft(args):
              lambda rows: sum(sum(mask[1:]) for row in rows for _, mask in row))
 
 def run_preferences(args):
-    """`dpo`: make chosen likelier than rejected, beta: near --ckpt. `reward`: learn rewards."""
+    """`dpo`: make chosen likelier than rejected; big beta: near --ckpt. `reward`: learn rewards."""
     run = Assistant(args)
     model = run.model.eval()  # without dropout, so that at step 0 the policy is the reference
     reward = ScalarModel(model) if args.command == "reward" else None
@@ -769,7 +770,7 @@ def advantages_of(batch, args):  # (B, 1), or for ppo (B, T) and batch["returns"
         A, batch["returns"] = gae(rewards * last, batch["values"], args.gamma, args.lam, mask)
         return (A - A[mask].mean()) / (A[mask].std(correction=0) + 1e-8)
     if args.algorithm in ("reinforce", "expert"):
-        return (rewards - rewards.mean() * (args.algorithm == "reinforce"))
+        return rewards - rewards.mean() * (args.algorithm == "reinforce")
     return group_advantages(rewards, args.group_size, 1e-6, args.algorithm != "dr_grpo")[:, None]
 
 def solve(assistant, problems):  # the share of problems whose greedy response is verified
@@ -793,13 +794,13 @@ def run_rl(args):
     clip = args.clip or 1e9, args.clip_high or (0.28 if algorithm == "dapo" else args.clip or 1e9)
     average = {"grpo": "response", "dr_grpo": "constant"}.get(algorithm, "token")
     plain = algorithm in ("reinforce", "expert")  # without ratios
-    on_policy = plain or args.epochs * args.minibatches == 1 and not critic  # who learns has spoken
-    def parts(batch):
+    on_policy = plain or args.epochs * args.minibatches == 1 and not critic  # pi_old is pi
+    def parts(batch):  # micro-batches
         tensors = zip(*(x.split(size) for x in batch.values()))
         return [dict(zip(batch, some)) for some in tensors if len(some[0])]
-    def look(model, part):  # log-probs, 0 where nothing was said, and entropy
+    def look(model, part):  # -> log_probs, 0 where nothing was said, and token_entropy
         labels = part["labels"].masked_fill(~part["response_mask"], -100)
-        return response_log_probs(model, part["input_ids"], labels, True, args.temperature).values()
+        return response_log_probs(model, part["input_ids"], labels, True, args.temperature)
     @torch.no_grad()
     def rollout(step):  # -> a batch, and the metrics of its rewards
         asked = [p for p in batch_of(data, args.prompts_per_step, step, args.seed)
@@ -815,30 +816,29 @@ def run_rl(args):
             right = {text: i for i, text in enumerate(map(tuple, texts)) if rewards[i] >= 1}
             batch = {name: x[list(right.values())] for name, x in batch.items()}
         for name, known in (("old", None if on_policy else model), ("reference", reference)):
-            if known and len(batch["rewards"]):  # what was so before the updates
-                batch[name] = torch.cat([next(iter(look(known, part))) for part in parts(batch)])
+            if known and len(batch["rewards"]):  # log-probs before the updates
+                batch[name] = torch.cat([look(known, part)["log_probs"] for part in parts(batch)])
         if critic:
             batch["values"] = torch.cat([critic(part["input_ids"]) for part in parts(batch)])
         return batch | {"advantages": advantages_of(batch, args)}, row
     def learn(mini):  # one update -> its metrics
-        sums, mask = Counter(), mini["response_mask"]
-        mini["weights"] = token_weights(mask, average, args.max_new_tokens)
+        sums = Counter()
+        mini["weights"] = token_weights(mini["response_mask"], average, args.max_new_tokens)
         if not critic and not args.kl:  # advantages of 0 have no gradient
             mini = {name: x[mini["advantages"][:, 0] != 0] for name, x in mini.items()}
-        mini["shares"] = token_weights(mini["response_mask"])
+        mini["shares"] = token_weights(mini["response_mask"])  # for metrics: means over tokens
         for part in parts(mini):
-            log_probs, entropies = look(model, part)
+            log_probs, entropies = look(model, part).values()
             old = part.get("old", log_probs.detach())
             distance = kl_estimate(log_probs, part.get("reference", old))
             losses = policy_loss(log_probs, part["advantages"], None if plain else old, clip)
             if critic:
                 error = critic(part["input_ids"]) - part["returns"]
                 losses = losses + args.value_weight / 2 * error.square()
-            losses = losses + (args.kl * distance if reference else 0)
-            loss = (part["weights"] * losses).sum()
+            loss = (part["weights"] * (losses + args.kl * distance)).sum()
             loss.backward()
-            means = [(part["shares"] * x).sum().item() for x in (entropies, distance)]
-            sums.update(loss=loss.item(), entropy=means[0], kl=means[1])
+            sums.update(loss=loss.item(), entropy=(part["shares"] * entropies).sum().item(),
+                        kl=(part["shares"] * distance).sum().item())
         return {**sums, "grad_norm": run.update()} if sums else {}
     def do_step(step):
         (batch, row), updates = rollout(step), []
@@ -861,34 +861,34 @@ def run_synth(args):
         answers = writer.respond([*map(writer.encode, texts)], args.temperature, args.seed)
         return write_rows(args.out, [{"text": text} for *_, text in answers if text.strip()])
     rng = random.Random(args.seed)
-    made = (make_problem(args.kind, args.level, rng) for _ in range(50 * args.n))
+    made = (make_problem(args.kind, args.level, rng) for _ in range(50 * args.n))  # some are equal
     write_rows(args.out, [*{problem["prompt"]: problem for problem in made}.values()][: args.n])
 
 def run_judge(args):
-    """`judge`: which answer of each pair of a file is better, asks a checkpoint in both orders, as
-    models favour a place (Zheng et al. 2023). If it favours both, or neither: undecided."""
+    """`judge`: ask a checkpoint which answer of each pair in --data is better, in both orders, as
+    models favour a place (Zheng et al. 2023). If the order decides, neither is preferred."""
     judge, asked = Assistant(args), []
     for pair in read_rows(args.data, read_pair)[: args.limit or None]:
         for a, b in pair, pair[::-1]:
             ids = judge.encode(f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
                                f"{b[-1]['content']}\n\nWhich answer is better, A or B?")
             asked += [(ids + judge.tokenizer.encode_ordinary(letter)[:1], 1) for letter in "AB"]
-    log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)
-    ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: the first answer, in either order
-    votes = Counter((ahead[:, 0] - ahead[:, 1]).tolist())
+    log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)  # orders, A B
+    ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: A is likelier, -1: B
+    votes = Counter((ahead[:, 0] - ahead[:, 1]).tolist())  # 2: A, then B: the first twice
     show({"pairs": votes.total(), "first_preferred": votes[2], "second_preferred": votes[-2],
           "win_rate": share([True] * votes[2] + [False] * votes[-2])}, "\n")
 
 # ---- Evaluation.
 def share(hits):
     """List of bool -> the proportion of True, with the 95% interval of Wilson (1927)."""
-    n, p = len(hits), sum(hits) / max(1, len(hits))
+    n, p = len(hits), sum(hits) / max(1, len(hits))  # z = 1.96; below: z^2 / 2, z^2, z^2 / 4
     middle = (n * p + 1.9208) / (n + 3.8416)
     half = 1.96 * math.sqrt(n * p * (1 - p) + 0.9604) / (n + 3.8416)
     return f"{p:.4f} ({abs(middle - half):.4f} to {middle + half:.4f})"  # abs: no -0.0000
 
 def pass_at_k(n, c, k):
-    """The chance that one of k out of n responses, c of them right, is right (Chen et al. 2021)."""
+    """Chance that k of n responses, c of which are right, hold a right one (Chen et al. 2021)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def last_number(text):
@@ -943,7 +943,7 @@ def bm25(passages, k1=1.5, b=0.75):
     """Okapi BM25 (Robertson et al. 1994) -> best(text, n): n passages with its words, rare ones."""
     counts = [Counter(re.findall(r"\w+", passage.lower())) for passage in passages]
     mean, having = sum(map(Counter.total, counts)) / len(counts), Counter(itertools.chain(*counts))
-    def best(text, n):
+    def best(text, n):  # mean: words of a passage; having: passages that have a word
         wanted, scores = set(re.findall(r"\w+", text.lower())), Counter()
         for i, count in enumerate(counts):
             length = k1 * (1 - b + b * count.total() / mean)
@@ -979,9 +979,9 @@ def measure(assistant, items, args):
             encode_continuation(assistant.tokenizer, item["prompt"], " " + choice)
             for item in items for choice in item["choices"]], args.batch_size))
         for item in items:
-            own = [(next(found), max(1, len(choice))) for choice in item["choices"]]
-            for name, way in ("acc", [x for x, _ in own]), ("acc_norm", [x / n for x, n in own]):
-                hits[name].append(way.index(max(way)) == item["label"])
+            own = [(x := next(found), x / max(1, len(choice))) for choice in item["choices"]]
+            for name, scores in zip(("acc", "acc_norm"), zip(*own)):
+                hits[name].append(scores.index(max(scores)) == item["label"])
         return {name: share(column) for name, column in hits.items()}
     encode = assistant.encode if args.chat else assistant.tokenizer.encode_ordinary
     asked = [encode(item["prompt"])[-assistant.room :] for item in items for _ in range(n)]
@@ -1010,7 +1010,7 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
     texts = read_rows(args.data, lambda row: (row if type(row) is str else row["text"]) or None)
     T, texts = assistant.model.config.block_size, texts[: args.limit or None]
     ids = [encode_continuation(assistant.tokenizer, "", text)[0] for text in texts]
-    windows = [text[i : i + T + 1] for text in ids for i in range(0, len(text) - 1, T)]
+    windows = [doc[i : i + T + 1] for doc in ids for i in range(0, len(doc) - 1, T)]
     tokens, size = sum(map(len, ids)) - len(ids), sum(len(text.encode()) for text in texts)
     loss = -sum(score(assistant.model, [(ids, len(ids) - 1) for ids in windows], args.batch_size))
     return {"tokens": tokens, "loss": loss / tokens, "perplexity": math.exp(loss / tokens),
@@ -1018,7 +1018,7 @@ def perplexity(assistant, args):  # of documents, in windows of block_size
 
 # ---- The demonstration.
 def run_demo(args):
-    """`demo`: a small model learns to add of a teacher who forgets to carry in seven of ten cases:
+    """`demo`: a small model learns sums from a teacher who forgets to carry in seven cases of ten:
     sft learns to add, and to forget. Then rl asks a verifier; control imitates longer instead."""
     begin, seeds = time.perf_counter(), range(args.seed, args.seed + args.seeds)
     with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
@@ -1051,7 +1051,7 @@ def demonstrate(args, seed):  # -> accuracies of sft, rl and control
                      "--weight_decay 0.1 --schedule cosine --max_new_tokens 4")
             print(f"\n$ python align.py {line}", flush=True)
             done = run_command(line.split())
-            done.resume = True  # what is judged is what was learned
+            done.resume = True  # then Assistant loads what was learned, not --ckpt
             results.append(solve(Assistant(done), test))
     return results
 
@@ -1064,7 +1064,7 @@ FLAGS = """ckpt= data= val_data= out_dir=out-align resume=False device=auto dtyp
     group_size=8 epochs=1 minibatches=1 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0
     lam=0.95 value_weight=0.1 reward_model= kind=word|addition level=2 n=1000 out= rewrite=
     instruction=Rewrite: limit=0 task=ppl|mmlu|arc|hellaswag|piqa|gsm8k|ifeval samples=1 fewshot=0
-    fewshot_data= cot=False chat=False retrieve= passages=1 seeds=5"""
+    fewshot_data= cot=False chat=False retrieve= passages=1 seeds=5"""  # name=default|other choices
 COMMANDS = {"demo": run_demo, "sft": run_sft, "dpo": run_preferences, "reward": run_preferences,
             "rl": run_rl, "synth": run_synth, "judge": run_judge, "eval": run_eval}
 
