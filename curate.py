@@ -141,7 +141,7 @@ RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?((?:
 ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")  # RAW is for `formula`
 TEX = re.compile(r"(?i)\\[a-z]{2}|[_^]\{|\w\^\w")
 PRE = re.compile(r"(?is)<pre\b[^>]*>?.*?(?:</pre|\Z)")
-LINE = re.compile(r"(?i)<br\b[^>]*>|(?:</?(?:div|p|li)\b[^>]*>)+")  # below: (?=(x))\1 is x, once
+LINE = re.compile(r"(?i)<br\b[^<>]*>|(?:</?(?:div|p|li)\b[^<>]*>)+")  # below: (?=(x))\1: x, once
 QUOTED_MARKUP = re.compile(r"""=\s*(?:"(?=([^"<>]*))\1[<>][^"]*"|'(?=([^'<>]*))\2[<>][^']*')""")
 TOKEN = re.compile(r"<(/?)([a-zA-Z][^\s/>]*|[!?])([^>]*)>?([^<]*(?:<(?![a-zA-Z/!?])[^<]*)*)")
 NAMES = re.compile(r"""(?i)\b(?:class|id|role)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
@@ -177,7 +177,7 @@ PLACES, LOOKS, CONTEXT = ({" ".join(words): float(weight) for *words, weight in 
 LOOKS |= {"in " + names: weight for names, weight in PLACES.items()}
 BITS = {word: 1 << i for i, names in enumerate(PLACES) for word in names.split()}
 HIDDEN, DECLARED = 1 << len(PLACES), 2 << len(PLACES)  # the page says that it is an article
-ARTICLE = (re.compile(r'"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"'),
+ARTICLE = (re.compile(r'"@type"\s*:\s*(?:\[\s*)?"\w*(?:Article|BlogPosting)"'),
            re.compile(r"""og:type["'][^>]{0,99}content\s*=\s*["']article"""))
 
 @functools.lru_cache(1 << 12)
@@ -192,7 +192,7 @@ def formula(match):  # in place of a match of RAW: the TeX of a formula, or noth
     alt = "".join((ALT.findall(math_alt + image) or [""])[0])  # in one of two groups
     if image:
         return alt if TEX.search(alt) else ""
-    inside = re.sub(r"(?s)^.*?<annotation[^>]*>|\s*<[^>]*>\s*", "", inside)
+    inside = re.sub(r"(?s)^.*?<annotation[^<>]*>|(?:(?<!\s)\s+)?<[^<>]*>\s*", "", inside)
     return html_library.escape(script) if "math/tex" in kind else alt or inside
 
 def scan(html):
@@ -537,7 +537,7 @@ PHONE_CUE = re.compile(r"""(?ix) (?:\b(?: (?:tele)?(?:ph|f)one?|tel|fax|call|con
     sms|text|ring|whatsapp|hotline|dial | reach[ ](?:me|us) | (?:my|our|your|his|her|their)[ ]
     (?:\w+[ ])?number )\b | ☎|📞|电话|電話|手机|手機|전화 ) [^\d\n]{0,24}$""")
 PHONE = re.compile(rf"""(?mx) (?=[+(\d]) (?<![.,/$€£\#+-]) (?<!{LETTER}) (?<!\d[ :=]) (?:
-        (?P<world> \+ \d{{1,3}} (?:[ .-]?\(\d{{1,4}}\))? (?:[ .-]?\d{{1,5}}){{1,6}} )
+        (?P<world>\+\d{{1,3}} (?:[ .-]?\(\d{{1,4}}\))? (?:[ .-]?(?:\d{{5}}|\d{{1,4}}(?!\d))){{1,6}})
       | (?P<american> (?:1[ .-]?)? (?: \(\d{{3}}\)[ -]{{0,2}} | \d{{3}}(?P<sep>[ .-]) )
                       \d{{3}} (?(sep)(?P=sep)|[ .-]?) \d{{4}} | ^\d{{10}}$ )
       | (?!(?:19|20)\d\d[ /.-]) \(?\d{{2,5}}\)? (?:[ ]?[ /-]?[ ]?\d{{2,8}}){{1,4}} | \d{{7,12}}
@@ -576,9 +576,9 @@ def find_inputs(patterns):
     """Paths of files, also by pattern, and of known kinds in folders, but of no report.json."""
     paths, known = [], tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst"))
     for path in (path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]):
-        found = sorted(glob.glob(glob.escape(path) + "/**/*.*", recursive=True))
+        found = sorted(glob.glob(glob.escape(path) + "/**/*.*", recursive=True)) if path else []
         paths += [p for p in found if p.lower().endswith(known) and os.path.isfile(p)] or [path]
-    return [path for path in paths if kind_of(path) and not path.endswith("report.json")]
+    return [path for path in paths if kind_of(path) and os.path.basename(path) != "report.json"]
 
 def read_documents(path, counts=None):
     """Yield the documents of a file: {"text" (main text of HTML), "url" or "path"; all of JSON}."""
@@ -904,8 +904,8 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
     with replacing(f"{out}/report.json") as file:
         file.write(to_json({"counts": counts, "examples": examples}, indent=1))
     print(*(f"{n:>12,}  {what}" for what, n in counts.items()), out, sep="\n")
-    rest = glob.glob(f"{work}/*") + glob.glob(f"{out}/*.tmp")  # which a killed run left
-    for path in sorted(rest, key=lambda path: not path.endswith(".json")):  # results first
+    rest = [*pathlib.Path(work).glob("*"), *pathlib.Path(out).glob("*.tmp")]  # of a killed run
+    for path in sorted(rest, key=lambda path: path.suffix != ".json"):  # results first
         os.remove(path)
     if not any(next(read_documents(path), None) for path in files):
         raise ValueError("no document was kept")
@@ -932,7 +932,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
             o["steps"] = [o["command"]] if o["command"] in STEPS else o["steps"]
             return run_pipeline(o)
         for name, _, pattern in (item.partition("=") for item in o["input"]):
-            sources[name] = sources.get(name, []) + find_inputs([pattern])
+            sources[name] = sources.get(name, []) + find_inputs([pattern or name])
         if o["command"] == "mix":
             weights = {name: float(share) for name, share in (w.split("=") for w in o["weights"])}
             return mix(sources, o["out"], weights, 4 * o["tokens"], temperature=o["temperature"])
