@@ -27,20 +27,20 @@ CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[^\r]{0,80}\r\n")  # of a chu
 Record = collections.namedtuple("Record", "url kind charset body")  # kind: "html" or "text" (WET)
 BROWSERS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
 gb2312=gb18030 gbk=gb18030 gb_2312-80=gb18030 shift_jis=cp932 euc_kr=cp949 windows-874=cp874
-iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())  # where they differ from Python, or know more
-CODECS = re.compile("utf-8|cp|iso8859|iso2022|koi8|gb|big5|euc|shift|tis|mac")  # no zlib_codec
+iso-8859-8-i=iso8859-8 koi8=koi8-r""".split())  # labels that Python lacks, or reads otherwise
+CODECS = re.compile("utf-8|cp|iso8859|iso2022|koi8|gb|big5|euc|shift|tis|mac")  # of text only
 META = re.compile(r"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=["'\s]*([\w.:-]+)""")
 
 def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged members
     data, magic, size, limit = file.read(4), GZIP, CHUNK, (CHUNK,)
-    new = functools.partial(zlib.decompressobj, 31)
+    new = functools.partial(zlib.decompressobj, 31)  # 31: with the header of gzip
     if data.startswith(ZSTD):  # knows no limit, but a kB of it stands for 32 MB at most
         magic, size, limit = ZSTD, 1 << 10, ()
         new = importlib.import_module("zstandard").ZstdDecompressor().decompressobj
     if not data.startswith(magic):
         yield from itertools.chain([data], iter(functools.partial(file.read, CHUNK), b""))
         return
-    while data := data if len(data) > 3 else data + file.read(size):
+    while data := (data if len(data) > 3 else data + file.read(size)):  # 4 bytes hold the magic
         data, member = (data[data.find(magic) :], new()) if magic in data else (b"", None)
         try:
             while data and not member.eof:
@@ -55,8 +55,8 @@ def unpack(file, counts):  # yields it in pieces, decompressed; skips damaged me
             counts["compressed file cut short"] += 1
 
 def read_parts(source, mark, counts, limit=math.inf):
-    """What lies between marks in a path or binary file; nothing of more than limit bytes."""
-    part, large = bytearray(), 0  # large: 1 if the part began before, and is left out
+    """Yield the bytes between marks of a path or binary file; count parts far over limit bytes."""
+    part, large = bytearray(), 0  # large: 1 within a part that is too large, else 0
     with open(source, "rb") if isinstance(source, (str, os.PathLike)) else source as file:
         for piece in unpack(file, counts):
             part += piece
@@ -66,22 +66,22 @@ def read_parts(source, mark, counts, limit=math.inf):
                 large = 0
             if len(part) > limit:
                 counts["too large"] += 1 - large
-                part, large = part[-len(mark) :], 1
+                part, large = part[-len(mark) :], 1  # a mark may begin there
     yield from [bytes(part)][large:]
 
-def parse_headers(head):  # the `Name: value` lines of a header as {name in lower case: value}
+def parse_headers(head):  # {name in lower case: value} of `Name: value` lines; the first counts
     lines = re.findall(r"(?m)^([^\s:]+)[ \t]*:(.*)$", head.decode("utf-8", "replace"))
     return collections.defaultdict(str, ((k.lower(), v.strip()) for k, v in reversed(lines)))
 
-def decode_body(body, coding):  # undoes gzip and deflate; ValueError: what it is or does not fit
+def decode_body(body, coding):  # undoes gzip or deflate; ValueError if damaged, or another coding
     if not coding or re.match(rb"\s*<[^\0-\x08\x0e-\x1f]*\Z", body[:2000]):
         return body  # some crawlers decompress the body, and leave the header
-    for wbits in {"gzip": [31], "x-gzip": [31], "deflate": [15, -15]}.get(coding, []):
+    for wbits in {"gzip": [31], "x-gzip": [31], "deflate": [15, -15]}.get(coding, []):  # -15: raw
         out, rest = b"", body
         with contextlib.suppress(zlib.error):
-            for _ in range(64):  # members of gzip; each costs a copy of the rest
+            for _ in range(64):  # a file may have more members; each costs a copy of the rest
                 member = zlib.decompressobj(wbits)
-                out += member.decompress(rest, max(1, MAX_PAGE - len(out)))
+                out += member.decompress(rest, max(1, MAX_PAGE - len(out)))  # (0: no limit)
                 rest = member.unused_data
                 if member.eof and not rest.startswith(GZIP):
                     return out
@@ -90,9 +90,9 @@ def decode_body(body, coding):  # undoes gzip and deflate; ValueError: what it i
 def read_warc(source, counts=None):
     """Yield the pages of a path or binary file as `Record`s. counts: a Counter of what it skips."""
     counts = collections.Counter() if counts is None else counts
-    for record in read_parts(source, b"\r\n\r\nWARC/", counts, MAX_PAGE):  # lengths may lie
+    for record in read_parts(source, b"\r\n\r\nWARC/", counts, MAX_PAGE):  # as lengths may lie
         head, _, content = record.partition(b"\r\n\r\n")
-        headers, chunks, at = parse_headers(head), [], 0
+        headers, chunks, at = parse_headers(head), [], 0  # of a chunked body: those before at
         url, kind, length = (headers[k] for k in ("warc-target-uri", "warc-type", "content-length"))
         try:
             if not re.fullmatch("[0-9]{1,15}", length) or int(length) > len(content):
@@ -124,7 +124,7 @@ def decode_page(data, charset=None):
     """Bytes as text: by byte order mark, UTF-8 if it nearly is, HTTP header, <meta>, or cp1252."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
-    bad = (text := data.decode("utf-8-sig", "replace")).count("\ufffd")
+    bad = (text := data.decode("utf-8-sig", "replace")).count("\ufffd")  # ESC $: ISO-2022-JP
     if b"\x1b$" not in data and (not bad or len(re.findall("[^\0-\x7f]", text)) > 11 * bad):
         return text
     for label in (charset or "", *META.findall(text[:4096]), "cp1252"):
@@ -138,10 +138,10 @@ def decode_page(data, charset=None):
 RAW = re.compile(r"(?is)<!--(?:-?>|.*?(?:-->|\Z))|<(script|style)\b([^>]*)>?((?:[^<]+|<(?!/\1\b))*)"
                  r"(?:</\1\b[^>]*>?|\Z)|<math\b([^>]*)>?((?:[^<]+|<(?!/?(?:math|p|div|h\d|ul|ol|"
                  r"table|script)\b))*)|<img\b([^>]*)>?")
-ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+ALT = re.compile(r"""(?i)\balt(?:text)?\s*=\s*(?:"([^"]*)"|'([^']*)')""")  # RAW is for `formula`
 TEX = re.compile(r"(?i)\\[a-z]{2}|[_^]\{|\w\^\w")
 PRE = re.compile(r"(?is)<pre\b[^>]*>?.*?(?:</pre|\Z)")
-LINE = re.compile(r"(?i)<br\b[^>]*>|(?:</?(?:div|p|li)\b[^>]*>)+")  # below: (?=(x))\1 is x, once
+LINE = re.compile(r"(?i)<br\b[^<>]*>|(?:</?(?:div|p|li)\b[^<>]*>)+")  # below: (?=(x))\1: x, once
 QUOTED_MARKUP = re.compile(r"""=\s*(?:"(?=([^"<>]*))\1[<>][^"]*"|'(?=([^'<>]*))\2[<>][^']*')""")
 TOKEN = re.compile(r"<(/?)([a-zA-Z][^\s/>]*|[!?])([^>]*)>?([^<]*(?:<(?![a-zA-Z/!?])[^<]*)*)")
 NAMES = re.compile(r"""(?i)\b(?:class|id|role)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
@@ -154,7 +154,7 @@ NODES = set("""div ul ol li table tbody thead tfoot tr td th section article asi
 main form blockquote pre figure dl details center body fieldset dialog menu""".split())
 UNSHOWN = set("noscript svg template iframe select textarea object title audio video".split())
 LEAVES = set("p h1 h2 h3 h4 h5 h6 dt dd figcaption summary legend label button caption hr".split())
-# Weights (by bench_curate.py fit) of tags and words in class, id or role; of looks; of context.
+# Weights by `bench_curate.py fit`. First: tags, words in class, id, role; looks. Second: context.
 PLACES = """<footer> -2.36; <aside> -1.35; <main> 0.01; <article> 0.47; <form> <label> <button>
 -1.54; <table> 1.72; <ul> <ol> 0.57; <blockquote> 1.37; nav navbar navigation menu submenu dropdown
 -0.83; footer contentinfo -3.38; header masthead topbar banner -0.81; sidebar aside rail
@@ -173,26 +173,26 @@ CONTEXT = """odds 0.58; element 1.03; page -0.85; in best 0.45; in 50% 0.75; in 
 0.03; stretch 0.33; news odds 0.26; news element -0.29; news page -0.07; news in best 0.25; news in
 50% 0.01; news in 70% -0.02; news in 90% -0.61; news stretch 0.53; news -0.35; bias -1.98"""
 PLACES, LOOKS, CONTEXT = ({" ".join(words): float(weight) for *words, weight in map(
-    str.split, table.split(";"))} for table in (PLACES, LOOKS, CONTEXT))
+    str.split, table.split(";"))} for table in (PLACES, LOOKS, CONTEXT))  # {names: weight}
 LOOKS |= {"in " + names: weight for names, weight in PLACES.items()}
 BITS = {word: 1 << i for i, names in enumerate(PLACES) for word in names.split()}
 HIDDEN, DECLARED = 1 << len(PLACES), 2 << len(PLACES)  # the page says that it is an article
-ARTICLE = (re.compile(r'"@type"\s*:\s*\[?\s*"\w*(?:Article|BlogPosting)"'),
+ARTICLE = (re.compile(r'"@type"\s*:\s*(?:\[\s*)?"\w*(?:Article|BlogPosting)"'),
            re.compile(r"""og:type["'][^>]{0,99}content\s*=\s*["']article"""))
 
 @functools.lru_cache(1 << 12)
 def place_bits(tag, attributes):  # the bits of the places that a tag opens, and HIDDEN
     hidden = tag in UNSHOWN or bool(HIDING.search(attributes.lower()))
     names = " ".join(map("".join, NAMES.findall(attributes[:2000])))
-    bits = {BITS.get(word.lower().rstrip("s"), 0) for word in WORD.findall(names)}
+    bits = {BITS.get(word.lower().rstrip("s"), 0) for word in WORD.findall(names)}  # no plural s
     return functools.reduce(int.__or__, bits, BITS.get(f"<{tag}>", 0) | HIDDEN * hidden)
 
 def formula(match):  # in place of a match of RAW: the TeX of a formula, or nothing
     _, kind, script, math_alt, inside, image = match.groups(default="")
-    alt = "".join((ALT.findall(math_alt + image) or [""])[0])
+    alt = "".join((ALT.findall(math_alt + image) or [""])[0])  # in one of two groups
     if image:
         return alt if TEX.search(alt) else ""
-    inside = re.sub(r"(?s)^.*?<annotation[^>]*>|\s*<[^>]*>\s*", "", inside)
+    inside = re.sub(r"(?s)^.*?<annotation[^<>]*>|(?:(?<!\s)\s+)?<[^<>]*>\s*", "", inside)
     return html_library.escape(script) if "math/tex" in kind else alt or inside
 
 def scan(html):
@@ -203,19 +203,19 @@ def scan(html):
     html = PRE.sub(lambda match: LINE.sub("\n", match.group()), html)
     blocks, elements, stack, tags = [], [[0, 0, 0, "body", declared]], [0], ["body"]
     pieces, linked, in_link, leaf, leaf_bits = [html.partition("<")[0]], 0, False, "", 0
-    for closing, tag, attributes, text in TOKEN.findall(html) + [("", "hr", "", "")]:
+    for closing, tag, attributes, text in TOKEN.findall(html) + [("", "hr", "", "")]:  # flush last
         tag = tag.lower()
         inline = tag not in NODES and tag not in LEAVES and tag not in UNSHOWN
         if tag in ("td", "th") and sum(map(len, pieces)) < 200:  # small cells: a row is a block
             inline, pieces = False, pieces + [" | "] if pieces and not closing else pieces
-        elif not inline or tag == "br" and pieces[-1:] == ["\v"]:
+        elif not inline or tag == "br" and pieces[-1:] == ["\v"]:  # two <br> end a block
             if (whole := "".join(pieces)).strip():
                 blocks.append((whole, leaf or tags[-1], stack[-1], linked, leaf_bits))
             pieces, linked = [], 0
         if tag == "a":
             in_link = not closing
         elif tag == "br":
-            pieces.append("\v")
+            pieces.append("\v")  # a line break within a block
         elif not inline:
             opens = tag in LEAVES and not closing
             leaf, leaf_bits = (tag, place_bits(tag, attributes)) if opens else ("", 0)
@@ -228,7 +228,7 @@ def scan(html):
                 for i in stack[depth:]:
                     elements[i][2] = len(blocks)
                 del stack[depth:], tags[depth:]
-                if not closing and depth < 256:
+                if not closing and depth < 256:  # what is deeper counts to its ancestor
                     elements.append([stack[-1], len(blocks), 0, tag, place_bits(tag, attributes)])
                     stack.append(len(elements) - 1)
                     tags.append(tag)
@@ -240,18 +240,18 @@ def scan(html):
     return blocks, elements
 
 def describe(blocks, elements, texts):
-    """How blocks look, {feature: column}, from which come their log odds; bytes, 0 if hidden."""
-    tags, at, linked, bits = map(np.array, list(zip(*blocks))[1:])  # (texts would be gigabytes)
+    """Features of blocks by looks, {name: (blocks,)}, and their bytes (blocks,), 0 if hidden."""
+    tags, at, linked, bits = map(np.array, list(zip(*blocks))[1:])  # (texts as array: gigabytes)
     first, end = np.array([element[1:3] for element in elements]).T
     link = np.minimum(linked / [len(text) for text in texts], 1)
     length = np.array([len(t.encode("utf-8", "replace")) for t in texts])
-    plain = np.append(0, np.cumsum(length * (link < 0.5)))
-    large, inherited = plain[end] - plain[first] > 0.7 * plain[-1], []  # their names lie
+    plain = np.append(0, np.cumsum(length * (link < 0.5)))  # an element has [end] - [first]
+    large, inherited = plain[end] - plain[first] > 0.7 * plain[-1], []  # large: names do not count
     for (up, _, _, _, own), most in zip(elements, large.tolist()):
         own = own & (BITS["<main>"] | BITS["<article>"]) if most else own
         inherited.append(own | inherited[up] if inherited else own)
     bits = bits | np.array(inherited)[at]
-    length *= bits & HIDDEN == 0
+    length *= (bits & HIDDEN) == 0
     words = np.array([text.count(" ") + 1 for text in texts])
     ends = np.array([text[-1] in ".!?…。！？\"”’'" for text in texts])
     f = {"words <= 8": words <= 8, "words >= 20": words >= 20, "ends": ends,
@@ -272,17 +272,16 @@ def describe(blocks, elements, texts):
     return f, length
 
 def context(odds, blocks, elements, length):
-    """Blocks among likely ones, {feature: column}: a line within a story is part, one below not."""
-    at = np.array([block[2] for block in blocks])
+    """Features by likely blocks around, {name: (blocks,)}: a line within a story is part of it."""
     first, end = np.array([element[1:3] for element in elements]).T
     odds = np.clip(odds, -6, 6)
     p = (length > 0) / (1 + np.exp(-odds))
     sums = np.concatenate([np.zeros((2, 1)), np.cumsum([p * length, length], 1)], 1)
     total, index = sums[0, -1] + 1, np.arange(len(blocks))
     likely, text = sums[:, end] - sums[:, first]  # in each element
-    f = {"odds": odds, "element": (likely / (text + 1))[at],
+    f = {"odds": odds, "element": (likely / (text + 1))[[block[2] for block in blocks]],
          "page": np.full(len(blocks), total / (length.sum() + 1))}
-    chosen = {"best": np.argmax(likely / (text + total))}  # whose F1 is highest; smallest with k %
+    chosen = {"best": np.argmax(likely / (text + total))}  # by F1 / 2; smallest (= last) with k %
     chosen |= {f"{k}%": np.flatnonzero(likely >= k / 100 * likely[0])[-1] for k in (50, 70, 90)}
     for name, i in chosen.items():
         f["in " + name] = (index >= first[i]) & (index < end[i])
@@ -290,7 +289,7 @@ def context(odds, blocks, elements, length):
     number = np.append(0, np.cumsum(np.diff(np.cumsum((1 - p) * length)[hits]) > 500))
     stretch = number[np.minimum(np.searchsorted(hits, index), len(number) - 1)]
     f["stretch"] = np.bincount(stretch, p * length)[stretch] / total
-    declared = elements[0][4] > 0
+    declared = elements[0][4] > 0  # such pages have weights of their own
     f |= {"news " + name: declared * column for name, column in f.items()}
     return f | {"news": np.full(len(p), declared)}
 
@@ -301,9 +300,9 @@ def main_blocks(blocks, elements, texts, looks=LOOKS, others=CONTEXT):
     features = context(odds, blocks, elements, length)
     odds = others["bias"] + sum(others[name] * column for name, column in features.items())
     p = 1 / (1 + np.exp(-odds))
-    order = np.argsort(-p, kind="stable")
+    order = np.argsort(-p, kind="stable")  # cut off where F1, 2 hits / (size + all hits), is best
     hits, size = np.cumsum((p * length)[order]), np.cumsum(length[order])
-    keep = (p >= p[order[np.argmax(hits / (size + hits[-1] + 1))]]) & (length > 0)  # half of F1
+    keep = (p >= p[order[np.argmax(hits / (size + hits[-1] + 1))]]) & (length > 0)
     count = collections.Counter((up, tag) for up, begin, end, tag, _ in elements if end - begin > 1)
     repeated = [False]  # by element: comments or other stories, three or more beside an article
     for up, begin, end, tag, _ in elements[1:]:
@@ -339,9 +338,9 @@ def hash_words(data):  # what lies between spaces in bytes -> (hashes uint64, le
         half = data.rfind(b" ", 0, len(data) // 2) + 1 or len(data) // 2
         return tuple(map(np.concatenate, zip(hash_words(data[:half]), hash_words(data[half:]))))
     x = np.frombuffer(b" " + data + b" ", np.uint8)
-    edges = np.flatnonzero(np.diff(x > 32))
+    edges = np.flatnonzero(np.diff(x > 32))  # in turn before a word, and at its last byte
     first, last, total = edges[::2], edges[1::2], np.cumsum(x * POWERS[: len(x)], dtype=np.uint64)
-    h = (total[last] - total[first]) * INVERSES[first] * MULTIPLIER  # a polynomial in the bytes
+    h = (total[last] - total[first]) * INVERSES[first] * MULTIPLIER  # polynomial in a word's bytes
     return (h ^ (h >> np.uint64(32))) * MULTIPLIER, last - first
 
 def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
@@ -352,12 +351,12 @@ def ngram_hashes(hashes, n):  # of words (words,) -> of every n in a row, uint64
     return out ^ (out >> np.uint64(29))
 
 class LinearClassifier:
-    """On n-grams of characters, chars: (shortest, longest), best for languages and odd spelling, or
-    of up to `words` words, chars (0, 0), which are better where classes have their own sources."""
+    """On n-grams of characters, chars = (shortest, longest): best for languages and odd spelling.
+    Or, with chars = (0, 0), of up to `words` words: better if each class has its own sources."""
     def __init__(self, labels, table, chars=(1, 4), words=0):
         self.labels, self.table = list(map(str, labels)), np.asarray(table, np.float32)
         self.chars, self.words = tuple(chars), int(words)
-    def rows(self, text):  # of the table, for the n-grams of the start of a text
+    def rows(self, text):  # of the table: the top bits of hashes of n-grams of a text's start
         text = " ".join(text[:20_000].lower().split())
         codes = np.frombuffer(f" {text} ".encode("utf-32-le", "replace"), "<u4").astype(np.uint64)
         words = " ".join(re.findall(r"[^\W_]+|[^\w\s]", text)).encode("utf-8", "replace")
@@ -366,10 +365,10 @@ class LinearClassifier:
         return (np.concatenate(out) >> np.uint64(65 - len(self.table).bit_length())).astype(int)
     @classmethod
     def train(cls, texts, labels, chars=(1, 4), words=0, bits=17, epochs=2, rate=0.02, prior=1.0):
-        """From `prior` times naive Bayes by stochastic gradient descent, the rate falling to 0."""
+        """SGD from `prior` times naive Bayes, the rate falling to 0; 2^bits rows of weights."""
         names, rng = sorted(set(labels)), np.random.RandomState(0)
         table = np.full((1 << bits, len(names)), 0.1, np.float32)
-        model = cls(names, table, chars, words)
+        model = cls(names, table, chars, words)  # of this table, not a copy
         pairs = [(model.rows(text), names.index(label)) for text, label in zip(texts, labels)]
         for rows, y in pairs:
             np.add.at(table[:, y], rows, 1)
@@ -395,7 +394,7 @@ class LinearClassifier:
     @classmethod
     def load(cls, path):  # what `save` wrote; ValueError and others if it is something else
         with np.load(path, allow_pickle=False) as file:
-            model = cls(**file)
+            model = cls(**file)  # names in it are those of __init__
         if model.table.shape[1:] != (len(model.labels),) or max(*model.chars, model.words) > 16:
             raise ValueError(f"{path} is no classifier of curate.py")
         return model
@@ -450,13 +449,13 @@ def identify_language(text, classifier=None):
         return next((c for c in own if sum(map(text.count, own[c])) > 0.01 * most), script), share
     words = re.findall(r"[^\W\d_]+", text)
     hits = collections.Counter({c: sum(map(s.__contains__, words)) for c, s in STOP_WORDS.items()})
-    (best, most), (_, second) = hits.most_common(2)
+    (best, most), (_, second) = hits.most_common(2)  # (English, if all are 0)
     certain = min(1.0, 3 * most / len(words)) * most / max(1, most + second)  # 1 in 3 is usual
-    return best if most or text.isascii() else "und", share * (0.3 + 0.7 * certain)
+    return (best if most or text.isascii() else "und"), share * (0.3 + 0.7 * certain)
 
 # ---- Filters: each function names the rule that a text breaks, or returns None.
 DENSE = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
-NO_SPACES = re.compile(f"[{DENSE}]")  # kana, Chinese, Thai, Lao, Burmese, Khmer: between words
+NO_SPACES = re.compile(f"[{DENSE}]")  # scripts: kana, Chinese, Thai, Lao, Burmese, Khmer
 ENDS = "…。！？｡؟۔।॥։።"  # of sentences, besides . ! and ?
 ENDED = re.compile(f"[.!?{ENDS}][\"'”’»)\\]）」』]*$|[\"'”’」』]$")
 SENTENCE = re.compile(f"[.!?](?=[\\s\"'”’»)\\]]|$)|[{ENDS[1:]}]")
@@ -473,7 +472,7 @@ def gopher_quality_reason(text, language="en"):
     """The first of Gopher's rules for quality (Rae et al. 2021) that a text breaks, or None."""
     words, lines, dense = text.split(), parts_of(text), len(NO_SPACES.findall(text))
     letters = sum(map(len, words))
-    spaced, count = (True, len(words)) if dense <= 0.3 * letters else (False, dense)  # of letters
+    spaced, count = (True, len(words)) if dense <= 0.3 * letters else (False, dense)  # each a word
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
     lettered = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
     stop_words = {"the", "be", "to", "of", "and", "that", "have", "with"} & {*text.lower().split()}
@@ -510,14 +509,16 @@ def gopher_repetition_reason(text):
         if share > limit * ends[-1]:
             return f"most frequent {n}-gram" if n < 5 else f"repeated {n}-grams"
 
-def c4_reason(text):  # C4 (Raffel et al. 2020): sentences count in lines that it keeps
+def c4_reason(text):
+    """The first of C4's rules (Raffel et al. 2020) that a text, less bad lines, breaks, or None."""
     lines = [line for line in parts_of(re.sub(r"\[(?:\d*|edit|citation needed)\]", "", text))
              if ENDED.search(line) and not (line.endswith(ELLIPSES) or POLICY.search(line.lower()))
              and (len(line.split()) >= 5 or len(NO_SPACES.findall(line)) >= 10)]
     return first_true(curly_bracket="{" in text, lorem_ipsum="lorem ipsum" in text.lower(),
                       under_3_sentences=len(SENTENCE.findall("\n".join(lines))) < 3)
 
-def fineweb_reason(text):  # FineWeb's own rules (Penedo et al. 2024)
+def fineweb_reason(text):
+    """The first of FineWeb's own rules (Penedo et al. 2024) that a text breaks, or None."""
     lines, short = parts_of(text), 12 if NO_SPACES.search(text[:200]) else 30
     return first_true(empty=not lines, characters_in_repeated_lines=repeated_share(lines)[1] > 0.1,
         lines_without_punctuation=sum(map(bool, map(ENDED.search, lines))) < 0.12 * len(lines),
@@ -525,19 +526,18 @@ def fineweb_reason(text):  # FineWeb's own rules (Penedo et al. 2024)
 
 FILTERS = {"gopher": gopher_quality_reason, "repetition": gopher_repetition_reason,
            "c4": c4_reason, "fineweb": fineweb_reason}
-gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (
+gopher_quality_filter, gopher_repetition_filter, c4_filter, fineweb_filter = (  # True: keep it
     lambda text, reason=reason: reason(text) is None for reason in FILTERS.values())
 
 # ---- Mask personal data: text -> (masked text, how many); numbers by form, or a word before.
-LETTER = rf"[^\W{DENSE}\uac00-\ud7af]"  # others (without spaces, Korean) may touch an address
-EMAIL = re.compile(
-    rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@(?:(?!_){LETTER}(?:{LETTER}|-)"
-    rf"{{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
+LETTER = rf"[^\W{DENSE}\uac00-\ud7af]"  # Chinese, Korean etc. may touch an address
+EMAIL = re.compile(rf"(?<![.+%-])(?<!{LETTER}){LETTER}(?:{LETTER}|[.+%'-]){{0,63}}@"
+    rf"(?:(?!_){LETTER}(?:{LETTER}|-){{0,62}}\.){{1,8}}(?:(?![\d_]){LETTER}){{2,24}}(?!{LETTER}|@)")
 PHONE_CUE = re.compile(r"""(?ix) (?:\b(?: (?:tele)?(?:ph|f)one?|tel|fax|call|contact|mobile|cell|
     sms|text|ring|whatsapp|hotline|dial | reach[ ](?:me|us) | (?:my|our|your|his|her|their)[ ]
     (?:\w+[ ])?number )\b | ☎|📞|电话|電話|手机|手機|전화 ) [^\d\n]{0,24}$""")
 PHONE = re.compile(rf"""(?mx) (?=[+(\d]) (?<![.,/$€£\#+-]) (?<!{LETTER}) (?<!\d[ :=]) (?:
-        (?P<world> \+ \d{{1,3}} (?:[ .-]?\(\d{{1,4}}\))? (?:[ .-]?\d{{1,5}}){{1,6}} )
+        (?P<world>\+\d{{1,3}} (?:[ .-]?\(\d{{1,4}}\))? (?:[ .-]?(?:\d{{5}}|\d{{1,4}}(?!\d))){{1,6}})
       | (?P<american> (?:1[ .-]?)? (?: \(\d{{3}}\)[ -]{{0,2}} | \d{{3}}(?P<sep>[ .-]) )
                       \d{{3}} (?(sep)(?P=sep)|[ .-]?) \d{{4}} | ^\d{{10}}$ )
       | (?!(?:19|20)\d\d[ /.-]) \(?\d{{2,5}}\)? (?:[ ]?[ /-]?[ ]?\d{{2,8}}){{1,4}} | \d{{7,12}}
@@ -551,8 +551,8 @@ VERSION = re.compile(r"(?i)(?:\b(?:v|vers?|versions?|release|build|firmware|revi
 
 def mask_where(pattern, name, is_meant, text, sign=""):
     """Replace matches, which have `sign`, if is_meant(match, text before) -> (text, how many)."""
-    masked = text if sign not in text else pattern.sub(lambda match: name if is_meant(match, text[
-        max(0, match.start() - 60) : match.start()]) else match[0], text)
+    masked = text if sign not in text else pattern.sub(lambda match: name if is_meant(
+        match, text[max(0, match.start() - 60) : match.start()]) else match[0], text)
     return masked, masked.count(name) - text.count(name)
 
 mask_emails = functools.partial(mask_where, EMAIL, "|||EMAIL_ADDRESS|||", lambda *_: True, sign="@")
@@ -573,15 +573,15 @@ def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody
     return kind
 
 def find_inputs(patterns):
-    """Paths of files and patterns, and of what is of known kinds in folders. Raises ValueError."""
+    """Paths of files, also by pattern, and of known kinds in folders, but of no report.json."""
     paths, known = [], tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst"))
     for path in (path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]):
-        found = sorted(glob.glob(glob.escape(path) + "/**/*.*", recursive=True))
+        found = sorted(glob.glob(glob.escape(path) + "/**/*.*", recursive=True)) if path else []
         paths += [p for p in found if p.lower().endswith(known) and os.path.isfile(p)] or [path]
-    return [path for path in paths if kind_of(path) and not path.endswith("report.json")]
+    return [path for path in paths if kind_of(path) and os.path.basename(path) != "report.json"]
 
 def read_documents(path, counts=None):
-    """The documents of a file: dicts with "text" (the main text of "html"), "url" or "path"."""
+    """Yield the documents of a file: {"text" (main text of HTML), "url" or "path"; all of JSON}."""
     kind, counts = kind_of(path), collections.Counter() if counts is None else counts
     pypdf = importlib.import_module("pypdf") if kind == ".pdf" else None
     mark = b"\n" if kind in JSON_LINES else b"<|endoftext|>"
@@ -622,25 +622,25 @@ def start_worker():  # it leaves Ctrl-C to its parent, and ends when that has en
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-def run_job(job):  # (name, arguments, file) -> result, from the file if it was done before
-    if not os.path.exists(job[2]):
-        with replacing(job[2]) as file:
-            file.write(to_json(globals()[job[0]](*job[1])))
-    return json.loads(pathlib.Path(job[2]).read_bytes())
+def run_job(function, arguments, path):  # result of the function, from path if it was done before
+    if not os.path.exists(path):
+        with replacing(path) as file:
+            file.write(to_json(globals()[function](*arguments)))
+    return json.loads(pathlib.Path(path).read_bytes())
 
-def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in jobs]
+def run_all(function, jobs, work, workers, ray):  # [function(*job) for job in jobs], by its name
     jobs = [(function, job, f"{work}-{function}-{i}.json") for i, job in enumerate(jobs)]
     if ray:
         from ray.util.multiprocessing import Pool
         here = importlib.import_module("curate")  # Ray's workers find this file by its name
-        return Pool(ray_address=ray).map(here.run_job, jobs, chunksize=1)
+        return Pool(ray_address=ray).starmap(here.run_job, jobs, chunksize=1)
     if min(workers, len(jobs)) < 2:
-        return list(map(run_job, jobs))
+        return list(itertools.starmap(run_job, jobs))
     with concurrent.futures.ProcessPoolExecutor(
             min(workers, len(jobs)), multiprocessing.get_context("spawn"), start_worker) as pool:
-        return list(pool.map(run_job, jobs))
+        return list(pool.map(run_job, *zip(*jobs)))
 
-# ---- Duplicates: documents, lines, paragraphs and near duplicates, by one shuffle.
+# ---- Duplicates: documents, lines, paragraphs and near duplicates, by one shuffle. o: options
 UNITS = EXACT, LINES, NEAR = "exact duplicates", "repeated lines", "near duplicates"
 RANGE = 1 << 22  # so many keys are sorted at a time
 ORDERS = np.random.RandomState(0).randint(1 << 32, size=4096, dtype=np.uint32) | np.uint32(1)
@@ -686,8 +686,8 @@ def jaccard(a, b):  # |A and B| / |A or B| of sorted arrays of distinct numbers
     return common / max(1, len(a) + len(b) - common)
 
 def band_keys(hashes, num_hashes, num_bands):
-    """MinHash (Broder 1997) of a set -> a 64-bit key per band. The first in an order, a h mod 2^32,
-    is that of another set with probability J; one of b bands of r orders with 1 - (1 - J^r)^b."""
+    """MinHash (Broder 1997) of a set -> 64-bit keys (num_bands,). Each odd a orders hashes h by a h
+    mod 2^32: sets share the first with chance J, one of b bands of r orders: 1 - (1 - J^r)^b."""
     a, low = ORDERS[:num_hashes, None], (hashes >> np.uint64(32)).astype(np.uint32)
     signature = np.full(num_hashes, 0xFFFFFFFF, np.uint32)
     for i in range(0, len(low), 512):  # so that the product stays in the cache
@@ -697,8 +697,8 @@ def band_keys(hashes, num_hashes, num_bands):
     return (key ^ (key >> np.uint64(31))) * MULTIPLIER
 
 def hash_units(paths, unit, o):
-    """Write 64-bit keys of the units of files to path.keys: units of equal odd keys are kept once,
-    of even keys if they are not frequent; of key 0 always and of 1 never."""
+    """Write keys (uint64) of units to path.keys. Of equal odd keys one is kept, of even ones all if
+    at most 5, of 0 all, of 1 none. NEAR: keys of bands; hashes to path.sets, ends to .ends."""
     bloom = o["bloom"] and BloomFilter(sum(map(os.path.getsize, paths)) // 30 + 1, o["bloom"])
     for path in paths:
         keys, ends = array.array("Q"), array.array("Q", [0])
@@ -711,7 +711,7 @@ def hash_units(paths, unit, o):
                 for line in {EXACT: [text], LINES: text.split("\n")}.get(unit, ()):
                     once = unit == EXACT or len(line) >= 100  # a document, or a paragraph
                     key = stable_hash(line) // 4 * 4 + 2 + once
-                    key = bloom.add(line) if bloom and once and unit == LINES else key
+                    key = bloom.add(line) if bloom and once and unit == LINES else key  # 0 or 1
                     keys.append(key if line.strip() or unit == EXACT else 0)
         np.array(keys).tofile(path + ".keys")
         np.array(ends).tofile(path + ".ends")
@@ -719,10 +719,10 @@ def hash_units(paths, unit, o):
 def find_repeats(paths, unit, o):
     """Write to path.drop a byte per unit: whether to drop it. Sorts one range of keys at a time."""
     sizes = [os.path.getsize(path + ".keys") // 8 for path in paths]
-    starts, size = np.cumsum([0, *sizes]), o["num_bands"] if unit == NEAR else 1
+    starts, size = np.cumsum([0, *sizes]), o["num_bands"] if unit == NEAR else 1  # keys a unit
     drop, ranges = np.zeros(starts[-1], bool), np.uint64(starts[-1] // RANGE + 1)
     @functools.lru_cache(256)
-    def grams(document):
+    def grams(document):  # the hashes of a document, by its number in all files
         file = np.searchsorted(starts, document * size, "right") - 1
         at = 8 * (document - int(starts[file]) // size)
         begin, end = np.fromfile(paths[file] + ".ends", np.uint64, 2, offset=at).tolist()
@@ -759,7 +759,7 @@ def exact_line_dedup(files, out):
             file.writelines(line for line in own if counts[line.rstrip(b"\r\n")] == 1)
 
 def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0.8):
-    """Copy to the folder out the files but for those that are near an earlier one."""
+    """Copy files to the folder out, but for those near (Jaccard >= threshold) an earlier one."""
     buckets = collections.defaultdict(list)  # key of a band: the sets that have it
     os.makedirs(out, exist_ok=True)
     for path in files:
@@ -774,7 +774,7 @@ def minhash_dedup(files, out, num_hashes=112, num_bands=14, ngram=5, threshold=0
 # ---- Decontaminate: drop documents that share 13 words in a row with a test (Brown et al. 2020).
 @functools.lru_cache(1)
 def test_ngrams(paths, n=13):
-    """{n, or length from 8: sorted hashes of n-grams} of strings or lines. KeyError if damaged."""
+    """Paths (tuple) -> {n, or string's length from 8: sorted n-gram hashes}. KeyError: damaged."""
     found = collections.defaultdict(list)
     for path in paths:
         strings = [line.decode("utf-8", "replace") for line in read_parts(path, b"\n", {})]
@@ -789,7 +789,7 @@ def test_ngrams(paths, n=13):
 
 def contaminated(text, ngrams):
     """Whether a text has one of the n-grams of `test_ngrams`."""
-    words, _ = hash_words(normalize(text))
+    words, _ = hash_words(normalize(text))  # (known[:-1], so that no index is beyond the last)
     return any((known[np.searchsorted(known[:-1], grams)] == grams).any() for grams, known in (
         (ngram_hashes(words, length), known) for length, known in ngrams.items()))
 
@@ -807,7 +807,8 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
     limit = int(min(1 << 16, max(1000, (budget or math.inf) / 50)))  # longer texts are cut
     piece = re.compile(rf"(?s)\S.{{,{limit}}}(?=\n\n|\Z)|\S.{{,{limit}}}")
     def stream(name):
-        for given[name]["epochs"] in range(1, 1 + (max_epochs if budget else 1)):  # counted there
+        for epoch in range(1, 1 + (max_epochs if budget else 1)):
+            given[name]["epochs"] = epoch
             for document in itertools.chain.from_iterable(map(read_documents, sources[name])):
                 for text in piece.findall(document["text"]):
                     yield {**document, "text": text, "source": name}
@@ -818,7 +819,7 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
             if document := next(streams[name], None):
                 file.write(to_json(document))
                 given[name]["bytes"] += len(document["text"].encode("utf-8", "replace"))
-            else:  # used up
+            else:  # used up: the end of all, without a budget
                 streams = {k: s for k, s in streams.items() if budget and k != name}
     for name, g in given.items():
         g["reached"] = g["bytes"] / max(1, sum(g["bytes"] for g in given.values()))
@@ -828,17 +829,17 @@ def mix(sources, output_dir, weights=None, budget=None, max_epochs=4, temperatur
 
 # ---- Pipeline: the steps on a document, on a file, and on all; and the command line.
 STEPS = ["extract", "language", "filter", "mask", "decontaminate", "dedup"]
-load_classifier = functools.lru_cache(LinearClassifier.load)
+load_classifier = functools.lru_cache(LinearClassifier.load)  # once per process
 
 def apply_steps(document, steps, o, flags):
-    """Change a document; yield of each step (its name, a reason to drop the document or None)."""
+    """Change a document; yield (step, reason to drop it, or None). flags: of its units, to drop."""
     if "extract" in steps:  # which `read_documents` did
         yield "extract", None if document["text"] else "no text"
     document["text"] = text = unicodedata.normalize("NFC", document["text"])
     if "language" in steps:
         model = o["language_model"] and load_classifier(o["language_model"])
         document["language"], score = identify_language(text, model)
-        wanted = not o["languages"] or document["language"] in o["languages"] and score >= 0.5
+        wanted = not o["languages"] or (document["language"] in o["languages"] and score >= 0.5)
         yield "language", None if wanted else document["language"]
     for name in o["filters"] if "filter" in steps else ():
         language = [document["language"]] if name == "gopher" and "language" in document else []
@@ -903,15 +904,15 @@ def run_pipeline(o):  # what each job left is in a folder: a killed run goes on
     with replacing(f"{out}/report.json") as file:
         file.write(to_json({"counts": counts, "examples": examples}, indent=1))
     print(*(f"{n:>12,}  {what}" for what, n in counts.items()), out, sep="\n")
-    rest = glob.glob(f"{work}/*") + glob.glob(f"{out}/*.tmp")  # which a killed run left
-    for path in sorted(rest, key=lambda path: not path.endswith(".json")):  # what jobs said first
+    rest = [*pathlib.Path(work).glob("*"), *pathlib.Path(out).glob("*.tmp")]  # of a killed run
+    for path in sorted(rest, key=lambda path: path.suffix != ".json"):  # results first
         os.remove(path)
     if not any(next(read_documents(path), None) for path in files):
         raise ValueError("no document was kept")
 
 def main():  # errors become one line, and exit code 1 or, for usage, 2
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # workers end with their parent
-    sys.warnoptions.append("ignore:resource_tracker")  # which cleans up after that
+    sys.warnoptions.append("ignore:resource_tracker")  # no warning of what that leaves
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["pipeline", *STEPS, "mix", "train-classifier"])
@@ -921,7 +922,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
                "classifiers": [], "perplexity": [], "evals": [], "threshold": 0.8, "ngram": 5,
                "num_hashes": 112, "num_bands": 14, "bloom": 0.0, "words": 0, "weights": [],
                "temperature": 1.0, "tokens": 0.0}
-    for name, default in options.items():
+    for name, default in options.items():  # its type is that of the option
         kind, nargs = (str, "*") if isinstance(default, list) else (type(default), None)
         choices = {"steps": STEPS, "filters": list(FILTERS)}.get(name)
         parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=default, choices=choices)
@@ -931,7 +932,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
             o["steps"] = [o["command"]] if o["command"] in STEPS else o["steps"]
             return run_pipeline(o)
         for name, _, pattern in (item.partition("=") for item in o["input"]):
-            sources[name] = sources.get(name, []) + find_inputs([pattern])
+            sources[name] = sources.get(name, []) + find_inputs([pattern or name])
         if o["command"] == "mix":
             weights = {name: float(share) for name, share in (w.split("=") for w in o["weights"])}
             return mix(sources, o["out"], weights, 4 * o["tokens"], temperature=o["temperature"])
@@ -943,8 +944,7 @@ def main():  # errors become one line, and exit code 1 or, for usage, 2
         model.save(o["out"])
         print(f"{o['out']}: {len(pairs)} texts learned, {right} of {len(held_out)} others right")
     except Exception as error:  # zipfile and zstandard have their own kinds for damaged files
-        print(f"curate.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"curate.py: error: {error}")
 
 if __name__ == "__main__":
     main()

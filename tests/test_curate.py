@@ -158,10 +158,11 @@ def test_names_of_what_holds_the_article_do_not_count_against_it():
         assert prose(1) in C.extract_text(html) and prose(2) in C.extract_text(html.encode())
 
 @pytest.mark.parametrize("unit", ["<div>", '<a x="<', "<!--", "<svg>", "<td>x", "&#", "<script",
-                                  "<math>", "<pre>", "<pre", "<img", "<br>", "<p>\ud800</p>"])
+                                  "<math>", "<pre>", "<pre", "<img", "<br>", "<p>\ud800</p>",
+                                  "<pre>|<br ", "<math>|<mi ", "<math>| ", '"@type":| '])
 def test_hostile_html_takes_linear_time(unit):
-    start = time.process_time()
-    C.extract_text(unit * 80_000 + f"<div>{prose(3) * 8}</div>")
+    start, (first, _, unit) = time.process_time(), unit.rpartition("|")
+    C.extract_text(first + unit * 80_000 + f"</pre><div>{prose(3) * 8}</div>")
     assert time.process_time() - start < 5  # minutes, were it quadratic
 
 @pytest.mark.parametrize("text, code", [
@@ -242,9 +243,8 @@ def test_mask_emails(text, masked):
     "It was 1234567890 in all, 3.14159265358979", "ISBN 978-3-16-148410-0", "pages 123-4567",
     "4111 1111 1111 1111", "order 2831823829 was sent", "$283 182 3829", "call on 2023-10-15"])
 def test_mask_phone_numbers(text):
-    plain = text.replace("<", "").replace(">", "")
     masked = C.re.sub("<.*>", "|||PHONE_NUMBER|||", text)
-    assert C.mask_phone_numbers(plain) == (masked, "<" in text)
+    assert C.mask_phone_numbers(C.re.sub("[<>]", "", text)) == (masked, "<" in text)
 
 def test_mask_ips():
     text = "Servers 192.0.2.146, 10.0.0.1:80 and 2001:db8::8a2e:370:7334 are up. At 8.8.8.8."
@@ -436,7 +436,7 @@ def test_perplexity_filter(tmp_path):
 @pytest.mark.parametrize("args, code, message", [
     (("pipeline", "--input", "nothing.warc"), 1, "nothing.warc"),
     (("dedup", "--input", "x.jsonl", "x.bz2"), 1, "x.bz2: no known kind"),
-    (("mix", "--input", "a=x.bz2"), 1, "x.bz2: no known kind"),
+    (("mix", "--input", "x.bz2"), 1, "x.bz2: no known kind"),
     (("decontaminate", "--input", "x.jsonl", "--evals", "x.bz2"), 1, "x.bz2: no known kind"),
     (("filter", "--input", "x.jsonl", "--classifiers", "q.npz:a:0.5"), 1, "q.npz"),
     (("filter", "--input", "x.jsonl", "--filters", "no"), 2, "invalid choice")])
