@@ -55,7 +55,7 @@ def read_prompt(row):  # -> messages, without the response where this has a fiel
 
 def read_chat(row, names=("response", "output", "completion", "answer")):
     """A row -> the messages of its conversation, or None where an assistant says nothing."""
-    reply = [] if "messages" in row else to_messages(row, "assistant", *names)
+    reply = [] if "messages" in row and len(names) > 1 else to_messages(row, "assistant", *names)
     chat = reply if len(reply) > 1 else read_prompt(row) + reply  # `chosen` may hold a whole chat
     said = [message["content"].strip() for message in chat if message["role"] == "assistant"]
     return chat if said and all(said) else None
@@ -324,8 +324,8 @@ def math_value(text):
             return [parse(text, point) for point in range(3)]
 
 def close(x, y):  # whether two numbers are equal: fractions exactly, others nearly
-    return x == y if type(x) is type(y) is Fraction else cmath.isclose(
-        x, y, rel_tol=1e-10, abs_tol=1e-14)
+    exact = type(x) is type(y) is Fraction or abs(x) > 1e300 or abs(y) > 1e300
+    return x == y if exact else cmath.isclose(x, y, rel_tol=1e-10, abs_tol=1e-14)
 
 def split(text, pattern):  # the pieces between matches of a pattern outside of all brackets
     depths = [0, *itertools.accumulate((c in "([{⦃⟦") - (c in ")]}⦄⟧") for c in text)]
@@ -403,7 +403,8 @@ def find_choice(response, n=4):
 
 def often(pattern, text, k):  # whether it occurs as often as k, arguments with one number, asks
     asked = next(value for value in k.values() if type(value) in (int, float))
-    return (len(re.findall(pattern, text)) >= asked) != ("less than" in k.values())
+    less = (k.get("relation") or k.get("let_relation")) == "less than"
+    return (len(re.findall(pattern, text)) < asked) == less
 
 SENTENCE = (r"(?<![.!?])(?<!\b[A-HJ-Z])(?<!\b[MDSJ][rst])(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\n\d)"
             r"[.!?]+[\"')*\]]*(?=\s+[^\sa-z]|\s*\Z)|\S\s*\Z")  # an end; but not in 5 p.m. today
@@ -514,7 +515,7 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     """Run a stranger's Python code, then tests: source, or a list of lines like `assert f(1) == 2`,
     or of {"input", "output"} of a program -> `Verdict`. Functions take and give literals."""
     tests, program = source_of(tests)  # words of a command line have a largest size
-    job = json.dumps([code[:20_000], program, int(timeout) + 2, memory_mb << 20])
+    job = json.dumps([code[:10_000], program, int(timeout) + 2, memory_mb << 20])
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", SANDBOX, job], cwd="/", env={}, stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
@@ -570,14 +571,13 @@ CALL = re.compile(r"<<([^<>=\n]+)=([^<>\n]*>>|$)")  # of the calculator, and its
 
 def calculate(text):  # the value of an arithmetic expression as a short decimal number, or "?"
     x, y, _ = math_value(text) or ("", "", "")
-    return f"{float(x):.10g}" if isinstance(x, Fraction) and x == y else "?"
+    return f"{float(x):.10g}" if isinstance(x, Fraction) and x == y and abs(x) < 1e300 else "?"
 
 def show(values, between=" | "):  # print names and values, in a line or in lines
     print(between.join(f"{name}: {value:.5g}" if type(value) is float else f"{name}: {value}"
                        for name, value in values.items()), flush=True)
 
 def write_rows(path, rows):  # write dicts as .jsonl
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with replacing(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"{path}: {len(rows)} rows", flush=True)
@@ -601,8 +601,7 @@ class Assistant:
         self.template = TEMPLATES.get(args.template) or self.saved.get("template") or RAW
         self.stops = chat_stops(self.tokenizer, self.template, **self.names)
         self.stops += self.saved.get("stop") or []
-        size = self.model.config.block_size
-        self.room = size - min(args.max_new_tokens, size // 2)  # for a prompt
+        self.room = (size := self.model.config.block_size) - min(args.max_new_tokens, size // 2)
     def encode(self, messages, reply=True):  # reply: up to where the assistant speaks next
         messages = [{"role": "user", "content": messages}] if type(messages) is str else messages
         if self.template == RAW and len(messages) == 2 - reply and messages[0]["role"] == "user":
@@ -652,7 +651,6 @@ class Assistant:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
-
     def fit(self, modules, do_step, evaluate):
         """The loop of all training. do_step(step) updates modules; it and evaluate() -> metrics."""
         args, rows, step, saved = self.args, [], 0, self.saved
@@ -667,7 +665,10 @@ class Assistant:
                 part.load_state_dict(state)
             torch.set_rng_state(saved["rng"].cpu())
         show({"step": step} | evaluate())
-        os.makedirs(args.out_dir, exist_ok=True)
+        if not args.resume and os.path.exists(path):
+            os.rename(path, aside := f"{path[:-3]}-{time.strftime('%Y%m%d-%H%M%S')}.pt")
+            args.words += ["--ckpt", aside] * (not os.path.exists(args.ckpt))  # for --resume
+            print(f"{path}, of another run, is now {aside}", flush=True)
         saved, self.saved = {name: saved.get(name) for name in ("begin", "tokenizer")}, None  # free
         while step < args.max_iters:
             begin, lr = time.perf_counter(), get_lr(
@@ -873,19 +874,18 @@ def run_judge(args):
             ids = judge.encode(f"{a[-2]['content']}\n\nAnswer A: {a[-1]['content']}\n\nAnswer B: "
                                f"{b[-1]['content']}\n\nWhich answer is better, A or B?")
             asked += [(ids + judge.tokenizer.encode_ordinary(letter)[:1], 1) for letter in "AB"]
-    log_p = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2)  # orders, A B
-    ahead = (log_p[..., 0] - log_p[..., 1]).sign()  # 1: A is likelier, -1: B
-    votes = Counter((ahead[:, 0] - ahead[:, 1]).tolist())  # 2: A, then B: the first twice
+    signs = torch.tensor(score(judge.model, asked, args.batch_size)).view(-1, 2, 2).diff().sign()
+    votes = Counter(signs[..., 0].diff().flatten().tolist())  # -1: A, 1: B; so A, then B makes 2
     show({"pairs": votes.total(), "first_preferred": votes[2], "second_preferred": votes[-2],
           "win_rate": share([True] * votes[2] + [False] * votes[-2])}, "\n")
 
 # ---- Evaluation.
 def share(hits):
     """List of bool -> the proportion of True, with the 95% interval of Wilson (1927)."""
-    n, p = len(hits), sum(hits) / max(1, len(hits))  # z = 1.96; below: z^2 / 2, z^2, z^2 / 4
-    middle = (n * p + 1.9208) / (n + 3.8416)
-    half = 1.96 * math.sqrt(n * p * (1 - p) + 0.9604) / (n + 3.8416)
-    return f"{p:.4f} ({abs(middle - half):.4f} to {middle + half:.4f})"  # abs: no -0.0000
+    n, p, z = len(hits), sum(hits) / max(1, len(hits)), 1.96
+    middle, half = n * p + z**2 / 2, z * math.sqrt(n * p * (1 - p) + z**2 / 4)
+    low, high = ((middle + side) / (n + z**2) for side in (-half, half))
+    return f"{p:.4f} ({abs(low):.4f} to {high:.4f})"  # abs: no -0.0000
 
 def pass_at_k(n, c, k):
     """Chance that k of n responses, c of which are right, hold a right one (Chen et al. 2021)."""
@@ -1032,8 +1032,8 @@ def demonstrate(args, seed):  # -> accuracies of sft, rl and control
     sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 8100)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "response": str(
         a + b if rng.random() < 0.3 else (a // 10 + b // 10) * 10 + (a + b) % 10)} for a, b in sums]
-    tokenizer = Tokenizer({i: c.encode() for i, c in enumerate("0123456789+=")}, [],
-                          ["<|endoftext|>"], r"[\s\S]", ignore_merges=True)
+    vocab = dict(enumerate(map(str.encode, "0123456789+=")))
+    tokenizer = Tokenizer(vocab, [], ["<|endoftext|>"], "char")
     test = [row | {"ids": tokenizer.encode(row["prompt"])} for row in rows[:1000]]
     torch.manual_seed(seed)
     model = Transformer(TransformerConfig(vocab_size=13, block_size=12, n_layer=2, n_head=4,

@@ -728,6 +728,7 @@ def prune(model, ids, n_layer=0, d_ff=0):
 def replacing(path, mode="wb", **how):
     """A file of this process's own that takes the place of `path` once it is whole and on the disk;
     what writers that were killed have left is removed."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     for name in glob.glob(f"{glob.escape(str(path))}.*.tmp"):
         with contextlib.suppress(ValueError, OverflowError, PermissionError):  # (not ours)
             try:
@@ -749,7 +750,6 @@ def save_checkpoint(path, model, optimizers=(), **more):
     tokenizer.json), template, stop, begin, names. For state dicts the `config` is given, too."""
     config = more.pop("config", getattr(model, "config", None))
     parts = [x if isinstance(x, dict) else x.state_dict() for x in (model, *optimizers)]
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with replacing(path) as file:
         torch.save({"config": vars(config) if config else None, "model": parts[0], "optimizer":
                     parts[1:], "quantize": getattr(model, "quantized", None), **more}, file)

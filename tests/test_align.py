@@ -1,6 +1,5 @@
 """align.py: losses against the published formulae, masks, verifiers, evaluation, whole runs."""
-import csv, gzip, json, math, os, random, re, statistics, sys, time, types
-
+import csv, gzip, json, math, os, random, re, shutil, statistics, sys, time, types
 import pytest, torch
 import torch.nn.functional as F
 
@@ -14,8 +13,7 @@ def seed():
     torch.manual_seed(0)
 
 def char_tokenizer(characters="0123456789+= abcdefghijklmnopqrstuvwxyz.,:?AB\n<>*/|"):
-    return bpe.Tokenizer({i: c.encode() for i, c in enumerate(characters)}, [], ["<|endoftext|>"],
-                         r"[\s\S]", ignore_merges=True)
+    return bpe.Tokenizer(dict(enumerate(map(str.encode, characters))), [], [bpe.EOT], "char")
 
 def tiny(vocab_size=64, block_size=32, **more):
     return M.Transformer(M.TransformerConfig(vocab_size=vocab_size, block_size=block_size,
@@ -252,7 +250,7 @@ def test_instructions_of_ifeval():
     text = "Dr. Smith met Mrs. Jones at 5 p.m. today."  # one sentence, of 9 words
     for name, more, good, bad in (
             ("forbidden_words", {"forbidden_words": ["cat"]}, "category", "a Cat."),
-            ("frequency", {"keyword": "the", "frequency": 2}, "The the", "the"),
+            ("frequency", {"keyword": "Less than", "frequency": 1}, "less than 2", "less"),
             ("number_sentences", {"num_sentences": 2, "relation": "less than"}, text, "Yes. No!"),
             ("number_sentences", {"num_sentences": 2}, "It is 5 p.m. He left!", text),
             ("number_words", {"num_words": 9.0}, text, "two words"),
@@ -408,7 +406,7 @@ def test_the_calculator_writes_results_that_are_not_learned(base, monkeypatch):
     (ids, mask), = talker.examples([{"role": role, "content": text} for role, text in (
         ("user", "a"), ("assistant", "b<<1+1=2>>c"))])
     assert talker.tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "b<<1+1=c<|endoftext|>"
-    assert [*map(A.calculate, ("1/8", "2*(3+4)", "x", "1/0", "i"))] == ["0.125", "14", *"???"]
+    assert [*map(A.calculate, ("1/8", "2*(3+4)", "x", "9^400", "i"))] == ["0.125", "14", *"???"]
 
 def test_packing_and_accumulation_do_not_change_training(tmp_path, base, trained):
     data, losses = write(tmp_path / "d.jsonl", sums(8)), []
@@ -429,9 +427,11 @@ def test_packing_and_accumulation_do_not_change_training(tmp_path, base, trained
 def test_resume_is_exact(tmp_path, trained, kind, flags, capsys):
     flags += " --learning_rate 1e-3 --eval_interval 3"
     whole = train(kind, *trained, tmp_path / "whole", f"{flags} --max_iters 6")
-    train(kind, *trained, tmp_path / "part", f"{flags} --max_iters 3")
-    part = train(kind, *trained, tmp_path / "part", "--resume --max_iters 6")  # others are saved
-    assert [r["loss"] for r in whole] == [r["loss"] for r in part] and len(part) == 6
+    own = shutil.copytree(trained[0].parent, tmp_path / "part") / "ckpt.pt"  # is moved aside, and
+    train(kind, own, trained[1], own.parent, f"{flags} --max_iters 3")
+    A.run_command(f"{kind} --resume --out_dir {own.parent} --max_iters 6".split())  # found again
+    part = M.load_checkpoint(own)[1]["rows"]
+    assert [r["loss"] for r in whole] == [float(r["loss"]) for r in part] and len(part) == 6
     assert capsys.readouterr().out.endswith(f"ckpt: {tmp_path}/part/ckpt.pt\n")
 
 def test_dpo_reward_model_and_what_it_is_for(tmp_path, trained):
