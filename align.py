@@ -359,15 +359,15 @@ def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 2x = 5 up to a f
     name = NAME.fullmatch(sides[0])
     values = [read(side) for side in sides[bool(name) :]]
     varies = values[-1][0] == "value" and not close(*values[-1][1][:2])  # with its letters
-    if not name and len(sides) == 2 and all(known := [*map(math_value, sides)]):
-        gap = [x - y for x, y in zip(*known)]
+    if not name and len(sides) == 2 and (gap := math_value("({})-({})".format(*sides))):
         if all(gap) and not close(*gap[:2]):
             return "value", [x / gap[0] for x in gap], "= 0"  # as a unit that no number has
     if not all(same(x, values[-1]) for x in values) or name and not name[1] and varies:
         return None  # 5 = 6, or ab = 2x, where ab is no name
     return ("=", "".join(name[0].split()), values[-1]) if name else values[-1]
 
-def same(a, b):  # whether an answer gives the true one, both as read() returns them
+def same(a, b):
+    """Whether an answer a gives the true answer b, both as `read` returns them."""
     if a[0] == "=" or b[0] == "=":  # x = 5 gives 5, but not y = 5
         names = {x[1] for x in (a, b) if x[0] == "="}
         return len(names) == 1 and same(*(x[2] if x[0] == "=" else x for x in (a, b)))
