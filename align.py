@@ -366,8 +366,7 @@ def equation(sides):  # x = 5 as ("=", "x", 5); 3 + 2 = 5 as 5; 2x = 5 up to a f
         return None  # 5 = 6, or ab = 2x, where ab is no name
     return ("=", "".join(name[0].split()), values[-1]) if name else values[-1]
 
-def same(a, b):
-    """Whether an answer a gives the true answer b, both as `read` returns them."""
+def same(a, b):  # whether an answer gives the true one, both as `read` returns them
     if a[0] == "=" or b[0] == "=":  # x = 5 gives 5, but not y = 5
         names = {x[1] for x in (a, b) if x[0] == "="}
         return len(names) == 1 and same(*(x[2] if x[0] == "=" else x for x in (a, b)))
@@ -684,8 +683,9 @@ class Assistant:
                     p.isfinite().all() for p in self.parameters):
                 raise ValueError(f"step {step} is not finite: {row}; try a smaller --learning_rate")
             rows.append({k: f"{v:.6g}" if type(v) is float else v for k, v in row.items()})
-            if due:
+            if due or sys.stdout.isatty():
                 show(row)
+            if due:
                 names = dict.fromkeys(itertools.chain(*rows))
                 with replacing(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
                     csv.writer(file).writerows([names, *([r.get(k) for k in names] for r in rows)])
@@ -693,9 +693,8 @@ class Assistant:
                     path, self.model, self.optimizers, step=step, rows=rows, args=args.words,
                     modules=[module.state_dict() for module in modules], rng=torch.get_rng_state(),
                     stop=self.stops, names=self.names, template=self.template, **saved)
-        if not any("grad_norm" in row for row in rows):
-            print("nothing was learned: in no step did rewards differ")
-        show({"ckpt": path})
+        idle = {"nothing was learned": "equal rewards"}
+        show(({} if any("grad_norm" in row for row in rows) else idle) | {"ckpt": path})
 
 # ---- Supervised fine-tuning, and preferences.
 def fit_rows(run, modules, read, measure, count=len):
@@ -1028,6 +1027,7 @@ def run_demo(args):
     show({"seconds": time.perf_counter() - begin, "out_dir": args.out_dir}, "\n")
 
 def demonstrate(args, seed):  # -> accuracies of sft, rl and control
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a word
     folder, results, rng = f"{args.out_dir}/seed{seed}/", [], random.Random(seed)
     sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 8100)
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b), "response": str(
@@ -1048,7 +1048,7 @@ def demonstrate(args, seed):  # -> accuracies of sft, rl and control
                      f"rl {rl} --ckpt {folder}sft/ckpt.pt --out_dir {folder}rl",
                      f"sft {sft} 200 --ckpt {folder}sft/ckpt.pt --out_dir {folder}control"):
             line += (f" --data {folder}sums.jsonl --seed {seed} --device cpu --optimizer muon "
-                     "--weight_decay 0.1 --schedule cosine --max_new_tokens 4")
+                     "--weight_decay 0.1 --schedule cosine --max_new_tokens 4 --eval_interval 50")
             print(f"\n$ python align.py {line}", flush=True)
             done = run_command(line.split())
             done.resume = True  # then Assistant loads what was learned, not --ckpt
@@ -1059,7 +1059,7 @@ def demonstrate(args, seed):  # -> accuracies of sft, rl and control
 FLAGS = """ckpt= data= val_data= out_dir=out-align resume=False device=auto dtype=float32|bfloat16
     seed=1 template=|chatml|plain tool=|calculator max_new_tokens=256 batch_size=16 micro_batch=64
     max_iters=200 learning_rate=1e-5 warmup_iters=0 schedule=constant|cosine|wsd grad_clip=1.0
-    optimizer=adamw|muon|soap|sgd weight_decay=0.0 gradient_accumulation_steps=1 eval_interval=50
+    optimizer=adamw|muon|soap|sgd weight_decay=0.0 gradient_accumulation_steps=1 eval_interval=10
     no_packing=False beta=0.1 algorithm=grpo|reinforce|ppo|dr_grpo|dapo|expert prompts_per_step=16
     group_size=8 epochs=1 minibatches=1 temperature=1.0 clip=0.2 clip_high=0.0 kl=0.0 gamma=1.0
     lam=0.95 value_weight=0.1 reward_model= kind=word|addition level=2 n=1000 out= rewrite=

@@ -569,7 +569,7 @@ KINDS = (*WARC, *JSON_LINES, *""".html .htm .xhtml .txt .pdf .py .md .rst .tex .
 def kind_of(path, kinds=KINDS):  # ".jsonl" for a.jsonl.gz; ValueError if nobody knows it
     kind = os.path.splitext(re.sub(r"\.(gz|zst)$", "", os.fspath(path).lower()))[1]
     if kind not in kinds:
-        raise ValueError(f"{path}: no known kind of file: {' '.join(kinds)}, or .gz, .zst of them")
+        raise ValueError(f"{path}: not there, or not of {' '.join(kinds)}, or .gz, .zst of them")
     return kind
 
 def find_inputs(patterns):

@@ -410,7 +410,7 @@ def main():
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = args.peak_flops or next((PEAK[name] for name in PEAK if name in card), 0)
     flops_per_token, tokens_per_step = 3 * count(config)[1].total(), args.batch_size * n * T
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {tokens_per_step:,} tokens "
+    print(f"{count(config)[0].total():,} parameters | {tokens_per_step:,} tokens "
           f"per step | {args.max_iters * tokens_per_step / len(train_data):.2f} epochs | {device}")
 
     stop = []  # a signal, or what is wrong with the data: finish the step, save, leave

@@ -435,9 +435,9 @@ def test_perplexity_filter(tmp_path):
 
 @pytest.mark.parametrize("args, code, message", [
     (("pipeline", "--input", "nothing.warc"), 1, "nothing.warc"),
-    (("dedup", "--input", "x.jsonl", "x.bz2"), 1, "x.bz2: no known kind"),
-    (("mix", "--input", "x.bz2"), 1, "x.bz2: no known kind"),
-    (("decontaminate", "--input", "x.jsonl", "--evals", "x.bz2"), 1, "x.bz2: no known kind"),
+    (("dedup", "--input", "x.jsonl", "x.bz2"), 1, "x.bz2: not there, or not of"),
+    (("mix", "--input", "x.bz2"), 1, "x.bz2: not there, or not of"),
+    (("decontaminate", "--input", "x.jsonl", "--evals", "x.bz2"), 1, "x.bz2: not there, or not of"),
     (("filter", "--input", "x.jsonl", "--classifiers", "q.npz:a:0.5"), 1, "q.npz"),
     (("filter", "--input", "x.jsonl", "--filters", "no"), 2, "invalid choice")])
 def test_mistakes_of_users_are_one_line(tmp_path, args, code, message):
