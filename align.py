@@ -444,7 +444,7 @@ link = ends[holds_code].detach()
 told, tell, tests = open(link), open(link, "w"), "" if holds_code else sys.stdin.read()
 for number in range(3 * holds_code):  # stdin, stdout, stderr are not for the code
     os.dup2(null, number)
-for name, n in dict(CORE=0, FSIZE=0, NPROC=0, NOFILE=0, AS=memory, CPU=seconds).items():
+for name, n in dict(CORE=0, FSIZE=0, NPROC=0, NOFILE=0, AS=memory << 20, CPU=seconds).items():
     with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS lacks some
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (n, n))
 # read write close mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn mremap madvise
@@ -514,10 +514,10 @@ def run_code(code, tests, timeout=5.0, memory_mb=512):
     """Run a stranger's Python code, then tests: source, or a list of lines like `assert f(1) == 2`,
     or of {"input", "output"} of a program -> `Verdict`. Functions take and give literals."""
     tests, program = source_of(tests)  # words of a command line have a largest size
-    job = json.dumps([code[:10_000], program, int(timeout) + 2, memory_mb << 20])
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", SANDBOX, job], cwd="/", env={}, stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    job = json.dumps([code[:20_000], program, int(timeout) + 2, memory_mb], ensure_ascii=False)
+    words = [sys.executable, "-I", "-S", "-c", SANDBOX, job.encode("utf-8", "replace")]
+    child = subprocess.Popen(words, cwd="/", env={}, stdin=subprocess.PIPE, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         confined, error = json.loads(child.communicate(tests.encode(), timeout)[1])
         if not confined:
@@ -693,8 +693,8 @@ class Assistant:
                     path, self.model, self.optimizers, step=step, rows=rows, args=args.words,
                     modules=[module.state_dict() for module in modules], rng=torch.get_rng_state(),
                     stop=self.stops, names=self.names, template=self.template, **saved)
-        idle = {"nothing was learned": "equal rewards"}
-        show(({} if any("grad_norm" in row for row in rows) else idle) | {"ckpt": path})
+        learned = any("grad_norm" in row for row in rows)
+        show(({} if learned else {"nothing was learned": "equal rewards"}) | {"ckpt": path})
 
 # ---- Supervised fine-tuning, and preferences.
 def fit_rows(run, modules, read, measure, count=len):

@@ -399,7 +399,7 @@ class LinearClassifier:
             raise ValueError(f"{path} is no classifier of curate.py")
         return model
 
-@functools.lru_cache(1)
+@functools.lru_cache
 def load_model(path):  # a checkpoint of train.py -> (Transformer, Tokenizer)
     import bpe, model, torch  # which takes seconds
     torch.set_num_threads(1)  # the other cores have workers of their own

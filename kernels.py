@@ -677,7 +677,7 @@ def cases(large, dtype=torch.float64, device=DEVICE):
         yield ("adamw_step", first_adamw_step,
                lambda p, g: p * (1 - 1e-5) - 1e-3 * g / (g.abs() + 1e-8), [shape, shape])
     for N, C, V in ((8192, 2048, 32768), (8192, 2048, 131072)) if large else (
-            (8, 24, 7), (36, 24, 129), (8, 24, 5000)):
+            (8, 24, 7), (100, 24, 129), (8, 24, 5000)):
         targets = torch.randint(V, (N,), device=device)
         targets[:2] = -100
         yield ("cross_entropy", partial(cross_entropy, targets=targets),
@@ -688,16 +688,16 @@ def cases(large, dtype=torch.float64, device=DEVICE):
     for B, H, K, T, S, D, *mask in (  # K: heads of keys and values; mask: causal, window
             (4, 16, 16, 4096, 4096, 64, True, None), (1, 16, 16, 16384, 16384, 64, True, None),
             (4, 16, 16, 8192, 8192, 128, True, None)) if large else (
-            (2, 2, 1, 40, 40, 16, True, None), (1, 2, 1, 150, 150, 64, True, None),
+            (2, 2, 1, 70, 70, 16, True, None), (1, 2, 1, 199, 199, 64, True, None),
             (1, 2, 2, 65, 65, 80, False, None), (1, 1, 1, 37, 101, 32, True, None),
-            (1, 1, 1, 101, 37, 24, True, None), (1, 1, 1, 150, 150, 128, True, 2),
-            (1, 1, 1, 130, 190, 16, True, 70), (1, 1, 1, 33, 33, 256, True, None)):
+            (1, 2, 1, 101, 37, 24, True, None), (1, 1, 1, 150, 150, 128, True, 2),
+            (1, 2, 1, 130, 190, 16, True, 70), (1, 1, 1, 33, 33, 256, True, None)):
         n = 4 * B * H * T * S * D / (1 + mask[0])  # a causal mask leaves half
         yield ("flash_attention", lambda *x: flash_attention(*x, *mask),
                lambda *x: plain_attention(*x, *mask),
                [(B, H, T, D), (B, K, S, D), (B, K, S, D)], n, 3.5 * n)
     for M, K, N in ((4096, 4096, 4096), (8192, 8192, 8192)) if large else (
-            (1, 1, 1), (1200, 5, 70), (65, 33, 130), (5, 200, 17)):
+            (1, 1, 1), (1200, 5, 300), (65, 33, 130), (5, 200, 17)):
         yield "matmul", matmul, torch.matmul, [(M, K), (K, N)], 2 * M * N * K, 6 * M * N * K
     for M, K, N in ((1, 4096, 14336), (16, 4096, 14336)) if large else (
             (1, 32, 1), (5, 70, 50), (70, 128, 64)):

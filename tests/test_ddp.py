@@ -23,6 +23,7 @@ def child(rank, world, path, f):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.manual_seed(rank)  # different weights, until they are broadcast
     f(rank, world)
+    open(f"{path}.{rank}", "x").close()  # it came to the end
     dist.barrier()  # or a rank that is ready first takes the connection away from the others
     dist.destroy_process_group()
 
@@ -169,7 +170,6 @@ def fully_sharded_in_any_order(rank, world):
     half.finish_gradient_synchronization()  # (a gradient has its weight's type)
 
 # ---- Parts of a model, and of a sequence.
-
 CONFIG = dict(vocab_size=24, block_size=12, n_layer=4, n_head=4, n_kv_head=2, n_embd=16, d_ff=32)
 
 def transformer_reference(**changes):
@@ -254,9 +254,9 @@ def ring(rank, world):
     (tensor_parallel, 2), (pipeline, 2), (pipeline, 3), (ring, 3)])
 def test_of_processes(tmp_path, f, world):
     mp.start_processes(child, (world, f"{tmp_path}/store", f), world, start_method="forkserver")
+    assert len(list(tmp_path.glob("store.*"))) == world
 
 # ---- The command line.
-
 def script(rank, name, environment, output, args, torchrun=None):
     # one process of `run`: a script's main(), as torchrun would start it; or torchrun, with one
     torch.set_num_threads(1)
